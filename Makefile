@@ -1,0 +1,36 @@
+# Each target makes its own virtual environment when there is none: `make demo`, `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint lock clean
+
+# A teacher, the student alone, KD and SSKD on the embedded digits, then the table.
+demo: $(READY)
+	$(BIN)/python train_student.py -cd sweeps -cn demo
+	$(BIN)/python -m sskd.report demo --out demo/table
+
+# Every test that runs on a CPU. More of them run where SSKD_DATA names a folder that holds
+# cifar-100-python, and SSKD_TEACHERS one of published checkpoints (tests/conftest.py).
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Pin anew what pyproject.toml allows.
+lock: $(READY)
+	$(BIN)/uv pip compile --universal --python-version 3.11 --extra dev --upgrade \
+	  --no-header --no-annotate --no-emit-index-url pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf $(VENV) demo .mypy_cache .pytest_cache .ruff_cache
+
+$(READY): requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	touch $(READY)
