@@ -1,0 +1,26 @@
+"""The networks: built by name, with published weights where they are wanted."""
+
+from sskd.models.architectures import ARCHITECTURES, build_model
+from sskd.models.checkpoints import (
+    Checkpoint,
+    find_checkpoint,
+    load_weights,
+    read_checkpoint,
+    save_weights,
+    weights_digest,
+)
+from sskd.models.features import Features
+from sskd.models.recognition import recognise
+
+__all__ = [
+    "ARCHITECTURES",
+    "Checkpoint",
+    "Features",
+    "build_model",
+    "find_checkpoint",
+    "load_weights",
+    "read_checkpoint",
+    "recognise",
+    "save_weights",
+    "weights_digest",
+]

@@ -1,0 +1,53 @@
+"""The table of architectures: a name for each network that the suite can build."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from sskd.errors import UserError, nearest
+from sskd.models.mobilenet_v2 import MobileNetV2
+from sskd.models.resnet import ResNet
+from sskd.models.resnet50 import ResNet50
+from sskd.models.shufflenet_v1 import ShuffleNetV1
+from sskd.models.shufflenet_v2 import ShuffleNetV2
+from sskd.models.vgg import VGG
+from sskd.models.wide_resnet import WideResNet
+
+ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
+    "resnet8": partial(ResNet, depth=8, widths=(16, 16, 32, 64)),
+    "resnet14": partial(ResNet, depth=14, widths=(16, 16, 32, 64)),
+    "resnet20": partial(ResNet, depth=20, widths=(16, 16, 32, 64)),
+    "resnet32": partial(ResNet, depth=32, widths=(16, 16, 32, 64)),
+    "resnet44": partial(ResNet, depth=44, widths=(16, 16, 32, 64)),
+    "resnet56": partial(ResNet, depth=56, widths=(16, 16, 32, 64)),
+    "resnet110": partial(ResNet, depth=110, widths=(16, 16, 32, 64)),
+    "resnet8x4": partial(ResNet, depth=8, widths=(32, 64, 128, 256)),
+    "resnet32x4": partial(ResNet, depth=32, widths=(32, 64, 128, 256)),
+    "ResNet50": ResNet50,
+    "wrn_16_1": partial(WideResNet, depth=16, widening=1),
+    "wrn_16_2": partial(WideResNet, depth=16, widening=2),
+    "wrn_40_1": partial(WideResNet, depth=40, widening=1),
+    "wrn_40_2": partial(WideResNet, depth=40, widening=2),
+    "vgg8": partial(VGG, convolutions=(1, 1, 1, 1, 1)),
+    "vgg11": partial(VGG, convolutions=(1, 1, 2, 2, 2)),
+    "vgg13": partial(VGG, convolutions=(2, 2, 2, 2, 2)),
+    "vgg16": partial(VGG, convolutions=(2, 2, 3, 3, 3)),
+    "vgg19": partial(VGG, convolutions=(2, 2, 4, 4, 4)),
+    "MobileNetV2": MobileNetV2,
+    "ShuffleV1": ShuffleNetV1,
+    "ShuffleV2": ShuffleNetV2,
+}
+
+
+def build_model(name: str, num_classes: int) -> nn.Module:
+    """Build the named network with fresh weights; its forward returns ``Features``.
+
+    Raises ``UserError`` where no architecture has that name.
+    """
+    if name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(f"no architecture '{name}'{nearest(name, ARCHITECTURES)} (known: {known})")
+    return ARCHITECTURES[name](num_classes)

@@ -1,0 +1,93 @@
+"""MobileNetV2 at half width: Sandler et al., "MobileNetV2: Inverted Residuals and Linear
+Bottlenecks", CVPR 2018, with ReLU for ReLU6 and the strides of both published code bases.
+
+Blocks end without a ReLU, so a stage is its own pre-activation.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sskd.models.features import Features, initialise_convolutions
+
+STEM_CHANNELS = 16
+LAST_CHANNELS = 1280
+# One row for each group of blocks: expansion, channels, blocks, stride of the first block.
+GROUPS = (
+    (1, 8, 1, 1),
+    (6, 12, 2, 1),
+    (6, 16, 3, 2),
+    (6, 32, 4, 2),
+    (6, 48, 3, 1),
+    (6, 80, 3, 2),
+    (6, 160, 1, 1),
+)
+# The groups whose output is a stage: the last one at each size of the map.
+STAGE_ENDS = (1, 2, 4, 6)
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, 3x3 depthwise and linear 1x1 convolution.
+
+    The input is added where the shape stays the same.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        wide = in_channels * expansion
+        self.adds_input = stride == 1 and in_channels == out_channels
+        self.conv = nn.Sequential(
+            nn.Conv2d(in_channels, wide, 1, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU(),
+            nn.Conv2d(wide, wide, 3, stride, padding=1, groups=wide, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU(),
+            nn.Conv2d(wide, out_channels, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        return x + out if self.adds_input else out
+
+
+class MobileNetV2(nn.Module):
+    """A stem of stride 2, seven groups of inverted residuals and a 1x1 convolution."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Sequential(
+            nn.Conv2d(3, STEM_CHANNELS, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(STEM_CHANNELS),
+            nn.ReLU(),
+        )
+        self.blocks = nn.ModuleList()
+        channels = STEM_CHANNELS
+        for expansion, out_channels, blocks, stride in GROUPS:
+            first = InvertedResidual(channels, out_channels, stride, expansion)
+            channels = out_channels
+            others = (InvertedResidual(channels, channels, 1, expansion) for _ in range(blocks - 1))
+            self.blocks.append(nn.Sequential(first, *others))
+        self.conv2 = nn.Sequential(
+            nn.Conv2d(channels, LAST_CHANNELS, 1, bias=False),
+            nn.BatchNorm2d(LAST_CHANNELS),
+            nn.ReLU(),
+        )
+        linear = nn.Linear(LAST_CHANNELS, num_classes)
+        self.classifier = nn.Sequential(linear)
+        initialise_convolutions(self)
+        nn.init.normal_(linear.weight, std=0.01)
+        nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Features:
+        """Map images ``[B, 3, h, w]`` to ``Features`` with four stages."""
+        stem = self.conv1(x)
+        maps = []
+        hidden = stem
+        for group in self.blocks:
+            hidden = group(hidden)
+            maps.append(hidden)
+        pooled = self.conv2(hidden).mean(dim=(2, 3))
+        stages = tuple(maps[end] for end in STAGE_ENDS)
+        return Features(self.classifier(pooled), pooled, stem, stages, preacts=stages)

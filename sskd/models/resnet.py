@@ -1,0 +1,68 @@
+"""Residual networks for small images: He et al., "Deep Residual Learning for Image
+Recognition", CVPR 2016, section 4.2.
+
+A stage is the map after its last ReLU; its pre-activation the sum in front of that ReLU.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sskd.models.features import Features, initialise_convolutions, run_rectified_stage
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut; returns the sum, without the last ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+                nn.BatchNorm2d(out_channels),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = F.relu(self.bn1(self.conv1(x)))
+        residual = self.bn2(self.conv2(residual))
+        return residual + self.downsample(x)
+
+
+class ResNet(nn.Module):
+    """A network of ``depth = 6n + 2`` layers: a stem and three stages of ``n`` blocks.
+
+    ``widths`` holds the channels of the stem and of the three stages.
+    """
+
+    def __init__(self, num_classes: int, *, depth: int, widths: tuple[int, int, int, int]) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.layer1 = _stage(blocks, widths[0], widths[1], stride=1)
+        self.layer2 = _stage(blocks, widths[1], widths[2], stride=2)
+        self.layer3 = _stage(blocks, widths[2], widths[3], stride=2)
+        self.fc = nn.Linear(widths[3], num_classes)
+        initialise_convolutions(self)
+
+    def forward(self, x: Tensor) -> Features:
+        """Map images ``[B, 3, h, w]`` to ``Features`` with three stages."""
+        stem = F.relu(self.bn1(self.conv1(x)))
+        stage1, preact1 = run_rectified_stage(self.layer1, stem)
+        stage2, preact2 = run_rectified_stage(self.layer2, stage1)
+        stage3, preact3 = run_rectified_stage(self.layer3, stage2)
+        pooled = stage3.mean(dim=(2, 3))
+        stages, preacts = (stage1, stage2, stage3), (preact1, preact2, preact3)
+        return Features(self.fc(pooled), pooled, stem, stages, preacts)
+
+
+def _stage(blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_channels, out_channels, stride)
+    others = (BasicBlock(out_channels, out_channels, stride=1) for _ in range(blocks - 1))
+    return nn.Sequential(first, *others)

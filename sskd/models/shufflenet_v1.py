@@ -1,0 +1,83 @@
+"""ShuffleNet with three groups: Zhang et al., "ShuffleNet: An Extremely Efficient
+Convolutional Neural Network for Mobile Devices", CVPR 2018, with a 1x1 stem of stride 1.
+
+A stage is the map after its last ReLU; its pre-activation the sum (in a block of stride 2 the
+concatenation) in front of that ReLU. All weights start from PyTorch's defaults.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sskd.models.features import Features, run_rectified_stage
+
+GROUPS = 3
+STEM_CHANNELS = 24
+
+
+class ShuffleBlock(nn.Module):
+    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; returns without the last ReLU.
+
+    With stride 1 the input is added; with stride 2 the pooled input is concatenated, so the
+    convolutions provide ``out_channels - in_channels``.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int) -> None:
+        super().__init__()
+        self.downsamples = stride == 2
+        self.groups = groups
+        provided = out_channels - in_channels if self.downsamples else out_channels
+        middle = provided // 4
+        self.conv1 = nn.Conv2d(in_channels, middle, 1, groups=groups, bias=False)
+        self.bn1 = nn.BatchNorm2d(middle)
+        self.conv2 = nn.Conv2d(middle, middle, 3, stride, padding=1, groups=middle, bias=False)
+        self.bn2 = nn.BatchNorm2d(middle)
+        self.conv3 = nn.Conv2d(middle, provided, 1, groups=GROUPS, bias=False)
+        self.bn3 = nn.BatchNorm2d(provided)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(shuffle_channels(out, self.groups))))
+        out = self.bn3(self.conv3(out))
+        if self.downsamples:
+            return torch.cat([out, F.avg_pool2d(x, 3, stride=2, padding=1)], dim=1)
+        return out + x
+
+
+class ShuffleNetV1(nn.Module):
+    """A stem and three stages of 4, 8 and 4 blocks with 240, 480 and 960 channels."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, STEM_CHANNELS, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
+        # The stem has too few channels for a grouped convolution (section 3.2 of the paper).
+        self.layer1 = _stage(4, STEM_CHANNELS, 240, first_groups=1)
+        self.layer2 = _stage(8, 240, 480, first_groups=GROUPS)
+        self.layer3 = _stage(4, 480, 960, first_groups=GROUPS)
+        self.linear = nn.Linear(960, num_classes)
+
+    def forward(self, x: Tensor) -> Features:
+        """Map images ``[B, 3, h, w]`` to ``Features`` with three stages."""
+        stem = F.relu(self.bn1(self.conv1(x)))
+        stage1, preact1 = run_rectified_stage(self.layer1, stem)
+        stage2, preact2 = run_rectified_stage(self.layer2, stage1)
+        stage3, preact3 = run_rectified_stage(self.layer3, stage2)
+        pooled = stage3.mean(dim=(2, 3))
+        stages, preacts = (stage1, stage2, stage3), (preact1, preact2, preact3)
+        return Features(self.linear(pooled), pooled, stem, stages, preacts)
+
+
+def shuffle_channels(x: Tensor, groups: int) -> Tensor:
+    """Interleave the channels of ``groups`` equal groups of ``x``, ``[B, c, h, w]``."""
+    batch, channels, height, width = x.shape
+    grouped = x.reshape(batch, groups, channels // groups, height, width)
+    return grouped.transpose(1, 2).reshape(x.shape)
+
+
+def _stage(blocks: int, in_channels: int, out_channels: int, first_groups: int) -> nn.Sequential:
+    first = ShuffleBlock(in_channels, out_channels, stride=2, groups=first_groups)
+    others = (ShuffleBlock(out_channels, out_channels, 1, GROUPS) for _ in range(blocks - 1))
+    return nn.Sequential(first, *others)

@@ -1,0 +1,63 @@
+"""VGG with BatchNorm and one linear classifier: Simonyan & Zisserman, "Very Deep
+Convolutional Networks for Large-Scale Image Recognition", ICLR 2015.
+
+A stage is the map after its last ReLU; its pre-activation the last BatchNorm's output.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sskd.models.features import Features, initialise_convolutions
+
+WIDTHS = (64, 128, 256, 512, 512)
+# Up to this size the published networks leave out the pooling in front of the last block.
+SMALL_IMAGE = 32
+
+
+class VGG(nn.Module):
+    """Five blocks of 3x3 convolutions; the first is the stem, the others are the stages.
+
+    ``convolutions`` holds the number of convolutions in each block.
+    """
+
+    def __init__(self, num_classes: int, *, convolutions: tuple[int, int, int, int, int]) -> None:
+        super().__init__()
+        self.block0 = _block(convolutions[0], 3, WIDTHS[0])
+        self.block1 = _block(convolutions[1], WIDTHS[0], WIDTHS[1])
+        self.block2 = _block(convolutions[2], WIDTHS[1], WIDTHS[2])
+        self.block3 = _block(convolutions[3], WIDTHS[2], WIDTHS[3])
+        self.block4 = _block(convolutions[4], WIDTHS[3], WIDTHS[4])
+        self.classifier = nn.Linear(WIDTHS[4], num_classes)
+        initialise_convolutions(self)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, x: Tensor) -> Features:
+        """Map images ``[B, 3, h, w]`` to ``Features`` with four stages.
+
+        Images larger than 32x32 are max-pooled once more, between the last two blocks.
+        """
+        stem = F.relu(self.block0(x))
+        preact1 = self.block1(F.max_pool2d(stem, 2))
+        stage1 = F.relu(preact1)
+        preact2 = self.block2(F.max_pool2d(stage1, 2))
+        stage2 = F.relu(preact2)
+        preact3 = self.block3(F.max_pool2d(stage2, 2))
+        stage3 = F.relu(preact3)
+        preact4 = self.block4(F.max_pool2d(stage3, 2) if x.shape[-1] > SMALL_IMAGE else stage3)
+        stage4 = F.relu(preact4)
+        pooled = stage4.mean(dim=(2, 3))
+        stages, preacts = (stage1, stage2, stage3, stage4), (preact1, preact2, preact3, preact4)
+        return Features(self.classifier(pooled), pooled, stem, stages, preacts)
+
+
+def _block(convolutions: int, in_channels: int, out_channels: int) -> nn.Sequential:
+    """Convolution, BatchNorm and ReLU in turn, without the last ReLU."""
+    layers: list[nn.Module] = []
+    for _ in range(convolutions):
+        convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        layers += [convolution, nn.BatchNorm2d(out_channels), nn.ReLU()]
+        in_channels = out_channels
+    return nn.Sequential(*layers[:-1])

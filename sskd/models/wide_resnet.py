@@ -1,0 +1,87 @@
+"""Wide residual networks: Zagoruyko & Komodakis, "Wide Residual Networks", BMVC 2016.
+
+Here every BatchNorm and ReLU stands in front of its convolution, so a stage ends in a bare
+sum. Its pre-activation is the output of the BatchNorm that comes next: the next stage's
+first, and ``bn1`` of the network for the last stage. The network runs each of them anyway;
+the value is taken from there, so that no running statistics are updated twice.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sskd.models.features import Features, initialise_convolutions
+
+
+class WideBlock(nn.Module):
+    """Two pre-activated 3x3 convolutions beside a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        # The attribute's name is the published tensors'.
+        self.convShortcut: nn.Conv2d | None = None
+        if in_channels != out_channels:
+            self.convShortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum, and the output of ``bn1`` on ``x``."""
+        normalised = self.bn1(x)
+        active = F.relu(normalised)
+        residual = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        # A shortcut of its own starts behind the ReLU, the identity in front of the BatchNorm.
+        shortcut = x if self.convShortcut is None else self.convShortcut(active)
+        return shortcut + residual, normalised
+
+
+class WideStage(nn.Module):
+    """Blocks in a row, the first of which changes width and size."""
+
+    def __init__(self, blocks: int, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        first = WideBlock(in_channels, out_channels, stride)
+        others = (WideBlock(out_channels, out_channels, stride=1) for _ in range(blocks - 1))
+        self.layer = nn.Sequential(first, *others)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the stage, and the output of the first block's ``bn1`` on ``x``."""
+        first, *others = self.layer
+        x, normalised = first(x)
+        for block in others:
+            x, _ = block(x)
+        return x, normalised
+
+
+class WideResNet(nn.Module):
+    """A network of ``depth = 6n + 4`` layers: three stages of ``n`` blocks.
+
+    The stages have 16, 32 and 64 channels times ``widening``.
+    """
+
+    def __init__(self, num_classes: int, *, depth: int, widening: int) -> None:
+        super().__init__()
+        blocks = (depth - 4) // 6
+        narrow, middle, wide = 16 * widening, 32 * widening, 64 * widening
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.block1 = WideStage(blocks, 16, narrow, stride=1)
+        self.block2 = WideStage(blocks, narrow, middle, stride=2)
+        self.block3 = WideStage(blocks, middle, wide, stride=2)
+        self.bn1 = nn.BatchNorm2d(wide)
+        self.fc = nn.Linear(wide, num_classes)
+        initialise_convolutions(self)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor) -> Features:
+        """Map images ``[B, 3, h, w]`` to ``Features`` with three stages."""
+        stem = self.conv1(x)
+        stage1, _ = self.block1(stem)
+        stage2, preact1 = self.block2(stage1)
+        stage3, preact2 = self.block3(stage2)
+        preact3 = self.bn1(stage3)
+        pooled = F.relu(preact3).mean(dim=(2, 3))
+        stages, preacts = (stage1, stage2, stage3), (preact1, preact2, preact3)
+        return Features(self.fc(pooled), pooled, stem, stages, preacts)

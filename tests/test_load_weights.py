@@ -1,0 +1,148 @@
+"""Loading into a network: what fits, what is recognised, which file is found, the digest."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sskd.errors import UserError
+from sskd.models import (
+    build_model,
+    find_checkpoint,
+    load_weights,
+    read_checkpoint,
+    recognise,
+    weights_digest,
+)
+
+State = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def state() -> State:
+    torch.manual_seed(1)
+    return build_model("resnet8", 100).state_dict()
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict"])
+@pytest.mark.parametrize("name", ["resnet56", "wrn_40_2", "MobileNetV2", "ShuffleV1", "ShuffleV2"])
+def test_published_names_load_strictly(name: str, key: str, tmp_path: Path) -> None:
+    folder = os.environ.get("SSKD_REFERENCE")
+    if not folder:
+        pytest.skip("SSKD_REFERENCE names no folder with architectures.json")
+    reference = json.loads((Path(folder) / "architectures.json").read_text())[name]
+    published = {tensor: torch.rand(shape) for tensor, shape in reference["state_dict"].items()}
+    torch.save({key: published, "epoch": 240}, tmp_path / "net.pth")
+    model = build_model(name, 100)
+    load_weights(model, tmp_path / "net.pth")
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(published[tensor], parameters[tensor]) for tensor in parameters)
+
+
+def test_another_network_is_named(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "net.pth"
+    torch.save(state, path)
+    model = build_model("resnet14", 100)
+    before = weights_digest(model)
+    said = "net.pth holds a resnet8 with 100 classes, not a resnet14 with 100 classes: name the"
+    with pytest.raises(UserError, match=f"{said} architecture resnet8"):
+        load_weights(model, path)
+    assert weights_digest(model) == before
+    said = "net.pth holds a resnet8 with 100 classes, not a resnet8 with 10 classes: take weights"
+    with pytest.raises(UserError, match=f"{said} for 10 classes"):
+        load_weights(build_model("resnet8", 10), path)
+
+
+def test_an_unknown_network_is_told_by_its_tensors(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "net.pth"
+    changed = {**state, "extra": torch.zeros(1), "conv1.weight": torch.zeros(16, 3, 5, 5)}
+    del changed["bn1.weight"], changed["bn1.bias"]
+    torch.save(changed, path)
+    with pytest.raises(UserError) as caught:
+        load_weights(build_model("resnet8", 100), path)
+    assert str(caught.value) == (
+        f"{path} does not fit: missing: 2 (first 'bn1.weight'); not expected: 1 (first 'extra'); "
+        "of another shape: 1 (first 'conv1.weight')"
+    )
+    with pytest.raises(UserError, match=r"missing: 2 \(first 'weight'\)"):
+        load_weights(nn.Linear(2, 2), path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value: float, state: State, tmp_path: Path) -> None:
+    broken = {name: tensor.clone() for name, tensor in state.items()}
+    broken["layer2.0.conv1.weight"][0, 0, 0, 0] = value
+    torch.save(broken, tmp_path / "net.pth")
+    model = build_model("resnet8", 100)
+    before = weights_digest(model)
+    with pytest.raises(UserError, match=r"not finite, in 'layer2\.0\.conv1\.weight'"):
+        load_weights(model, tmp_path / "net.pth")
+    assert weights_digest(model) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"), [("wrn_40_1", 10), ("ShuffleV2", 7), ("vgg11", 1), ("resnet8x4", 100)]
+)
+def test_recognise(name: str, classes: int) -> None:
+    assert recognise(build_model(name, classes).state_dict()) == (name, classes)
+
+
+def test_recognise_does_not_guess(state: State) -> None:
+    assert recognise({}) is None
+    assert recognise({**state, "extra": torch.zeros(1)}) is None
+    assert recognise({**state, "fc.bias": torch.zeros(99)}) is None
+    assert recognise({**state, "fc.bias": torch.tensor(0.0)}) is None
+
+
+def test_find_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "ckpt").mkdir(parents=True)
+    (run / "last.pth").touch()
+    (run / "best.txt").touch()
+    with pytest.raises(
+        UserError, match=r"no best checkpoint .*/run or .*best\.txt, ckpt, last\.pth"
+    ):
+        find_checkpoint(run)
+    (run / "ckpt" / "best.pth").touch()
+    assert find_checkpoint(run) == run / "ckpt" / "best.pth"
+    (run / "resnet8_best.safetensors").touch()
+    assert find_checkpoint(str(run)) == run / "resnet8_best.safetensors"
+    assert find_checkpoint(run / "last.pth") == run / "last.pth"
+    (run / "best.pt").touch()
+    with pytest.raises(UserError, match=r"more than one .*: best\.pt, resnet8_best\.safetensors;"):
+        find_checkpoint(run)
+    with pytest.raises(UserError, match=r"no checkpoint at .*nowhere"):
+        find_checkpoint(tmp_path / "nowhere")
+
+
+def test_digest_sees_values_names_types_and_shapes_only(state: State, tmp_path: Path) -> None:
+    digest = weights_digest(state)
+    assert len(digest) == 64
+    assert weights_digest(dict(reversed(state.items()))) == digest
+    model = build_model("resnet8", 100)
+    model.load_state_dict(state)
+    assert weights_digest(model.to(memory_format=torch.channels_last)) == digest
+    for suffix, save in ((".pth", torch.save), (".safetensors", save_file)):
+        save(state, tmp_path / f"net{suffix}")
+        assert weights_digest(read_checkpoint(tmp_path / f"net{suffix}").state) == digest
+
+    strided = torch.stack([state["fc.bias"], torch.zeros(100)], dim=1)[:, 0]
+    assert not strided.is_contiguous()
+    assert weights_digest({**state, "fc.bias": strided}) == digest
+
+    weight = state["fc.weight"]
+    flipped = weight.clone()
+    flipped[0, 0] = -flipped[0, 0]
+    changes = [
+        {"fc.weight": flipped},
+        {"fc.weight": weight.double()},
+        {"fc.weight": weight.reshape(64, 100)},
+        {"fc.other": torch.zeros(0)},
+    ]
+    assert digest not in [weights_digest({**state, **change}) for change in changes]
