@@ -1,0 +1,46 @@
+"""Datasets as tensors, and the loader that augments them where they lie."""
+
+from __future__ import annotations
+
+from sskd.data.images import (
+    Images,
+    Split,
+    add_label_noise,
+    channel_statistics,
+    hold_out,
+    keep_fraction,
+)
+from sskd.data.loader import Batch, Loader, plain
+from sskd.data.settings import DatasetSettings
+from sskd.data.sources import SOURCES
+from sskd.errors import UserError, nearest
+
+__all__ = ["Batch", "DatasetSettings", "Images", "Loader", "Split", "load_images", "plain"]
+
+
+def load_images(settings: DatasetSettings) -> Images:
+    """Load a dataset, then hold out, keep a fraction and make labels wrong, in this order.
+
+    ``mean`` and ``std`` that are not given are those of all training images.
+    Raises UserError for an unknown source and for files that are missing or broken.
+    """
+    if settings.source not in SOURCES:
+        raise UserError(
+            f"dataset.source={settings.source}: no such source"
+            f"{nearest(settings.source, SOURCES)} (there are {', '.join(SOURCES)})"
+        )
+    classes, train, test = SOURCES[settings.source](settings)
+    # Before any choice, so that a student of few images sees them as its teacher does.
+    mean, std = channel_statistics(train.images)
+    train, holdout = hold_out(train, classes, settings.holdout, settings.seed)
+    train = keep_fraction(train, len(classes), settings.fraction, settings.seed)
+    train = add_label_noise(train, len(classes), settings.label_noise, settings.seed)
+    return Images(
+        name=settings.name,
+        classes=classes,
+        train=train,
+        test=test,
+        holdout=holdout,
+        mean=mean if settings.mean is None else tuple(settings.mean),
+        std=std if settings.std is None else tuple(settings.std),
+    )

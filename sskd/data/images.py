@@ -1,0 +1,160 @@
+"""Labelled images as tensors, and the choice of a part of them.
+
+Few-shot training, label noise and a held-out part follow the studies of Xu et al.,
+*Knowledge Distillation Meets Self-Supervision*, ECCV 2020.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sskd.errors import UserError
+
+# A constant channel has no deviation; dividing by this keeps it finite instead.
+SMALLEST_STD = 1e-6
+
+
+@dataclass(frozen=True)
+class Split:
+    """``images`` are uint8 [N, 3, H, W], ``labels`` int64 [N], both on one device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Tensor) -> Split:
+        """Return the images at the positions ``index`` (int64 [M])."""
+        return Split(self.images[index], self.labels[index])
+
+    def to(self, device: torch.device | str) -> Split:
+        """Return the same split on ``device``."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Images:
+    """A dataset as it is trained on; ``mean`` and ``std`` are in units of [0, 1] a channel."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    holdout: Split | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side."""
+        return self.train.images.shape[-1]
+
+    def to(self, device: torch.device | str) -> Images:
+        """Return the same dataset with all of its tensors on ``device``."""
+        holdout = None if self.holdout is None else self.holdout.to(device)
+        return replace(
+            self, train=self.train.to(device), test=self.test.to(device), holdout=holdout
+        )
+
+
+def hold_out(
+    train: Split, classes: tuple[str, ...], part: float, seed: int
+) -> tuple[Split, Split | None]:
+    """Take ``part`` of each class, one image at least, out of ``train``; both keep its order.
+
+    Returns what is left and what was taken, which is None where ``part`` is 0.
+    Raises UserError where a class would be left without a training image.
+    """
+    if part == 0:
+        return train, None
+    taken = torch.zeros(len(train), dtype=torch.bool)
+    for name, members in zip(
+        classes, _shuffled_classes(train, len(classes), seed, "holdout"), strict=True
+    ):
+        count = max(1, round(part * len(members)))
+        if count >= len(members):
+            raise UserError(
+                f"dataset.holdout={part} takes all {len(members)} training images of class "
+                f"'{name}'; give a smaller dataset.holdout"
+            )
+        taken[members[:count]] = True
+    return train.take((~taken).nonzero()[:, 0]), train.take(taken.nonzero()[:, 0])
+
+
+def keep_fraction(train: Split, num_classes: int, fraction: float, seed: int) -> Split:
+    """Keep ``max(1, round(fraction * n))`` of the n images of each class, in their order.
+
+    Of one seed, a smaller fraction's images are among a larger one's.
+    """
+    if fraction == 1:
+        return train
+    kept = torch.zeros(len(train), dtype=torch.bool)
+    for members in _shuffled_classes(train, num_classes, seed, "fraction"):
+        kept[members[: max(1, round(fraction * len(members)))]] = True
+    return train.take(kept.nonzero()[:, 0])
+
+
+def add_label_noise(train: Split, num_classes: int, noise: float, seed: int) -> Split:
+    """Replace ``round(noise * n)`` of each class's n labels by another class, drawn uniformly.
+
+    Of one seed, the labels that a smaller noise replaces are among a larger one's, with the
+    same replacement. Raises UserError where there is no other class.
+    """
+    if noise == 0:
+        return train
+    if num_classes < 2:
+        raise UserError(
+            f"dataset.label_noise={noise} needs a second class to take wrong labels from, and "
+            "the dataset has one; set dataset.label_noise=0"
+        )
+    # A shift by 1 to C - 1 classes reaches each of the others alike, and never the class itself.
+    shift = torch.randint(
+        1, num_classes, (len(train),), generator=_generator(seed, "label_noise shift")
+    )
+    labels = train.labels.clone()
+    for members in _shuffled_classes(train, num_classes, seed, "label_noise"):
+        wrong = members[: round(noise * len(members))]
+        labels[wrong] = (labels[wrong] + shift[wrong]) % num_classes
+    return Split(train.images, labels)
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return each channel's mean and standard deviation over all pixels, in units of [0, 1].
+
+    ``images`` are uint8 [N, 3, H, W]. The 256 counts of a channel hold all that is
+    needed, so nothing the size of the images is made in floating point.
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean = (share * values).sum()
+        std = (share * (values - mean).square()).sum().sqrt()
+        means.append(mean.item())
+        stds.append(max(std.item(), SMALLEST_STD))
+    return tuple(means), tuple(stds)
+
+
+def _shuffled_classes(train: Split, num_classes: int, seed: int, purpose: str) -> list[Tensor]:
+    """Return the positions of each class's images in random order, class by class."""
+    generator = _generator(seed, purpose)
+    shuffled = []
+    for label in range(num_classes):
+        members = (train.labels == label).nonzero()[:, 0]
+        shuffled.append(members[torch.randperm(len(members), generator=generator)])
+    return shuffled
+
+
+def _generator(seed: int, purpose: str) -> torch.Generator:
+    """Return a CPU generator of its own for each purpose, so that no choice shifts another."""
+    digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,0 +1,172 @@
+"""Batches drawn and augmented on the device that holds the images, without worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sskd.data.images import Split
+
+PADDING = 4
+QUARTER_TURNS = 4
+
+
+class Batch(NamedTuple):
+    """One training step's images.
+
+    ``x`` is float32 [views * B, 3, H, W], normalised, channels last in memory, image by
+    image: row ``i * views + v`` is view v of image i. ``y`` is int64 [B]; ``index``, int64
+    [B], holds the images' positions in the training split.
+    """
+
+    x: Tensor
+    y: Tensor
+    index: Tensor  # type: ignore[assignment]  # a tuple's method, which nobody needs here
+
+
+class LoaderState(TypedDict):
+    """Where a loader stands: the epoch's seed, its steps done, its generator's state."""
+
+    seed: int
+    position: int
+    generator: Tensor
+
+
+class Loader:
+    """Shuffled, augmented batches of ``split``, on the device where its images lie.
+
+    One generator on that device draws an epoch's order and its augmentation, so an epoch's
+    seed fixes all of its batches. A new loader stands at the start of the epoch of seed 0.
+    ``mean`` and ``std`` are a channel's, in units of [0, 1].
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        mean: Sequence[float],
+        std: Sequence[float],
+        batch_size: int,
+        views: int = 1,
+    ) -> None:
+        device = split.images.device
+        # Pixel by pixel in memory: what the networks take, and three times fewer rows to crop.
+        self._images = split.images.permute(0, 2, 3, 1).contiguous()
+        self._labels = split.labels
+        self._mean, self._std = _per_channel(mean, device), _per_channel(std, device)
+        self._batch_size = batch_size
+        self._views = views
+        self._generator = torch.Generator(device)
+        self.begin_epoch(0)
+
+    @property
+    def steps(self) -> int:
+        """Batches an epoch, the last and smaller one counted."""
+        return -(-len(self._labels) // self._batch_size)
+
+    @property
+    def position(self) -> int:
+        """Batches drawn in this epoch."""
+        return self._position
+
+    def begin_epoch(self, seed: int) -> None:
+        """Seed the generator and draw the epoch's order."""
+        self._seed = seed
+        self._position = 0
+        self._generator.manual_seed(seed)
+        self._order = torch.randperm(
+            len(self._labels), generator=self._generator, device=self._generator.device
+        )
+
+    def next_batch(self) -> Batch:
+        """Draw the epoch's next batch. Raises IndexError after the last one."""
+        if self._position >= self.steps:
+            raise IndexError(f"all {self.steps} batches of the epoch are drawn")
+        start = self._position * self._batch_size
+        index = self._order[start : start + self._batch_size]
+        images = self._images.index_select(0, index).permute(0, 3, 1, 2)
+        views = augment(images, self._views, self._generator).flatten(0, 1)
+        self._position += 1
+        return Batch(normalise(views, self._mean, self._std), self._labels[index], index)
+
+    def state_dict(self) -> LoaderState:
+        """Return all that is needed to go on in mid-epoch."""
+        return {
+            "seed": self._seed,
+            "position": self._position,
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: LoaderState) -> None:
+        """Go on where ``state`` was taken, bit for bit."""
+        self.begin_epoch(state["seed"])
+        self._position = state["position"]
+        # A checkpoint may have been read to another device; generators take a CPU tensor.
+        self._generator.set_state(state["generator"].cpu())
+
+
+def plain(
+    split: Split, mean: Sequence[float], std: Sequence[float], batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield normalised images [B, 3, H, W] and labels [B] in their order, not augmented."""
+    device = split.images.device
+    channel_mean, channel_std = _per_channel(mean, device), _per_channel(std, device)
+    for start in range(0, len(split), batch_size):
+        part = slice(start, start + batch_size)
+        yield normalise(split.images[part], channel_mean, channel_std), split.labels[part]
+
+
+def augment(images: Tensor, views: int, generator: torch.Generator) -> Tensor:
+    """Flip, rotate and crop: uint8 [B, 3, S, S] to uint8 [B, views, 3, S, S].
+
+    Half of the images are flipped left to right, with all of their views. View v is turned
+    by v quarter turns counter-clockwise (``views`` is 1 to 4), padded with 4 black pixels
+    on each side and cropped to its size at an offset of its own, uniform in 0..8 both ways.
+    Xu et al., ECCV 2020; with one view, the usual augmentation of CIFAR (He et al., CVPR
+    2016). ``generator`` lies on the images' device; nothing waits for that device.
+    """
+    if not 1 <= views <= QUARTER_TURNS:
+        raise ValueError(f"views must be 1 to {QUARTER_TURNS}, not {views}")
+    flip = torch.rand(len(images), generator=generator, device=images.device) < 0.5
+    flipped = torch.where(flip[:, None, None, None], images.flip(3), images)
+    crops = _crops(flipped.permute(0, 2, 3, 1), views, generator)
+    # A turned crop is the crop of the turned image at a turned offset, which is as uniform.
+    # Cropping first pads each image once instead of once a view.
+    turned = [torch.rot90(crop, turns, (1, 2)) for turns, crop in enumerate(crops.unbind(1))]
+    return torch.stack(turned, dim=1).permute(0, 1, 4, 2, 3)
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Turn uint8 [N, 3, H, W] into normalised float32, channels last in memory.
+
+    ``mean`` and ``std`` are [3, 1, 1], in units of [0, 1], on the images' device.
+    """
+    pixels = images.to(torch.float32, memory_format=torch.channels_last)
+    return pixels.div_(255).sub_(mean).div_(std)
+
+
+def _crops(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Cut ``count`` crops out of each padded image: uint8 [B, S, S, 3] to [B, count, S, S, 3].
+
+    In the batch's memory as one line, a row of a crop is a run of ``3 * S`` bytes; copying
+    such runs is what makes it fast on a CPU.
+    """
+    batch, side, _, channels = images.shape
+    device = images.device
+    padded_side = side + 2 * PADDING
+    padded = F.pad(images, (0, 0, PADDING, PADDING, PADDING, PADDING)).contiguous()
+    runs = padded.flatten().unfold(0, side * channels, 1)
+    top, left = torch.randint(
+        2 * PADDING + 1, (2, batch, count, 1), generator=generator, device=device
+    )
+    image = torch.arange(batch, device=device)[:, None, None]
+    row = image * padded_side + top + torch.arange(side, device=device)
+    starts = (row * padded_side + left) * channels
+    return runs.index_select(0, starts.flatten()).view(batch, count, side, side, channels)
+
+
+def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]

@@ -1,0 +1,39 @@
+"""The settings of a dataset, as ``conf/dataset/*.yaml`` shows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from sskd.settings import Positive, Settings
+
+Mean = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class DatasetSettings(Settings):
+    """What to load, and which part of it to train on.
+
+    ``source`` is the reader; ``name`` is what folders of results and tables call the data,
+    None standing for the last part of ``root``.
+    """
+
+    source: str
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    root: str
+    download: bool
+    size: int = Field(ge=32, le=256)
+    mean: Annotated[list[Mean], Field(min_length=3, max_length=3)] | None
+    std: Annotated[list[Positive], Field(min_length=3, max_length=3)] | None
+    fraction: float = Field(gt=0, le=1)
+    label_noise: float = Field(ge=0, lt=1)
+    holdout: float = Field(ge=0, lt=1)
+    seed: int = Field(ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_root(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("name", "") is None:
+            return values | {"name": Path(str(values.get("root"))).expanduser().absolute().name}
+        return values
