@@ -1,0 +1,116 @@
+"""What a distillation method is: a module with named losses, trained in one or more stages."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sskd.data import Batch, Images
+from sskd.schedule import PhaseSettings
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Step(NamedTuple):
+    """What one batch gives.
+
+    ``terms`` are the losses by name, scalars and UNWEIGHTED: the loop multiplies, so that
+    runs with other weights compare. ``metrics`` are figures to watch, scalars without a
+    gradient. Both are averaged over the epoch on the device.
+    """
+
+    terms: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training phase of a method.
+
+    Attributes:
+        name: the prefix of its metrics.
+        trains: what gets gradients and train mode; everything else is frozen in eval mode.
+        loss: the losses of one batch.
+        weights: a weight for each term of ``loss``.
+        views: rotated views of each image in a batch (1 to 4).
+        phase: its schedule in relation to the run's; None: the run's own.
+        teacher_only: it depends on the teacher alone, so that one result, computed once,
+            serves every student of that teacher.
+    """
+
+    name: str
+    trains: nn.Module
+    loss: Callable[[Batch], Step]
+    weights: Mapping[str, float]
+    views: int = 1
+    phase: PhaseSettings | None = None
+    teacher_only: bool = False
+
+
+class Method(nn.Module, ABC):
+    """A student, its teacher, and how the one learns from the other.
+
+    A subclass names its ``terms``, takes its own settings as keyword-only arguments (their
+    annotations are the types and ranges that the configuration is checked against, see
+    ``sskd.config.method_settings``) and implements ``loss``.
+    """
+
+    views: ClassVar[int] = 1
+    needs_teacher: ClassVar[bool] = True
+    terms: ClassVar[tuple[str, ...]]
+
+    # Without a teacher the attribute is None; only methods that need none may see that.
+    teacher: nn.Module
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        data: Images,
+        *,
+        weights: Mapping[str, float],
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.weights = dict(weights)
+        self.register_module("teacher", teacher)
+        if teacher is not None:
+            teacher.requires_grad_(False)
+
+    def stages(self) -> Iterable[Stage]:
+        """Yield the stages in order; the last one trains the student and is evaluated."""
+        yield Stage("distill", self.student, self.loss, self.weights, self.views)
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Step:
+        """Return the losses of one batch of the last stage."""
+
+
+def in_float32(function: Callable[P, R]) -> Callable[P, R]:
+    """Make ``function`` compute in float32 whatever comes in, inside autocast too."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        def cast(value: object) -> object:
+            floating = isinstance(value, Tensor) and value.is_floating_point()
+            return value.float() if floating else value  # type: ignore[attr-defined]
+
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        with torch.autocast(first.device.type, enabled=False):
+            positional = [cast(value) for value in args]
+            named = {key: cast(value) for key, value in kwargs.items()}
+            return function(*positional, **named)  # type: ignore[arg-type]
+
+    return wrapped
+
+
+def top1(scores: Tensor, target: Tensor) -> Tensor:
+    """Return the percentage of rows of ``scores`` [N, C] that are largest at ``target`` [N]."""
+    return 100 * (scores.detach().argmax(1) == target).float().mean()

@@ -1,0 +1,26 @@
+"""The network alone: cross-entropy with the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch.nn.functional as F
+
+from sskd.data import Batch
+from sskd.methods.base import Method, Stage, Step, top1
+
+
+class Vanilla(Method):
+    """Train the student without a teacher: a teacher-to-be, or a table's first row."""
+
+    needs_teacher = False
+    terms = ("ce",)
+
+    def stages(self) -> Iterable[Stage]:
+        """Yield the one stage, named for what it is."""
+        yield Stage("train", self.student, self.loss, self.weights)
+
+    def loss(self, batch: Batch) -> Step:
+        """Return ``ce``."""
+        logits = self.student(batch.x).logits.float()
+        return Step({"ce": F.cross_entropy(logits, batch.y)}, {"top1": top1(logits, batch.y)})

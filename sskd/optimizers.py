@@ -1,0 +1,53 @@
+"""The optimizers that ``optimizer=`` chooses from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+
+from sskd.settings import NonNegative, Positive, Settings
+
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
+class SGDSettings(Settings):
+    """Stochastic gradient descent with momentum."""
+
+    name: Literal["sgd"]
+    lr: Positive
+    momentum: Momentum
+    weight_decay: NonNegative
+    nesterov: bool
+
+
+class AdamWSettings(Settings):
+    """Adam with decoupled weight decay."""
+
+    name: Literal["adamw"]
+    lr: Positive
+    betas: Annotated[list[Momentum], Field(min_length=2, max_length=2)]
+    weight_decay: NonNegative
+
+
+class OptimizerChoice(NamedTuple):
+    """An optimizer's class and the settings that it takes."""
+
+    build: Callable[..., torch.optim.Optimizer]
+    settings: type[Settings]
+
+
+OPTIMIZERS: dict[str, OptimizerChoice] = {
+    "sgd": OptimizerChoice(torch.optim.SGD, SGDSettings),
+    "adamw": OptimizerChoice(torch.optim.AdamW, AdamWSettings),
+}
+
+
+def build_optimizer(
+    settings: Any, parameters: Iterable[torch.nn.Parameter], lr: float
+) -> torch.optim.Optimizer:
+    """Return the optimizer that ``settings`` describe, for ``parameters``, at ``lr``."""
+    own = settings.model_dump(exclude={"name", "lr"})
+    return OPTIMIZERS[settings.name].build(parameters, lr=lr, **own)

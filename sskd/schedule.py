@@ -1,0 +1,48 @@
+"""Stepwise learning-rate schedules, given as shares of the epochs so that they scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from sskd.settings import Positive, Settings, Share
+
+
+class PhaseSettings(Settings):
+    """A phase before the run's main one, in relation to it.
+
+    ``lr`` None takes the run's; ``epochs`` is a share of the run's epochs (at least one is
+    trained); ``milestones`` are shares of the phase's own epochs.
+    """
+
+    lr: Positive | None
+    epochs: Positive
+    milestones: list[Share]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``epochs`` at ``lr``, multiplied by ``gamma`` after each of the ``milestones`` (epochs)."""
+
+    epochs: int
+    lr: float
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+
+    @classmethod
+    def from_shares(cls, epochs: int, lr: float, milestones: Sequence[float], gamma: float) -> Self:
+        """Return the schedule whose milestones are shares of ``epochs``, rounded half up."""
+        after = tuple(math.floor(share * epochs + 0.5) for share in milestones)
+        return cls(epochs, lr, after, gamma)
+
+    def phase(self, settings: PhaseSettings) -> Schedule:
+        """Return the schedule of a phase of the run that this is the schedule of."""
+        epochs = max(1, math.floor(settings.epochs * self.epochs + 0.5))
+        lr = self.lr if settings.lr is None else settings.lr
+        return self.from_shares(epochs, lr, settings.milestones, self.gamma)
+
+    def lr_at(self, epoch: int) -> float:
+        """Return the learning rate of ``epoch``, counted from 0."""
+        return self.lr * self.gamma ** sum(milestone <= epoch for milestone in self.milestones)

@@ -1,0 +1,79 @@
+"""What the tests share: real configurations, small data, and where real files may be."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from sskd import CONF
+from sskd.config import Config, read_config
+from sskd.data import Images, Split
+
+Compose = Callable[..., Config]
+
+
+@pytest.fixture(autouse=True)
+def _own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Keep W&B to the disk and away from a login, and Hydra's state to one test."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    yield
+    GlobalHydra.instance().clear()
+
+
+@pytest.fixture
+def composed(tmp_path: Path) -> Compose:
+    """Return a function that composes and checks the real configuration."""
+
+    def compose_config(*overrides: str, primary: str = "student") -> Config:
+        with initialize_config_dir(str(CONF), version_base=None):
+            return read_config(compose(primary, [f"runs={tmp_path / 'runs'}", *overrides]))
+
+    return compose_config
+
+
+@pytest.fixture
+def few_images() -> Images:
+    """Return 40 training and 20 test images of noise in 5 classes, 32x32."""
+    return random_images(40, 20)
+
+
+def random_images(train: int, test: int, classes: int = 5, size: int = 32) -> Images:
+    """Return images of noise whose mean brightness tells the class, so that they can be learnt."""
+    generator = torch.Generator().manual_seed(5)
+
+    def split(count: int) -> Split:
+        labels = torch.arange(count) % classes
+        noise = torch.randint(0, 64, (count, 3, size, size), generator=generator)
+        images = noise + (labels * 190 // classes)[:, None, None, None]
+        return Split(images.to(torch.uint8), labels)
+
+    names = tuple(f"class {label}" for label in range(classes))
+    mean, std = (0.4, 0.4, 0.4), (0.25, 0.25, 0.25)
+    return Images("noise", names, split(train), split(test), None, mean, std)
+
+
+def folder_named_by(variable: str, what: str) -> Path:
+    """Return the folder that an environment variable names; skip the test where it is not set."""
+    if variable not in os.environ:
+        pytest.skip(f"{variable} is not set: it names a folder that holds {what}")
+    return Path(os.environ[variable])
+
+
+@pytest.fixture
+def cifar100_root() -> Path:
+    """Return the folder that holds cifar-100-python."""
+    return folder_named_by("SSKD_DATA", "cifar-100-python")
+
+
+@pytest.fixture
+def teachers_root() -> Path:
+    """Return the folder that holds resnet56_cifar100.pth."""
+    return folder_named_by("SSKD_TEACHERS", "resnet56_cifar100.pth")

@@ -1,0 +1,199 @@
+"""Every method through its real YAML: gradients, frozen teachers, learning, state."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import Compose, random_images
+from torch import nn
+
+from sskd.data import Batch, Images, Loader
+from sskd.errors import UserError
+from sskd.methods import METHODS, Method, Stage, build_method
+from sskd.models import build_model
+
+PAIRS = sorted(
+    [
+        "wrn_40_2-wrn_16_2", "wrn_40_2-wrn_40_1", "resnet56-resnet20", "resnet32x4-resnet8x4",
+        "vgg13-vgg8", "vgg13-MobileNetV2", "ResNet50-MobileNetV2", "ResNet50-vgg8",
+        "resnet32x4-ShuffleV1", "resnet32x4-ShuffleV2", "wrn_40_2-ShuffleV1",
+    ]
+)  # fmt: skip
+DISTILLING = sorted(name for name, method in METHODS.items() if method.needs_teacher)
+
+
+def make(composed: Compose, method: str, pair: str, images: Images, *overrides: str) -> Method:
+    teacher, student = pair.split("-")
+    config = composed(
+        f"arch@teacher={teacher}", f"arch@student={student}", f"method={method}", *overrides
+    )
+    torch.manual_seed(0)
+    networks = (
+        build_model(student, images.num_classes),
+        build_model(teacher, images.num_classes) if METHODS[method].needs_teacher else None,
+    )
+    return build_method(config.method, *networks, images)
+
+
+def first_batch(images: Images, stage: Stage, size: int) -> Batch:
+    loader = Loader(images.train, images.mean, images.std, size, stage.views)
+    loader.begin_epoch(0)
+    return loader.next_batch()
+
+
+def enter(method: Method, stage: Stage) -> None:
+    method.requires_grad_(False)
+    stage.trains.requires_grad_(True)
+    method.eval()
+    stage.trains.train()
+
+
+def total(stage: Stage, batch: Batch) -> torch.Tensor:
+    terms = stage.loss(batch).terms
+    assert terms.keys() == stage.weights.keys()
+    return torch.stack([stage.weights[name] * term for name, term in terms.items()]).sum()
+
+
+def leaves(root: torch.Tensor) -> set[int]:
+    """Return the ids of all tensors that the autograd graph of ``root`` ends in."""
+    found, seen, todo = set(), set(), [root.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        todo += [following for following, _ in node.next_functions]
+    return found
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_stage_of_every_pair(composed: Compose, method: str, pair: str) -> None:
+    images = random_images(4, 4)
+    built = make(composed, method, pair, images)
+    teacher_before = copy.deepcopy(built.teacher.state_dict()) if built.teacher else {}
+    for stage in built.stages():
+        enter(built, stage)
+        loss = total(stage, first_batch(images, stage, 4))
+        assert loss.isfinite()
+        assert leaves(loss) == {id(parameter) for parameter in stage.trains.parameters()}
+        loss.backward()
+        for name, parameter in stage.trains.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+    for name, tensor in teacher_before.items():
+        assert torch.equal(tensor, built.get_submodule("teacher").state_dict()[name]), name
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_overfits_one_batch(composed: Compose, method: str) -> None:
+    images = random_images(16, 4)
+    built = make(composed, method, "resnet14-resnet8", images)
+    if built.teacher is not None:
+        fit_teacher(built.teacher, images)
+    for stage in built.stages():
+        enter(built, stage)
+        batch = first_batch(images, stage, 16)
+        optimizer = torch.optim.SGD(stage.trains.parameters(), lr=0.05, momentum=0.9)
+        for _ in range(60):
+            optimizer.zero_grad()
+            total(stage, batch).backward()
+            optimizer.step()
+    assert stage.loss(batch).metrics["top1"] == 100
+
+
+def fit_teacher(teacher: nn.Module, images: Images) -> None:
+    """Teach ``teacher`` its training images in all four rotations."""
+    loader = Loader(images.train, images.mean, images.std, len(images.train), 4)
+    batch = loader.next_batch()
+    labels = batch.y.repeat_interleave(4)
+    teacher.requires_grad_(True).train()
+    optimizer = torch.optim.SGD(teacher.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(teacher(batch.x).logits, labels).backward()
+        optimizer.step()
+    teacher.requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_state_round_trips(composed: Compose, few_images: Images, method: str) -> None:
+    first = make(composed, method, "resnet14-resnet8", few_images)
+    second = make(composed, method, "resnet14-resnet8", few_images)
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.add_(1)
+    second.load_state_dict(first.state_dict())
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_last_batch_of_one_image(composed: Compose, few_images: Images, method: str) -> None:
+    built = make(composed, method, "resnet14-resnet8", few_images)
+    for stage in built.stages():
+        enter(built, stage)
+        assert total(stage, first_batch(few_images, stage, 1)).isfinite()
+
+
+def test_sskd_teacher_head_starts_alike_for_every_student(
+    composed: Compose, few_images: Images
+) -> None:
+    small = make(composed, "sskd", "resnet14-resnet8", few_images)
+    torch.manual_seed(7)
+    one = build_method(composed("method=sskd").method, small.student, small.teacher, few_images)
+    torch.manual_seed(7)
+    wide = build_model("wrn_16_2", few_images.num_classes)
+    torch.manual_seed(7)
+    other = build_method(composed("method=sskd").method, wide, small.teacher, few_images)
+    for name, tensor in one.get_submodule("teacher_head").state_dict().items():
+        assert torch.equal(tensor, other.get_submodule("teacher_head").state_dict()[name])
+
+
+def test_sskd_terms_are_those_of_its_parts(composed: Compose, few_images: Images) -> None:
+    """The four terms, computed view by view with gathered rows instead of masks."""
+    built = make(composed, "sskd", "resnet14-resnet8", few_images, "method.tf_ratio=0.5")
+    built.eval()
+    batch = first_batch(few_images, next(iter(built.stages())), 8)
+    with torch.no_grad():
+        found = built.loss(batch).terms
+        views = batch.x.view(8, 4, 3, 32, 32)
+        student = [built.student(views[:, view]) for view in range(4)]
+        teacher = [built.teacher(views[:, view]) for view in range(4)]
+        heads = [built.get_submodule(name) for name in ("student_head", "teacher_head")]
+        matrices = []
+        for features, head in zip((student, teacher), heads, strict=True):
+            projected = [nn.functional.normalize(head(each.pooled)) for each in features]
+            rows = [projected[v][i] @ projected[0].T for i in range(8) for v in (1, 2, 3)]
+            matrices.append(torch.stack(rows).double())
+        logits = [
+            torch.stack([f[v].logits[i] for i in range(8) for v in (1, 2, 3)]).double()
+            for f in (student, teacher)
+        ]
+
+    def selected(pair: list[torch.Tensor], truth: list[int], ratio: float, t: float) -> float:
+        ranks = [int((row > row[own]).sum()) for row, own in zip(pair[1], truth, strict=True)]
+        wrong = sorted((rank, i) for i, rank in enumerate(ranks) if rank)
+        keep = [i for i, rank in enumerate(ranks) if rank == 0]
+        keep += [i for _, i in wrong[: int(ratio * len(wrong))]]
+        s, p = (pair[0][keep] / t).softmax(1), (pair[1][keep] / t).softmax(1)
+        return (t * t * (p * (p / s).log()).sum(1)).mean().item()
+
+    own = [i for i in range(8) for _ in range(3)]
+    labels = [batch.y.tolist()[i] for i in own]
+    assert found["tf"].item() == pytest.approx(selected(logits, labels, 0.5, 4.0), rel=1e-3)
+    assert found["ss"].item() == pytest.approx(selected(matrices, own, 0.75, 0.5), rel=1e-3)
+    ce = -student[0].logits.double().log_softmax(1)[range(8), batch.y].mean().item()
+    assert found["ce"].item() == pytest.approx(ce, rel=1e-4)
+    p, s = ((f[0].logits.double() / 4).softmax(1) for f in (teacher, student))
+    kd = 16 * (p * (p / s).log()).sum(1).mean().item()
+    assert found["kd"].item() == pytest.approx(kd, rel=1e-3)
+
+
+def test_weights_must_match_the_terms(composed: Compose) -> None:
+    with pytest.raises(UserError, match=r"method\.weights\.crd: no such setting"):
+        composed("method=kd", "+method.weights.crd=1")
