@@ -1,0 +1,117 @@
+"""Write tables as plain text, as GitHub markdown and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+import textwrap
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
+from pathlib import Path
+
+from sskd.report.groups import Entry
+from sskd.report.tables import Table
+
+GAP = "  "
+CSV_HEADER = (
+    *("dataset", "setting", "table", "teacher", "student", "row", "epoch"),
+    *("mean", "std", "n", "published", "difference"),
+)
+
+
+def render_text(table: Table, width: int) -> str:
+    """Return ``table`` as aligned plain text, in blocks of columns no wider than ``width``.
+
+    A block has at least one column, so a very narrow terminal still breaks its lines.
+    """
+    lines = [table.title, "=" * min(len(table.title), width)]
+    for columns in _blocks(table, width):
+        lines += [*_block_lines(table, columns), ""]
+    for note in table.notes:
+        lines += textwrap.wrap(note, width, subsequent_indent="  ")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def render_markdown(table: Table) -> str:
+    """Return ``table`` as GitHub markdown; what a name holds cannot become markup."""
+    others = len(table.header) - table.labels
+    rule = [":---"] * table.labels + ["---:" if table.align == ">" else ":---"] * others
+    rows = [[_escaped(cell) for cell in row] for row in (table.header, *table.rows)]
+    lines = [f"## {_escaped(table.title)}", ""]
+    lines += [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
+    for note in table.notes:
+        lines += ["", _escaped(note)]
+    return "\n".join(lines) + "\n"
+
+
+def render_csv(entries: Iterable[Entry]) -> str:
+    """Return one line per figure, numbers with up to 4 decimals, None as an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_HEADER)
+    for entry in entries:
+        writer.writerow(_csv_cell(getattr(entry, name)) for name in CSV_HEADER)
+    return text.getvalue()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` in UTF-8, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _blocks(table: Table, width: int) -> Iterator[list[int]]:
+    """Yield the columns of each block; every block begins with the labels."""
+    labels = list(range(table.labels))
+    block = list(labels)
+    for column in range(table.labels, len(table.header)):
+        needed = sum(_width(table, shown) + len(GAP) for shown in [*block, column]) - len(GAP)
+        if needed > width and block != labels:
+            yield block
+            block = list(labels)
+        block.append(column)
+    yield block
+
+
+def _block_lines(table: Table, columns: list[int]) -> Iterator[str]:
+    widths = [_width(table, column) for column in columns]
+    for row in (table.header, *table.rows):
+        cells = [row[column].split("\n") for column in columns]
+        for index, line in enumerate(zip_longest(*cells, fillvalue="")):
+            # A second line that only has its label has its figures in another block.
+            if index and not any(line[table.labels :]):
+                continue
+            padded = (
+                f"{text:{'<' if column < table.labels else table.align}{size}}"
+                for text, column, size in zip(line, columns, widths, strict=True)
+            )
+            yield GAP.join(padded).rstrip()
+        if row is table.header:
+            yield GAP.join("-" * size for size in widths)
+
+
+def _width(table: Table, column: int) -> int:
+    cells = (row[column] for row in (table.header, *table.rows))
+    return max(len(line) for cell in cells for line in cell.split("\n"))
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*\[\]|<])", r"\\\1", text).replace("\n", "<br>")
+
+
+def _csv_cell(value: str | float | None) -> str | float:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        # Spreadsheets run a cell that begins so as a formula; the apostrophe makes it text.
+        return f"'{value}" if value.lstrip().startswith(("=", "+", "-", "@")) else value
+    return round(value, 4)
