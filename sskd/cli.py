@@ -1,0 +1,88 @@
+"""How the commands end: with one line and a status, whatever went wrong.
+
+Importing this costs nothing: the commands answer ``--help`` before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sskd import CONF
+from sskd.errors import UserError, nearest
+from sskd.interrupt import Interrupted
+from sskd.nested import flatten
+
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+
+
+def run_job(job: Callable[[DictConfig], object], composed: DictConfig) -> None:
+    """Run one job of a Hydra command; what the user can put right is told in one line."""
+    try:
+        job(composed)
+    except UserError as error:
+        if HydraConfig.get().mode == RunMode.RUN:
+            sys.exit(f"error: {error}")
+        # In a sweep the others go on, and Hydra would tell the first failure only.
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise
+
+
+def run_command(main: Callable[[], object]) -> int:
+    """Run a Hydra command's ``main`` and return its exit status."""
+    asked_for_traceback = os.environ.get(_FULL_ERROR) == "1"
+    os.environ[_FULL_ERROR] = "1"  # Hydra then raises, instead of printing several lines
+    try:
+        main()
+    except Interrupted as stop:
+        print(f"{stop}: the state is saved, the same command goes on from it", file=sys.stderr)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        return 130
+    except UserError:
+        return 1
+    except (CompactHydraException, OmegaConfBaseException) as error:
+        if asked_for_traceback:
+            raise
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def explain(error: Exception) -> str:
+    """Return Hydra's complaint about a configuration in one line, with the nearest right name."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        options = ", ".join(error.options)
+        return (
+            f"{group}={name}: no such {group}{nearest(name, error.options)} (there are: {options})"
+        )
+    unknown = re.match(r"Could not override '([^']+)'\.\s*To append", str(error))
+    if unknown:
+        key = unknown.group(1)
+        return f"{key}: no such setting{nearest(key, _known_settings())}"
+    causes = [str(error)]
+    if error.__cause__ is not None:
+        causes.append(str(error.__cause__).splitlines()[0])
+    return " ".join(" ".join(causes).split())
+
+
+def _known_settings() -> list[str]:
+    """Return the dotted names of all settings, and of the groups that choose them."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base=None):
+        composed = compose("student")
+    values = OmegaConf.to_container(composed)
+    assert isinstance(values, dict)
+    groups = ["arch@teacher", "arch@student", *(path.stem for path in CONF.iterdir())]
+    return groups + list(flatten(values))

@@ -1,0 +1,313 @@
+"""The configuration: checked, typed, and with the difference from the recipe told apart.
+
+Hydra composes; this module refuses what composes but cannot be meant (an unknown key, a
+wrong type, a value out of range) before anything is loaded or trained.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import (
+    BaseModel,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+
+from sskd import CONF
+from sskd.data.settings import DatasetSettings
+from sskd.errors import UserError, nearest
+from sskd.methods import METHODS
+from sskd.models import ARCHITECTURES
+from sskd.nested import flatten
+from sskd.optimizers import OPTIMIZERS
+from sskd.settings import NonNegative, Positive, Settings, Share
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class ArchSettings(Settings):
+    """One network: its architecture, and the learning rate that the published tables gave it."""
+
+    name: str
+    base_lr: Positive
+
+    @model_validator(mode="after")
+    def _is_known(self) -> Self:
+        if self.name not in ARCHITECTURES:
+            raise ValueError(
+                f"no architecture '{self.name}'{nearest(self.name, ARCHITECTURES)} "
+                f"(there are {', '.join(ARCHITECTURES)})"
+            )
+        return self
+
+
+class TeacherSettings(ArchSettings):
+    """The teacher of a student: one of the suite's own runs, or a checkpoint from elsewhere."""
+
+    seed: Seed
+    epoch: Literal["best", "last"]
+    checkpoint: str | None
+    train: bool
+    epochs: PositiveInt | None
+    precision: Literal["fp32", "bf16"] | None
+    fraction: Annotated[float, Field(gt=0, le=1)]
+    label_noise: Annotated[float, Field(ge=0, lt=1)]
+
+
+class ScheduleSettings(Settings):
+    """A stepwise schedule: ``lr`` is multiplied by ``gamma`` after each milestone."""
+
+    epochs: PositiveInt
+    milestones: list[Share]
+    gamma: Positive
+
+
+class WandbSettings(Settings):
+    """Where Weights & Biases puts the run, and whether it does at all."""
+
+    mode: Literal["auto", "online", "offline", "disabled"]
+    project: str
+    entity: str | None
+    tags: list[str]
+
+
+class Config(Settings):
+    """One run, whole: ``teacher`` is None for a network alone.
+
+    ``method`` and ``optimizer`` are of the chosen class's own settings (``config_model``).
+    """
+
+    student: ArchSettings
+    teacher: TeacherSettings | None
+    method: Any
+    dataset: DatasetSettings
+    optimizer: Any
+    schedule: ScheduleSettings
+    wandb: WandbSettings
+    seed: Seed
+    batch_size: PositiveInt
+    precision: Literal["fp32", "bf16"]
+    device: str
+    runs: str
+    force: bool
+    checkpoint_minutes: PositiveFloat
+
+
+# What may change between two starts of one run without changing what it computes.
+_NOT_IDENTITY = (
+    ("wandb",),
+    ("device",),
+    ("runs",),
+    ("force",),
+    ("checkpoint_minutes",),
+    ("dataset", "root"),
+    ("dataset", "download"),
+    ("teacher", "train"),
+    ("teacher", "checkpoint"),
+)
+
+
+def method_settings(name: str) -> type[BaseModel]:
+    """Return the model of a method's settings: its class's keyword arguments, with their types."""
+    method = METHODS[name]
+    hints = get_type_hints(method.__init__, include_extras=True)
+    own = {
+        parameter.name: (hints[parameter.name], ...)
+        for parameter in inspect.signature(method.__init__).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.name != "weights"
+    }
+    terms: dict[str, Any] = dict.fromkeys(method.terms, (NonNegative, ...))
+    weights = create_model(f"{method.__name__}Weights", __base__=Settings, **terms)
+    fields: dict[str, Any] = {"name": (str, ...), "weights": (weights, ...), **own}
+    return create_model(f"{method.__name__}Settings", __base__=Settings, **fields)
+
+
+def config_model(values: Mapping[str, Any]) -> type[Config]:
+    """Return ``Config`` with the settings of the method and the optimizer that ``values`` name."""
+    fields: dict[str, Any] = {
+        "method": (method_settings(_choice(values, "method", METHODS)), ...),
+        "optimizer": (OPTIMIZERS[_choice(values, "optimizer", OPTIMIZERS)].settings, ...),
+    }
+    return create_model("Config", __base__=Config, **fields)
+
+
+def read_config(composed: DictConfig) -> Config:
+    """Check a composed configuration and return it typed.
+
+    Raises:
+        UserError: an unknown key, a missing one, a wrong type or a value out of range.
+    """
+    try:
+        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(" ".join(str(error).split())) from None
+    assert isinstance(values, dict)
+    plain = {str(key): value for key, value in values.items() if key != "arch"}
+    method = METHODS[_choice(plain, "method", METHODS)]
+    plain.setdefault("teacher", None)
+    if not method.needs_teacher:
+        plain["teacher"] = None
+    elif plain["teacher"] is None:
+        raise UserError(
+            f"method={plain['method']['name']} needs a teacher: use train_student.py, "
+            "train_teacher.py trains a network alone"
+        )
+    return parse_config(plain)
+
+
+def parse_config(values: Mapping[str, Any]) -> Config:
+    """Return the typed configuration of plain ``values``; raise UserError where they are wrong."""
+    model = config_model(values)
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(problem, model) for problem in error.errors())) from None
+
+
+def _choice(values: Mapping[str, Any], group: str, known: Mapping[str, Any]) -> str:
+    chosen = values.get(group)
+    name = chosen.get("name") if isinstance(chosen, Mapping) else None
+    if not isinstance(name, str) or name not in known:
+        raise UserError(
+            f"{group}.name: no {group} '{name}'{nearest(str(name), known)} "
+            f"(there are {', '.join(known)})"
+        )
+    return name
+
+
+def _explain(problem: Any, model: type[BaseModel]) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _dotted_fields(model)
+        return f"{path}: no such setting{nearest(path, known)}"
+    if problem["type"] == "missing":
+        return f"{path}: missing; give it as {path}=VALUE"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    given = problem["input"]
+    told = "" if isinstance(given, Mapping) else f" (got {given!r})"
+    return f"{path}: {message}{told}"
+
+
+def _dotted_fields(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if inspect.isclass(candidate) and issubclass(candidate, BaseModel):
+                names += _dotted_fields(candidate, f"{prefix}{name}.")
+    return names
+
+
+def identity(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a configuration's plain ``values`` that decides what a run computes."""
+    decisive = copy.deepcopy(dict(values))
+    for *parents, last in _NOT_IDENTITY:
+        node = decisive
+        for parent in parents:
+            node = node.get(parent) or {}
+        node.pop(last, None)
+    return decisive
+
+
+def recipe(config: Config) -> Config:
+    """Return the configuration that the same networks, method and dataset have by default."""
+    overrides = [
+        f"arch@student={config.student.name}",
+        f"method={config.method.name}",
+        f"dataset={config.dataset.source}",
+    ]
+    if config.teacher:
+        overrides.append(f"arch@teacher={config.teacher.name}")
+    if GlobalHydra.instance().is_initialized():
+        return read_config(compose("student", overrides))
+    with initialize_config_dir(str(CONF), version_base=None):
+        return read_config(compose("student", overrides))
+
+
+def difference(config: Config) -> dict[str, Any]:
+    """Return what decides the result and differs from the recipe, as dotted keys and values.
+
+    The seed and the dataset's name are left out: a run's folder is named after them anyway.
+    """
+    usual = flatten(identity(recipe(config).model_dump()))
+    own = flatten(identity(config.model_dump()))
+    told_by_name = {"seed", "dataset.name"}
+    return {k: v for k, v in own.items() if k not in told_by_name and usual.get(k) != v}
+
+
+def run_folder(config: Config, changed: Mapping[str, Any]) -> Path:
+    """Return the folder of a run below ``config.runs``; ``changed`` is what its recipe is not.
+
+    ``<dataset>/scratch/<arch>/seed<k>`` or ``<dataset>/distill/<teacher>-<student>/<method>/
+    seed<k>``, with 8 hex digits of ``changed``, if there is any, so that two configurations
+    never share a folder.
+    """
+    parent = Path(config.runs, config.dataset.name)
+    if config.teacher is None:
+        parent = parent / "scratch" / config.student.name
+    else:
+        pair = f"{config.teacher.name}-{config.student.name}"
+        parent = parent / "distill" / pair / config.method.name
+    if not changed:
+        return parent / f"seed{config.seed}"
+    text = json.dumps(changed, sort_keys=True)
+    return parent / f"seed{config.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def teacher_config(config: Config) -> Config:
+    """Return the configuration of the run that trains ``config``'s teacher.
+
+    It is the recipe of the teacher's architecture on the same dataset, except for what
+    ``teacher.*`` says; what the student's run overrides (its optimizer, its batch size) is
+    the student's own affair.
+    """
+    teacher = config.teacher
+    assert teacher is not None
+    values = config.model_dump() | {
+        "student": {"name": teacher.name, "base_lr": teacher.base_lr},
+        "teacher": None,
+        "method": {"name": "vanilla", "weights": {"ce": 1.0}},
+        "seed": teacher.seed,
+        "precision": teacher.precision or config.precision,
+        "force": False,
+    }
+    usual = recipe(parse_config(values)).model_dump()
+    values["optimizer"] = usual["optimizer"]
+    values["batch_size"] = usual["batch_size"]
+    values["schedule"] = usual["schedule"] | {"epochs": teacher.epochs or config.schedule.epochs}
+    values["dataset"] |= {"fraction": teacher.fraction, "label_noise": teacher.label_noise}
+    return parse_config(values)
+
+
+def training_command(config: Config) -> str:
+    """Return the shell command that trains the network alone as ``config`` says."""
+    words = ["python", "train_teacher.py", f"arch={config.student.name}"]
+    words.append(f"dataset={config.dataset.source}")
+    usual = recipe(config)
+    own = difference(config)
+    told = flatten(config.model_dump())
+    shown = ["seed", "runs", "dataset.root", "dataset.name", "device"]
+    default = flatten(usual.model_dump())
+    own |= {key: told[key] for key in shown if told[key] != default[key]}
+    words += [shlex.quote(f"{key}={_as_override(value)}") for key, value in own.items()]
+    return " ".join(words)
+
+
+def _as_override(value: Any) -> str:
+    return "null" if value is None else json.dumps(value) if not isinstance(value, str) else value

@@ -1,0 +1,98 @@
+"""Measure the accuracy of any checkpoint: ``python -m sskd.evaluate CHECKPOINT``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import CompactHydraException
+
+from sskd import CONF
+from sskd.cli import explain
+from sskd.errors import UserError
+
+_EXAMPLES = """
+examples:
+  python -m sskd.evaluate runs/cifar100/scratch/resnet56/seed0
+  python -m sskd.evaluate resnet56_best.pth dataset.root=FOLDER
+  python -m sskd.evaluate wrn.pth --arch wrn_40_2 dataset=cifar10 --device cuda
+
+A folder stands for the file with `best` in its name, in it or in its ckpt/. The checkpoint may
+be one of this suite's, SSKD's or the CRD benchmark's; its architecture is recognised by its
+tensors. Beside a run's config.yaml the run's own dataset is taken, else CIFAR-100.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate what the command line names; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sskd.evaluate",
+        description="Measure the top-1 accuracy of a checkpoint on its test set, in float32.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", help="a file, or a folder that holds one")
+    parser.add_argument("--arch", help="the architecture; default: recognised by the tensors")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="dataset.KEY=VALUE", help="as for the training commands"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        print(evaluate(given.checkpoint, given.arch, given.device, given.overrides))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except CompactHydraException as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def evaluate(checkpoint: str, arch: str | None, device: str, overrides: Sequence[str]) -> str:
+    """Return one line that tells the accuracy of ``checkpoint``."""
+    # Importing torch takes seconds, which --help should not.
+    from sskd.config import read_config
+    from sskd.data import load_images
+    from sskd.device import choose_device, place
+    from sskd.evaluation import accuracy, predict
+    from sskd.models import build_model, find_checkpoint, load_weights, read_checkpoint, recognise
+
+    path = find_checkpoint(checkpoint)
+    recognised = recognise(read_checkpoint(path).state)
+    if arch is None:
+        if recognised is None:
+            raise UserError(f"{path}: is no architecture of this suite; name it with --arch NAME")
+        arch = recognised[0]
+    choices = ["method=vanilla", *_dataset_of_run(path), *overrides]
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = read_config(compose("student", choices))
+    images = load_images(config.dataset).to(choose_device(device))
+    network = build_model(arch, images.num_classes)
+    stated = load_weights(network, path).accuracy
+    place(network, images.test.images.device)
+    top1 = accuracy(predict(network, images.test, images), images.test.labels)
+    told = "" if stated is None else f" (the file states {stated:.2f})"
+    return f"{path}: {arch}, {images.name} test set: top-1 {top1:.2f}{told}"
+
+
+def _dataset_of_run(checkpoint: Path) -> list[str]:
+    """Return overrides that choose the dataset of the run that ``checkpoint`` lies in, if any."""
+    from sskd.run import CONFIG, read_config_file
+
+    path = checkpoint.parent / CONFIG
+    if not path.exists():
+        return []
+    dataset = read_config_file(path).get("dataset")
+    if not isinstance(dataset, dict):
+        raise UserError(f"{path}: names no dataset; it is not a run's configuration")
+    own = [f"dataset.{key}={json.dumps(value)}" for key, value in dataset.items()]
+    return [f"dataset={dataset['source']}", *own]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

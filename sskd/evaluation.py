@@ -1,0 +1,39 @@
+"""Accuracy on plain images, and how closely a student follows its teacher."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sskd.data import Images, Split, plain
+
+_BATCH = 500
+
+
+@torch.inference_mode()
+def predict(network: nn.Module, split: Split, images: Images) -> Tensor:
+    """Return ``network``'s logits [N, C] for the images of ``split``, unrotated and uncropped.
+
+    Computed in float32 and in eval mode, whatever precision the network trains in.
+    """
+    network.eval()
+    batches = plain(split, images.mean, images.std, _BATCH)
+    return torch.cat([network(x).logits for x, _ in batches])
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Return the top-1 accuracy in percent of ``logits`` [N, C] for ``labels`` [N]."""
+    return 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+def agreement(student_logits: Tensor, teacher_logits: Tensor) -> float:
+    """Return the percentage of rows [N, C] on which student and teacher predict the same class."""
+    return accuracy(student_logits, teacher_logits.argmax(1))
+
+
+def mean_kl(student_logits: Tensor, teacher_logits: Tensor) -> float:
+    """Return the mean over rows [N, C] of ``KL(softmax(teacher) || softmax(student))``, in nats."""
+    student = F.log_softmax(student_logits.double().cpu(), dim=1)
+    teacher = F.log_softmax(teacher_logits.double().cpu(), dim=1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True).item()

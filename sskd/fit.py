@@ -1,0 +1,256 @@
+"""The one training loop, of every stage of every run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sskd.config import Config
+from sskd.data import Batch, Images, Loader
+from sskd.errors import UserError
+from sskd.evaluation import accuracy, predict
+from sskd.interrupt import StopSignals
+from sskd.meter import Meter
+from sskd.methods import Stage
+from sskd.optimizers import build_optimizer
+from sskd.progress import Progress
+from sskd.run import Run
+from sskd.schedule import Schedule
+from sskd.seeding import (
+    derive_seed,
+    generator_states,
+    restore_generator_states,
+    seed_everything,
+)
+
+
+@dataclass
+class Position:
+    """Where a stage stands and what it has reached; part of a checkpoint.
+
+    Epochs are finished ones; seconds are those of training, without evaluation.
+    """
+
+    epoch: int = 0
+    mid_epoch: bool = False
+    epoch_seconds: float = 0.0
+    seconds: float = 0.0
+    images: int = 0
+    best_top1: float = -math.inf
+    best_epoch: int = 0
+
+
+def stage_schedule(stage: Stage, config: Config) -> Schedule:
+    """Return the schedule of ``stage`` in a run of ``config``."""
+    own = config.schedule
+    whole = Schedule.from_shares(own.epochs, config.optimizer.lr, own.milestones, own.gamma)
+    return whole if stage.phase is None else whole.phase(stage.phase)
+
+
+@dataclass
+class Fit:
+    """One stage in training.
+
+    Attributes:
+        stage: what is trained, and on which losses.
+        method: every module that takes part; all but ``stage.trains`` is frozen in eval mode.
+        stateful: whose state the checkpoints carry.
+        images: the data, on the device of the networks.
+        run: where figures and checkpoints go.
+        config: the run's configuration.
+        evaluated: the network whose accuracy is measured after each epoch, if any.
+        track: called with each epoch's figures.
+    """
+
+    stage: Stage
+    method: nn.Module
+    stateful: nn.Module
+    images: Images
+    run: Run
+    config: Config
+    evaluated: nn.Module | None = None
+    track: Callable[[dict[str, Any]], None] = lambda line: None
+    position: Position = field(default_factory=Position)
+    meter: Meter = field(default_factory=Meter)
+
+    def __post_init__(self) -> None:
+        self.schedule = stage_schedule(self.stage, self.config)
+        self.loader = Loader(
+            self.images.train,
+            self.images.mean,
+            self.images.std,
+            self.config.batch_size,
+            self.stage.views,
+        )
+        self.method.requires_grad_(False)
+        self.stage.trains.requires_grad_(True)
+        self.optimizer = build_optimizer(
+            self.config.optimizer, self.stage.trains.parameters(), self.schedule.lr
+        )
+        self._saved = time.monotonic()
+
+    def train(self, resume: Mapping[str, Any] | None = None) -> Position:
+        """Train to the end of the stage, from its beginning or on from a checkpoint of it.
+
+        Raises:
+            UserError: a loss is not finite; it names the stage, the epoch and the term.
+            Interrupted: SIGTERM or SIGINT came; the running step was finished and saved.
+        """
+        if resume is not None:
+            self._restore(resume)
+        epochs, size = self.schedule.epochs, len(self.images.train)
+        done = self.position.images + (self.meter.images if self.position.mid_epoch else 0)
+        self.progress = Progress(self.stage.name, epochs * size, done, self._finite_figures)
+        started = "goes on" if resume is not None else "starts"
+        self.progress.line(f"{started} in {self.run.folder}, {self.position.epoch}/{epochs} epochs")
+        try:
+            with StopSignals() as signals:
+                while self.position.epoch < epochs:
+                    self._train_epoch(signals)
+                    self._end_epoch()
+                    signals.raise_if_received()
+        finally:
+            self.progress.close()
+        return self.position
+
+    def _train_epoch(self, signals: StopSignals) -> None:
+        position = self.position
+        if not position.mid_epoch:
+            purpose = (self.config.seed, self.stage.name, position.epoch)
+            self.loader.begin_epoch(derive_seed(*purpose, "batches"))
+            seed_everything(*purpose, "model")
+            self.meter, position.epoch_seconds = Meter(), 0.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr_at(position.epoch)
+        self.method.eval()
+        self.stage.trains.train()
+        started = time.monotonic() - position.epoch_seconds
+        while self.loader.position < self.loader.steps:
+            self._step(self.loader.next_batch())
+            if self._is_time_to_save(signals):
+                position.mid_epoch = True
+                position.epoch_seconds = time.monotonic() - started
+                self._save()
+                signals.raise_if_received()
+        self._finite_figures()  # waits for the device: the time is that of the whole epoch
+        position.epoch_seconds = time.monotonic() - started
+
+    def _step(self, batch: Batch) -> None:
+        bf16 = self.config.precision == "bf16"
+        with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=bf16):
+            terms, metrics = self.stage.loss(batch)
+        weighted = weigh(terms, self.stage)
+        loss = torch.stack(list(weighted.values())).sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        figures = {"loss": loss}
+        figures |= {f"loss/{name}": term for name, term in terms.items()}
+        figures |= {f"weighted/{name}": term for name, term in weighted.items()}
+        self.meter.add(figures | metrics, len(batch.y))
+        self.progress.advance(len(batch.y))
+
+    def _is_time_to_save(self, signals: StopSignals) -> bool:
+        due = time.monotonic() - self._saved > 60 * self.config.checkpoint_minutes
+        in_mid_epoch = self.loader.position < self.loader.steps
+        return in_mid_epoch and (due or signals.received is not None)
+
+    def _end_epoch(self) -> None:
+        position, figures = self.position, self._finite_figures()
+        position.epoch += 1
+        position.mid_epoch = False
+        position.seconds += position.epoch_seconds
+        position.images += self.meter.images
+        rate = self.meter.images / max(position.epoch_seconds, 1e-9)
+        line = {
+            "stage": self.stage.name,
+            "epoch": position.epoch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **figures,
+            **self._evaluate(),
+            "images_per_second": round(rate, 2),
+            "seconds": round(position.epoch_seconds, 3),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        self.run.log(line)
+        self._save()
+        self.track(line)
+        self.progress.epoch(position.epoch, self.schedule.epochs, line)
+
+    def _evaluate(self) -> dict[str, float]:
+        if self.evaluated is None:
+            return {}
+        position, images, figures = self.position, self.images, {}
+        for name, split in (("test", images.test), ("holdout", images.holdout)):
+            if split is not None:
+                logits = predict(self.evaluated, split, images)
+                figures[f"{name}/top1"] = accuracy(logits, split.labels)
+        if figures["test/top1"] > position.best_top1:
+            position.best_top1, position.best_epoch = figures["test/top1"], position.epoch
+            self.run.save_best(self.evaluated, position.best_epoch, position.best_top1)
+        return figures | {"best/top1": position.best_top1}
+
+    def _finite_figures(self) -> dict[str, float]:
+        figures = self.meter.read()
+        for name, value in figures.items():
+            if name.startswith("loss/") and not math.isfinite(value):
+                raise UserError(
+                    f"{self.run.folder}: stage {self.stage.name}, epoch "
+                    f"{self.position.epoch + 1}: the term '{name.removeprefix('loss/')}' is not "
+                    f"finite ({value}); try a smaller optimizer.lr, or precision=fp32"
+                )
+        return figures
+
+    def _save(self) -> None:
+        self._finite_figures()  # nothing that has gone astray is worth going on from
+        state = {
+            "stage": self.stage.name,
+            "position": vars(self.position),
+            "meter": self.meter.state_dict(),
+            "module": own_state(self.stateful),
+            "optimizer": self.optimizer.state_dict(),
+            "loader": self.loader.state_dict(),
+            "generators": generator_states(),
+        }
+        if self.evaluated is not None:
+            state["model"] = self.evaluated.state_dict()
+        self.run.save(state)
+        self._saved = time.monotonic()
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        load_own_state(self.stateful, state["module"])
+        self.position = Position(**state["position"])
+        self.meter.load_state_dict(state["meter"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.loader.load_state_dict(state["loader"])
+        restore_generator_states(state["generators"])
+
+
+def weigh(terms: Mapping[str, Tensor], stage: Stage) -> dict[str, Tensor]:
+    """Return ``terms`` times the weights of ``stage``; ValueError unless each has its weight."""
+    if terms.keys() != stage.weights.keys():
+        raise ValueError(
+            f"stage {stage.name}: its terms are {sorted(terms)}, "
+            f"its weights {sorted(stage.weights)}"
+        )
+    return {name: stage.weights[name] * term for name, term in terms.items()}
+
+
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return ``module``'s state without its teacher's, which never changes."""
+    return {k: v for k, v in module.state_dict().items() if not k.startswith("teacher.")}
+
+
+def load_own_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load what ``own_state`` returned, strictly."""
+    absent, unexpected = module.load_state_dict(state, strict=False)
+    wrong = [name for name in absent if not name.startswith("teacher.")] + list(unexpected)
+    if wrong:
+        raise ValueError(f"the checkpoint's state does not fit, in {', '.join(wrong)}")

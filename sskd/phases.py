@@ -1,0 +1,65 @@
+"""First phases that depend on the teacher alone: computed once, then found by every student."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import nn
+
+from sskd.config import Config, identity
+from sskd.data import Images
+from sskd.fit import Fit, stage_schedule
+from sskd.methods import Stage
+from sskd.run import WEIGHTS, Run
+from sskd.teachers import Teacher
+
+
+def share_phase(
+    stage: Stage, method: nn.Module, images: Images, config: Config, teacher: Teacher
+) -> list[dict[str, Any]]:
+    """Train ``stage`` or find its result, load it into ``stage.trains``, return its metrics.
+
+    The phase has a run's folder of its own, named after everything that it depends on: the
+    teacher's weights, the seed, the data and the phase's settings, and nothing of the student.
+    """
+    settings = phase_settings(stage, config, teacher)
+    folder = phase_folder(stage, config, settings)
+    with Run(folder, settings).open(wait=True) as run:
+        if run.result is None:
+            state = run.checkpoint(images.train.images.device)
+            position = Fit(stage, method, stage.trains, images, run, config).train(state)
+            result = {"kind": "phase", "stage": stage.name, "seconds": position.seconds}
+            run.finish(stage.trains, result)
+        else:
+            print(f"{folder}: reused")
+        stage.trains.load_state_dict(load_file(folder / WEIGHTS))
+        return run.read_metrics()
+
+
+def phase_settings(stage: Stage, config: Config, teacher: Teacher) -> dict[str, Any]:
+    """Return everything that the result of a teacher-only ``stage`` depends on."""
+    values = identity(config.model_dump())
+    schedule = asdict(stage_schedule(stage, config))
+    optimizer = {k: v for k, v in values["optimizer"].items() if k != "lr"}
+    return {
+        "phase": stage.name,
+        "teacher": {"name": values["teacher"]["name"], "digest": teacher.digest},
+        "schedule": schedule | {"milestones": list(schedule["milestones"])},
+        "optimizer": optimizer,
+        "views": stage.views,
+        "weights": dict(stage.weights),
+        **{key: values[key] for key in ("dataset", "seed", "batch_size", "precision")},
+    }
+
+
+def phase_folder(stage: Stage, config: Config, settings: dict[str, Any]) -> Path:
+    """Return where the result of a teacher-only ``stage`` with these ``settings`` lies."""
+    assert config.teacher is not None
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    parent = Path(config.runs, config.dataset.name, "phases", config.teacher.name, stage.name)
+    return parent / f"seed{config.seed}-{digest}"

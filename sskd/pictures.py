@@ -1,0 +1,31 @@
+"""Pictures of what a run is fed."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from torchvision.utils import make_grid, save_image
+
+from sskd.config import Config
+from sskd.data import Images, Loader
+from sskd.seeding import derive_seed
+from sskd.storage import write_whole
+
+_ROWS = 8
+_SCALE = 3  # screen pixels a pixel: 32 are too small to look at
+
+
+def save_views(folder: Path, images: Images, config: Config, views: int) -> Path:
+    """Save ``views.png``: the views of the run's first images, a row an image; return its path."""
+    loader = Loader(images.train, images.mean, images.std, _ROWS, views)
+    loader.begin_epoch(derive_seed(config.seed, "picture"))
+    mean = torch.tensor(images.mean)[:, None, None]
+    std = torch.tensor(images.std)[:, None, None]
+    pixels = (loader.next_batch().x.cpu() * std + mean).clamp(0, 1)
+    large = pixels.repeat_interleave(_SCALE, 2).repeat_interleave(_SCALE, 3)
+    picture = BytesIO()
+    save_image(make_grid(large, nrow=views), picture, format="png")
+    write_whole(folder / "views.png", lambda stream: stream.write(picture.getvalue()))
+    return folder / "views.png"

@@ -1,0 +1,87 @@
+"""Progress of a long stage: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+# Seconds between two looks at the figures; each look is a copy from the device to the host.
+_ON_TERMINAL = 1.0
+_IN_LOG = 60.0
+
+# What a line tells, of all that metrics.jsonl holds.
+_TOLD = ("lr", "loss", "top1", "contrastive_top1", "test/", "holdout/", "images_per_second")
+
+
+class Progress:
+    """Shows how far a stage is, its rate and time left, and the figures of the running epoch.
+
+    Args:
+        title: what is being trained.
+        total: images in the whole stage.
+        done: images of it that an earlier start has trained.
+        figures: called at most once a second; returns the epoch's figures so far.
+    """
+
+    def __init__(
+        self, title: str, total: int, done: int, figures: Callable[[], Mapping[str, Any]]
+    ) -> None:
+        self._title = title
+        self._figures = figures
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            desc=title,
+            unit=" images",
+            unit_scale=True,
+            disable=None,
+            dynamic_ncols=True,
+            leave=False,
+        )
+        self._interval = _IN_LOG if self._bar.disable else _ON_TERMINAL
+        self._start = self._shown = time.monotonic()
+        self._total, self._done, self._first = total, done, done
+
+    def advance(self, images: int) -> None:
+        """Count ``images`` as trained; look at the figures if it is time to."""
+        self._done += images
+        self._bar.update(images)
+        if time.monotonic() - self._shown < self._interval:
+            return
+        told = _tell(self._figures())
+        self._shown = time.monotonic()
+        self._bar.set_postfix_str(told)
+        if self._bar.disable:
+            self.line(f"{100 * self._done / self._total:.1f} %, {told}, {self._left()}")
+
+    def epoch(self, epoch: int, epochs: int, figures: Mapping[str, Any]) -> None:
+        """Tell the figures of a finished epoch in a line of their own."""
+        self.line(f"epoch {epoch}/{epochs}, {_tell(figures)}, {self._left()}")
+
+    def line(self, text: str) -> None:
+        """Print a line without disturbing the bar."""
+        self._bar.write(f"{self._title}: {text}", file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()
+
+    def _left(self) -> str:
+        rate = (self._done - self._first) / max(time.monotonic() - self._start, 1e-9)
+        seconds = (self._total - self._done) / rate if rate else 0
+        return f"{tqdm.format_interval(seconds)} left"
+
+
+def _tell(figures: Mapping[str, Any]) -> str:
+    """Return the figures that a person follows, rounded."""
+    told = {k: v for k, v in figures.items() if k.startswith(_TOLD)}
+    return ", ".join(f"{name} {value:{_format(value)}}" for name, value in told.items())
+
+
+def _format(value: float) -> str:
+    return ".0f" if value >= 1000 else ".2f" if value >= 10 else ".4g"

@@ -1,0 +1,113 @@
+"""What a finished run says of itself."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import sskd
+from sskd.config import Config
+from sskd.data import Images
+from sskd.evaluation import accuracy, agreement, mean_kl, predict
+from sskd.fit import Position
+from sskd.models import read_checkpoint, weights_digest
+from sskd.run import BEST, Run
+
+
+def summarise(
+    run: Run,
+    config: Config,
+    changed: Mapping[str, Any],
+    images: Images,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    position: Position,
+) -> dict[str, Any]:
+    """Return the result of a run whose last stage ended at ``position``.
+
+    Accuracies are top-1 in percent, of the last and of the best epoch on the test set;
+    agreement is in percent, the divergence in nats.
+    """
+    logits = predict(student, images.test, images)
+    result: dict[str, Any] = {
+        "kind": "distill" if config.teacher else "scratch",
+        "dataset": config.dataset.name,
+        "teacher": config.teacher.name if config.teacher else None,
+        "student": config.student.name,
+        "method": config.method.name,
+        "seed": config.seed,
+        "difference": dict(changed),
+        "top1": {
+            "last": accuracy(logits, images.test.labels),
+            "best": position.best_top1,
+            "best_epoch": position.best_epoch,
+        },
+        "holdout_top1": _holdout(run),
+        "teacher_top1": None,
+        "agreement": None,
+        "kl": None,
+        "epochs": position.epoch,
+        "seconds": sum(line["seconds"] for line in run.metrics),
+        "images_per_second": position.images / max(position.seconds, 1e-9),
+        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "digest": {
+            "last": weights_digest(student),
+            "best": weights_digest(read_checkpoint(run.folder / BEST).state),
+        },
+        "precision": config.precision,
+        **_circumstances(images),
+    }
+    if teacher is not None:
+        teacher_logits = predict(teacher, images.test, images)
+        result["teacher_top1"] = accuracy(teacher_logits, images.test.labels)
+        result["agreement"] = agreement(logits, teacher_logits)
+        result["kl"] = mean_kl(logits, teacher_logits)
+    return result
+
+
+def _holdout(run: Run) -> dict[str, float] | None:
+    """Return the accuracy on held-out images, and on the test set where that is best."""
+    scored = [line for line in run.metrics if "holdout/top1" in line]
+    if not scored:
+        return None
+    best = max(scored, key=lambda line: line["holdout/top1"])
+    return {
+        "last": scored[-1]["holdout/top1"],
+        "best": best["holdout/top1"],
+        "best_epoch": best["epoch"],
+        "test_top1_at_best": best["test/top1"],
+    }
+
+
+def _circumstances(images: Images) -> dict[str, Any]:
+    device = images.train.images.device
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "peak_memory_mib": torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else None,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "sskd": sskd.__version__,
+        },
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str | None:
+    """Return the commit of this code, with ``-dirty`` after changes; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    root = Path(__file__).resolve().parent
+    try:
+        told = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return told.stdout.strip()

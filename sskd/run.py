@@ -1,0 +1,215 @@
+"""A run's folder: its configuration, metrics, checkpoints and result.
+
+The folder is the run's identity. What stands in it is written whole or not at all, so a run
+may be killed at any moment; the next start of the same command goes on from ``last.pt``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from sskd.config import identity
+from sskd.errors import UserError
+from sskd.models import save_weights
+from sskd.nested import flatten
+from sskd.storage import write_text, write_whole
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+LAST = "last.pt"
+BEST = "best.pt"
+WEIGHTS = "model.safetensors"
+RESULT = "result.json"
+
+
+class Run:
+    """One run's folder, locked while it is open.
+
+    A folder that holds a run of another ``config`` is refused, where the difference is one
+    that decides the result (``sskd.config.identity``).
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.config = config
+        self.metrics: list[dict[str, Any]] = []
+        self._lock = FileLock(folder / ".lock")
+
+    def open(self, *, wait: bool = False) -> Self:
+        """Make the folder, or take it up where it stopped.
+
+        Args:
+            wait: wait for another process that has it open, instead of an error.
+
+        Raises:
+            UserError: the folder cannot be written, another process is at work in it, or it
+                holds a run of another configuration.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            raise UserError(f"{self.folder}: another process is working on this run") from None
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: cannot be written ({error.strerror}); "
+                "choose another folder with runs=FOLDER"
+            ) from None
+        try:
+            self._take_up()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _take_up(self) -> None:
+        path = self.folder / CONFIG
+        if not path.exists():
+            try:
+                write_text(path, OmegaConf.to_yaml(OmegaConf.create(dict(self.config))))
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+            return
+        found = flatten(identity(read_config_file(path)))
+        wanted = flatten(identity(self.config))
+        differing = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+        if differing:
+            told = ", ".join(
+                f"{key} ({found.get(key)!r} there, {wanted.get(key)!r} here)" for key in differing
+            )
+            raise UserError(
+                f"{self.folder}: holds a run of another configuration: {told}; start afresh "
+                "with force=true (the old run is kept under .old/), or use another runs=FOLDER"
+            )
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The result of a finished run, else None."""
+        return read_result(self.folder)
+
+    def checkpoint(self, device: torch.device) -> dict[str, Any] | None:
+        """Return what ``save`` last wrote, or None; ``metrics`` are cut back to that moment."""
+        path = self.folder / LAST
+        state: dict[str, Any] | None = None
+        if path.exists():
+            try:
+                state = torch.load(path, map_location=device, weights_only=True)
+            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+                raise UserError(
+                    f"{path}: cannot be read, it may be damaged; start afresh with force=true"
+                ) from None
+        self._cut_metrics(state["lines"] if state else 0)
+        return state
+
+    def _cut_metrics(self, count: int) -> None:
+        self.metrics = self.read_metrics(count) if count else []
+        text = "".join(json.dumps(line) + "\n" for line in self.metrics)
+        write_text(self.folder / METRICS, text)
+
+    def read_metrics(self, count: int | None = None) -> list[dict[str, Any]]:
+        """Return the first ``count`` lines of ``metrics.jsonl``, or all."""
+        lines = (self.folder / METRICS).read_text().splitlines()[:count]
+        return [json.loads(line) for line in lines]
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Add one line, an epoch's figures, to ``metrics.jsonl``."""
+        self.metrics.append(line)
+        with (self.folder / METRICS).open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write ``last.pt``: all that is needed to go on from here."""
+        whole = {**state, "lines": len(self.metrics)}
+        write_whole(self.folder / LAST, lambda stream: torch.save(whole, stream))
+
+    def save_best(self, model: nn.Module, epoch: int, accuracy: float) -> None:
+        """Write ``best.pt``: the network's weights at its best epoch, in the published layout."""
+        state = {"model": model.state_dict(), "epoch": epoch, "accuracy": accuracy}
+        write_whole(self.folder / BEST, lambda stream: torch.save(state, stream))
+
+    def finish(self, model: nn.Module, result: Mapping[str, Any]) -> None:
+        """Write the network's clean weights and then the result, which marks the run finished."""
+        about = {key: str(result[key]) for key in ("epoch", "accuracy") if key in result}
+        temporary = self.folder / f".{WEIGHTS}.part"
+        save_weights(temporary, model, about)
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(self.folder / WEIGHTS)
+        write_text(self.folder / RESULT, json.dumps(dict(result), indent=2) + "\n")
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Return the configuration that a run's folder was made with; UserError if it is not one."""
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: is not a run's configuration; start afresh with force=true")
+    return {str(key): value for key, value in config.items()}
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """Return the result of the run in ``folder``, or None where none has finished."""
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError):
+        result = None
+    if not isinstance(result, dict):
+        raise UserError(f"{path}: is not a result; start afresh with force=true")
+    return result
+
+
+def put_aside(folder: Path) -> None:
+    """Move a run's folder into ``.old/`` beside it, so that a new run can take its place."""
+    if not folder.exists():
+        return
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder}: another process is working on this run") from None
+    old = folder.parent / ".old"
+    old.mkdir(exist_ok=True)
+    folder.rename(old / f"{folder.name}-{times_put_aside(folder) + 1}")
+    lock.release()
+
+
+def times_put_aside(folder: Path) -> int:
+    """Return the number of the latest run that was put aside from ``folder``, or 0."""
+    names = [path.name for path in (folder.parent / ".old").glob(f"{folder.name}-*")]
+    numbers = [name.removeprefix(f"{folder.name}-") for name in names]
+    return max((int(number) for number in numbers if number.isdigit()), default=0)

@@ -1,0 +1,57 @@
+"""Finding a student's teacher: one of the suite's own runs, or a checkpoint from elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from sskd.config import Config, difference, run_folder, teacher_config, training_command
+from sskd.errors import UserError
+from sskd.models import find_checkpoint, load_weights, read_checkpoint, weights_digest
+from sskd.run import BEST, WEIGHTS, read_result
+
+_FILES = {"best": BEST, "last": WEIGHTS}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher's weights: their file, and the SHA-256 of the tensors in it."""
+
+    path: Path
+    digest: str
+
+
+def find_teacher(config: Config) -> Teacher | None:
+    """Return the teacher that ``config`` asks for, or None for a network alone.
+
+    Raises:
+        UserError: there is none; for a run of the suite it gives the command that trains it.
+    """
+    if config.teacher is None:
+        return None
+    if config.teacher.checkpoint is not None:
+        path = find_checkpoint(config.teacher.checkpoint, config.teacher.epoch)
+        return Teacher(path, weights_digest(read_checkpoint(path).state))
+    wanted = teacher_config(config)
+    folder = run_folder(wanted, difference(wanted))
+    result = read_result(folder)
+    if result is None:
+        raise UserError(
+            f"{folder}: no finished run of the teacher {config.teacher.name}; train it with "
+            f"`{training_command(wanted)}`, or add teacher.train=true here, or name a file "
+            "with teacher.checkpoint=PATH"
+        )
+    epoch = config.teacher.epoch
+    return Teacher(folder / _FILES[epoch], result["digest"][epoch])
+
+
+def load_teacher(network: nn.Module, teacher: Teacher) -> None:
+    """Load the teacher's weights; UserError if they are not the ones that were found."""
+    load_weights(network, teacher.path)
+    if weights_digest(network) != teacher.digest:
+        raise UserError(
+            f"{teacher.path}: its weights are not those that its result.json tells of; "
+            "train it again with force=true"
+        )

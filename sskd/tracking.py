@@ -1,0 +1,125 @@
+"""Weights & Biases: one run for each run's folder, online or to be synced later."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import wandb
+
+from sskd.config import Config
+from sskd.run import Run
+from sskd.storage import write_text
+
+_ID = "wandb_id"
+_INIT_TIMEOUT = 20  # seconds; after that a run without a network is an offline one
+# Figures about the student as a whole; the others are named after their stage.
+_UNPREFIXED = ("test/", "holdout/", "best/")
+
+
+class Tracker:
+    """A run's counterpart in W&B, open while it is entered.
+
+    Nothing it does asks a question, and where W&B cannot be reached the run is kept on disk.
+    """
+
+    def __init__(self, run: Run, config: Config) -> None:
+        self._run = run
+        self._config = config
+        self._name = str(run.folder.relative_to(config.runs))
+
+    def __enter__(self) -> Self:
+        mode = choose_mode(self._config.wandb.mode)
+        try:
+            self._wandb = self._init(mode)
+        except wandb.Error as error:
+            print(f"W&B cannot be reached ({str(error).splitlines()[0]}); this run stays offline")
+            wandb.teardown()
+            self._wandb = self._init("offline")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._wandb.finish(exit_code=0 if kind is None else 1)
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Log the line that was last added to ``metrics.jsonl``; its number is W&B's step."""
+        figures = {
+            key if key.startswith(_UNPREFIXED) else f"{line['stage']}/{key}": value
+            for key, value in line.items()
+            if isinstance(value, int | float)
+        }
+        self._wandb.log(figures, step=len(self._run.metrics))
+
+    def picture(self, name: str, path: Path) -> None:
+        """Show the picture in ``path``."""
+        self._wandb.log({name: wandb.Image(str(path))}, step=0)
+
+    def summarise(self, result: Mapping[str, Any]) -> None:
+        """Show the result in the run's row of a table."""
+        top1 = result["top1"]
+        self._wandb.summary.update(
+            {
+                "last/top1": top1["last"],
+                "best/top1": top1["best"],
+                "best/epoch": top1["best_epoch"],
+                **{
+                    name: result[name]
+                    for name in ("teacher_top1", "agreement", "kl", "images_per_second", "seconds")
+                    if result[name] is not None
+                },
+            }
+        )
+
+    def _init(self, mode: str) -> wandb.Run:
+        config = self._config
+        arch, method = config.student.name, config.method.name
+        subject = f"{config.teacher.name}-{arch}" if config.teacher else arch
+        return wandb.init(
+            mode=mode,  # type: ignore[arg-type]
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            dir=str(self._run.folder),
+            id=run_id(self._run.folder, self._name),
+            name=self._name,
+            group=f"{subject}/{method}",
+            job_type="student" if config.teacher else "teacher",
+            tags=[config.dataset.name, *config.wandb.tags],
+            config=dict(self._run.config),
+            resume="allow",
+            settings=wandb.Settings(init_timeout=_INIT_TIMEOUT, console="off", silent=True),
+        )
+
+
+def choose_mode(mode: str) -> str:
+    """Return W&B's mode for ``wandb.mode``; ``auto`` is online only where there is a login."""
+    if mode != "auto":
+        return mode
+    if "WANDB_MODE" in os.environ:
+        return os.environ["WANDB_MODE"]
+    if wandb.login(prompt=False):
+        return "online"
+    print("W&B: no login, so this run is kept offline; `wandb sync` sends it later")
+    return "offline"
+
+
+def run_id(folder: Path, name: str) -> str:
+    """Return the W&B id of the run in ``folder``: made from its name once, then kept there.
+
+    A run that comes back goes on under its id; a run of the same name in another folder,
+    or one started afresh, gets an id of its own.
+    """
+    path = folder / _ID
+    if not path.exists():
+        text = f"{name} {uuid.uuid4()}"
+        write_text(path, hashlib.sha256(text.encode()).hexdigest()[:16])
+    return path.read_text()

@@ -1,0 +1,107 @@
+"""Distil a student from a teacher; `python train_student.py --help` tells how."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from omegaconf import DictConfig
+
+from sskd.cli import run_command, run_job
+
+if TYPE_CHECKING:
+    from sskd.config import Config
+
+
+@hydra.main(version_base=None, config_path="conf", config_name="student")
+def main(composed: DictConfig) -> None:
+    """Train the run that Hydra composed."""
+    run_job(train_composed, composed)
+
+
+def train_composed(composed: DictConfig) -> None:
+    """Check the composed configuration, then train."""
+    # Importing torch takes seconds, which --help and tab completion should not.
+    from sskd.config import read_config
+
+    train(read_config(composed))
+
+
+def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
+    """Carry one run from its configuration to its result; a finished run is returned as it is.
+
+    Args:
+        wait: wait for another process that is at work on the same run, instead of an error.
+    """
+    from sskd.config import difference, run_folder, teacher_config
+    from sskd.data import load_images
+    from sskd.device import choose_device, place
+    from sskd.fit import Fit
+    from sskd.methods import build_method
+    from sskd.models import build_model
+    from sskd.phases import share_phase
+    from sskd.pictures import save_views
+    from sskd.results import summarise
+    from sskd.run import Run, put_aside
+    from sskd.seeding import seed_everything
+    from sskd.teachers import find_teacher, load_teacher
+    from sskd.tracking import Tracker
+
+    # ---- what is to be done, and where ----
+    device = choose_device(config.device)
+    if config.teacher and config.teacher.train and not config.teacher.checkpoint:
+        train(teacher_config(config), wait=True)
+    found = find_teacher(config)
+    changed, values = difference(config), config.model_dump()
+    if config.teacher and found:
+        values["teacher"]["digest"] = found.digest
+        if config.teacher.checkpoint:
+            changed["teacher.digest"] = found.digest
+    folder = run_folder(config, changed)
+    if config.force:
+        put_aside(folder)
+
+    with Run(folder, values).open(wait=wait) as run:
+        if run.result:
+            print(f"{folder}: finished already, last top-1 {run.result['top1']['last']:.2f}")
+            return run.result
+
+        # ---- data, networks, method ----
+        images = load_images(config.dataset).to(device)
+        seed_everything(config.seed, "student")
+        student = build_model(config.student.name, images.num_classes)
+        teacher = None
+        if config.teacher and found:
+            teacher = build_model(config.teacher.name, images.num_classes)
+            load_teacher(teacher, found)
+        seed_everything(config.seed, "method")
+        method = build_method(config.method, student, teacher, images)
+        place(method, device)
+
+        # ---- training, stage by stage, on from the last checkpoint ----
+        state = run.checkpoint(device)
+        stages = list(method.stages())
+        first = [stage.name for stage in stages].index(state["stage"]) if state else 0
+        with Tracker(run, config) as tracker:
+            tracker.picture("views", save_views(folder, images, config, method.views))
+            for stage in stages[first:]:
+                if stage.teacher_only and found:
+                    for line in share_phase(stage, method, images, config, found):
+                        run.log(line)
+                        tracker.log(line)
+                    continue
+                trained = student if stage is stages[-1] else None
+                fit = Fit(stage, method, method, images, run, config, trained, tracker.log)
+                position = fit.train(state if state and state["stage"] == stage.name else None)
+
+            # ---- the result ----
+            result = summarise(run, config, changed, images, student, teacher, position)
+            tracker.summarise(result)
+            run.finish(student, result)
+    print(f"{folder}: last top-1 {result['top1']['last']:.2f}, best {result['top1']['best']:.2f}")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
