@@ -84,5 +84,6 @@ def _known_settings() -> list[str]:
         composed = compose("student")
     values = OmegaConf.to_container(composed)
     assert isinstance(values, dict)
+    named = {str(key): value for key, value in values.items()}
     groups = ["arch@teacher", "arch@student", *(path.stem for path in CONF.iterdir())]
-    return groups + list(flatten(values))
+    return groups + list(flatten(named))
