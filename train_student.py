@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
+from sskd import CONF
 from sskd.cli import run_command, run_job
 
 if TYPE_CHECKING:
     from sskd.config import Config
 
 
-@hydra.main(version_base=None, config_path="conf", config_name="student")
+@hydra.main(version_base=None, config_path=str(CONF), config_name="student")
 def main(composed: DictConfig) -> None:
     """Train the run that Hydra composed."""
     run_job(train_composed, composed)

@@ -7,11 +7,12 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+from sskd import CONF
 from sskd.cli import run_command, run_job
 from train_student import train_composed
 
 
-@hydra.main(version_base=None, config_path="conf", config_name="teacher")
+@hydra.main(version_base=None, config_path=str(CONF), config_name="teacher")
 def main(composed: DictConfig) -> None:
     """Train the run that Hydra composed: the story is train_student.py's, without a teacher."""
     run_job(train_composed, composed)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException, MissingConfigException
+from hydra.errors import CompactHydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,12 +30,13 @@ def run_job(job: Callable[[DictConfig], object], composed: DictConfig) -> None:
     """Run one job of a Hydra command; what the user can put right is told in one line."""
     try:
         job(composed)
-    except UserError as error:
+    except (UserError, CompactHydraException) as error:
+        told = explain(error)
         if HydraConfig.get().mode == RunMode.RUN:
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {told}")
         # In a sweep the others go on, and Hydra would tell the first failure only.
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise
+        print(f"error: {told}", file=sys.stderr, flush=True)
+        raise UserError(told) from None
 
 
 def run_command(main: Callable[[], object]) -> int:
@@ -60,7 +61,7 @@ def run_command(main: Callable[[], object]) -> int:
 
 
 def explain(error: Exception) -> str:
-    """Return Hydra's complaint about a configuration in one line, with the nearest right name."""
+    """Return a complaint about a configuration in one line, with the nearest right name."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         options = ", ".join(error.options)
@@ -71,6 +72,8 @@ def explain(error: Exception) -> str:
     if unknown:
         key = unknown.group(1)
         return f"{key}: no such setting{nearest(key, _known_settings())}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read as KEY=VALUE ({str(error).splitlines()[0]})"
     causes = [str(error)]
     if error.__cause__ is not None:
         causes.append(str(error.__cause__).splitlines()[0])

@@ -30,7 +30,7 @@ from pydantic import (
 )
 
 from sskd import CONF
-from sskd.data.settings import DatasetSettings
+from sskd.data import SOURCES, DatasetSettings
 from sskd.errors import UserError, nearest
 from sskd.methods import METHODS
 from sskd.models import ARCHITECTURES
@@ -160,6 +160,7 @@ def read_config(composed: DictConfig) -> Config:
     assert isinstance(values, dict)
     plain = {str(key): value for key, value in values.items() if key != "arch"}
     method = METHODS[_choice(plain, "method", METHODS)]
+    _choice(plain, "dataset", SOURCES, "source")
     plain.setdefault("teacher", None)
     if not method.needs_teacher:
         plain["teacher"] = None
@@ -180,12 +181,14 @@ def parse_config(values: Mapping[str, Any]) -> Config:
         raise UserError("; ".join(_explain(problem, model) for problem in error.errors())) from None
 
 
-def _choice(values: Mapping[str, Any], group: str, known: Mapping[str, Any]) -> str:
+def _choice(
+    values: Mapping[str, Any], group: str, known: Mapping[str, Any], key: str = "name"
+) -> str:
     chosen = values.get(group)
-    name = chosen.get("name") if isinstance(chosen, Mapping) else None
+    name = chosen.get(key) if isinstance(chosen, Mapping) else None
     if not isinstance(name, str) or name not in known:
         raise UserError(
-            f"{group}.name: no {group} '{name}'{nearest(str(name), known)} "
+            f"{group}.{key}: no {group} '{name}'{nearest(str(name), known)} "
             f"(there are {', '.join(known)})"
         )
     return name

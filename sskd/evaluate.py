@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="dataset.KEY=VALUE", help="as for the training commands"
     )
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     try:
         print(evaluate(given.checkpoint, given.arch, given.device, given.overrides))
     except UserError as error:

@@ -14,6 +14,7 @@ from sskd.seeding import derive_seed
 from sskd.storage import write_whole
 
 _ROWS = 8
+_GREY = 0.5  # between the views, told apart from their black padding
 _SCALE = 3  # screen pixels a pixel: 32 are too small to look at
 
 
@@ -26,6 +27,6 @@ def save_views(folder: Path, images: Images, config: Config, views: int) -> Path
     pixels = (loader.next_batch().x.cpu() * std + mean).clamp(0, 1)
     large = pixels.repeat_interleave(_SCALE, 2).repeat_interleave(_SCALE, 3)
     picture = BytesIO()
-    save_image(make_grid(large, nrow=views), picture, format="png")
+    save_image(make_grid(large, nrow=views, padding=_SCALE, pad_value=_GREY), picture, format="png")
     write_whole(folder / "views.png", lambda stream: stream.write(picture.getvalue()))
     return folder / "views.png"

@@ -36,6 +36,7 @@ def summarise(
     agreement is in percent, the divergence in nats.
     """
     logits = predict(student, images.test, images)
+    last = accuracy(logits, images.test.labels)
     result: dict[str, Any] = {
         "kind": "distill" if config.teacher else "scratch",
         "dataset": config.dataset.name,
@@ -45,7 +46,7 @@ def summarise(
         "seed": config.seed,
         "difference": dict(changed),
         "top1": {
-            "last": accuracy(logits, images.test.labels),
+            "last": last,
             "best": position.best_top1,
             "best_epoch": position.best_epoch,
         },
@@ -53,7 +54,8 @@ def summarise(
         "teacher_top1": None,
         "agreement": None,
         "kl": None,
-        "epochs": position.epoch,
+        "epoch": position.epoch,
+        "accuracy": last,
         "seconds": sum(line["seconds"] for line in run.metrics),
         "images_per_second": position.images / max(position.seconds, 1e-9),
         "parameters": sum(parameter.numel() for parameter in student.parameters()),

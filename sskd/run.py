@@ -158,13 +158,13 @@ class Run:
         write_whole(self.folder / BEST, lambda stream: torch.save(state, stream))
 
     def finish(self, model: nn.Module, result: Mapping[str, Any]) -> None:
-        """Write the network's clean weights and then the result, which marks the run finished."""
-        about = {key: str(result[key]) for key in ("epoch", "accuracy") if key in result}
-        temporary = self.folder / f".{WEIGHTS}.part"
-        save_weights(temporary, model, about)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(self.folder / WEIGHTS)
+        """Write ``model``'s weights and nothing else's, and then the result.
+
+        The result marks the run finished, so it comes last.
+        """
+        told = ("kind", "dataset", "student", "method", "seed", "epoch", "accuracy")
+        about = {key: result[key] for key in told if key in result}
+        save_weights(self.folder / WEIGHTS, model, about)
         write_text(self.folder / RESULT, json.dumps(dict(result), indent=2) + "\n")
 
 

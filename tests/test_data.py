@@ -58,12 +58,6 @@ def test_wrong_settings_are_refused(change: dict[str, Any]) -> None:
         settings("digits", **change)
 
 
-def test_an_unknown_name_is_refused_with_the_nearest() -> None:
-    unknown = settings("cifar100").model_copy(update={"source": "cifar_100"})
-    with pytest.raises(UserError, match=r"did you mean 'cifar100'.*digits"):
-        load_images(unknown)
-
-
 def train_split() -> Split:
     """Images that carry their position in a pixel, with classes of different sizes, mixed."""
     labels = torch.repeat_interleave(torch.arange(len(COUNTS)), torch.tensor(COUNTS))

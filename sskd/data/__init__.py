@@ -13,22 +13,25 @@ from sskd.data.images import (
 from sskd.data.loader import Batch, Loader, plain
 from sskd.data.settings import DatasetSettings
 from sskd.data.sources import SOURCES
-from sskd.errors import UserError, nearest
 
-__all__ = ["Batch", "DatasetSettings", "Images", "Loader", "Split", "load_images", "plain"]
+__all__ = [
+    "SOURCES",
+    "Batch",
+    "DatasetSettings",
+    "Images",
+    "Loader",
+    "Split",
+    "load_images",
+    "plain",
+]
 
 
 def load_images(settings: DatasetSettings) -> Images:
     """Load a dataset, then hold out, keep a fraction and make labels wrong, in this order.
 
     ``mean`` and ``std`` that are not given are those of all training images.
-    Raises UserError for an unknown source and for files that are missing or broken.
+    Raises UserError for files that are missing or broken.
     """
-    if settings.source not in SOURCES:
-        raise UserError(
-            f"dataset.source={settings.source}: no such source"
-            f"{nearest(settings.source, SOURCES)} (there are {', '.join(SOURCES)})"
-        )
     classes, train, test = SOURCES[settings.source](settings)
     # Before any choice, so that a student of few images sees them as its teacher does.
     mean, std = channel_statistics(train.images)

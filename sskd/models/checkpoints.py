@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +11,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from sskd.errors import UserError
 from sskd.models.recognition import recognise, tensor_shapes
 from sskd.models.safe_load import load_torch_file, unreadable
+from sskd.storage import write_whole
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 # Where a torch file may hold the state dict: the CRD benchmark's files, and SSKD's.
 STATE_KEYS = ("model", "state_dict")
 ACCURACY_KEYS = ("accuracy", "acc", "best_acc")
+ABOUT = "about"
 # SSKD's MobileNetV2 has its classifier bare, the CRD benchmark's inside a Sequential.
 BARE_CLASSIFIER = {
     "classifier.weight": "classifier.0.weight",
@@ -116,10 +119,15 @@ def load_weights(model: nn.Module, path: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def save_weights(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
-    """Write the model's tensors to a safetensors file, with ``metadata`` beside them."""
+def save_weights(path: Path, model: nn.Module, about: Mapping[str, Any]) -> None:
+    """Write the model's tensors to a safetensors file, whole or not at all.
+
+    ``about`` stands in the file's metadata as JSON, under one key: of several keys the format
+    does not fix the order, and equal weights are to be equal files.
+    """
     state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, path, metadata=metadata)
+    content = save(state, metadata={ABOUT: json.dumps(about)})
+    write_whole(path, lambda stream: stream.write(content))
 
 
 def weights_digest(weights: nn.Module | Mapping[str, Tensor]) -> str:
@@ -144,10 +152,13 @@ def _require_file(path: Path) -> None:
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            facts = file.metadata() or {}
+        about = json.loads(facts[ABOUT]) if ABOUT in facts else facts
+        return state, about if isinstance(about, dict) else {}
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: permission denied") from error
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise unreadable(path) from error
 
 

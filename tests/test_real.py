@@ -1,0 +1,47 @@
+"""The real CIFAR-100 and a trained teacher, where the environment names them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import Compose
+
+from sskd import evaluate
+from train_student import train
+
+
+def stated_accuracy(teachers: Path) -> float:
+    found = re.search(r"float32: \*\*([\d.]+)\*\*", (teachers / "README.md").read_text())
+    assert found is not None
+    return float(found[1])
+
+
+def test_the_trained_teacher_reaches_the_accuracy_that_is_stated(
+    cifar100_root: Path, teachers_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = teachers_root / "resnet56_cifar100.pth"
+    assert evaluate.main([str(path), f"dataset.root={cifar100_root}"]) == 0
+    told = capsys.readouterr().out
+    measured = re.search(r"resnet56, cifar100 test set: top-1 ([\d.]+)", told)
+    assert measured is not None, told
+    assert abs(float(measured[1]) - stated_accuracy(teachers_root)) <= 0.02
+
+
+def test_a_student_learns_from_it(
+    composed: Compose, cifar100_root: Path, teachers_root: Path, tmp_path: Path
+) -> None:
+    """SSKD for two short epochs on a fraction of the images: all terms fall."""
+    config = composed(
+        "pair=resnet56-resnet20", "arch@student=resnet8", "schedule.epochs=2",
+        "schedule.milestones=[]", "dataset.fraction=0.02", f"dataset.root={cifar100_root}",
+        f"teacher.checkpoint={teachers_root / 'resnet56_cifar100.pth'}", "precision=bf16",
+    )  # fmt: skip
+    result = train(config)
+    assert result["teacher_top1"] == pytest.approx(stated_accuracy(teachers_root), abs=0.02)
+    (path,) = (tmp_path / "runs/cifar100/distill").rglob("metrics.jsonl")
+    first, last = [json.loads(line) for line in path.open()][-2:]
+    for term in ("ce", "kd", "tf", "ss"):
+        assert last[f"loss/{term}"] < first[f"loss/{term}"], term

@@ -1,0 +1,327 @@
+"""A run from its configuration to its result: folders, resuming, seeds, reuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Compose
+from safetensors.torch import load_file
+
+import sskd.fit
+from sskd.config import Config, difference, run_folder, teacher_config, training_command
+from sskd.data import Batch
+from sskd.errors import UserError
+from sskd.interrupt import Interrupted
+from sskd.run import Run
+from train_student import train
+
+TIMES = {"seconds", "images_per_second", "date"}
+SMALL = (
+    "dataset=digits", "dataset.fraction=0.05", "teacher.fraction=0.05", "schedule.epochs=3",
+    "batch_size=16", "arch@teacher=resnet14", "arch@student=resnet8", "teacher.train=true",
+)  # fmt: skip
+
+
+class CrashError(Exception):
+    """Stands for whatever ends a process without a word."""
+
+
+def outcome(runs: Path) -> dict[str, Any]:
+    """Return all that must not depend on how often a run was stopped: weights, metrics, results."""
+    found: dict[str, Any] = {}
+    for path in sorted(runs.rglob("*")):
+        name = str(path.relative_to(runs))
+        if path.name == "metrics.jsonl":
+            found[name] = [without_times(json.loads(line)) for line in path.open()]
+        elif path.name == "result.json":
+            found[name] = without_times(json.loads(path.read_text()))
+        elif path.name in ("model.safetensors", "best.pt", "views.png"):
+            found[name] = path.read_bytes()
+    return found
+
+
+def without_times(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in TIMES}
+
+
+def at_step(
+    monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], None]
+) -> Callable[[], int]:
+    """Do ``action`` after the ``number``-th training step from now; return a counter of steps."""
+    original, count = sskd.fit.Fit._step, 0
+
+    def step(self: sskd.fit.Fit, batch: Batch) -> None:
+        nonlocal count
+        original(self, batch)
+        count += 1
+        if count == number:
+            action()
+
+    monkeypatch.setattr(sskd.fit.Fit, "_step", step)
+    return lambda: count
+
+
+def crash() -> None:
+    raise CrashError
+
+
+@pytest.mark.parametrize("method", ["vanilla", "kd", "sskd"])
+def test_a_run_stopped_anywhere_ends_like_an_undisturbed_one(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    whole = composed(*SMALL, f"method={method}", f"runs={tmp_path / 'whole'}")
+    with monkeypatch.context() as patch:
+        steps = at_step(patch, -1, crash)
+        train(whole)
+    expected = outcome(tmp_path / "whole")
+    assert len(expected) >= 4
+
+    # A checkpoint after every step, and a crash every few steps, in every stage.
+    broken = composed(
+        *SMALL, f"method={method}", f"runs={tmp_path / 'broken'}", "checkpoint_minutes=1e-9"
+    )
+    crashes = 0
+    while True:
+        with monkeypatch.context() as patch:
+            at_step(patch, 4, crash)
+            try:
+                train(broken)
+                break
+            except CrashError:
+                crashes += 1
+    assert crashes >= steps() // 4
+    assert outcome(tmp_path / "broken") == expected
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_stops(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
+) -> None:
+    train(composed(*SMALL, "method=vanilla", f"runs={tmp_path / 'whole'}"))
+    stopped = composed(*SMALL, "method=vanilla", f"runs={tmp_path / 'stopped'}")
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), signum))
+        with pytest.raises(Interrupted) as stop:
+            train(stopped)
+    assert stop.value.signum == signum
+    (saved,) = (tmp_path / "stopped").rglob("last.pt")
+    assert torch.load(saved, weights_only=True)["loader"]["position"] == 3
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train(stopped)
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
+def test_a_seed_gives_the_same_result_again_and_another_seed_another(
+    composed: Compose, tmp_path: Path
+) -> None:
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        train(composed(*SMALL, "method=vanilla", f"runs={tmp_path / name}", f"seed={seed}"))
+    assert outcome(tmp_path / "one") == outcome(tmp_path / "two")
+    (first,), (other,) = ((tmp_path / n).rglob("model.safetensors") for n in ("one", "three"))
+    assert not torch.equal(load_file(first)["fc.weight"], load_file(other)["fc.weight"])
+
+
+def test_a_first_phase_is_computed_once_and_shifts_nothing(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    alone, second = f"runs={tmp_path / 'alone'}", f"runs={tmp_path / 'second'}"
+    train(composed(*SMALL, "method=sskd", alone))
+    train(composed(*SMALL, "method=sskd", second, "arch@student=wrn_16_1"))
+    capsys.readouterr()
+    train(composed(*SMALL, "method=sskd", second))
+    assert "ss_head/seed0" in capsys.readouterr().out.split(": reused")[0]
+    assert len(list((tmp_path / "second").rglob("phases/*/*/*/result.json"))) == 1
+    expected = outcome(tmp_path / "alone")
+    found = {
+        name: value for name, value in outcome(tmp_path / "second").items() if name in expected
+    }
+    assert found == expected
+
+
+def test_a_students_metrics_begin_with_its_first_phase(composed: Compose, tmp_path: Path) -> None:
+    config = composed(*SMALL, "method=sskd")
+    train(config)
+    (path,) = (tmp_path / "runs/digits/distill").rglob("metrics.jsonl")
+    lines = [json.loads(line) for line in path.open()]
+    assert [(line["stage"], line["epoch"]) for line in lines] == [
+        ("ss_head", 1), ("distill", 1), ("distill", 2), ("distill", 3),
+    ]  # fmt: skip
+    for line in lines[1:]:
+        weighted = {"ce": 0.1, "kd": 0.9, "tf": 2.7, "ss": 10.0}
+        for term, weight in weighted.items():
+            assert line[f"weighted/{term}"] == pytest.approx(
+                weight * line[f"loss/{term}"], rel=1e-5
+            )
+        total = sum(line[f"weighted/{term}"] for term in weighted)
+        assert line["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_the_result_tells_what_can_be_measured_again(composed: Compose, tmp_path: Path) -> None:
+    from sskd.data import load_images, plain
+    from sskd.models import build_model, load_weights
+
+    config = composed(*SMALL, "method=kd", "dataset.holdout=0.2")
+    result = train(config)
+    (folder,) = (path.parent for path in (tmp_path / "runs/digits/distill").rglob("result.json"))
+    images = load_images(config.dataset)
+    student, teacher = build_model("resnet8", 10), build_model("resnet14", 10)
+    load_weights(student, folder / "model.safetensors")
+    (best,) = (tmp_path / "runs/digits/scratch/resnet14").rglob("best.pt")
+    load_weights(teacher, best)
+    right = same = 0
+    divergence = 0.0
+    with torch.no_grad():
+        for x, y in plain(images.test, images.mean, images.std, 1):
+            s = student.eval()(x).logits[0].double().softmax(0)
+            t = teacher.eval()(x).logits[0].double().softmax(0)
+            right += int(s.argmax() == y[0])
+            same += int(s.argmax() == t.argmax())
+            divergence += (t * (t / s).log()).sum().item()
+    count = len(images.test)
+    assert result["top1"]["last"] == pytest.approx(100 * right / count)
+    assert result["agreement"] == pytest.approx(100 * same / count)
+    assert result["kl"] == pytest.approx(divergence / count, rel=1e-3)
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert result["top1"]["best"] == max(line["test/top1"] for line in metrics)
+    assert result["holdout_top1"]["best"] == max(line["holdout/top1"] for line in metrics)
+    assert result["parameters"] == sum(p.numel() for p in student.parameters())
+
+
+def test_saved_weights_are_the_students_alone(composed: Compose, tmp_path: Path) -> None:
+    train(composed(*SMALL, "method=sskd"))
+    (weights,) = (tmp_path / "runs/digits/distill").rglob("model.safetensors")
+    names = set(load_file(weights))
+    from sskd.models import build_model
+
+    assert names == set(build_model("resnet8", 10).state_dict())
+
+
+def test_a_finished_run_is_passed_by(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = composed(*SMALL, "method=vanilla")
+    first = train(config)
+    steps = at_step(monkeypatch, -1, crash)
+    assert train(config) == first
+    assert steps() == 0
+
+
+def test_force_starts_afresh_and_keeps_the_old_run(composed: Compose, tmp_path: Path) -> None:
+    config = composed(*SMALL, "method=vanilla")
+    train(config)
+    before = outcome(tmp_path / "runs")
+    train(composed(*SMALL, "method=vanilla", "force=true"))
+    train(composed(*SMALL, "method=vanilla", "force=true"))
+    after = outcome(tmp_path / "runs")
+    assert len(after) == 3 * len(before)
+    assert sorted({path.split("/")[-2][-2:] for path in after if ".old" in path}) == ["-1", "-2"]
+
+
+def test_a_folder_of_another_configuration_is_refused_by_key(
+    composed: Compose, tmp_path: Path
+) -> None:
+    config = composed(*SMALL, "method=vanilla")
+    train(config)
+    (path,) = (tmp_path / "runs").rglob("config.yaml")
+    path.write_text(path.read_text().replace("momentum: 0.9", "momentum: 0.8"))
+    with pytest.raises(UserError, match=r"optimizer\.momentum \(0\.8 there, 0\.9 here\)"):
+        train(config)
+
+
+def test_a_retrained_teacher_makes_another_student(composed: Compose, tmp_path: Path) -> None:
+    train(composed(*SMALL, "method=kd"))
+    (path,) = (tmp_path / "runs/digits/scratch/resnet14").rglob("result.json")
+    result = json.loads(path.read_text())
+    result["digest"]["best"] = "0" * 64
+    path.write_text(json.dumps(result))
+    with pytest.raises(UserError, match=r"teacher\.digest"):
+        train(composed(*SMALL, "method=kd"))
+
+
+def test_only_one_process_works_on_a_run(composed: Compose, tmp_path: Path) -> None:
+    config = composed(*SMALL, "method=vanilla")
+    folder = run_folder(config, difference(config))
+    with (
+        Run(folder, config.model_dump()).open(),
+        pytest.raises(UserError, match="another process"),
+    ):
+        Run(folder, config.model_dump()).open()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(composed: Compose, tmp_path: Path) -> None:
+    config = composed(*SMALL, "method=vanilla", "optimizer.lr=1e30")
+    with pytest.raises(UserError, match=r"stage train, epoch \d: the term 'ce' is not finite"):
+        train(config)
+    assert not list((tmp_path / "runs").rglob("result.json"))
+
+
+def test_runs_that_cannot_be_written_are_named(composed: Compose, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/runs.*cannot be written.*runs=FOLDER"):
+        train(composed(*SMALL, "method=vanilla", f"runs={tmp_path / 'file' / 'runs'}"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (),
+        ("dataset.holdout=0.1", "precision=bf16"),
+        ("teacher.seed=3", "teacher.epochs=7"),
+        ("schedule=smoke", "teacher.label_noise=0.2"),
+        ("dataset=cifar100", "arch@teacher=vgg13"),
+    ],
+)
+def test_a_missing_teacher_is_told_with_the_command_that_trains_it(
+    composed: Compose, changes: tuple[str, ...]
+) -> None:
+    small = [item for item in SMALL if not item.startswith("teacher.train")]
+    config = composed(*small, *changes, "method=kd")
+    with pytest.raises(UserError, match="no finished run of the teacher") as error:
+        train(config)
+    command = str(error.value).split("`")[1]
+    program, script, *overrides = shlex.split(command)
+    assert (program, script) == ("python", "train_teacher.py")
+    told = composed(*overrides, primary="teacher")
+    wanted = teacher_config(config)
+    assert run_folder(told, difference(told)) == run_folder(wanted, difference(wanted))
+    assert training_command(told) == command
+
+
+def test_the_student_alone_is_the_same_run_from_either_command(composed: Compose) -> None:
+    one = composed("method=vanilla", "arch@student=vgg8", "schedule=short")
+    other = composed("arch=vgg8", "schedule=short", primary="teacher")
+    assert one.model_dump() == other.model_dump()
+
+
+def folder_of(config: Config) -> str:
+    return str(run_folder(config, difference(config)).relative_to(config.runs))
+
+
+def test_folders_are_named_after_what_they_hold(composed: Compose) -> None:
+    sskd_run = folder_of(composed("pair=vgg13-vgg8", "seed=2"))
+    assert sskd_run == "cifar100/distill/vgg13-vgg8/sskd/seed2"
+    assert folder_of(composed("arch=vgg8", primary="teacher")) == "cifar100/scratch/vgg8/seed0"
+    # what does not decide the result leaves no trace
+    same = composed("pair=vgg13-vgg8", "seed=2", "device=cuda:1", "wandb.mode=disabled")
+    assert folder_of(same) == sskd_run
+    others = {
+        folder_of(composed("pair=vgg13-vgg8", "seed=2", change))
+        for change in ("optimizer.lr=0.1", "optimizer.lr=0.2", "method.weights.tf=3.0",
+                       "schedule=short", "dataset.fraction=0.5", "teacher.epoch=last",
+                       "optimizer=adamw", "batch_size=128", "precision=bf16")
+    }  # fmt: skip
+    assert len(others | {sskd_run}) == 10
+    assert all(name.startswith(f"{sskd_run}-") for name in others)
+
+
+def test_a_pair_is_two_architectures_and_the_command_line_beats_it(composed: Compose) -> None:
+    pair = composed("pair=vgg13-MobileNetV2")
+    assert (pair.teacher and pair.teacher.name, pair.student.name) == ("vgg13", "MobileNetV2")
+    assert pair.optimizer.lr == 0.01
+    assert composed("pair=vgg13-MobileNetV2", "arch@student=vgg8").student.name == "vgg8"

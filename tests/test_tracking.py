@@ -1,0 +1,128 @@
+"""What W&B gets, read back from an offline run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from conftest import Compose
+from test_run import SMALL, CrashError, at_step, crash
+
+from sskd.tracking import choose_mode, run_id
+from train_student import train
+
+
+def inspect(path: Path, *options: str) -> list[dict[str, Any]]:
+    """Return the JSON objects that W&B's own reader prints of an offline run."""
+    program = Path(sys.executable).with_name("wandb")
+    found = subprocess.run(
+        [program, "leet", "inspect", "--json", *options, path],
+        capture_output=True, text=True, check=True, env=os.environ,
+    )  # fmt: skip
+    text = found.stdout.strip()
+    return [json.loads(text)] if options else [json.loads(line) for line in text.splitlines()]
+
+
+def offline_runs(runs: Path) -> list[Path]:
+    return sorted(runs.rglob("offline-run-*/*.wandb"))
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+
+
+def history(path: Path) -> list[dict[str, Any]]:
+    """Return the logged steps, as nested keys joined by slashes to values."""
+    steps = []
+    for record in inspect(path):
+        if record["type"] == "history":
+            steps.append(record["history"])
+    return steps
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_run_without_a_login_is_kept_whole_on_disk(
+    composed: Compose, tmp_path: Path, capsys: Any
+) -> None:
+    arguments = [item for item in SMALL if not item.startswith("arch@student")]
+    config = composed(*arguments, "method=sskd", "arch@student=resnet8", "wandb.tags=[table]")
+    result = train(config)
+    assert "no login" in capsys.readouterr().out
+    paths = offline_runs(tmp_path / "runs")
+    assert len(paths) == 2  # the teacher's and the student's
+    student = next(path for path in paths if "/distill/" in str(path))
+    (about,) = (r["run"] for r in inspect(student) if r["type"] == "run")
+    assert about["run_group"] == "resnet14-resnet8/sskd"
+    assert about["job_type"] == "student"
+    assert about["tags"] == ["digits", "table"]
+    folder = student.parents[2]
+    assert about["display_name"] == str(folder.relative_to(tmp_path / "runs"))
+    assert about["run_id"] == (folder / "wandb_id").read_text()
+
+    (summary,) = inspect(student, "--summary")
+    told = json.dumps(summary)
+    assert summary["config"]["method"]["weights"] == {"ce": 0.1, "kd": 0.9, "tf": 2.7, "ss": 10}
+    for name in ("best/top1", "last/top1", "distill/loss/tf", "distill/weighted/tf",
+                 "ss_head/loss/contrast", "distill/lr", "distill/images_per_second",
+                 "test/top1", "views"):  # fmt: skip
+        assert name in told or name.split("/")[-1] in told, name
+    assert str(result["top1"]["last"])[:6] in told
+    assert list(student.parent.rglob("*.png"))
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_run_that_comes_back_keeps_its_id(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = composed(*SMALL, "method=vanilla", "checkpoint_minutes=1e-9")
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, crash)
+        with pytest.raises(CrashError):
+            train(config)
+    train(config)
+    assert len({path.stem for path in offline_runs(tmp_path / "runs")}) == 1
+    train(composed(*SMALL, "method=vanilla", "force=true"))
+    assert len({path.stem for path in offline_runs(tmp_path / "runs")}) == 2
+
+
+def test_ids_belong_to_their_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first = run_id(tmp_path / "a", "cifar100/scratch/vgg8/seed0")
+    assert first == run_id(tmp_path / "a", "cifar100/scratch/vgg8/seed0")
+    assert first != run_id(tmp_path / "b", "cifar100/scratch/vgg8/seed0")
+
+
+def test_the_mode_is_the_users_then_the_environments_then_the_logins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert choose_mode("online") == "online"
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    assert choose_mode("auto") == "dryrun"
+    assert choose_mode("disabled") == "disabled"
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(wandb, "login", lambda prompt: True)
+    assert choose_mode("auto") == "online"
+
+
+def test_a_run_that_cannot_reach_wandb_goes_on_offline(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    original = wandb.init
+
+    def unreachable(**arguments: Any) -> Any:
+        if arguments["mode"] == "online":
+            raise wandb.errors.CommError("no route to host")
+        return original(**arguments)
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    train(composed(*SMALL, "method=vanilla", "wandb.mode=online"))
+    assert "W&B cannot be reached (no route to host)" in capsys.readouterr().out
+    assert len(offline_runs(tmp_path / "runs")) == 1
