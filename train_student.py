@@ -35,10 +35,10 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     Args:
         wait: wait for another process that is at work on the same run, instead of an error.
     """
-    from sskd.config import difference, run_folder, teacher_config
     from sskd.data import load_images
     from sskd.device import choose_device, place
     from sskd.fit import Fit
+    from sskd.identity import difference, run_folder, teacher_config
     from sskd.methods import build_method
     from sskd.models import build_model
     from sskd.phases import share_phase

@@ -34,6 +34,6 @@ def agreement(student_logits: Tensor, teacher_logits: Tensor) -> float:
 
 def mean_kl(student_logits: Tensor, teacher_logits: Tensor) -> float:
     """Return the mean over rows [N, C] of ``KL(softmax(teacher) || softmax(student))``, in nats."""
-    student = F.log_softmax(student_logits.double().cpu(), dim=1)
-    teacher = F.log_softmax(teacher_logits.double().cpu(), dim=1)
+    student = F.log_softmax(student_logits.cpu().double(), dim=1)
+    teacher = F.log_softmax(teacher_logits.cpu().double(), dim=1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True).item()

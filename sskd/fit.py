@@ -18,7 +18,7 @@ from sskd.errors import UserError
 from sskd.evaluation import accuracy, predict
 from sskd.interrupt import StopSignals
 from sskd.meter import Meter
-from sskd.methods import Stage
+from sskd.methods import Stage, load_own_state, own_state
 from sskd.optimizers import build_optimizer
 from sskd.progress import Progress
 from sskd.run import Run
@@ -241,16 +241,3 @@ def weigh(terms: Mapping[str, Tensor], stage: Stage) -> dict[str, Tensor]:
             f"its weights {sorted(stage.weights)}"
         )
     return {name: stage.weights[name] * term for name, term in terms.items()}
-
-
-def own_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return ``module``'s state without its teacher's, which never changes."""
-    return {k: v for k, v in module.state_dict().items() if not k.startswith("teacher.")}
-
-
-def load_own_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load what ``own_state`` returned, strictly."""
-    absent, unexpected = module.load_state_dict(state, strict=False)
-    wrong = [name for name in absent if not name.startswith("teacher.")] + list(unexpected)
-    if wrong:
-        raise ValueError(f"the checkpoint's state does not fit, in {', '.join(wrong)}")

@@ -11,9 +11,10 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
-from sskd.config import Config, identity
+from sskd.config import Config
 from sskd.data import Images
 from sskd.fit import Fit, stage_schedule
+from sskd.identity import identity
 from sskd.methods import Stage
 from sskd.run import WEIGHTS, Run
 from sskd.teachers import Teacher

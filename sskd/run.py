@@ -21,8 +21,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from sskd.config import identity
 from sskd.errors import UserError
+from sskd.identity import identity
 from sskd.models import save_weights
 from sskd.nested import flatten
 from sskd.storage import write_text, write_whole
@@ -92,7 +92,8 @@ class Run:
 
     def _take_up(self) -> None:
         path = self.folder / CONFIG
-        if not path.exists():
+        begun = any((self.folder / name).exists() for name in (LAST, RESULT))
+        if not (begun and path.exists()):
             try:
                 write_text(path, OmegaConf.to_yaml(OmegaConf.create(dict(self.config))))
             except OSError as error:

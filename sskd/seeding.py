@@ -32,7 +32,10 @@ def generator_states() -> dict[str, Any]:
 
 
 def restore_generator_states(states: dict[str, Any]) -> None:
-    """Set PyTorch's own generators to ``states``; those of absent devices are passed over."""
-    torch.set_rng_state(states["cpu"])
+    """Set PyTorch's own generators to ``states``; those of absent devices are passed over.
+
+    The states may have been loaded to any device; PyTorch takes them from the CPU.
+    """
+    torch.set_rng_state(states["cpu"].cpu())
     if torch.cuda.is_available() and "cuda" in states:
-        torch.cuda.set_rng_state_all(states["cuda"])
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])

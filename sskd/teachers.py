@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
-from sskd.config import Config, difference, run_folder, teacher_config, training_command
+from sskd.config import Config
 from sskd.errors import UserError
+from sskd.identity import difference, run_folder, teacher_config, training_command
 from sskd.models import find_checkpoint, load_weights, read_checkpoint, weights_digest
 from sskd.run import BEST, WEIGHTS, read_result
 

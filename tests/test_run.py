@@ -16,9 +16,10 @@ from conftest import Compose
 from safetensors.torch import load_file
 
 import sskd.fit
-from sskd.config import Config, difference, run_folder, teacher_config, training_command
+from sskd.config import Config
 from sskd.data import Batch
 from sskd.errors import UserError
+from sskd.identity import difference, run_folder, teacher_config, training_command
 from sskd.interrupt import Interrupted
 from sskd.run import Run
 from train_student import train

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from sskd.data import Images
-from sskd.methods.base import Method, Stage, Step
+from sskd.methods.base import Method, Stage, Step, load_own_state, own_state
 from sskd.methods.kd import KD
 from sskd.methods.sskd import SSKD
 from sskd.methods.vanilla import Vanilla
@@ -28,4 +28,12 @@ def build_method(
     return METHODS[own.pop("name")](student, teacher, data, weights=weights, **own)
 
 
-__all__ = ["METHODS", "Method", "Stage", "Step", "build_method"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Stage",
+    "Step",
+    "build_method",
+    "load_own_state",
+    "own_state",
+]

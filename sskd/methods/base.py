@@ -93,6 +93,19 @@ class Method(nn.Module, ABC):
         """Return the losses of one batch of the last stage."""
 
 
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return ``module``'s state without its teacher's, which never changes."""
+    return {k: v for k, v in module.state_dict().items() if not k.startswith("teacher.")}
+
+
+def load_own_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load what ``own_state`` returned, strictly."""
+    absent, unexpected = module.load_state_dict(state, strict=False)
+    wrong = [name for name in absent if not name.startswith("teacher.")] + list(unexpected)
+    if wrong:
+        raise ValueError(f"the checkpoint's state does not fit, in {', '.join(wrong)}")
+
+
 def in_float32(function: Callable[P, R]) -> Callable[P, R]:
     """Make ``function`` compute in float32 whatever comes in, inside autocast too."""
 
