@@ -25,7 +25,7 @@ from sskd.errors import UserError
 from sskd.identity import identity
 from sskd.models import save_weights
 from sskd.nested import flatten
-from sskd.storage import write_text, write_whole
+from sskd.storage import leftovers, write_text, write_whole
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -91,6 +91,8 @@ class Run:
         self.close()
 
     def _take_up(self) -> None:
+        for path in leftovers(self.folder):
+            path.unlink()
         path = self.folder / CONFIG
         begun = any((self.folder / name).exists() for name in (LAST, RESULT))
         if not (begun and path.exists()):

@@ -45,7 +45,10 @@ def find_teacher(config: Config) -> Teacher | None:
             "with teacher.checkpoint=PATH"
         )
     epoch = config.teacher.epoch
-    return Teacher(folder / _FILES[epoch], result["digest"][epoch])
+    digest = result.get("digest")
+    if not isinstance(digest, dict) or epoch not in digest:
+        raise UserError(f"{folder}: its result.json tells no digest; train it again, force=true")
+    return Teacher(folder / _FILES[epoch], digest[epoch])
 
 
 def load_teacher(network: nn.Module, teacher: Teacher) -> None:

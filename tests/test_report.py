@@ -130,6 +130,21 @@ def test_settings_are_kept_apart_and_variants_have_their_rows(tmp_path: Path) ->
     assert short == [("KD", 60.0, 1)]
 
 
+def test_one_teacher_from_elsewhere_sets_no_row_apart(tmp_path: Path) -> None:
+    elsewhere = {"teacher.digest": "0123456789abcdef"}
+    results = read(
+        tmp_path,
+        record(top1=top1(70.0, 70.0), difference=elsewhere),
+        record(top1=top1(72.0, 72.0), difference=elsewhere, seed=1),
+        record(top1=top1(50.0, 50.0), difference=elsewhere | {"method.weights.kd": 0.5}),
+    )
+    entries = [entry for table in build_tables(results, "last") for entry in table.entries]
+    assert [(entry.row, entry.mean, entry.n) for entry in entries] == [
+        ("KD", 71.0, 2),
+        ("KD (method.weights.kd=0.5)", 50.0, 1),
+    ]
+
+
 def test_teacher_and_student_rows(tmp_path: Path) -> None:
     results = read(
         tmp_path,

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from sskd.report.__main__ import main
-from sskd.report.render import write_whole
 from sskd.report.results import read_results
 
 RESULT = """{
@@ -199,15 +198,6 @@ def test_out_that_cannot_be_written_is_an_error(
         assert main([str(tmp_path), "--out", out]) == 1
         assert capsys.readouterr().err.startswith("error: --out ")
     assert (tmp_path / "file").read_text() == "kept"
-
-
-def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path) -> None:
-    path = tmp_path / "grid.md"
-    path.write_text("old")
-    with pytest.raises(UnicodeEncodeError):
-        write_whole(path, "new" * 10_000 + "\ud800")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_wrong_arguments_end_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:

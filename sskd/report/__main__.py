@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sskd.errors import UserError
-from sskd.report.render import render_csv, render_markdown, render_text, write_whole
+from sskd.report.render import render_csv, render_markdown, render_text
 from sskd.report.results import RESULT_FILE, Epoch, Result, read_results
 from sskd.report.tables import Table, build_tables
+from sskd.storage import write_text
 
 DESCRIPTION = """\
 Show what all finished runs reached, in the layout of the published tables: one
@@ -74,8 +75,8 @@ def _write(out: str, results: list[Result], tables: list[Table]) -> list[Path]:
     both = [*build_tables(results, "last"), *build_tables(results, "best")]
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(markdown, "\n".join(["# Results\n", *map(render_markdown, tables)]))
-        write_whole(figures, render_csv(entry for table in both for entry in table.entries))
+        write_text(markdown, "\n".join(["# Results\n", *map(render_markdown, tables)]))
+        write_text(figures, render_csv(entry for table in both for entry in table.entries))
     except OSError as error:
         raise UserError(f"--out '{out}': cannot write there ({error})") from error
     return [markdown, figures]

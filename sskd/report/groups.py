@@ -31,6 +31,7 @@ DISPLAY_NAMES = {
     "fsp": "FSP",
 }
 NETWORKS_TABLE = "networks"
+DIGEST = "teacher.digest"
 
 # A row: its name, and what sets its runs apart from the plain row of that name.
 RowKey = tuple[str, Settings]
@@ -82,9 +83,12 @@ class Group:
     def pair_runs(self, pair: Pair) -> dict[RowKey, list[Result]]:
         """Return the pair's students by row, in order: the network alone, then each method."""
         rows = {STUDENT: self._plain_scratch(pair[1])}
-        for run in self.runs:
-            if (run.teacher, run.student) == pair:
-                rows.setdefault((display_name(run.method), run.variant), []).append(run)
+        distilled = [run for run in self.runs if (run.teacher, run.student) == pair]
+        # A teacher from elsewhere sets nothing apart as long as it is the pair's only one.
+        one_teacher = len({dict(run.variant).get(DIGEST) for run in distilled}) == 1
+        for run in distilled:
+            variant = without_digest(run.variant) if one_teacher else run.variant
+            rows.setdefault((display_name(run.method), variant), []).append(run)
         return {key: rows[key] for key in sorted(rows, key=row_order) if rows[key]}
 
     def pair_entries(self, table: str, pair: Pair) -> dict[RowKey, Entry]:
@@ -143,11 +147,14 @@ def display_name(method: str) -> str:
     return DISPLAY_NAMES.get(method, method.upper())
 
 
+def without_digest(settings: Settings) -> Settings:
+    """Return ``settings`` without the digest of the teacher's weights."""
+    return tuple((key, value) for key, value in settings if key != DIGEST)
+
+
 def settings_text(settings: Settings) -> str:
     """Return settings as ``key=value, key=value``; a digest is cut to its first 8 digits."""
-    return ", ".join(
-        f"{key}={value[:8] if key == 'teacher.digest' else value}" for key, value in settings
-    )
+    return ", ".join(f"{key}={value[:8] if key == DIGEST else value}" for key, value in settings)
 
 
 def row_label(row: RowKey) -> str:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
-from pathlib import Path
 
 from sskd.report.groups import Entry
 from sskd.report.tables import Table
@@ -54,19 +52,6 @@ def render_csv(entries: Iterable[Entry]) -> str:
     for entry in entries:
         writer.writerow(_csv_cell(getattr(entry, name)) for name in CSV_HEADER)
     return text.getvalue()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` in UTF-8, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _blocks(table: Table, width: int) -> Iterator[list[int]]:
