@@ -107,7 +107,7 @@ class Fit:
             self._restore(resume)
         epochs, size = self.schedule.epochs, len(self.images.train)
         done = self.position.images + (self.meter.images if self.position.mid_epoch else 0)
-        self.progress = Progress(self.stage.name, epochs * size, done, self._finite_figures)
+        self.progress = Progress(self.stage.name, epochs, size, done, self._finite_figures)
         started = "goes on" if resume is not None else "starts"
         self.progress.line(f"{started} in {self.run.folder}, {self.position.epoch}/{epochs} epochs")
         try:
@@ -182,7 +182,7 @@ class Fit:
         self.run.log(line)
         self._save()
         self.track(line)
-        self.progress.epoch(position.epoch, self.schedule.epochs, line)
+        self.progress.epoch(position.epoch, line)
 
     def _evaluate(self) -> dict[str, float]:
         if self.evaluated is None:

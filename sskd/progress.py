@@ -22,20 +22,25 @@ class Progress:
 
     Args:
         title: what is being trained.
-        total: images in the whole stage.
-        done: images of it that an earlier start has trained.
+        epochs: of the whole stage.
+        size: images an epoch.
+        done: images that an earlier start has trained.
         figures: called at most once a second; returns the epoch's figures so far.
     """
 
     def __init__(
-        self, title: str, total: int, done: int, figures: Callable[[], Mapping[str, Any]]
+        self,
+        title: str,
+        epochs: int,
+        size: int,
+        done: int,
+        figures: Callable[[], Mapping[str, Any]],
     ) -> None:
-        self._title = title
+        self._title, self._epochs, self._size = title, epochs, size
         self._figures = figures
         self._bar = tqdm(
-            total=total,
+            total=epochs * size,
             initial=done,
-            desc=title,
             unit=" images",
             unit_scale=True,
             disable=None,
@@ -44,23 +49,26 @@ class Progress:
         )
         self._interval = _IN_LOG if self._bar.disable else _ON_TERMINAL
         self._start = self._shown = time.monotonic()
-        self._total, self._done, self._first = total, done, done
+        self._done, self._first = done, done
 
     def advance(self, images: int) -> None:
         """Count ``images`` as trained; look at the figures if it is time to."""
+        epoch = self._done // self._size + 1
         self._done += images
         self._bar.update(images)
         if time.monotonic() - self._shown < self._interval:
             return
         told = _tell(self._figures())
         self._shown = time.monotonic()
+        self._bar.set_description(f"{self._title} {epoch}/{self._epochs}", refresh=False)
         self._bar.set_postfix_str(told)
         if self._bar.disable:
-            self.line(f"{100 * self._done / self._total:.1f} %, {told}, {self._left()}")
+            share = 100 * self._done / (self._epochs * self._size)
+            self._report(f"epoch {epoch}/{self._epochs}", f"{share:.1f} %", told, self._left())
 
-    def epoch(self, epoch: int, epochs: int, figures: Mapping[str, Any]) -> None:
+    def epoch(self, epoch: int, figures: Mapping[str, Any]) -> None:
         """Tell the figures of a finished epoch in a line of their own."""
-        self.line(f"epoch {epoch}/{epochs}, {_tell(figures)}, {self._left()}")
+        self._report(f"epoch {epoch}/{self._epochs}", _tell(figures), self._left())
 
     def line(self, text: str) -> None:
         """Print a line without disturbing the bar."""
@@ -71,10 +79,13 @@ class Progress:
         """Take the bar away."""
         self._bar.close()
 
+    def _report(self, *parts: str) -> None:
+        self.line(", ".join(part for part in parts if part))
+
     def _left(self) -> str:
         rate = (self._done - self._first) / max(time.monotonic() - self._start, 1e-9)
-        seconds = (self._total - self._done) / rate if rate else 0
-        return f"{tqdm.format_interval(seconds)} left"
+        left = self._epochs * self._size - self._done
+        return f"{tqdm.format_interval(left / rate if rate else 0)} left"
 
 
 def _tell(figures: Mapping[str, Any]) -> str:
