@@ -38,7 +38,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     from sskd.data import load_images
     from sskd.device import choose_device, place
     from sskd.fit import Fit
-    from sskd.identity import difference, run_folder, teacher_config
+    from sskd.identity import describe, difference, run_folder, teacher_config
     from sskd.methods import build_method
     from sskd.models import build_model
     from sskd.phases import share_phase
@@ -54,38 +54,38 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     if config.teacher and config.teacher.train and not config.teacher.checkpoint:
         train(teacher_config(config), wait=True)
     found = find_teacher(config)
-    changed, values = difference(config), config.model_dump()
+    changed = difference(config)
+    if config.teacher and config.teacher.checkpoint and found:
+        changed["teacher.digest"] = found.digest
+    run = Run(run_folder(config, changed), describe(config, found.digest if found else None))
+    if not config.force and (result := run.finished()):
+        print(f"{run.folder}: finished already, last top-1 {result['top1']['last']:.2f}")
+        return result
+
+    # ---- data, networks, method ----
+    images = load_images(config.dataset).to(device)
+    seed_everything(config.seed, "student")
+    student = build_model(config.student.name, images.num_classes)
+    teacher = None
     if config.teacher and found:
-        values["teacher"]["digest"] = found.digest
-        if config.teacher.checkpoint:
-            changed["teacher.digest"] = found.digest
-    folder = run_folder(config, changed)
+        teacher = build_model(config.teacher.name, images.num_classes)
+        load_teacher(teacher, found)
+    seed_everything(config.seed, "method")
+    method = build_method(config.method, student, teacher, images)
+    place(method, device)
+
     if config.force:
-        put_aside(folder)
-
-    with Run(folder, values).open(wait=wait) as run:
-        if run.result:
-            print(f"{folder}: finished already, last top-1 {run.result['top1']['last']:.2f}")
-            return run.result
-
-        # ---- data, networks, method ----
-        images = load_images(config.dataset).to(device)
-        seed_everything(config.seed, "student")
-        student = build_model(config.student.name, images.num_classes)
-        teacher = None
-        if config.teacher and found:
-            teacher = build_model(config.teacher.name, images.num_classes)
-            load_teacher(teacher, found)
-        seed_everything(config.seed, "method")
-        method = build_method(config.method, student, teacher, images)
-        place(method, device)
+        put_aside(run.folder)
+    with run.open(wait=wait):
+        if result := run.finished():  # by the process that was waited for
+            return result
 
         # ---- training, stage by stage, on from the last checkpoint ----
-        state = run.checkpoint(device)
+        state = run.checkpoint()
         stages = list(method.stages())
         first = [stage.name for stage in stages].index(state["stage"]) if state else 0
         with Tracker(run, config) as tracker:
-            tracker.picture("views", save_views(folder, images, config, method.views))
+            tracker.picture("views", save_views(run.folder, images, config, method.views))
             for stage in stages[first:]:
                 if stage.teacher_only and found:
                     for line in share_phase(stage, method, images, config, found):
@@ -100,7 +100,8 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
             result = summarise(run, config, changed, images, student, teacher, position)
             tracker.summarise(result)
             run.finish(student, result)
-    print(f"{folder}: last top-1 {result['top1']['last']:.2f}, best {result['top1']['best']:.2f}")
+    top1 = result["top1"]
+    print(f"{run.folder}: last top-1 {top1['last']:.2f}, best {top1['best']:.2f}")
     return result
 
 

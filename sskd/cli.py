@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 
 from hydra import compose, initialize_config_dir
@@ -24,19 +25,28 @@ from sskd.interrupt import Interrupted
 from sskd.nested import flatten
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+# Besides our own: what Hydra finds wrong in a configuration, and a full or forbidden disk.
+_USER_CAN_MEND = (UserError, CompactHydraException, OmegaConfBaseException, OSError)
 
 
 def run_job(job: Callable[[DictConfig], object], composed: DictConfig) -> None:
-    """Run one job of a Hydra command; what the user can put right is told in one line."""
+    """Run one job of a Hydra command; what the user can put right is told in one line.
+
+    In a sweep every failure is told when it happens, because the other jobs go on and Hydra
+    would tell the first one only, at the end.
+    """
     try:
         job(composed)
-    except (UserError, CompactHydraException) as error:
-        told = explain(error)
+    except Exception as error:
+        expected = isinstance(error, _USER_CAN_MEND)
         if HydraConfig.get().mode == RunMode.RUN:
-            sys.exit(f"error: {told}")
-        # In a sweep the others go on, and Hydra would tell the first failure only.
-        print(f"error: {told}", file=sys.stderr, flush=True)
-        raise UserError(told) from None
+            if expected:
+                sys.exit(f"error: {explain(error)}")
+            raise
+        if not expected:
+            traceback.print_exc()
+        print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+        raise UserError(explain(error)) from None
 
 
 def run_command(main: Callable[[], object]) -> int:
@@ -52,7 +62,7 @@ def run_command(main: Callable[[], object]) -> int:
         return 130
     except UserError:
         return 1
-    except (CompactHydraException, OmegaConfBaseException) as error:
+    except _USER_CAN_MEND as error:
         if asked_for_traceback:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
@@ -74,7 +84,8 @@ def explain(error: Exception) -> str:
         return f"{key}: no such setting{nearest(key, _known_settings())}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read as KEY=VALUE ({str(error).splitlines()[0]})"
-    causes = [str(error)]
+    # Hydra advises to add with + what it does not know; the next check would refuse that.
+    causes = [str(error).split("To append to your")[0]]
     if error.__cause__ is not None:
         causes.append(str(error.__cause__).splitlines()[0])
     return " ".join(" ".join(causes).split())

@@ -7,6 +7,7 @@ wrong type, a value out of range) before anything is loaded or trained.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
@@ -27,7 +28,7 @@ from sskd.errors import UserError, nearest
 from sskd.methods import METHODS
 from sskd.models import ARCHITECTURES
 from sskd.optimizers import OPTIMIZERS
-from sskd.settings import NonNegative, Positive, Settings, Share
+from sskd.settings import NonEmpty, NonNegative, Positive, Settings, Share
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -53,7 +54,7 @@ class TeacherSettings(ArchSettings):
 
     seed: Seed
     epoch: Literal["best", "last"]
-    checkpoint: str | None
+    checkpoint: NonEmpty | None
     train: bool
     epochs: PositiveInt | None
     precision: Literal["fp32", "bf16"] | None
@@ -73,9 +74,9 @@ class WandbSettings(Settings):
     """Where Weights & Biases puts the run, and whether it does at all."""
 
     mode: Literal["auto", "online", "offline", "disabled"]
-    project: str
-    entity: str | None
-    tags: list[str]
+    project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
+    entity: NonEmpty | None
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]]
 
 
 class Config(Settings):
@@ -95,7 +96,7 @@ class Config(Settings):
     batch_size: PositiveInt
     precision: Literal["fp32", "bf16"]
     device: str
-    runs: str
+    runs: NonEmpty
     force: bool
     checkpoint_minutes: PositiveFloat
 
@@ -135,27 +136,37 @@ def read_config(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(" ".join(str(error).split())) from None
     assert isinstance(values, dict)
-    plain = {str(key): value for key, value in values.items() if key != "arch"}
-    method = METHODS[_choice(plain, "method", METHODS)]
-    _choice(plain, "dataset", SOURCES, "source")
-    plain.setdefault("teacher", None)
-    if not method.needs_teacher:
-        plain["teacher"] = None
-    elif plain["teacher"] is None:
+    plain = {str(key): value for key, value in values.items()}
+    if plain.pop("arch", None) is not None and "teacher" in plain:
         raise UserError(
-            f"method={plain['method']['name']} needs a teacher: use train_student.py, "
+            "arch and teacher do not go together: train_teacher.py trains arch=NAME alone, "
+            "train_student.py takes arch@teacher=NAME and arch@student=NAME"
+        )
+    config = parse_config({"teacher": None, **plain})
+    if not METHODS[config.method.name].needs_teacher:
+        return config.model_copy(update={"teacher": None})
+    if config.teacher is None:
+        raise UserError(
+            f"method={config.method.name} needs a teacher: use train_student.py, "
             "train_teacher.py trains a network alone"
         )
-    return parse_config(plain)
+    return config
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
     """Return the typed configuration of plain ``values``; raise UserError where they are wrong."""
+    source = _choice(values, "dataset", SOURCES, "source")
     model = config_model(values)
     try:
-        return model.model_validate(values)
+        config = model.model_validate(values)
     except ValidationError as error:
         raise UserError("; ".join(_explain(problem, model) for problem in error.errors())) from None
+    if config.dataset.name != source and config.dataset.name in SOURCES:
+        raise UserError(
+            f"dataset.name={config.dataset.name}: is the name of another dataset than "
+            f"{source}; choose another one"
+        )
+    return config
 
 
 def _choice(
@@ -178,7 +189,7 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
         return f"{path}: no such setting{nearest(path, known)}"
     if problem["type"] == "missing":
         return f"{path}: missing; give it as {path}=VALUE"
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = re.sub("^(Value error, |Input |String |List )", "", problem["msg"])
     given = problem["input"]
     told = "" if isinstance(given, Mapping) else f" (got {given!r})"
     return f"{path}: {message}{told}"

@@ -20,10 +20,14 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
         raise UserError(
             f"device={name}: there is no such device here; use device=auto or device=cpu"
-        ) from None
-    torch.backends.cudnn.benchmark = device.type == "cuda"
+        )
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.cuda.reset_peak_memory_stats(device)  # an earlier run of a sweep may have had more
     return device
 
 

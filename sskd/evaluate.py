@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from hydra.errors import CompactHydraException
 from sskd import CONF
 from sskd.cli import explain
 from sskd.errors import UserError
+from sskd.nested import as_override
 
 _EXAMPLES = """
 examples:
@@ -90,8 +90,10 @@ def _dataset_of_run(checkpoint: Path) -> list[str]:
     dataset = read_config_file(path).get("dataset")
     if not isinstance(dataset, dict):
         raise UserError(f"{path}: names no dataset; it is not a run's configuration")
-    own = [f"dataset.{key}={json.dumps(value)}" for key, value in dataset.items()]
-    return [f"dataset={dataset['source']}", *own]
+    source = dataset.get("source")
+    settings = {key: value for key, value in dataset.items() if key != "digest"}
+    own = [as_override(f"dataset.{key}", value) for key, value in settings.items()]
+    return [f"dataset={source}", *own]
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class Fit:
     Attributes:
         stage: what is trained, and on which losses.
         method: every module that takes part; all but ``stage.trains`` is frozen in eval mode.
-        stateful: whose state the checkpoints carry.
+        saved_module: whose state the checkpoints carry.
         images: the data, on the device of the networks.
         run: where figures and checkpoints go.
         config: the run's configuration.
@@ -71,7 +71,7 @@ class Fit:
 
     stage: Stage
     method: nn.Module
-    stateful: nn.Module
+    saved_module: nn.Module
     images: Images
     run: Run
     config: Config
@@ -81,6 +81,7 @@ class Fit:
     meter: Meter = field(default_factory=Meter)
 
     def __post_init__(self) -> None:
+        self._device = self.images.train.images.device
         self.schedule = stage_schedule(self.stage, self.config)
         self.loader = Loader(
             self.images.train,
@@ -144,7 +145,7 @@ class Fit:
 
     def _step(self, batch: Batch) -> None:
         bf16 = self.config.precision == "bf16"
-        with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
             terms, metrics = self.stage.loss(batch)
         weighted = weigh(terms, self.stage)
         loss = torch.stack(list(weighted.values())).sum()
@@ -214,10 +215,11 @@ class Fit:
             "stage": self.stage.name,
             "position": vars(self.position),
             "meter": self.meter.state_dict(),
-            "module": own_state(self.stateful),
+            "module": own_state(self.saved_module),
             "optimizer": self.optimizer.state_dict(),
             "loader": self.loader.state_dict(),
-            "generators": generator_states(),
+            "generators": generator_states(self._device),
+            "device": self._device.type,
         }
         if self.evaluated is not None:
             state["model"] = self.evaluated.state_dict()
@@ -225,12 +227,20 @@ class Fit:
         self._saved = time.monotonic()
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        load_own_state(self.stateful, state["module"])
+        load_own_state(self.saved_module, state["module"])
         self.position = Position(**state["position"])
-        self.meter.load_state_dict(state["meter"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if not self.position.mid_epoch:
+            return  # every epoch begins with seeds of its own
+        if state["device"] != self._device.type:
+            raise UserError(
+                f"{self.run.folder}: stands in mid-epoch, where random numbers of "
+                f"'{state['device']}' cannot go on on '{self._device.type}'; "
+                f"use device={state['device']}, or start afresh with force=true"
+            )
+        self.meter.load_state_dict(state["meter"], self._device)
         self.loader.load_state_dict(state["loader"])
-        restore_generator_states(state["generators"])
+        restore_generator_states(state["generators"], self._device)
 
 
 def weigh(terms: Mapping[str, Tensor], stage: Stage) -> dict[str, Tensor]:

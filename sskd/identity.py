@@ -15,7 +15,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 from sskd import CONF
 from sskd.config import Config, parse_config, read_config
-from sskd.nested import flatten
+from sskd.data import SOURCES
+from sskd.nested import as_override, flatten
 
 # What may change between two starts of one run without changing what it computes.
 _NOT_IDENTITY = (
@@ -75,7 +76,7 @@ def run_folder(config: Config, changed: Mapping[str, Any]) -> Path:
     seed<k>``, with 8 hex digits of ``changed``, if there is any, so that two configurations
     never share a folder.
     """
-    parent = Path(config.runs, config.dataset.name)
+    parent = Path(config.runs).expanduser() / config.dataset.name
     if config.teacher is None:
         parent = parent / "scratch" / config.student.name
     else:
@@ -105,26 +106,51 @@ def teacher_config(config: Config) -> Config:
         "force": False,
     }
     usual = recipe(parse_config(values)).model_dump()
-    values["optimizer"] = usual["optimizer"]
-    values["batch_size"] = usual["batch_size"]
-    values["schedule"] = usual["schedule"] | {"epochs": teacher.epochs or config.schedule.epochs}
-    values["dataset"] |= {"fraction": teacher.fraction, "label_noise": teacher.label_noise}
-    return parse_config(values)
+    dataset = values["dataset"]
+    dataset |= {"fraction": teacher.fraction, "label_noise": teacher.label_noise}
+    chosen = dataset["holdout"] or dataset["label_noise"] or dataset["fraction"] < 1
+    return parse_config(
+        values
+        | {
+            "optimizer": usual["optimizer"] | {"lr": teacher.base_lr},
+            "batch_size": usual["batch_size"],
+            "schedule": usual["schedule"] | {"epochs": teacher.epochs or config.schedule.epochs},
+            # A seed that chooses nothing must not ask for another teacher.
+            "dataset": dataset if chosen else dataset | {"seed": usual["dataset"]["seed"]},
+        }
+    )
+
+
+def describe(config: Config, teacher_digest: str | None = None) -> dict[str, Any]:
+    """Return ``config`` as a run's folder keeps it: with the digests of what it was fed."""
+    values = config.model_dump()
+    fingerprint = SOURCES[config.dataset.source].fingerprint(config.dataset)
+    if fingerprint is not None:
+        values["dataset"]["digest"] = fingerprint
+    if teacher_digest is not None:
+        values["teacher"]["digest"] = teacher_digest
+    return values
+
+
+def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Return the settings of two descriptions that decide the result and differ, in words."""
+    there, here = flatten(identity(found)), flatten(identity(wanted))
+    return ", ".join(
+        f"{key} ({there.get(key)!r} there, {here.get(key)!r} here)"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    )
 
 
 def training_command(config: Config) -> str:
     """Return the shell command that trains the network alone as ``config`` says."""
+    told = flatten(config.model_dump())
+    default = flatten(recipe(config).model_dump())
+    shown = ["seed", "runs", "dataset.root", "dataset.name", "device"]
+    own = difference(config) | {key: told[key] for key in shown if told[key] != default[key]}
     words = ["python", "train_teacher.py", f"arch={config.student.name}"]
     words.append(f"dataset={config.dataset.source}")
-    usual = recipe(config)
-    own = difference(config)
-    told = flatten(config.model_dump())
-    shown = ["seed", "runs", "dataset.root", "dataset.name", "device"]
-    default = flatten(usual.model_dump())
-    own |= {key: told[key] for key in shown if told[key] != default[key]}
-    words += [shlex.quote(f"{key}={_as_override(value)}") for key, value in own.items()]
+    for key, value in own.items():
+        # What is trained is called the student everywhere but on this command's line.
+        words.append(shlex.quote(as_override(key.replace("student.", "arch."), value)))
     return " ".join(words)
-
-
-def _as_override(value: Any) -> str:
-    return "null" if value is None else json.dumps(value) if not isinstance(value, str) else value

@@ -34,6 +34,7 @@ class Meter:
         """Return what ``load_state_dict`` goes on from."""
         return {"images": self.images, "names": self._names, "sums": self._sums}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``."""
-        self.images, self._names, self._sums = state["images"], state["names"], state["sums"]
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from ``state`` on ``device``."""
+        self.images, self._names = state["images"], state["names"]
+        self._sums = state["sums"].to(device)

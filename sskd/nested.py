@@ -1,9 +1,13 @@
-"""Nested settings as flat ones."""
+"""Nested settings as flat ones, and as words of a command line."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
+
+_NOT_STRINGS = {"true", "false", "null", "nan", "inf"}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -15,3 +19,15 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def as_override(key: str, value: Any) -> str:
+    """Return ``key=value`` as Hydra reads it back; strings that look like something else quoted."""
+    if not isinstance(value, str):
+        return f"{key}={json.dumps(value)}"
+    if re.fullmatch(r"[A-Za-z_/][A-Za-z_/.0-9-]*", value) and value.lower() not in _NOT_STRINGS:
+        return f"{key}={value}"
+    # Inside quotes a backslash counts only in front of a quote, the closing one included.
+    escaped = re.sub(r"\\*'", lambda found: found[0][:-1] * 2 + r"\'", value)
+    trailing = len(escaped) - len(escaped.rstrip("\\"))
+    return f"{key}='{escaped}" + "\\" * trailing + "'"

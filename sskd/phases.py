@@ -14,7 +14,7 @@ from torch import nn
 from sskd.config import Config
 from sskd.data import Images
 from sskd.fit import Fit, stage_schedule
-from sskd.identity import identity
+from sskd.identity import describe, identity
 from sskd.methods import Stage
 from sskd.run import WEIGHTS, Run
 from sskd.teachers import Teacher
@@ -29,10 +29,10 @@ def share_phase(
     teacher's weights, the seed, the data and the phase's settings, and nothing of the student.
     """
     settings = phase_settings(stage, config, teacher)
-    folder = phase_folder(stage, config, settings)
+    folder = phase_folder(config, settings)
     with Run(folder, settings).open(wait=True) as run:
-        if run.result is None:
-            state = run.checkpoint(images.train.images.device)
+        if run.finished() is None:
+            state = run.checkpoint()
             position = Fit(stage, method, stage.trains, images, run, config).train(state)
             result = {"kind": "phase", "stage": stage.name, "seconds": position.seconds}
             run.finish(stage.trains, result)
@@ -44,7 +44,7 @@ def share_phase(
 
 def phase_settings(stage: Stage, config: Config, teacher: Teacher) -> dict[str, Any]:
     """Return everything that the result of a teacher-only ``stage`` depends on."""
-    values = identity(config.model_dump())
+    values = identity(describe(config))
     schedule = asdict(stage_schedule(stage, config))
     optimizer = {k: v for k, v in values["optimizer"].items() if k != "lr"}
     return {
@@ -58,9 +58,9 @@ def phase_settings(stage: Stage, config: Config, teacher: Teacher) -> dict[str, 
     }
 
 
-def phase_folder(stage: Stage, config: Config, settings: dict[str, Any]) -> Path:
-    """Return where the result of a teacher-only ``stage`` with these ``settings`` lies."""
+def phase_folder(config: Config, settings: dict[str, Any]) -> Path:
+    """Return where the result of the teacher-only phase with these ``settings`` lies."""
     assert config.teacher is not None
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    parent = Path(config.runs, config.dataset.name, "phases", config.teacher.name, stage.name)
-    return parent / f"seed{config.seed}-{digest}"
+    phases = Path(config.runs).expanduser() / config.dataset.name / "phases"
+    return phases / config.teacher.name / settings["phase"] / f"seed{config.seed}-{digest}"

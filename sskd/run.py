@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -22,9 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from sskd.errors import UserError
-from sskd.identity import identity
+from sskd.identity import differing
 from sskd.models import save_weights
-from sskd.nested import flatten
 from sskd.storage import leftovers, write_text, write_whole
 
 CONFIG = "config.yaml"
@@ -60,7 +58,7 @@ class Run:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=-1 if wait else 0)
+            self._acquire(wait)
         except Timeout:
             raise UserError(f"{self.folder}: another process is working on this run") from None
         except OSError as error:
@@ -74,6 +72,15 @@ class Run:
             self.close()
             raise
         return self
+
+    def _acquire(self, wait: bool) -> None:
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            if not wait:
+                raise
+            print(f"{self.folder}: waiting for another process that is working on it", flush=True)
+            self._lock.acquire()
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -93,43 +100,49 @@ class Run:
     def _take_up(self) -> None:
         for path in leftovers(self.folder):
             path.unlink()
-        path = self.folder / CONFIG
-        begun = any((self.folder / name).exists() for name in (LAST, RESULT))
-        if not (begun and path.exists()):
-            try:
-                write_text(path, OmegaConf.to_yaml(OmegaConf.create(dict(self.config))))
-            except OSError as error:
-                raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-            return
-        found = flatten(identity(read_config_file(path)))
-        wanted = flatten(identity(self.config))
-        differing = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
-        if differing:
-            told = ", ".join(
-                f"{key} ({found.get(key)!r} there, {wanted.get(key)!r} here)" for key in differing
-            )
+        if any((self.folder / name).exists() for name in (LAST, RESULT)):
+            self._refuse_other_config()
+        else:
+            text = OmegaConf.to_yaml(OmegaConf.create(dict(self.config)))
+            write_text(self.folder / CONFIG, text)
+
+    def _refuse_other_config(self) -> None:
+        other = differing(read_config_file(self.folder / CONFIG), self.config)
+        if other:
             raise UserError(
-                f"{self.folder}: holds a run of another configuration: {told}; start afresh "
-                "with force=true (the old run is kept under .old/), or use another runs=FOLDER"
+                f"{self.folder}: holds a run of another configuration: {other}; start afresh with "
+                "force=true (the old run is kept under .old/), or use another runs=FOLDER"
             )
 
-    @property
-    def result(self) -> dict[str, Any] | None:
-        """The result of a finished run, else None."""
-        return read_result(self.folder)
+    def finished(self) -> dict[str, Any] | None:
+        """Return the result if the run has finished, else None; the folder need not be open.
 
-    def checkpoint(self, device: torch.device) -> dict[str, Any] | None:
-        """Return what ``save`` last wrote, or None; ``metrics`` are cut back to that moment."""
-        path = self.folder / LAST
-        state: dict[str, Any] | None = None
-        if path.exists():
-            try:
-                state = torch.load(path, map_location=device, weights_only=True)
-            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
-                raise UserError(
-                    f"{path}: cannot be read, it may be damaged; start afresh with force=true"
-                ) from None
-        self._cut_metrics(state["lines"] if state else 0)
+        Raises:
+            UserError: what has finished there is a run of another configuration.
+        """
+        result = read_result(self.folder)
+        if result is not None:
+            self._refuse_other_config()
+        return result
+
+    def checkpoint(self) -> dict[str, Any] | None:
+        """Return what ``save`` last wrote, on the CPU; ``metrics`` are cut back to that moment.
+
+        Returns None, and no metrics, where nothing was saved.
+        """
+        if not (self.folder / LAST).exists():
+            self._cut_metrics(0)
+            return None
+        try:
+            state: dict[str, Any] = torch.load(
+                self.folder / LAST, map_location="cpu", weights_only=True
+            )
+            self._cut_metrics(state["lines"])
+        except Exception as error:  # torch has a dozen types of error for a damaged file
+            raise UserError(
+                f"{self.folder}: {LAST} or {METRICS} is damaged ({type(error).__name__}); "
+                "remove this folder to start afresh"
+            ) from error
         return state
 
     def _cut_metrics(self, count: int) -> None:
@@ -200,18 +213,18 @@ def put_aside(folder: Path) -> None:
     """Move a run's folder into ``.old/`` beside it, so that a new run can take its place."""
     if not folder.exists():
         return
-    lock = FileLock(folder / ".lock")
+    old = folder.parent / ".old"
     try:
-        lock.acquire(timeout=0)
+        with FileLock(folder / ".lock").acquire(timeout=0):
+            old.mkdir(exist_ok=True)
+            folder.rename(old / f"{folder.name}-{_last_put_aside(folder) + 1}")
     except Timeout:
         raise UserError(f"{folder}: another process is working on this run") from None
-    old = folder.parent / ".old"
-    old.mkdir(exist_ok=True)
-    folder.rename(old / f"{folder.name}-{times_put_aside(folder) + 1}")
-    lock.release()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be moved to {old} ({error.strerror})") from None
 
 
-def times_put_aside(folder: Path) -> int:
+def _last_put_aside(folder: Path) -> int:
     """Return the number of the latest run that was put aside from ``folder``, or 0."""
     names = [path.name for path in (folder.parent / ".old").glob(f"{folder.name}-*")]
     numbers = [name.removeprefix(f"{folder.name}-") for name in names]

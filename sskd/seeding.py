@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 
@@ -23,19 +23,16 @@ def seed_everything(*purpose: int | str) -> None:
     torch.manual_seed(derive_seed(*purpose))
 
 
-def generator_states() -> dict[str, Any]:
-    """Return the states of PyTorch's own generators, for a checkpoint."""
-    states: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
+def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the states of PyTorch's own generators on the CPU and on ``device``."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
-def restore_generator_states(states: dict[str, Any]) -> None:
-    """Set PyTorch's own generators to ``states``; those of absent devices are passed over.
-
-    The states may have been loaded to any device; PyTorch takes them from the CPU.
-    """
-    torch.set_rng_state(states["cpu"].cpu())
-    if torch.cuda.is_available() and "cuda" in states:
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+def restore_generator_states(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Set PyTorch's own generators to ``states``, that of another kind of device left out."""
+    torch.set_rng_state(states["cpu"])
+    if device.type in states and device.type != "cpu":
+        torch.cuda.set_rng_state(states["cuda"], device)

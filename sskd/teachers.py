@@ -9,9 +9,16 @@ from torch import nn
 
 from sskd.config import Config
 from sskd.errors import UserError
-from sskd.identity import difference, run_folder, teacher_config, training_command
+from sskd.identity import (
+    describe,
+    difference,
+    differing,
+    run_folder,
+    teacher_config,
+    training_command,
+)
 from sskd.models import find_checkpoint, load_weights, read_checkpoint, weights_digest
-from sskd.run import BEST, WEIGHTS, read_result
+from sskd.run import BEST, CONFIG, WEIGHTS, read_config_file, read_result
 
 _FILES = {"best": BEST, "last": WEIGHTS}
 
@@ -43,6 +50,12 @@ def find_teacher(config: Config) -> Teacher | None:
             f"{folder}: no finished run of the teacher {config.teacher.name}; train it with "
             f"`{training_command(wanted)}`, or add teacher.train=true here, or name a file "
             "with teacher.checkpoint=PATH"
+        )
+    other = differing(read_config_file(folder / CONFIG), describe(wanted))
+    if other:
+        raise UserError(
+            f"{folder}: holds a teacher of another configuration: {other}; train it again with "
+            f"`{training_command(wanted)} force=true`, or use another runs=FOLDER"
         )
     epoch = config.teacher.epoch
     digest = result.get("digest")

@@ -13,6 +13,7 @@ from typing import Any, Self
 import wandb
 
 from sskd.config import Config
+from sskd.errors import UserError
 from sskd.run import Run
 from sskd.storage import write_text
 
@@ -34,13 +35,16 @@ class Tracker:
         self._name = str(run.folder.relative_to(config.runs))
 
     def __enter__(self) -> Self:
-        mode = choose_mode(self._config.wandb.mode)
         try:
+            mode = choose_mode(self._config.wandb.mode)
             self._wandb = self._init(mode)
-        except wandb.Error as error:
-            print(f"W&B cannot be reached ({str(error).splitlines()[0]}); this run stays offline")
+            if mode == "online":
+                print(f"W&B: {self._wandb.url}")
+        except (wandb.Error, ValueError) as error:
+            told = str(error).splitlines()[0] if str(error) else type(error).__name__
+            print(f"W&B cannot be used online ({told}); this run stays offline")
             wandb.teardown()
-            self._wandb = self._init("offline")
+            self._wandb = self._init_offline()
         return self
 
     def __exit__(
@@ -80,6 +84,13 @@ class Tracker:
             }
         )
 
+    def _init_offline(self) -> wandb.Run:
+        try:
+            return self._init("offline")
+        except wandb.Error as error:
+            told = " ".join(str(error).split())
+            raise UserError(f"W&B: {told}; wandb.mode=disabled goes on without it") from None
+
     def _init(self, mode: str) -> wandb.Run:
         config = self._config
         arch, method = config.student.name, config.method.name
@@ -101,11 +112,14 @@ class Tracker:
 
 
 def choose_mode(mode: str) -> str:
-    """Return W&B's mode for ``wandb.mode``; ``auto`` is online only where there is a login."""
-    if mode != "auto":
+    """Return W&B's mode for ``wandb.mode``, which WANDB_MODE decides where it is ``auto``.
+
+    Online needs a login that is there already, because W&B would ask for one.
+    """
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE", "auto")
+    if mode not in ("auto", "online"):
         return mode
-    if "WANDB_MODE" in os.environ:
-        return os.environ["WANDB_MODE"]
     if wandb.login(prompt=False):
         return "online"
     print("W&B: no login, so this run is kept offline; `wandb sync` sends it later")

@@ -17,6 +17,7 @@ import torch
 from conftest import Compose
 from test_run import SMALL, outcome
 
+import sskd.fit
 import train_student
 import train_teacher
 from sskd.cli import run_command
@@ -78,6 +79,14 @@ MISTAKES = [
     (["method.temperature=0"], "method.temperature: should be greater than 0"),
     (["method.ss_ratio=1.5"], "method.ss_ratio: should be less than or equal to 1"),
     (["method.weights.tf=-1"], "method.weights.tf: should be greater than or equal to 0"),
+    (["method=vanilla", "+teacher.bogus=1"], "teacher.bogus: no such setting"),
+    (["method=vanilla", "teacher.seed=abc"], "teacher.seed: should be a valid integer"),
+    (["+arch=resnet20"], "arch and teacher do not go together"),
+    (["arch=resnet20"], "Did you mean to override one of arch@student, arch@teacher?"),
+    (["dataset.name=cifar100"], "is the name of another dataset than digits"),
+    (["device=meta"], "device=meta: there is no such device"),
+    (["wandb.project=a/b"], "wandb.project: "),
+    (["teacher.checkpoint="], "teacher.checkpoint: should have at least 1 character"),
     (["~method.weights.tf"], "method.weights.tf: missing"),
     (["precision=fp8"], "precision: should be 'fp32' or 'bf16'"),
     (["device=cuda:99"], "device=cuda:99: there is no such device"),
@@ -113,6 +122,36 @@ def test_a_method_with_a_teacher_is_not_for_train_teacher(command: Command) -> N
     status, _, err = command("method=kd", script=train_teacher)
     assert (status, err.count("\n")) == (1, 1)
     assert "method=kd needs a teacher: use train_student.py" in err
+
+
+@pytest.mark.parametrize("extra", ["+teacher.seed=3", "+arch@teacher=resnet20"])
+def test_train_teacher_takes_no_teacher(command: Command, extra: str) -> None:
+    status, _, err = command("dataset=digits", extra, script=train_teacher)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "arch and teacher do not go together" in err
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m"]])
+def test_a_disk_that_refuses_is_one_line(
+    command: Command, tmp_path: Path, sweep: list[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    command.runs = tmp_path / "file" / "runs"
+    status, _, err = command(*sweep, *SMALL, "method=vanilla")
+    assert (status, err.count("\n")) == (1, 1), err
+    assert str(command.runs) in err
+
+
+def test_a_sweep_tells_each_cell_that_breaks(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(sskd.fit.Fit, "_step", broken)
+    status, _, err = command("-m", *SMALL, "method=vanilla", "seed=0,1")
+    assert status == 1
+    assert err.count("Traceback") == err.count("error: out of memory") == 2
 
 
 def bad_checkpoints(folder: Path) -> dict[str, tuple[Path, str]]:
@@ -203,8 +242,10 @@ def test_a_killed_process_goes_on_where_it_stopped(composed: Compose, tmp_path: 
     arguments = [*SMALL, "schedule.epochs=12", "method=sskd", "checkpoint_minutes=1e-9"]
     train(composed(*arguments, f"runs={tmp_path / 'whole'}"))
     command = [sys.executable, "train_student.py", *arguments, f"runs={runs}"]
-    environment = os.environ | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    threads = torch.get_num_threads()
+    environment = os.environ | {
+        "WANDB_MODE": "disabled",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     for waited_for in ("phases/*/*/*/last.pt", "distill/*/*/*/last.pt"):
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
@@ -214,7 +255,6 @@ def test_a_killed_process_goes_on_where_it_stopped(composed: Compose, tmp_path: 
         assert process.poll() is None, "it finished before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
-    torch.set_num_threads(threads)
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
     assert outcome(runs) == outcome(tmp_path / "whole")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sskd.errors import UserError
 from sskd.models import (
+    ARCHITECTURES,
     build_model,
     find_checkpoint,
     load_weights,
@@ -146,3 +147,16 @@ def test_digest_sees_values_names_types_and_shapes_only(state: State, tmp_path: 
         {"fc.other": torch.zeros(0)},
     ]
     assert digest not in [weights_digest({**state, **change}) for change in changes]
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_every_network_loads_from_the_published_layouts(name: str, tmp_path: Path) -> None:
+    """The tensors' names and shapes themselves are compared with the published ones elsewhere."""
+    torch.manual_seed(0)
+    state = build_model(name, 7).state_dict()
+    path = tmp_path / f"{name}.pth"
+    for layout in ({"model": state, "accuracy": 1.0}, {"state_dict": state, "acc": 1.0}):
+        torch.save(layout, path)
+        model = build_model(name, 7)
+        load_weights(model, path)
+        assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +14,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import Compose
+from PIL import Image
 from safetensors.torch import load_file
 
 import sskd.fit
+import sskd.models.checkpoints
+import sskd.pictures
+import sskd.run
+import sskd.storage
 from sskd.config import Config
-from sskd.data import Batch
+from sskd.data import Batch, load_images, plain
 from sskd.errors import UserError
 from sskd.identity import difference, run_folder, teacher_config, training_command
 from sskd.interrupt import Interrupted
+from sskd.models import build_model, load_weights
 from sskd.run import Run
 from train_student import train
 
@@ -29,6 +36,8 @@ SMALL = (
     "dataset=digits", "dataset.fraction=0.05", "teacher.fraction=0.05", "schedule.epochs=3",
     "batch_size=16", "arch@teacher=resnet14", "arch@student=resnet8", "teacher.train=true",
 )  # fmt: skip
+
+TEACHER_STEPS = 6  # 70 images in batches of the recipe's 64, three times
 
 
 class CrashError(Exception):
@@ -166,9 +175,6 @@ def test_a_students_metrics_begin_with_its_first_phase(composed: Compose, tmp_pa
 
 
 def test_the_result_tells_what_can_be_measured_again(composed: Compose, tmp_path: Path) -> None:
-    from sskd.data import load_images, plain
-    from sskd.models import build_model, load_weights
-
     config = composed(*SMALL, "method=kd", "dataset.holdout=0.2")
     result = train(config)
     (folder,) = (path.parent for path in (tmp_path / "runs/digits/distill").rglob("result.json"))
@@ -200,8 +206,6 @@ def test_saved_weights_are_the_students_alone(composed: Compose, tmp_path: Path)
     train(composed(*SMALL, "method=sskd"))
     (weights,) = (tmp_path / "runs/digits/distill").rglob("model.safetensors")
     names = set(load_file(weights))
-    from sskd.models import build_model
-
     assert names == set(build_model("resnet8", 10).state_dict())
 
 
@@ -262,6 +266,150 @@ def test_a_loss_that_is_not_finite_stops_the_run(composed: Compose, tmp_path: Pa
     assert not list((tmp_path / "runs").rglob("result.json"))
 
 
+def test_a_crash_at_any_write_loses_nothing(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Crash before the n-th write or line, then at the n+1-th of the next start, and so on."""
+    arguments = [*SMALL, "schedule.epochs=2", "method=sskd"]
+    train(composed(*arguments, f"runs={tmp_path / 'whole'}"))
+    left = 0
+
+    def count(write: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*given: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise CrashError
+            return write(*given)
+
+        return counted
+
+    for module in (sskd.storage, sskd.run, sskd.pictures, sskd.models.checkpoints):
+        monkeypatch.setattr(module, "write_whole", count(sskd.storage.write_whole))
+    monkeypatch.setattr(Run, "log", count(Run.log))
+    broken = composed(*arguments, f"runs={tmp_path / 'broken'}")
+    crashes = 0
+    while True:
+        left = crashes + 1
+        try:
+            train(broken)
+            break
+        except CrashError:
+            crashes += 1
+    assert crashes > 10
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["last.pt", "metrics.jsonl"])
+def test_a_damaged_run_is_named_with_the_folder_to_remove(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """Also where it is the first phase that is damaged, which force=true would not reach."""
+    config = composed(*SMALL, "method=sskd", "checkpoint_minutes=1e-9")
+    with monkeypatch.context() as patch:
+        at_step(patch, TEACHER_STEPS + 2, crash)
+        with pytest.raises(CrashError):
+            train(config)
+    (folder,) = (path.parent for path in (tmp_path / "runs").glob("digits/phases/*/*/*/last.pt"))
+    if damage == "last.pt":
+        (folder / damage).write_bytes((folder / damage).read_bytes()[:1000])
+    else:
+        (folder / damage).write_text("{")
+        state = torch.load(folder / "last.pt", weights_only=True)
+        torch.save(state | {"lines": 1}, folder / "last.pt")
+    with pytest.raises(UserError, match=f"{folder}: last.pt or .* is damaged .*remove this folder"):
+        train(config)
+    shutil.rmtree(folder)
+    train(config)
+
+
+def test_a_checkpoint_of_another_device_goes_on_from_an_epochs_end_only(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = composed(*SMALL, "method=vanilla", "checkpoint_minutes=1e-9")
+    for step, in_mid_epoch in ((7, True), (2, False)):
+        with monkeypatch.context() as patch:
+            at_step(patch, step, crash)
+            with pytest.raises(CrashError):
+                train(config)
+        (path,) = (tmp_path / "runs").rglob("last.pt")
+        state = torch.load(path, weights_only=True)
+        moved = {"device": "cuda", "position": {**state["position"], "mid_epoch": in_mid_epoch}}
+        torch.save(state | moved, path)
+        if in_mid_epoch:
+            with pytest.raises(UserError, match=r"mid-epoch.*'cuda' cannot go on on 'cpu'"):
+                train(config)
+            torch.save(state, path)
+    assert train(config)["epoch"] == 3
+
+
+def photos(root: Path, shade: int, count: int = 4) -> Path:
+    for part in ("train", "test"):
+        for label in ("dark", "light"):
+            folder = root / "photos" / part / label
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                colour = (shade, 200 * (label == "light"), number)
+                Image.new("RGB", (32, 32), colour).save(folder / f"{number}.bmp")
+    return root / "photos"
+
+
+def test_two_folders_of_images_never_share_a_run(composed: Compose, tmp_path: Path) -> None:
+    arguments = ["schedule.epochs=1", "arch@student=resnet8", "arch@teacher=resnet14"]
+
+    def config(root: Path, *more: str) -> Config:
+        return composed(*arguments, "dataset=folder", f"dataset.root={root}", *more)
+
+    one, other = photos(tmp_path / "a", 0), photos(tmp_path / "b", 255, count=5)
+    train(config(one, "method=vanilla"))
+    train(config(one, "method=vanilla", "arch@student=resnet14"))
+    assert (tmp_path / "runs/photos/scratch/resnet8").is_dir()
+    with pytest.raises(UserError, match=r"dataset\.digest"):
+        train(config(other, "method=vanilla"))
+    with pytest.raises(UserError, match=r"teacher of another configuration: dataset\.digest"):
+        train(config(other, "method=kd"))
+    train(config(other, "method=vanilla", "dataset.name=other_photos"))
+    train(config(one, "method=kd"))
+
+
+def test_force_moves_nothing_away_before_all_is_well(composed: Compose, tmp_path: Path) -> None:
+    arguments = ["dataset=folder", "arch@student=resnet8", "schedule.epochs=1", "method=vanilla"]
+    root = photos(tmp_path, 0)
+    train(composed(*arguments, f"dataset.root={root}"))
+    before = outcome(tmp_path / "runs")
+    shutil.rmtree(root / "test")
+    with pytest.raises(UserError, match="there is no folder"):
+        train(composed(*arguments, f"dataset.root={root}", "force=true"))
+    assert outcome(tmp_path / "runs") == before
+
+
+def test_bf16_trains_and_resumes(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*SMALL, "method=sskd", "precision=bf16"]
+    result = train(composed(*arguments, f"runs={tmp_path / 'whole'}"))
+    assert result["precision"] == "bf16"
+    with monkeypatch.context() as patch:
+        at_step(patch, TEACHER_STEPS + 5 + 7, crash)
+        with pytest.raises(CrashError):
+            train(composed(*arguments, f"runs={tmp_path / 'broken'}"))
+    train(composed(*arguments, f"runs={tmp_path / 'broken'}"))
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
+    (path,) = (tmp_path / "whole/digits/distill").rglob("model.safetensors")
+    assert load_file(path)["fc.weight"].dtype == torch.float32
+
+
+def test_a_half_precision_teacher_is_that_of_its_float32_weights(
+    composed: Compose, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    state = build_model("resnet14", 10).state_dict()
+    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    torch.save({"model": half}, tmp_path / "half.pth")
+    small = [item for item in SMALL if not item.startswith("teacher.train")]
+    train(composed(*small, "method=kd", f"teacher.checkpoint={tmp_path / 'half.pth'}"))
+
+
 def test_runs_that_cannot_be_written_are_named(composed: Compose, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/runs.*cannot be written.*runs=FOLDER"):
@@ -276,6 +424,9 @@ def test_runs_that_cannot_be_written_are_named(composed: Compose, tmp_path: Path
         ("teacher.seed=3", "teacher.epochs=7"),
         ("schedule=smoke", "teacher.label_noise=0.2"),
         ("dataset=cifar100", "arch@teacher=vgg13"),
+        ("teacher.base_lr=0.1", "dataset.root='it is 50% (a,b), é'"),
+        ("dataset=folder", "dataset.root='2024'", "dataset.name='7'"),
+        ("dataset.fraction=0.5", "teacher.fraction=1.0", "dataset.seed=2"),
     ],
 )
 def test_a_missing_teacher_is_told_with_the_command_that_trains_it(

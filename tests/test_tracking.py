@@ -14,6 +14,7 @@ import wandb
 from conftest import Compose
 from test_run import SMALL, CrashError, at_step, crash
 
+from sskd import CONF
 from sskd.tracking import choose_mode, run_id
 from train_student import train
 
@@ -39,12 +40,8 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def history(path: Path) -> list[dict[str, Any]]:
-    """Return the logged steps, as nested keys joined by slashes to values."""
-    steps = []
-    for record in inspect(path):
-        if record["type"] == "history":
-            steps.append(record["history"])
-    return steps
+    """Return the logged steps in order, each with its figures by name."""
+    return [record["history"]["item"] for record in inspect(path) if record["type"] == "history"]
 
 
 @pytest.mark.usefixtures("offline")
@@ -67,13 +64,21 @@ def test_a_run_without_a_login_is_kept_whole_on_disk(
     assert about["run_id"] == (folder / "wandb_id").read_text()
 
     (summary,) = inspect(student, "--summary")
-    told = json.dumps(summary)
     assert summary["config"]["method"]["weights"] == {"ce": 0.1, "kd": 0.9, "tf": 2.7, "ss": 10}
-    for name in ("best/top1", "last/top1", "distill/loss/tf", "distill/weighted/tf",
-                 "ss_head/loss/contrast", "distill/lr", "distill/images_per_second",
-                 "test/top1", "views"):  # fmt: skip
-        assert name in told or name.split("/")[-1] in told, name
-    assert str(result["top1"]["last"])[:6] in told
+    shown = summary["summary"]
+    assert shown["last/top1"] == pytest.approx(result["top1"]["last"])
+    assert shown["best/top1"] == pytest.approx(result["top1"]["best"])
+    assert shown["agreement"] == pytest.approx(result["agreement"])
+    assert shown["views"]["_type"] == "image-file"
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    steps = [step for step in history(student) if step["_step"] > 0]
+    assert [step["_step"] for step in steps] == [1, 2, 3, 4]
+    assert steps[0]["ss_head/loss/contrast"] == pytest.approx(lines[0]["loss/contrast"])
+    for step, line in zip(steps[1:], lines[1:], strict=True):
+        for name in ("loss", "loss/tf", "weighted/tf", "lr", "images_per_second", "top1"):
+            assert step[f"distill/{name}"] == pytest.approx(line[name]), name
+        assert step["test/top1"] == pytest.approx(line["test/top1"])
     assert list(student.parent.rglob("*.png"))
 
 
@@ -103,13 +108,38 @@ def test_ids_belong_to_their_folder(tmp_path: Path) -> None:
 def test_the_mode_is_the_users_then_the_environments_then_the_logins(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert choose_mode("online") == "online"
+    asked: list[bool] = []
+    answers: list[bool] = []
+
+    def login(prompt: bool) -> bool:
+        asked.append(prompt)
+        return answers[-1]
+
+    monkeypatch.setattr(wandb, "login", login)
     monkeypatch.setenv("WANDB_MODE", "dryrun")
     assert choose_mode("auto") == "dryrun"
     assert choose_mode("disabled") == "disabled"
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setattr(wandb, "login", lambda prompt: True)
-    assert choose_mode("auto") == "online"
+    for logged_in, mode in ((True, "online"), (False, "offline")):
+        answers.append(logged_in)
+        monkeypatch.setenv("WANDB_MODE", "online")
+        assert choose_mode("auto") == mode
+        assert choose_mode("online") == mode
+        monkeypatch.delenv("WANDB_MODE")
+        assert choose_mode("auto") == mode
+    assert asked
+    assert not any(asked)  # it never asks a question
+
+
+def test_a_key_that_does_not_serve_leaves_the_run_offline(tmp_path: Path) -> None:
+    environment = os.environ | {"WANDB_API_KEY": "abc", "WANDB_MODE": "online"}
+    command = [sys.executable, "train_teacher.py", "arch=resnet8", "dataset=digits"]
+    command += ["dataset.fraction=0.05", "schedule.epochs=1", f"runs={tmp_path / 'runs'}"]
+    found = subprocess.run(
+        command, cwd=CONF.parent, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "W&B cannot be used online (WANDB_API_KEY invalid" in found.stdout
+    assert found.stderr == ""
+    assert len(offline_runs(tmp_path / "runs")) == 1
 
 
 def test_a_run_that_cannot_reach_wandb_goes_on_offline(
@@ -123,6 +153,7 @@ def test_a_run_that_cannot_reach_wandb_goes_on_offline(
         return original(**arguments)
 
     monkeypatch.setattr(wandb, "init", unreachable)
+    monkeypatch.setattr(wandb, "login", lambda prompt: True)
     train(composed(*SMALL, "method=vanilla", "wandb.mode=online"))
-    assert "W&B cannot be reached (no route to host)" in capsys.readouterr().out
+    assert "W&B cannot be used online (no route to host)" in capsys.readouterr().out
     assert len(offline_runs(tmp_path / "runs")) == 1

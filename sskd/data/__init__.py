@@ -32,7 +32,7 @@ def load_images(settings: DatasetSettings) -> Images:
     ``mean`` and ``std`` that are not given are those of all training images.
     Raises UserError for files that are missing or broken.
     """
-    classes, train, test = SOURCES[settings.source](settings)
+    classes, train, test = SOURCES[settings.source].load(settings)
     # Before any choice, so that a student of few images sees them as its teacher does.
     mean, std = channel_statistics(train.images)
     train, holdout = hold_out(train, classes, settings.holdout, settings.seed)

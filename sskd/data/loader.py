@@ -104,8 +104,7 @@ class Loader:
         """Go on where ``state`` was taken, bit for bit."""
         self.begin_epoch(state["seed"])
         self._position = state["position"]
-        # A checkpoint may have been read to another device; generators take a CPU tensor.
-        self._generator.set_state(state["generator"].cpu())
+        self._generator.set_state(state["generator"])
 
 
 def plain(

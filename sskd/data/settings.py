@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from sskd.settings import Positive, Settings
+from sskd.settings import NonEmpty, Positive, Settings
 
 Mean = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -20,8 +21,8 @@ class DatasetSettings(Settings):
     """
 
     source: str
-    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-    root: str
+    name: str
+    root: NonEmpty
     download: bool
     size: int = Field(ge=32, le=256)
     mean: Annotated[list[Mean], Field(min_length=3, max_length=3)] | None
@@ -30,6 +31,13 @@ class DatasetSettings(Settings):
     label_noise: float = Field(ge=0, lt=1)
     holdout: float = Field(ge=0, lt=1)
     seed: int = Field(ge=0)
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if re.fullmatch(r"\w[\w.-]*", name) is None:
+            raise ValueError("may have letters, digits, '_', '-' and '.', as dataset.name=NAME")
+        return name
 
     @model_validator(mode="before")
     @classmethod

@@ -55,7 +55,7 @@ def keep_rows(scores: Tensor, target: Tensor, ratio: float) -> Tensor:
     """
     rank = (scores > scores.gather(1, target[:, None])).sum(1)
     wrong = (rank > 0).sum()
-    # Metal has no float64; elsewhere it makes the floor the one of exact arithmetic.
+    # float64 floors as Python does; Metal has none.
     exact = torch.float32 if scores.device.type == "mps" else torch.float64
     kept = len(rank) - wrong + (wrong.to(exact) * ratio).floor().long()
     place = torch.empty_like(rank)

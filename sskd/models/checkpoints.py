@@ -181,7 +181,11 @@ def _is_state_dict(raw: dict[Any, Any]) -> bool:
 
 def _own_tensors(raw: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drop what wrappers added to the network's own names: DataParallel, SSKD's student."""
-    state = {name: tensor.detach() for name, tensor in raw.items()}
+    # Half-precision files load into float32 networks; their digest is that of the network.
+    state = {
+        name: tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
+        for name, tensor in raw.items()
+    }
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     if any(name.startswith("backbone.") for name in state):
