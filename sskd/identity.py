@@ -7,6 +7,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,15 @@ def recipe(config: Config) -> Config:
     ]
     if config.teacher:
         overrides.append(f"arch@teacher={config.teacher.name}")
+    return _compose(*overrides)
+
+
+@cache  # a cell of a sweep asks for it several times, and its seeds ask again
+def _compose(*overrides: str) -> Config:
     if GlobalHydra.instance().is_initialized():
-        return read_config(compose("student", overrides))
+        return read_config(compose("student", list(overrides)))
     with initialize_config_dir(str(CONF), version_base=None):
-        return read_config(compose("student", overrides))
+        return read_config(compose("student", list(overrides)))
 
 
 def difference(config: Config) -> dict[str, Any]:
