@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sskd.config import Config
 from sskd.data import Batch, Images, Loader
@@ -147,7 +147,7 @@ class Fit:
         bf16 = self.config.precision == "bf16"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
             terms, metrics = self.stage.loss(batch)
-        weighted = weigh(terms, self.stage)
+        weighted = self.stage.weigh(terms)
         loss = torch.stack(list(weighted.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -241,13 +241,3 @@ class Fit:
         self.meter.load_state_dict(state["meter"], self._device)
         self.loader.load_state_dict(state["loader"])
         restore_generator_states(state["generators"], self._device)
-
-
-def weigh(terms: Mapping[str, Tensor], stage: Stage) -> dict[str, Tensor]:
-    """Return ``terms`` times the weights of ``stage``; ValueError unless each has its weight."""
-    if terms.keys() != stage.weights.keys():
-        raise ValueError(
-            f"stage {stage.name}: its terms are {sorted(terms)}, "
-            f"its weights {sorted(stage.weights)}"
-        )
-    return {name: stage.weights[name] * term for name, term in terms.items()}

@@ -11,7 +11,7 @@ from torch import nn
 
 from sskd.data import Batch, Images, Loader
 from sskd.errors import UserError
-from sskd.methods import METHODS, Method, Stage, build_method
+from sskd.methods import METHODS, Method, Stage, Step, build_method
 from sskd.models import build_model
 
 PAIRS = sorted(
@@ -51,9 +51,7 @@ def enter(method: Method, stage: Stage) -> None:
 
 
 def total(stage: Stage, batch: Batch) -> torch.Tensor:
-    terms = stage.loss(batch).terms
-    assert terms.keys() == stage.weights.keys()
-    return torch.stack([stage.weights[name] * term for name, term in terms.items()]).sum()
+    return torch.stack(list(stage.weigh(stage.loss(batch).terms).values())).sum()
 
 
 def leaves(root: torch.Tensor) -> set[int]:
@@ -192,6 +190,15 @@ def test_sskd_terms_are_those_of_its_parts(composed: Compose, few_images: Images
     p, s = ((f[0].logits.double() / 4).softmax(1) for f in (teacher, student))
     kd = 16 * (p * (p / s).log()).sum(1).mean().item()
     assert found["kd"].item() == pytest.approx(kd, rel=1e-3)
+
+
+@pytest.mark.parametrize("weights", [{"ce": 1.0}, {"ce": 1.0, "kd": 1.0, "tf": 1.0}])
+def test_a_term_without_a_weight_and_a_weight_without_a_term_are_errors(
+    weights: dict[str, float],
+) -> None:
+    stage = Stage("distill", nn.Linear(1, 1), lambda batch: Step({}, {}), weights)
+    with pytest.raises(ValueError, match=r"its terms are .* its weights"):
+        stage.weigh({"ce": torch.ones(()), "kd": torch.ones(())})
 
 
 def test_weights_must_match_the_terms(composed: Compose) -> None:

@@ -300,6 +300,23 @@ def test_a_crash_at_any_write_loses_nothing(
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
 
 
+def test_a_line_whose_checkpoint_was_lost_is_not_told_twice(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(composed(*SMALL, "method=vanilla", f"runs={tmp_path / 'whole'}"))
+    broken = composed(*SMALL, "method=vanilla", f"runs={tmp_path / 'broken'}")
+    original = Run.save
+    with monkeypatch.context() as patch:
+        calls = iter([original, lambda *_: crash()])
+        patch.setattr(Run, "save", lambda self, state: next(calls)(self, state))
+        with pytest.raises(CrashError):
+            train(broken)
+    (path,) = (tmp_path / "broken").rglob("metrics.jsonl")
+    assert len(path.read_text().splitlines()) == 2  # the checkpoint knows of one
+    train(broken)
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("damage", ["last.pt", "metrics.jsonl"])
 def test_a_damaged_run_is_named_with_the_folder_to_remove(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str

@@ -3,51 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
+from sskd.data.cifar import cifar10, cifar100
 from sskd.data.images import Split
+from sskd.data.reading import Source, absolute, one_line, some
 from sskd.data.settings import DatasetSettings
 from sskd.errors import UserError
 
-DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
-CIFAR_SIZE = 32
 DIGITS_TEST_EVERY = 5
 DIGITS_WHITE = 16
-
-
-class Source(NamedTuple):
-    """A dataset as it is published, before any choice."""
-
-    classes: tuple[str, ...]
-    train: Split
-    test: Split
-
-
-def cifar100(settings: DatasetSettings) -> Source:
-    """CIFAR-100 of 50,000 and 10,000 images (Krizhevsky, 2009)."""
-    return _cifar(CIFAR100, settings)
-
-
-def cifar10(settings: DatasetSettings) -> Source:
-    """CIFAR-10 of 50,000 and 10,000 images (Krizhevsky, 2009)."""
-    return _cifar(CIFAR10, settings)
 
 
 def digits(settings: DatasetSettings) -> Source:
@@ -76,13 +53,13 @@ def digits(settings: DatasetSettings) -> Source:
 
 def folder(settings: DatasetSettings) -> Source:
     """Images in ``root/train/CLASS`` and ``root/test/CLASS``, the same classes in both."""
-    root = _absolute(settings.root)
+    root = absolute(settings.root)
     train, test = _list_folder(root / "train"), _list_folder(root / "test")
     differing = set(train.classes) ^ set(test.classes)
     if differing:
         raise UserError(
             f"{root}: train and test must have the same classes, but only one of them has "
-            f"{_some(sorted(differing))}"
+            f"{some(sorted(differing))}"
         )
     return Source(
         tuple(train.classes), _read_folder(train, settings.size), _read_folder(test, settings.size)
@@ -99,7 +76,7 @@ def folder_fingerprint(settings: DatasetSettings) -> str | None:
 
     It tells two folders of one name apart, and a folder before and after images were added.
     """
-    root = _absolute(settings.root)
+    root = absolute(settings.root)
     digest = hashlib.sha256()
     for path in sorted(path for part in ("train", "test") for path in (root / part).rglob("*")):
         if path.is_file():
@@ -122,87 +99,6 @@ SOURCES: dict[str, Reader] = {
 }
 
 
-def _cifar(dataset: type[CIFAR10], settings: DatasetSettings) -> Source:
-    if settings.size != CIFAR_SIZE:
-        raise UserError(
-            f"dataset.size={settings.size}: CIFAR's images have {CIFAR_SIZE} pixels a side; "
-            f"set dataset.size={CIFAR_SIZE}"
-        )
-    root = _absolute(settings.root)
-    missing, differing = _compare_digests(dataset, root)
-    if settings.download and (missing or differing):
-        missing, differing = _download_once(dataset, root)
-    home = root / dataset.base_folder
-    if differing:
-        raise UserError(
-            f"{home / differing[0]} differs from the published file (another MD5 digest), it "
-            "may be cut short; move it away and load again with dataset.download=true, or set "
-            "dataset.root=FOLDER to a whole copy's"
-        )
-    if missing:
-        raise UserError(
-            f"{dataset.__name__} is not in {root}: {home} has no {_some(missing)}; set "
-            f"dataset.root=FOLDER to a folder that holds {dataset.base_folder}, or "
-            "dataset.download=true where there is a network"
-        )
-    # The files are pickles. torchvision compares every file's MD5 digest with the published one
-    # before it unpickles any, whether or not it downloads (0.29.2, torchvision/datasets/cifar.py:
-    # CIFAR10.__init__ calls _check_integrity first, _load_meta calls check_integrity).
-    train, test = dataset(root, train=True), dataset(root, train=False)
-    return Source(tuple(train.classes), _cifar_split(train), _cifar_split(test))
-
-
-def _cifar_split(dataset: CIFAR10) -> Split:
-    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
-    return Split(images, torch.tensor(dataset.targets))
-
-
-def _compare_digests(dataset: type[CIFAR10], root: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the files that are missing, and of those not of the published digest."""
-    meta = (dataset.meta["filename"], dataset.meta["md5"])
-    missing, differing = [], []
-    for name, md5 in [*dataset.train_list, *dataset.test_list, meta]:
-        path = root / dataset.base_folder / name
-        try:
-            if not path.exists():
-                missing.append(name)
-            elif not check_integrity(path, md5):
-                differing.append(name)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {_one_line(error)}") from error
-    return missing, differing
-
-
-def _download_once(dataset: type[CIFAR10], root: Path) -> tuple[list[str], list[str]]:
-    """Download what is missing, one process at a time; never over a file that is there."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{dataset.base_folder}.lock"), _socket_timeout(DOWNLOAD_TIMEOUT):
-            # Another process may have brought the files while this one waited.
-            missing, differing = _compare_digests(dataset, root)
-            if missing and not differing:
-                dataset(root, download=True)
-                missing, differing = _compare_digests(dataset, root)
-    except (OSError, RuntimeError, HTTPException) as error:
-        raise UserError(
-            f"{dataset.__name__} could not be downloaded from {dataset.url} to {root}: "
-            f"{_one_line(error)}; set dataset.root=FOLDER to a folder that holds "
-            f"{dataset.base_folder}"
-        ) from error
-    return missing, differing
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Let new sockets give up after ``seconds`` of silence; torchvision sets no limit itself."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
 def _list_folder(path: Path) -> ImageFolder:
     if not path.is_dir():
         raise UserError(
@@ -212,7 +108,7 @@ def _list_folder(path: Path) -> ImageFolder:
     try:
         return ImageFolder(path)
     except OSError as error:
-        raise UserError(f"{path}: {_one_line(error)}") from error
+        raise UserError(f"{path}: {one_line(error)}") from error
 
 
 def _read_folder(listing: ImageFolder, size: int) -> Split:
@@ -240,17 +136,4 @@ def _read_image(path: str, size: int) -> Tensor:
     # Pillow's decoders raise errors of almost any class on a broken file; its limit on an
     # image's pixels is one of them.
     except Exception as error:
-        raise UserError(f"{path} cannot be read as an image: {_one_line(error)}") from error
-
-
-def _absolute(root: str) -> Path:
-    return Path(root).expanduser().absolute()
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    """Join the first names, so that a message stays a line."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} cannot be read as an image: {one_line(error)}") from error

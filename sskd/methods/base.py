@@ -53,6 +53,15 @@ class Stage:
     phase: PhaseSettings | None = None
     teacher_only: bool = False
 
+    def weigh(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``terms`` times their weights; ValueError unless each has its weight."""
+        if terms.keys() != self.weights.keys():
+            raise ValueError(
+                f"stage {self.name}: its terms are {sorted(terms)}, "
+                f"its weights {sorted(self.weights)}"
+            )
+        return {name: self.weights[name] * term for name, term in terms.items()}
+
 
 class Method(nn.Module, ABC):
     """A student, its teacher, and how the one learns from the other.
