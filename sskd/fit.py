@@ -182,6 +182,7 @@ class Fit:
         }
         self.run.log(line)
         self._save()
+        self._save_if_best()
         self.track(line)
         self.progress.epoch(position.epoch, line)
 
@@ -195,8 +196,17 @@ class Fit:
                 figures[f"{name}/top1"] = accuracy(logits, split.labels)
         if figures["test/top1"] > position.best_top1:
             position.best_top1, position.best_epoch = figures["test/top1"], position.epoch
-            self.run.save_best(self.evaluated, position.best_epoch, position.best_top1)
         return figures | {"best/top1": position.best_top1}
+
+    def _save_if_best(self) -> None:
+        """Write ``best.pt``, after the checkpoint that says so: a restart makes up for it.
+
+        The other way round an epoch that was lost, and repeats differently on a GPU, could
+        leave its weights as the best.
+        """
+        position = self.position
+        if self.evaluated is not None and position.best_epoch == position.epoch:
+            self.run.save_best(self.evaluated, position.best_epoch, position.best_top1)
 
     def _finite_figures(self) -> dict[str, float]:
         figures = self.meter.read()
@@ -231,6 +241,7 @@ class Fit:
         self.position = Position(**state["position"])
         self.optimizer.load_state_dict(state["optimizer"])
         if not self.position.mid_epoch:
+            self._save_if_best()
             return  # every epoch begins with seeds of its own
         if state["device"] != self._device.type:
             raise UserError(

@@ -317,6 +317,27 @@ def test_a_line_whose_checkpoint_was_lost_is_not_told_twice(
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
 
 
+def test_a_lost_best_epoch_is_made_up_for(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process dies between the checkpoint that tells of a best epoch and its weights."""
+    config = composed(*SMALL, "method=vanilla")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_best", lambda *_: crash())
+        with pytest.raises(CrashError):
+            train(config)
+    (last,) = (tmp_path / "runs").rglob("last.pt")
+    assert not (last.parent / "best.pt").exists()
+    first_epoch = torch.load(last, weights_only=True)["model"]
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, crash)
+        with pytest.raises(CrashError):
+            train(config)
+    best = torch.load(last.parent / "best.pt", weights_only=True)
+    assert best["epoch"] == 1
+    assert all(torch.equal(best["model"][name], value) for name, value in first_epoch.items())
+
+
 @pytest.mark.parametrize("damage", ["last.pt", "metrics.jsonl"])
 def test_a_damaged_run_is_named_with_the_folder_to_remove(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
