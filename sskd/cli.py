@@ -24,6 +24,9 @@ from sskd.errors import UserError, nearest
 from sskd.interrupt import Interrupted
 from sskd.nested import flatten
 
+# For the folder that Hydra makes for a sweep; a run's own is expanded with its configuration.
+OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
+
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 # Besides our own: what Hydra finds wrong in a configuration, and a full or forbidden disk.
 _USER_CAN_MEND = (UserError, CompactHydraException, OmegaConfBaseException, OSError)
@@ -72,6 +75,8 @@ def run_command(main: Callable[[], object]) -> int:
 
 def explain(error: Exception) -> str:
     """Return a complaint about a configuration in one line, with the nearest right name."""
+    if isinstance(error, UserError):
+        return str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         options = ", ".join(error.options)
@@ -86,7 +91,7 @@ def explain(error: Exception) -> str:
         return f"{error.override}: cannot be read as KEY=VALUE ({str(error).splitlines()[0]})"
     # Hydra advises to add with + what it does not know; the next check would refuse that.
     causes = [str(error).split("To append to your")[0]]
-    if error.__cause__ is not None:
+    if isinstance(error.__cause__, OmegaConfBaseException):
         causes.append(str(error.__cause__).splitlines()[0])
     return " ".join(" ".join(causes).split())
 

@@ -1,4 +1,4 @@
-"""The configuration: checked, typed, and with the difference from the recipe told apart.
+"""The configuration: checked and typed.
 
 Hydra composes; this module refuses what composes but cannot be meant (an unknown key, a
 wrong type, a value out of range) before anything is loaded or trained.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +21,7 @@ from pydantic import (
     PositiveInt,
     ValidationError,
     create_model,
+    field_validator,
     model_validator,
 )
 
@@ -99,6 +101,11 @@ class Config(Settings):
     runs: NonEmpty
     force: bool
     checkpoint_minutes: PositiveFloat
+
+    @field_validator("runs")
+    @classmethod
+    def _expanded(cls, runs: str) -> str:
+        return str(Path(runs).expanduser())
 
 
 def method_settings(name: str) -> type[BaseModel]:

@@ -63,8 +63,8 @@ def evaluate(checkpoint: str, arch: str | None, device: str, overrides: Sequence
     from sskd.models import build_model, find_checkpoint, load_weights, read_checkpoint, recognise
 
     path = find_checkpoint(checkpoint)
-    recognised = recognise(read_checkpoint(path).state)
     if arch is None:
+        recognised = recognise(read_checkpoint(path).state)
         if recognised is None:
             raise UserError(f"{path}: is no architecture of this suite; name it with --arch NAME")
         arch = recognised[0]

@@ -83,13 +83,8 @@ class Fit:
     def __post_init__(self) -> None:
         self._device = self.images.train.images.device
         self.schedule = stage_schedule(self.stage, self.config)
-        self.loader = Loader(
-            self.images.train,
-            self.images.mean,
-            self.images.std,
-            self.config.batch_size,
-            self.stage.views,
-        )
+        images, size, views = self.images, self.config.batch_size, self.stage.views
+        self.loader = Loader(images.train, images.mean, images.std, size, views)
         self.method.requires_grad_(False)
         self.stage.trains.requires_grad_(True)
         self.optimizer = build_optimizer(
@@ -114,14 +109,13 @@ class Fit:
         try:
             with StopSignals() as signals:
                 while self.position.epoch < epochs:
-                    self._train_epoch(signals)
-                    self._end_epoch()
+                    self._end_epoch(self._train_epoch(signals))
                     signals.raise_if_received()
         finally:
             self.progress.close()
         return self.position
 
-    def _train_epoch(self, signals: StopSignals) -> None:
+    def _train_epoch(self, signals: StopSignals) -> dict[str, float]:
         position = self.position
         if not position.mid_epoch:
             purpose = (self.config.seed, self.stage.name, position.epoch)
@@ -140,8 +134,9 @@ class Fit:
                 position.epoch_seconds = time.monotonic() - started
                 self._save()
                 signals.raise_if_received()
-        self._finite_figures()  # waits for the device: the time is that of the whole epoch
+        figures = self._finite_figures()  # waits for the device: the time is the whole epoch's
         position.epoch_seconds = time.monotonic() - started
+        return figures
 
     def _step(self, batch: Batch) -> None:
         bf16 = self.config.precision == "bf16"
@@ -163,8 +158,8 @@ class Fit:
         in_mid_epoch = self.loader.position < self.loader.steps
         return in_mid_epoch and (due or signals.received is not None)
 
-    def _end_epoch(self) -> None:
-        position, figures = self.position, self._finite_figures()
+    def _end_epoch(self, figures: Mapping[str, float]) -> None:
+        position = self.position
         position.epoch += 1
         position.mid_epoch = False
         position.seconds += position.epoch_seconds

@@ -82,7 +82,7 @@ def run_folder(config: Config, changed: Mapping[str, Any]) -> Path:
     seed<k>``, with 8 hex digits of ``changed``, if there is any, so that two configurations
     never share a folder.
     """
-    parent = Path(config.runs).expanduser() / config.dataset.name
+    parent = Path(config.runs, config.dataset.name)
     if config.teacher is None:
         parent = parent / "scratch" / config.student.name
     else:

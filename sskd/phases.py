@@ -62,5 +62,5 @@ def phase_folder(config: Config, settings: dict[str, Any]) -> Path:
     """Return where the result of the teacher-only phase with these ``settings`` lies."""
     assert config.teacher is not None
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    phases = Path(config.runs).expanduser() / config.dataset.name / "phases"
+    phases = Path(config.runs, config.dataset.name, "phases")
     return phases / config.teacher.name / settings["phase"] / f"seed{config.seed}-{digest}"

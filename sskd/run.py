@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -37,7 +36,7 @@ class Run:
     """One run's folder, locked while it is open.
 
     A folder that holds a run of another ``config`` is refused, where the difference is one
-    that decides the result (``sskd.config.identity``).
+    that decides the result (``sskd.identity.identity``).
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
@@ -89,12 +88,7 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _take_up(self) -> None:
@@ -131,24 +125,28 @@ class Run:
         Returns None, and no metrics, where nothing was saved.
         """
         if not (self.folder / LAST).exists():
-            self._cut_metrics(0)
+            self._set_metrics([])
             return None
         try:
             state: dict[str, Any] = torch.load(
                 self.folder / LAST, map_location="cpu", weights_only=True
             )
-            self._cut_metrics(state["lines"])
+            lines = self.read_metrics(state["lines"])
+            if len(lines) < state["lines"]:
+                raise ValueError(f"{METRICS} is too short")
+        except PermissionError:  # says nothing about what the files hold
+            raise
         except Exception as error:  # torch has a dozen types of error for a damaged file
             raise UserError(
                 f"{self.folder}: {LAST} or {METRICS} is damaged ({type(error).__name__}); "
                 "remove this folder to start afresh"
             ) from error
+        self._set_metrics(lines)
         return state
 
-    def _cut_metrics(self, count: int) -> None:
-        self.metrics = self.read_metrics(count) if count else []
-        text = "".join(json.dumps(line) + "\n" for line in self.metrics)
-        write_text(self.folder / METRICS, text)
+    def _set_metrics(self, lines: list[dict[str, Any]]) -> None:
+        self.metrics = lines
+        write_text(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
 
     def read_metrics(self, count: int | None = None) -> list[dict[str, Any]]:
         """Return the first ``count`` lines of ``metrics.jsonl``, or all."""

@@ -7,7 +7,6 @@ import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import wandb
@@ -47,12 +46,7 @@ class Tracker:
             self._wandb = self._init_offline()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def log(self, line: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from sskd.config import Config
 from sskd.data import Batch, load_images, plain
 from sskd.errors import UserError
 from sskd.identity import difference, run_folder, teacher_config, training_command
-from sskd.interrupt import Interrupted
+from sskd.interrupt import Interrupted, StopSignals
 from sskd.models import build_model, load_weights
 from sskd.run import Run
 from train_student import train
@@ -249,6 +249,23 @@ def test_a_retrained_teacher_makes_another_student(composed: Compose, tmp_path: 
         train(composed(*SMALL, "method=kd"))
 
 
+def test_runs_below_the_home_folder(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(composed(*SMALL, "method=vanilla", "runs='~/mine'"))  # HOME is the test's own folder
+    assert len(list((tmp_path / "mine").rglob("result.json"))) == 1
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_second_interrupt_does_not_wait() -> None:
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_only_one_process_works_on_a_run(composed: Compose, tmp_path: Path) -> None:
     config = composed(*SMALL, "method=vanilla")
     folder = run_folder(config, difference(config))
@@ -338,7 +355,7 @@ def test_a_lost_best_epoch_is_made_up_for(
     assert all(torch.equal(best["model"][name], value) for name, value in first_epoch.items())
 
 
-@pytest.mark.parametrize("damage", ["last.pt", "metrics.jsonl"])
+@pytest.mark.parametrize("damage", ["last.pt", "metrics.jsonl", "a line short"])
 def test_a_damaged_run_is_named_with_the_folder_to_remove(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
@@ -352,7 +369,8 @@ def test_a_damaged_run_is_named_with_the_folder_to_remove(
     if damage == "last.pt":
         (folder / damage).write_bytes((folder / damage).read_bytes()[:1000])
     else:
-        (folder / damage).write_text("{")
+        text = "" if damage == "a line short" else "{"
+        (folder / "metrics.jsonl").write_text(text)
         state = torch.load(folder / "last.pt", weights_only=True)
         torch.save(state | {"lines": 1}, folder / "last.pt")
     with pytest.raises(UserError, match=f"{folder}: last.pt or .* is damaged .*remove this folder"):
