@@ -35,23 +35,22 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     Args:
         wait: wait for another process that is at work on the same run, instead of an error.
     """
+    from sskd.assembly import assemble
     from sskd.data import load_images
     from sskd.device import choose_device, place
     from sskd.fit import Fit
     from sskd.identity import describe, difference, run_folder, teacher_config
-    from sskd.methods import build_method
-    from sskd.models import build_model
     from sskd.phases import share_phase
     from sskd.pictures import save_views
     from sskd.results import summarise
     from sskd.run import Run, put_aside
-    from sskd.seeding import seed_everything
-    from sskd.teachers import find_teacher, load_teacher
+    from sskd.teachers import find_teacher, load_teacher, teacher_is_to_train
     from sskd.tracking import Tracker
 
     # ---- what is to be done, and where ----
     device = choose_device(config.device)
-    if config.teacher and config.teacher.train and not config.teacher.checkpoint:
+    if teacher_is_to_train(config):
+        assemble(config, load_images(config.dataset))  # refuses a pair before its teacher trains
         train(teacher_config(config), wait=True)
     found = find_teacher(config)
     changed = difference(config)
@@ -64,14 +63,10 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
 
     # ---- data, networks, method ----
     images = load_images(config.dataset).to(device)
-    seed_everything(config.seed, "student")
-    student = build_model(config.student.name, images.num_classes)
-    teacher = None
-    if config.teacher and found:
-        teacher = build_model(config.teacher.name, images.num_classes)
+    method = assemble(config, images)
+    student, teacher = method.student, method.teacher
+    if found:
         load_teacher(teacher, found)
-    seed_everything(config.seed, "method")
-    method = build_method(config.method, student, teacher, images)
     place(method, device)
 
     if config.force:

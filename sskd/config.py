@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
@@ -27,7 +27,7 @@ from pydantic import (
 
 from sskd.data import SOURCES, DatasetSettings
 from sskd.errors import UserError, nearest
-from sskd.methods import METHODS
+from sskd.methods import METHODS, Method
 from sskd.models import ARCHITECTURES
 from sskd.optimizers import OPTIMIZERS
 from sskd.settings import NonEmpty, NonNegative, Positive, Settings, Share
@@ -36,10 +36,11 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class ArchSettings(Settings):
-    """One network: its architecture, and the learning rate that the published tables gave it."""
+    """One network: its architecture, and the learning rates that the published tables gave it."""
 
     name: str
     base_lr: Positive
+    paraphraser_lr: Positive
 
     @model_validator(mode="after")
     def _is_known(self) -> Self:
@@ -109,18 +110,28 @@ class Config(Settings):
 
 
 def method_settings(name: str) -> type[BaseModel]:
-    """Return the model of a method's settings: its class's keyword arguments, with their types."""
+    """Return the model of a method's settings: its class's keyword arguments, with their types.
+
+    Those of its base classes count too, which a constructor with ``**shared`` passes on.
+    """
     method = METHODS[name]
-    hints = get_type_hints(method.__init__, include_extras=True)
-    own = {
-        parameter.name: (hints[parameter.name], ...)
-        for parameter in inspect.signature(method.__init__).parameters.values()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.name != "weights"
-    }
+    own: dict[str, Any] = {}
+    for kind in reversed(method.__mro__):
+        if issubclass(kind, Method):
+            own |= _keyword_arguments(kind.__init__)
     terms: dict[str, Any] = dict.fromkeys(method.terms, (NonNegative, ...))
     weights = create_model(f"{method.__name__}Weights", __base__=Settings, **terms)
-    fields: dict[str, Any] = {"name": (str, ...), "weights": (weights, ...), **own}
+    fields: dict[str, Any] = {**own, "name": (str, ...), "weights": (weights, ...)}
     return create_model(f"{method.__name__}Settings", __base__=Settings, **fields)
+
+
+def _keyword_arguments(function: Callable[..., Any]) -> dict[str, Any]:
+    hints = get_type_hints(function, include_extras=True)
+    return {
+        parameter.name: (hints[parameter.name], ...)
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
 
 
 def config_model(values: Mapping[str, Any]) -> type[Config]:

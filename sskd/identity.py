@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from sskd import CONF
-from sskd.config import Config, parse_config, read_config
+from sskd.config import ArchSettings, Config, parse_config, read_config
 from sskd.data import SOURCES
 from sskd.nested import as_override, flatten
 
@@ -30,6 +30,9 @@ _NOT_IDENTITY = (
     ("dataset", "download"),
     ("teacher", "train"),
     ("teacher", "checkpoint"),
+    # What they decide stands in the method's settings.
+    ("teacher", "paraphraser_lr"),
+    ("student", "paraphraser_lr"),
 )
 
 
@@ -104,7 +107,7 @@ def teacher_config(config: Config) -> Config:
     teacher = config.teacher
     assert teacher is not None
     values = config.model_dump() | {
-        "student": {"name": teacher.name, "base_lr": teacher.base_lr},
+        "student": {key: getattr(teacher, key) for key in ArchSettings.model_fields},
         "teacher": None,
         "method": {"name": "vanilla", "weights": {"ce": 1.0}},
         "seed": teacher.seed,

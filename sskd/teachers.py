@@ -31,6 +31,14 @@ class Teacher:
     digest: str
 
 
+def teacher_is_to_train(config: Config) -> bool:
+    """Return whether ``config`` asks for its teacher to be trained, and it is not yet."""
+    if not config.teacher or not config.teacher.train or config.teacher.checkpoint:
+        return False
+    wanted = teacher_config(config)
+    return read_result(run_folder(wanted, difference(wanted))) is None
+
+
 def find_teacher(config: Config) -> Teacher | None:
     """Return the teacher that ``config`` asks for, or None for a network alone.
 

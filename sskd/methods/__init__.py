@@ -7,15 +7,39 @@ from typing import Any
 from torch import nn
 
 from sskd.data import Images
+from sskd.methods.ab import AB
+from sskd.methods.at import AT
 from sskd.methods.base import Method, Stage, Step, load_own_state, own_state
+from sskd.methods.cc import CC
+from sskd.methods.crd import CRD
+from sskd.methods.fitnet import FitNet
+from sskd.methods.fsp import FSP
+from sskd.methods.ft import FT
 from sskd.methods.kd import KD
+from sskd.methods.nst import NST
+from sskd.methods.pkt import PKT
+from sskd.methods.rkd import RKD
+from sskd.methods.sp import SP
 from sskd.methods.sskd import SSKD
 from sskd.methods.vanilla import Vanilla
+from sskd.methods.vid import VID
 
 METHODS: dict[str, type[Method]] = {
     "vanilla": Vanilla,
     "kd": KD,
+    "fitnet": FitNet,
+    "at": AT,
+    "sp": SP,
+    "vid": VID,
+    "rkd": RKD,
+    "pkt": PKT,
+    "ab": AB,
+    "ft": FT,
+    "crd": CRD,
     "sskd": SSKD,
+    "cc": CC,
+    "nst": NST,
+    "fsp": FSP,
 }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, ParamSpec, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ class Stage:
         phase: its schedule in relation to the run's; None: the run's own.
         teacher_only: it depends on the teacher alone, so that one result, computed once,
             serves every student of that teacher.
+        settings: the method's settings that the result of a ``teacher_only`` stage depends on,
+            beside its weights, views and phase.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Stage:
     views: int = 1
     phase: PhaseSettings | None = None
     teacher_only: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def weigh(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``terms`` times their weights; ValueError unless each has its weight."""
@@ -68,7 +71,10 @@ class Method(nn.Module, ABC):
 
     A subclass names its ``terms``, takes its own settings as keyword-only arguments (their
     annotations are the types and ranges that the configuration is checked against, see
-    ``sskd.config.method_settings``) and implements ``loss``.
+    ``sskd.config.method_settings``; ``**shared`` passes its base class's on) and implements
+    ``loss``. What it puts beside the student and trains with it (regressors, embeddings) it
+    names in ``adapters``. Its constructor refuses networks that it cannot take, with a
+    UserError.
     """
 
     views: ClassVar[int] = 1
@@ -89,13 +95,15 @@ class Method(nn.Module, ABC):
         super().__init__()
         self.student = student
         self.weights = dict(weights)
+        self.adapters: tuple[nn.Module, ...] = ()
         self.register_module("teacher", teacher)
         if teacher is not None:
             teacher.requires_grad_(False)
 
     def stages(self) -> Iterable[Stage]:
         """Yield the stages in order; the last one trains the student and is evaluated."""
-        yield Stage("distill", self.student, self.loss, self.weights, self.views)
+        trained = nn.ModuleList([self.student, *self.adapters])
+        yield Stage("distill", trained, self.loss, self.weights, self.views)
 
     @abstractmethod
     def loss(self, batch: Batch) -> Step:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sskd.data import Batch, Images
 from sskd.methods.base import Method, Step, in_float32, top1
+from sskd.models import Features
 from sskd.settings import Positive
 
 
@@ -37,9 +38,13 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
 
 
 class KD(Method):
-    """Imitate the teacher's softened predictions beside the labels."""
+    """Imitate the teacher's softened predictions beside the labels.
 
-    terms = ("ce", "kd")
+    The tables' other methods add a loss on features to this one (``feature_terms``); with
+    ``weights.kd=0`` they stand alone.
+    """
+
+    terms: ClassVar[tuple[str, ...]] = ("ce", "kd")
 
     def __init__(
         self,
@@ -47,19 +52,27 @@ class KD(Method):
         teacher: nn.Module,
         data: Images,
         *,
-        weights: Mapping[str, float],
         temperature: Positive,
+        **shared: Any,
     ) -> None:
-        super().__init__(student, teacher, data, weights=weights)
+        super().__init__(student, teacher, data, **shared)
         self.temperature = temperature
 
     def loss(self, batch: Batch) -> Step:
-        """Return ``ce`` and ``kd``."""
+        """Return ``ce``, ``kd`` and the terms of ``feature_terms``."""
         with torch.no_grad():
-            teacher_logits = self.teacher(batch.x).logits
-        logits = self.student(batch.x).logits.float()
+            teacher = self.teacher(batch.x)
+        student = self.student(batch.x)
+        logits = student.logits.float()
         terms = {
             "ce": F.cross_entropy(logits, batch.y),
-            "kd": kd_loss(logits, teacher_logits, self.temperature),
+            "kd": kd_loss(logits, teacher.logits, self.temperature),
+            **self.feature_terms(student, teacher, batch),
         }
         return Step(terms, {"top1": top1(logits, batch.y)})
+
+    def feature_terms(
+        self, student: Features, teacher: Features, batch: Batch
+    ) -> dict[str, Tensor]:
+        """Return the terms beside ``ce`` and ``kd``: none here."""
+        return {}

@@ -8,7 +8,8 @@ similarities between them, leaving out where the teacher is most wrong (section 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,14 +92,14 @@ class SSKD(Method):
         teacher: nn.Module,
         data: Images,
         *,
-        weights: Mapping[str, float],
         temperature: Positive,
         ss_temperature: Positive,
         tf_ratio: Share,
         ss_ratio: Share,
         ss_head: PhaseSettings,
+        **shared: Any,
     ) -> None:
-        super().__init__(student, teacher, data, weights=weights)
+        super().__init__(student, teacher, data, **shared)
         self.temperature = temperature
         self.ss_temperature = ss_temperature
         self.tf_ratio = tf_ratio
@@ -107,6 +108,7 @@ class SSKD(Method):
         # The teacher's head comes first: its initial weights must not depend on the student.
         self.teacher_head = ProjectionHead(features_of(teacher, data).pooled.shape[1])
         self.student_head = ProjectionHead(features_of(student, data).pooled.shape[1])
+        self.adapters = (self.student_head,)
 
     def stages(self) -> Iterable[Stage]:
         """Yield the teacher's head phase, one for all students, then the distillation."""
@@ -119,8 +121,7 @@ class SSKD(Method):
             self.ss_head,
             teacher_only=True,
         )
-        trained = nn.ModuleList([self.student, self.student_head])
-        yield Stage("distill", trained, self.loss, self.weights, self.views)
+        yield from super().stages()
 
     def head_loss(self, batch: Batch) -> Step:
         """Return ``contrast``: cross-entropy of the similarities against the own image."""

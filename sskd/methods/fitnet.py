@@ -1,0 +1,62 @@
+"""FitNet: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, section 2.2.
+
+The hint is given all along, beside the labels, as in the CRD benchmark, not in a phase of its
+own before them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from sskd.data import Batch, Images
+from sskd.errors import UserError
+from sskd.methods.adapters import conv_regressor, features_of
+from sskd.methods.base import in_float32
+from sskd.methods.kd import KD
+from sskd.models import Features
+
+
+@in_float32
+def hint_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
+    """Return the mean squared difference of two maps [B, c, h, w] (equation 3, but for its 1/2).
+
+    ``student_map`` has been through the regressor. A scalar, float32.
+    """
+    return F.mse_loss(student_map, teacher_map)
+
+
+class FitNet(KD):
+    """Regress one stage's map of the teacher from the student's."""
+
+    terms = (*KD.terms, "fitnet")
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        data: Images,
+        *,
+        stage: PositiveInt,
+        **shared: Any,
+    ) -> None:
+        super().__init__(student, teacher, data, **shared)
+        shapes = []
+        for network in (student, teacher):
+            maps = features_of(network, data).stages
+            if stage > len(maps):
+                raise UserError(f"method.stage={stage}: a network has {len(maps)} stages only")
+            shapes.append(maps[stage - 1].shape[1:])
+        self.stage = stage
+        self.regressor = nn.Sequential(conv_regressor(*shapes), nn.ReLU())
+        self.adapters = (self.regressor,)
+
+    def feature_terms(
+        self, student: Features, teacher: Features, batch: Batch
+    ) -> dict[str, Tensor]:
+        """Return ``fitnet``."""
+        hint, guided = teacher.stages[self.stage - 1], student.stages[self.stage - 1]
+        return {"fitnet": hint_loss(self.regressor(guided), hint)}

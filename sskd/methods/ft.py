@@ -1,0 +1,117 @@
+"""FT: Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer",
+NeurIPS 2018, section 3.
+
+In a first phase a paraphraser learns to put the teacher's last map into fewer channels, its
+factor; a translator then learns the same factor from the student's map, beside the student.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sskd.data import Batch, Images
+from sskd.methods.adapters import features_of, pool_to_smaller
+from sskd.methods.at import attention
+from sskd.methods.base import Stage, Step, in_float32
+from sskd.methods.kd import KD
+from sskd.models import Features
+from sskd.schedule import PhaseSettings
+from sskd.settings import Positive
+
+
+@in_float32
+def ft_loss(student_factor: Tensor, teacher_factor: Tensor) -> Tensor:
+    """Return the mean absolute difference of two factors' normalised energy (section 3.2, p = 1).
+
+    The factors, [B, c, h, w], are averaged over their squared channels and normalised, the
+    larger average-pooled to the smaller first. A scalar, float32.
+    """
+    student_factor, teacher_factor = pool_to_smaller(student_factor, teacher_factor)
+    return F.l1_loss(attention(student_factor), attention(teacher_factor))
+
+
+def _layers(kind: type[nn.Module], channels: list[int], *, normalised: bool) -> nn.Sequential:
+    """Return 3x3 (transposed) convolutions between ``channels``, each with a leaky ReLU."""
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(channels):
+        layers.append(kind(before, after, 3, padding=1))
+        if normalised:
+            layers.append(nn.BatchNorm2d(after))
+        layers.append(nn.LeakyReLU(0.1))
+    return nn.Sequential(*layers)
+
+
+class Paraphraser(nn.Module):
+    """An autoencoder of maps of ``channels``, whose code, the factor, has ``factor_channels``."""
+
+    def __init__(self, channels: int, factor_channels: int) -> None:
+        super().__init__()
+        widths = [channels, channels, factor_channels, factor_channels]
+        self.encoder = _layers(nn.Conv2d, widths, normalised=False)
+        self.decoder = _layers(nn.ConvTranspose2d, widths[::-1], normalised=False)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return ``maps`` [B, c, h, w] as they are reconstructed from their factor."""
+        reconstructed: Tensor = self.decoder(self.encoder(maps))
+        return reconstructed
+
+
+class FT(KD):
+    """Learn the teacher's paraphrased factor beside its logits."""
+
+    terms = (*KD.terms, "ft")
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        data: Images,
+        *,
+        rate: Positive,
+        paraphraser: PhaseSettings,
+        **shared: Any,
+    ) -> None:
+        super().__init__(student, teacher, data, **shared)
+        self.rate = rate
+        self.phase = paraphraser
+        ours = features_of(student, data).stages[-1].shape[1]
+        theirs = features_of(teacher, data).stages[-1].shape[1]
+        factor = max(1, round(rate * theirs))
+        # The paraphraser comes first: its initial weights must not depend on the student.
+        self.paraphraser = Paraphraser(theirs, factor)
+        self.translator = _layers(nn.Conv2d, [ours, ours, factor, factor], normalised=True)
+        self.adapters = (self.translator,)
+
+    def stages(self) -> Iterable[Stage]:
+        """Yield the paraphraser's phase, one for all students, then the distillation."""
+        yield Stage(
+            "paraphraser",
+            self.paraphraser,
+            self.reconstruction_loss,
+            {"reconstruction": 1.0},
+            phase=self.phase,
+            teacher_only=True,
+            settings={"rate": self.rate},
+        )
+        yield from super().stages()
+
+    def reconstruction_loss(self, batch: Batch) -> Step:
+        """Return ``reconstruction``, the paraphraser's mean squared error (section 3.1)."""
+        with torch.no_grad():
+            maps = self.teacher(batch.x).stages[-1].float()
+        return Step({"reconstruction": F.mse_loss(self.paraphraser(maps).float(), maps)}, {})
+
+    def feature_terms(
+        self, student: Features, teacher: Features, batch: Batch
+    ) -> dict[str, Tensor]:
+        """Return ``ft``."""
+        factor = self.translator(student.stages[-1])
+        with torch.no_grad():
+            wanted = self.paraphraser.encoder(teacher.stages[-1])
+        return {"ft": ft_loss(factor, wanted)}

@@ -1,0 +1,53 @@
+"""NST: Huang & Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer",
+arXiv 1707.01219, 2017, section 3: the maximum mean discrepancy with a polynomial kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sskd.data import Batch, Images
+from sskd.methods.adapters import pool_to_smaller, stage_shapes
+from sskd.methods.base import in_float32
+from sskd.methods.kd import KD
+from sskd.models import Features
+
+
+def kernel(first: Tensor, second: Tensor) -> Tensor:
+    """Return the squared products of all channels of [B, c, p] and [B, k, p], their mean."""
+    return (first @ second.transpose(1, 2)).square().mean()
+
+
+@in_float32
+def nst_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
+    """Return the discrepancy between two maps' distributions of channels.
+
+    Each channel of the maps, [B, c, h, w], is a sample: where in the image it is active, with
+    length 1. The larger map is average-pooled to the smaller; the channels may differ. A
+    scalar, float32, not negative, blind to the channels' order and to positive factors.
+    """
+    ours, theirs = (
+        F.normalize(maps.flatten(2), dim=2) for maps in pool_to_smaller(student_map, teacher_map)
+    )
+    return kernel(theirs, theirs) + kernel(ours, ours) - 2 * kernel(ours, theirs)
+
+
+class NST(KD):
+    """Let the channels be active where the teacher's are, at the end of every stage."""
+
+    terms = (*KD.terms, "nst")
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, data: Images, **shared: Any) -> None:
+        super().__init__(student, teacher, data, **shared)
+        stage_shapes(student, teacher, data)  # refuses networks that do not match
+
+    def feature_terms(
+        self, student: Features, teacher: Features, batch: Batch
+    ) -> dict[str, Tensor]:
+        """Return ``nst``, the sum over the stages."""
+        losses = map(nst_loss, student.stages, teacher.stages)
+        return {"nst": torch.stack(list(losses)).sum()}

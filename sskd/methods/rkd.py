@@ -1,0 +1,79 @@
+"""RKD: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", CVPR 2019, section 3.2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sskd.data import Batch, Images
+from sskd.methods.base import in_float32
+from sskd.methods.kd import KD
+from sskd.models import Features
+from sskd.settings import NonNegative
+
+SMALLEST = 1e-12
+
+
+def distances(features: Tensor) -> Tensor:
+    """Return the distances of all pairs of rows of [B, d], over the mean of those that are not 0.
+
+    [B, B].
+    """
+    # Not by way of products, which cancel where two rows are close.
+    distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    mean = distance.sum() / (distance > 0).sum().clamp(min=1)
+    return distance / mean.clamp(min=SMALLEST)
+
+
+def angles(features: Tensor) -> Tensor:
+    """Return the cosines of all angles between rows of [B, d]: [j, i, k] is that at row j.
+
+    [B, B, B], with zeros where the angle has a side of no length.
+    """
+    sides = F.normalize(features[None, :] - features[:, None], dim=2)
+    return sides @ sides.transpose(1, 2)
+
+
+@in_float32
+def rkd_loss(
+    student: Tensor, teacher: Tensor, distance_weight: float = 25, angle_weight: float = 50
+) -> Tensor:
+    """Return the weighted smooth-L1 differences of the relations within a batch.
+
+    Distances of pairs (equations 5 to 8) and angles of triplets (equations 9 and 10), each
+    averaged over all of them. ``student`` is [B, d], ``teacher`` [B, e]. A scalar, float32,
+    blind to a rotation of either space, to a shift and to a positive factor.
+    """
+    distance = F.smooth_l1_loss(distances(student), distances(teacher))
+    angle = F.smooth_l1_loss(angles(student), angles(teacher))
+    return distance_weight * distance + angle_weight * angle
+
+
+class RKD(KD):
+    """Keep the distances and angles between the samples of a batch, in the pooled feature."""
+
+    terms = (*KD.terms, "rkd")
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        data: Images,
+        *,
+        distance_weight: NonNegative,
+        angle_weight: NonNegative,
+        **shared: Any,
+    ) -> None:
+        super().__init__(student, teacher, data, **shared)
+        self.distance_weight = distance_weight
+        self.angle_weight = angle_weight
+
+    def feature_terms(
+        self, student: Features, teacher: Features, batch: Batch
+    ) -> dict[str, Tensor]:
+        """Return ``rkd``."""
+        weights = self.distance_weight, self.angle_weight
+        return {"rkd": rkd_loss(student.pooled, teacher.pooled, *weights)}
