@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import torch
 from torch import nn
 
 from sskd.config import Config
@@ -29,6 +28,7 @@ from sskd.seeding import (
     restore_generator_states,
     seed_everything,
 )
+from sskd.step import enter, take_step
 
 
 @dataclass
@@ -85,8 +85,6 @@ class Fit:
         self.schedule = stage_schedule(self.stage, self.config)
         images, size, views = self.images, self.config.batch_size, self.stage.views
         self.loader = Loader(images.train, images.mean, images.std, size, views)
-        self.method.requires_grad_(False)
-        self.stage.trains.requires_grad_(True)
         self.optimizer = build_optimizer(
             self.config.optimizer, self.stage.trains.parameters(), self.schedule.lr
         )
@@ -124,8 +122,7 @@ class Fit:
             self.meter, position.epoch_seconds = Meter(), 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr_at(position.epoch)
-        self.method.eval()
-        self.stage.trains.train()
+        enter(self.stage, self.method)
         started = time.monotonic() - position.epoch_seconds
         while self.loader.position < self.loader.steps:
             self._step(self.loader.next_batch())
@@ -139,18 +136,8 @@ class Fit:
         return figures
 
     def _step(self, batch: Batch) -> None:
-        bf16 = self.config.precision == "bf16"
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
-            terms, metrics = self.stage.loss(batch)
-        weighted = self.stage.weigh(terms)
-        loss = torch.stack(list(weighted.values())).sum()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        figures = {"loss": loss}
-        figures |= {f"loss/{name}": term for name, term in terms.items()}
-        figures |= {f"weighted/{name}": term for name, term in weighted.items()}
-        self.meter.add(figures | metrics, len(batch.y))
+        figures = take_step(self.stage, self.optimizer, batch, self.config.precision)
+        self.meter.add(figures, len(batch.y))
         self.progress.advance(len(batch.y))
 
     def _is_time_to_save(self, signals: StopSignals) -> bool:

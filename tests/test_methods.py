@@ -13,6 +13,7 @@ from sskd.data import Batch, Images, Loader
 from sskd.errors import UserError
 from sskd.methods import METHODS, Method, Stage, Step, build_method
 from sskd.models import build_model
+from sskd.step import enter
 
 PAIRS = sorted(
     [
@@ -28,7 +29,6 @@ CASES = [
     for method in sorted(METHODS)
     for pair in (sorted(FSP_PAIRS) if method == "fsp" else PAIRS)
 ]
-DISTILLING = sorted(name for name, method in METHODS.items() if method.needs_teacher)
 
 
 def make(composed: Compose, method: str, pair: str, images: Images, *overrides: str) -> Method:
@@ -48,13 +48,6 @@ def first_batch(images: Images, stage: Stage, size: int) -> Batch:
     loader = Loader(images.train, images.mean, images.std, size, stage.views)
     loader.begin_epoch(0)
     return loader.next_batch()
-
-
-def enter(method: Method, stage: Stage) -> None:
-    method.requires_grad_(False)
-    stage.trains.requires_grad_(True)
-    method.eval()
-    stage.trains.train()
 
 
 def total(stage: Stage, batch: Batch) -> torch.Tensor:
@@ -80,8 +73,10 @@ def test_every_stage_of_every_pair(composed: Compose, method: str, pair: str) ->
     images = random_images(4, 4)
     built = make(composed, method, pair, images)
     teacher_before = copy.deepcopy(built.teacher.state_dict()) if built.teacher else {}
+    saved = {id(parameter) for parameter in built.parameters()}
     for stage in built.stages():
-        enter(built, stage)
+        enter(stage, built)
+        assert saved.issuperset(id(parameter) for parameter in stage.trains.parameters())
         loss = total(stage, first_batch(images, stage, 4))
         assert loss.isfinite()
         assert leaves(loss) == {id(parameter) for parameter in stage.trains.parameters()}
@@ -100,7 +95,7 @@ def test_overfits_one_batch(composed: Compose, method: str) -> None:
     if built.teacher is not None:
         fit_teacher(built.teacher, images)
     for stage in built.stages():
-        enter(built, stage)
+        enter(stage, built)
         batch = first_batch(images, stage, 16)
         optimizer = torch.optim.SGD(stage.trains.parameters(), lr=0.05, momentum=0.9)
         for _ in range(60):
@@ -140,7 +135,7 @@ def test_state_round_trips(composed: Compose, few_images: Images, method: str) -
 def test_a_last_batch_of_one_image(composed: Compose, few_images: Images, method: str) -> None:
     built = make(composed, method, "resnet14-resnet8", few_images)
     for stage in built.stages():
-        enter(built, stage)
+        enter(stage, built)
         assert total(stage, first_batch(few_images, stage, 1)).isfinite()
 
 

@@ -27,6 +27,7 @@ from sskd.data import Batch, load_images, plain
 from sskd.errors import UserError
 from sskd.identity import difference, run_folder, teacher_config, training_command
 from sskd.interrupt import Interrupted, StopSignals
+from sskd.methods import METHODS
 from sskd.models import build_model, load_weights
 from sskd.run import Run
 from train_student import train
@@ -83,7 +84,7 @@ def crash() -> None:
     raise CrashError
 
 
-@pytest.mark.parametrize("method", ["vanilla", "kd", "sskd"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_run_stopped_anywhere_ends_like_an_undisturbed_one(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -93,6 +94,8 @@ def test_a_run_stopped_anywhere_ends_like_an_undisturbed_one(
         train(whole)
     expected = outcome(tmp_path / "whole")
     assert len(expected) >= 4
+    (weights,) = tmp_path.glob("whole/digits/*/*resnet8/**/model.safetensors")
+    assert set(load_file(weights)) == set(build_model("resnet8", 10).state_dict())
 
     # A checkpoint after every step, and a crash every few steps, in every stage.
     broken = composed(
@@ -139,15 +142,16 @@ def test_a_seed_gives_the_same_result_again_and_another_seed_another(
     assert not torch.equal(load_file(first)["fc.weight"], load_file(other)["fc.weight"])
 
 
+@pytest.mark.parametrize(("method", "phase"), [("sskd", "ss_head"), ("ft", "paraphraser")])
 def test_a_first_phase_is_computed_once_and_shifts_nothing(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    composed: Compose, tmp_path: Path, method: str, phase: str, capsys: Any
 ) -> None:
     alone, second = f"runs={tmp_path / 'alone'}", f"runs={tmp_path / 'second'}"
-    train(composed(*SMALL, "method=sskd", alone))
-    train(composed(*SMALL, "method=sskd", second, "arch@student=wrn_16_1"))
+    train(composed(*SMALL, f"method={method}", alone))
+    train(composed(*SMALL, f"method={method}", second, "arch@student=wrn_16_1"))
     capsys.readouterr()
-    train(composed(*SMALL, "method=sskd", second))
-    assert "ss_head/seed0" in capsys.readouterr().out.split(": reused")[0]
+    train(composed(*SMALL, f"method={method}", second))
+    assert f"{phase}/seed0" in capsys.readouterr().out.split(": reused")[0]
     assert len(list((tmp_path / "second").rglob("phases/*/*/*/result.json"))) == 1
     expected = outcome(tmp_path / "alone")
     found = {
@@ -200,13 +204,6 @@ def test_the_result_tells_what_can_be_measured_again(composed: Compose, tmp_path
     assert result["top1"]["best"] == max(line["test/top1"] for line in metrics)
     assert result["holdout_top1"]["best"] == max(line["holdout/top1"] for line in metrics)
     assert result["parameters"] == sum(p.numel() for p in student.parameters())
-
-
-def test_saved_weights_are_the_students_alone(composed: Compose, tmp_path: Path) -> None:
-    train(composed(*SMALL, "method=sskd"))
-    (weights,) = (tmp_path / "runs/digits/distill").rglob("model.safetensors")
-    names = set(load_file(weights))
-    assert names == set(build_model("resnet8", 10).state_dict())
 
 
 def test_a_finished_run_is_passed_by(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,225 @@
+"""What each method costs: seconds a step and peak memory, beside KD's.
+
+    python -m benchmarks.methods --out results/method_cost
+
+Every stage of every method has a process of its own. It takes a few steps alone, for the peak
+of its memory, and then its steps in strict alternation with KD's, so that both see the machine
+in the same state; the ratio is the median over the pairs of steps. The images are noise, as many
+and as large as CIFAR-100's: what they show costs no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from sskd import CONF
+from sskd.assembly import assemble
+from sskd.config import Config, read_config
+from sskd.data import Images, Loader, Split
+from sskd.device import choose_device, place
+from sskd.errors import UserError
+from sskd.methods import METHODS
+from sskd.optimizers import build_optimizer
+from sskd.step import enter, take_step
+
+BASE = "kd"
+CLASSES = 100
+WARMUP = 3
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One stage's cost; seconds are medians, memory is the peak above the images', in MiB."""
+
+    pair: str
+    method: str
+    stage: str
+    seconds: float
+    base_seconds: float
+    ratio: float
+    memory: float
+
+
+def main() -> None:
+    """Measure what the command line asks for; print a table row by row."""
+    options = parse_options()
+    costs = []
+    for pair in options.pairs:
+        print(f"\n{title(pair, options)}\n\n{HEADER}", flush=True)
+        base = None
+        for method, stage in stages(pair, options):
+            with get_context("spawn").Pool(1) as pool:
+                cost = pool.apply(measure, (pair, method, stage, options))
+            base = base or cost
+            costs.append(cost)
+            print(row(cost, base), flush=True)
+    if options.out:
+        write(options, costs)
+
+
+def parse_options() -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pairs", nargs="+", default=["resnet56-resnet20", "wrn_40_2-wrn_16_2"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--batch", type=int, default=64, help="images a step")
+    parser.add_argument("--rounds", type=int, default=15, help="pairs of steps")
+    parser.add_argument("--images", type=int, default=50_000, help="training images")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json as well")
+    return parser.parse_args()
+
+
+def stages(pair: str, options: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Yield the methods with each of their stages that the pair can have, KD's first."""
+    images = noise(200, torch.device("cpu"))
+    for method in sorted(options.methods, key=lambda name: name != BASE):
+        try:
+            built = assemble(composed(pair, method, options), images)
+        except UserError as error:
+            print(f"{error}; left out", file=sys.stderr, flush=True)
+            continue
+        for stage in built.stages():
+            yield method, stage.name
+
+
+def composed(pair: str, method: str, options: argparse.Namespace) -> Config:
+    """Return the run's configuration, with the recipe's settings but for the options."""
+    overrides = [
+        f"pair={pair}",
+        f"method={method}",
+        f"batch_size={options.batch}",
+        f"precision={options.precision}",
+    ]
+    with initialize_config_dir(str(CONF), version_base=None):
+        return read_config(compose("student", overrides))
+
+
+def measure(pair: str, method: str, stage: str, options: argparse.Namespace) -> Cost:
+    """Return the cost of one stage; to be called in a process that has done nothing before."""
+    device = choose_device(options.device)
+    images = noise(options.images, device)
+    before = peak_memory(device)
+    step = stepper(composed(pair, method, options), stage, images)
+    for _ in range(WARMUP):
+        step()
+    memory = peak_memory(device) - before
+    base = stepper(composed(pair, BASE, options), "distill", images)
+    for _ in range(WARMUP):
+        base()
+    timed = [(seconds(step, device), seconds(base, device)) for _ in range(options.rounds)]
+    own, others = zip(*timed, strict=True)
+    ratio = statistics.median(ours / theirs for ours, theirs in timed)
+    return Cost(
+        pair, method, stage, statistics.median(own), statistics.median(others), ratio, memory
+    )
+
+
+def stepper(config: Config, stage_name: str, images: Images) -> Callable[[], object]:
+    """Return a function that takes one training step, its batch's augmentation included."""
+    method = assemble(config, images)
+    place(method, images.train.images.device)
+    stage = next(stage for stage in method.stages() if stage.name == stage_name)
+    enter(stage, method)
+    optimizer = build_optimizer(config.optimizer, stage.trains.parameters(), config.optimizer.lr)
+    loader = Loader(images.train, images.mean, images.std, config.batch_size, stage.views)
+
+    def step() -> None:
+        if loader.position == loader.steps:
+            loader.begin_epoch(0)
+        take_step(stage, optimizer, loader.next_batch(), config.precision)
+
+    return step
+
+
+def seconds(step: Callable[[], object], device: torch.device) -> float:
+    """Return the time of one step, the device's work included."""
+    synchronise(device)
+    started = time.perf_counter()
+    step()
+    synchronise(device)
+    return time.perf_counter() - started
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the peak so far in MiB: of what a GPU has allocated, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def noise(count: int, device: torch.device) -> Images:
+    """Return ``count`` training images of noise in 100 classes, 32x32."""
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+    train = Split(images, torch.arange(count) % CLASSES)
+    names = tuple(f"class {label}" for label in range(CLASSES))
+    test = train.take(torch.arange(1))
+    return Images("noise", names, train, test, None, (0.5,) * 3, (0.25,) * 3).to(device)
+
+
+HEADER = """\
+| method | stage | ms a step | KD beside it | ratio | peak memory, MiB | ratio |
+|---|---|--:|--:|--:|--:|--:|"""
+
+
+def title(pair: str, options: argparse.Namespace) -> str:
+    """Return what was measured, in words."""
+    device = choose_device(options.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
+    return (
+        f"**{pair}**, batch {options.batch}, {options.precision}, {device.type} ({where}), "
+        f"{threads}torch {torch.__version__}"
+    )
+
+
+def row(cost: Cost, base: Cost) -> str:
+    """Return a cost as a row of the table."""
+    figures = (
+        f"{1000 * cost.seconds:.1f}",
+        f"{1000 * cost.base_seconds:.1f}",
+        f"{cost.ratio:.2f}",
+        f"{cost.memory:.0f}",
+        f"{cost.memory / base.memory:.2f}",
+    )
+    return f"| {cost.method} | {cost.stage} | " + " | ".join(figures) + " |"
+
+
+def write(options: argparse.Namespace, costs: list[Cost]) -> None:
+    """Write the tables as markdown and the figures as JSON."""
+    lines = []
+    for pair in options.pairs:
+        here = [cost for cost in costs if cost.pair == pair]
+        lines += [title(pair, options), "", HEADER, *(row(cost, here[0]) for cost in here), ""]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.with_suffix(".md").write_text("\n".join(lines))
+    told = {key: str(value) for key, value in vars(options).items() if key != "out"}
+    figures = {"options": told, "costs": [asdict(cost) for cost in costs]}
+    options.out.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
