@@ -11,6 +11,7 @@ from torch import nn
 
 from sskd.data import Batch, Images, Loader
 from sskd.errors import UserError
+from sskd.fit import stage_schedule
 from sskd.methods import METHODS, Method, Stage, Step, build_method
 from sskd.models import build_model
 from sskd.step import enter
@@ -205,3 +206,50 @@ def test_a_term_without_a_weight_and_a_weight_without_a_term_are_errors(
 def test_weights_must_match_the_terms(composed: Compose) -> None:
     with pytest.raises(UserError, match=r"method\.weights\.crd: no such setting"):
         composed("method=kd", "+method.weights.crd=1")
+
+
+# Weights of the own term in the CRD benchmark's published commands (its scripts' beta).
+PUBLISHED_WEIGHTS = {
+    "fitnet": 100, "at": 1000, "sp": 3000, "vid": 1, "rkd": 1, "pkt": 30000, "ft": 200,
+    "crd": 0.8, "cc": 0.02, "nst": 50,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", sorted({*PUBLISHED_WEIGHTS, "ab", "fsp"}))
+def test_the_default_is_the_table_and_without_kd_the_method_alone(
+    composed: Compose, few_images: Images, method: str
+) -> None:
+    own = {method: PUBLISHED_WEIGHTS[method]} if method in PUBLISHED_WEIGHTS else {}
+    built = make(composed, method, "resnet14-resnet8", few_images)
+    assert list(built.stages())[-1].weights == {"ce": 1, "kd": 1, **own}
+    alone = make(composed, method, "resnet14-resnet8", few_images, "method.weights.kd=0")
+    assert list(alone.stages())[-1].weights == {"ce": 1, "kd": 0, **own}
+
+
+@pytest.mark.parametrize(
+    ("method", "phase"), [("ab", "boundary"), ("ft", "paraphraser"), ("fsp", "flow")]
+)
+@pytest.mark.parametrize(("epochs", "expected"), [(240, 30), (24, 3), (2, 1)])
+def test_first_phases_are_an_eighth_of_the_run_at_a_constant_rate(
+    composed: Compose, few_images: Images, method: str, phase: str, epochs: int, expected: int
+) -> None:
+    config = composed(f"method={method}", f"schedule.epochs={epochs}", "pair=vgg13-vgg8")
+    first, last = build_method(
+        config.method, build_model("vgg8", 5), build_model("vgg13", 5), few_images
+    ).stages()
+    schedule = stage_schedule(first, config)
+    assert (first.name, schedule.epochs) == (phase, expected)
+    assert {schedule.lr_at(epoch) for epoch in range(expected)} == {0.05}
+    assert stage_schedule(last, config).epochs == epochs
+
+
+def test_the_paraphraser_learns_at_the_rate_of_its_student(composed: Compose) -> None:
+    def rate(*overrides: str) -> float | None:
+        settings = composed("method=ft", *overrides).method
+        found: float | None = settings.paraphraser.lr
+        return found
+
+    assert rate("pair=resnet56-resnet20") == rate("pair=wrn_40_2-wrn_16_2") == 0.01
+    assert rate("pair=vgg13-MobileNetV2") == rate("pair=resnet32x4-ShuffleV1") == 0.01
+    assert rate("pair=ResNet50-vgg8") == 0.05
+    assert rate("pair=ResNet50-vgg8", "method.paraphraser.lr=null") is None

@@ -2,7 +2,7 @@
 
 Two banks keep the latest embedding of every training image, the student's and the teacher's.
 Each network's embedding of an image is told from the other network's of images of other
-classes (section 3.2 of the paper; the estimate of Gutmann & Hyvärinen, AISTATS 2010).
+classes (section 3 of the paper; the estimate of Gutmann & Hyvärinen, AISTATS 2010).
 """
 
 from __future__ import annotations

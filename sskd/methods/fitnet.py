@@ -44,12 +44,11 @@ class FitNet(KD):
         **shared: Any,
     ) -> None:
         super().__init__(student, teacher, data, **shared)
-        shapes = []
-        for network in (student, teacher):
-            maps = features_of(network, data).stages
-            if stage > len(maps):
-                raise UserError(f"method.stage={stage}: a network has {len(maps)} stages only")
-            shapes.append(maps[stage - 1].shape[1:])
+        maps = [features_of(network, data).stages for network in (student, teacher)]
+        common = min(len(stages) for stages in maps)
+        if stage > common:
+            raise UserError(f"method.stage={stage}: both networks have 1 to {common}; choose one")
+        shapes = [stages[stage - 1].shape[1:] for stages in maps]
         self.stage = stage
         self.regressor = nn.Sequential(conv_regressor(*shapes), nn.ReLU())
         self.adapters = (self.regressor,)
