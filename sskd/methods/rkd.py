@@ -33,7 +33,10 @@ def angles(features: Tensor) -> Tensor:
 
     [B, B, B], with zeros where the angle has a side of no length.
     """
-    sides = F.normalize(features[None, :] - features[:, None], dim=2)
+    sides = features[None, :] - features[:, None]
+    length = sides.norm(dim=2, keepdim=True)
+    # Two rows that are alike have a side of no length; a tiny divisor would blow its gradient up.
+    sides = sides / length.where(length > 0, 1)
     return sides @ sides.transpose(1, 2)
 
 
