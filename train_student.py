@@ -35,23 +35,24 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     Args:
         wait: wait for another process that is at work on the same run, instead of an error.
     """
-    from sskd.assembly import assemble
+    from sskd.assembly import assemble, refuse_misfits
     from sskd.data import load_images
     from sskd.device import choose_device, place
     from sskd.fit import Fit
-    from sskd.identity import describe, difference, run_folder, teacher_config
+    from sskd.identity import describe, difference, run_folder
     from sskd.phases import share_phase
     from sskd.pictures import save_views
     from sskd.results import summarise
     from sskd.run import Run, put_aside
-    from sskd.teachers import find_teacher, load_teacher, teacher_is_to_train
+    from sskd.teachers import find_teacher, missing_teacher
     from sskd.tracking import Tracker
 
     # ---- what is to be done, and where ----
     device = choose_device(config.device)
-    if teacher_is_to_train(config):
-        assemble(config, load_images(config.dataset))  # refuses a pair before its teacher trains
-        train(teacher_config(config), wait=True)
+    if missing := missing_teacher(config):
+        refuse_misfits(config)  # before anyone trains a teacher for them
+        if config.teacher and config.teacher.train:
+            train(missing, wait=True)
     found = find_teacher(config)
     changed = difference(config)
     if config.teacher and config.teacher.checkpoint and found:
@@ -63,10 +64,8 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
 
     # ---- data, networks, method ----
     images = load_images(config.dataset).to(device)
-    method = assemble(config, images)
+    method = assemble(config, images, found)
     student, teacher = method.student, method.teacher
-    if found:
-        load_teacher(teacher, found)
     place(method, device)
 
     if config.force:

@@ -3,9 +3,10 @@
     python -m benchmarks.methods --out results/method_cost
 
 Every stage of every method has a process of its own. It takes a few steps alone, for the peak
-of its memory, and then its steps in strict alternation with KD's, so that both see the machine
-in the same state; the ratio is the median over the pairs of steps. The images are noise, as many
-and as large as CIFAR-100's: what they show costs no time.
+of its memory, and then its steps in pairs with KD's, each first in every other pair, so that both
+see the machine in the same state. The ratio is the median over the pairs, with its quartiles; KD's
+own row, KD against KD, tells how far chance goes. The images are noise, as many and as large as
+CIFAR-100's: what they show costs no time.
 """
 
 from __future__ import annotations
@@ -42,21 +43,25 @@ WARMUP = 3
 
 @dataclass(frozen=True)
 class Cost:
-    """One stage's cost; seconds are medians, memory is the peak above the images', in MiB."""
+    """One stage's cost beside KD's.
+
+    Seconds are a step's medians; ``ratio`` the lower quartile, median and upper quartile of
+    the pairs' ratios; memory the peak above what the images and their loaders take, in MiB.
+    """
 
     pair: str
     method: str
     stage: str
     seconds: float
     base_seconds: float
-    ratio: float
+    ratio: tuple[float, float, float]
     memory: float
 
 
 def main() -> None:
-    """Measure what the command line asks for; print a table row by row."""
+    """Measure what the command line asks for; print and write the tables row by row."""
     options = parse_options()
-    costs = []
+    costs: list[Cost] = []
     for pair in options.pairs:
         print(f"\n{title(pair, options)}\n\n{HEADER}", flush=True)
         base = None
@@ -66,8 +71,8 @@ def main() -> None:
             base = base or cost
             costs.append(cost)
             print(row(cost, base), flush=True)
-    if options.out:
-        write(options, costs)
+            if options.out:
+                write(options, costs)
 
 
 def parse_options() -> argparse.Namespace:
@@ -78,18 +83,18 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--pairs", nargs="+", default=["resnet56-resnet20", "wrn_40_2-wrn_16_2"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--batch", type=int, default=64, help="images a step")
-    parser.add_argument("--rounds", type=int, default=15, help="pairs of steps")
+    parser.add_argument("--rounds", type=int, default=30, help="pairs of steps")
     parser.add_argument("--images", type=int, default=50_000, help="training images")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json as well")
     return parser.parse_args()
 
 
 def stages(pair: str, options: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Yield the methods with each of their stages that the pair can have, KD's first."""
+    """Yield KD and the methods asked for, with each of their stages that the pair can have."""
     images = noise(200, torch.device("cpu"))
-    for method in sorted(options.methods, key=lambda name: name != BASE):
+    for method in dict.fromkeys([BASE, *options.methods]):
         try:
             built = assemble(composed(pair, method, options), images)
         except UserError as error:
@@ -115,30 +120,35 @@ def measure(pair: str, method: str, stage: str, options: argparse.Namespace) -> 
     """Return the cost of one stage; to be called in a process that has done nothing before."""
     device = choose_device(options.device)
     images = noise(options.images, device)
+    arguments = (images.train, images.mean, images.std, options.batch)
+    loader, base_loader = (Loader(*arguments, METHODS[name].views) for name in (method, BASE))
     before = peak_memory(device)
-    step = stepper(composed(pair, method, options), stage, images)
+    step = stepper(composed(pair, method, options), stage, images, loader)
+    memory = peak_memory(device, after=step) - before
+    base = stepper(composed(pair, BASE, options), "distill", images, base_loader)
     for _ in range(WARMUP):
         step()
-    memory = peak_memory(device) - before
-    base = stepper(composed(pair, BASE, options), "distill", images)
-    for _ in range(WARMUP):
         base()
-    timed = [(seconds(step, device), seconds(base, device)) for _ in range(options.rounds)]
-    own, others = zip(*timed, strict=True)
-    ratio = statistics.median(ours / theirs for ours, theirs in timed)
-    return Cost(
-        pair, method, stage, statistics.median(own), statistics.median(others), ratio, memory
-    )
+    pairs = []
+    for number in range(options.rounds):
+        first, second = (step, base) if number % 2 else (base, step)
+        timed = {each: seconds(each, device) for each in (first, second)}
+        pairs.append((timed[step], timed[base]))
+    own, others = zip(*pairs, strict=True)
+    lower, middle, upper = statistics.quantiles([a / b for a, b in pairs], method="inclusive")
+    medians = statistics.median(own), statistics.median(others)
+    return Cost(pair, method, stage, *medians, (lower, middle, upper), memory)
 
 
-def stepper(config: Config, stage_name: str, images: Images) -> Callable[[], object]:
+def stepper(
+    config: Config, stage_name: str, images: Images, loader: Loader
+) -> Callable[[], object]:
     """Return a function that takes one training step, its batch's augmentation included."""
     method = assemble(config, images)
     place(method, images.train.images.device)
     stage = next(stage for stage in method.stages() if stage.name == stage_name)
     enter(stage, method)
     optimizer = build_optimizer(config.optimizer, stage.trains.parameters(), config.optimizer.lr)
-    loader = Loader(images.train, images.mean, images.std, config.batch_size, stage.views)
 
     def step() -> None:
         if loader.position == loader.steps:
@@ -161,10 +171,20 @@ def synchronise(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
-def peak_memory(device: torch.device) -> float:
-    """Return the peak so far in MiB: of what a GPU has allocated, or of the process."""
+def peak_memory(device: torch.device, after: Callable[[], object] = lambda: None) -> float:
+    """Return the peak in MiB after some calls: of what a GPU has allocated, or of the process.
+
+    On a GPU the first call, in which cuDNN tries its algorithms, does not count.
+    """
+    after()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(WARMUP):
+        after()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
@@ -181,8 +201,8 @@ def noise(count: int, device: torch.device) -> Images:
 
 
 HEADER = """\
-| method | stage | ms a step | KD beside it | ratio | peak memory, MiB | ratio |
-|---|---|--:|--:|--:|--:|--:|"""
+| method | stage | ms a step | KD beside it | ratio | its quartiles | peak memory, MiB | ratio |
+|---|---|--:|--:|--:|--:|--:|--:|"""
 
 
 def title(pair: str, options: argparse.Namespace) -> str:
@@ -198,10 +218,12 @@ def title(pair: str, options: argparse.Namespace) -> str:
 
 def row(cost: Cost, base: Cost) -> str:
     """Return a cost as a row of the table."""
+    lower, middle, upper = cost.ratio
     figures = (
         f"{1000 * cost.seconds:.1f}",
         f"{1000 * cost.base_seconds:.1f}",
-        f"{cost.ratio:.2f}",
+        f"{middle:.2f}",
+        f"{lower:.2f} to {upper:.2f}",
         f"{cost.memory:.0f}",
         f"{cost.memory / base.memory:.2f}",
     )
@@ -211,7 +233,7 @@ def row(cost: Cost, base: Cost) -> str:
 def write(options: argparse.Namespace, costs: list[Cost]) -> None:
     """Write the tables as markdown and the figures as JSON."""
     lines = []
-    for pair in options.pairs:
+    for pair in dict.fromkeys(cost.pair for cost in costs):
         here = [cost for cost in costs if cost.pair == pair]
         lines += [title(pair, options), "", HEADER, *(row(cost, here[0]) for cost in here), ""]
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ class ArchSettings(Settings):
 
     name: str
     base_lr: Positive
-    paraphraser_lr: Positive
+    paraphraser_lr: Positive | None = None
 
     @model_validator(mode="after")
     def _is_known(self) -> Self:

@@ -54,7 +54,7 @@ def phase_settings(stage: Stage, config: Config, teacher: Teacher) -> dict[str, 
         "optimizer": optimizer,
         "views": stage.views,
         "weights": dict(stage.weights),
-        **stage.settings,
+        **({"settings": dict(stage.settings)} if stage.settings else {}),
         **{key: values[key] for key in ("dataset", "seed", "batch_size", "precision")},
     }
 

@@ -31,12 +31,13 @@ class Teacher:
     digest: str
 
 
-def teacher_is_to_train(config: Config) -> bool:
-    """Return whether ``config`` asks for its teacher to be trained, and it is not yet."""
-    if not config.teacher or not config.teacher.train or config.teacher.checkpoint:
-        return False
+def missing_teacher(config: Config) -> Config | None:
+    """Return the run that trains the teacher of ``config``, where it has yet to finish."""
+    if config.teacher is None or config.teacher.checkpoint is not None:
+        return None
     wanted = teacher_config(config)
-    return read_result(run_folder(wanted, difference(wanted))) is None
+    unfinished = read_result(run_folder(wanted, difference(wanted))) is None
+    return wanted if unfinished else None
 
 
 def find_teacher(config: Config) -> Teacher | None:

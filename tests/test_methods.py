@@ -243,13 +243,23 @@ def test_first_phases_are_an_eighth_of_the_run_at_a_constant_rate(
     assert stage_schedule(last, config).epochs == epochs
 
 
-def test_the_paraphraser_learns_at_the_rate_of_its_student(composed: Compose) -> None:
-    def rate(*overrides: str) -> float | None:
-        settings = composed("method=ft", *overrides).method
-        found: float | None = settings.paraphraser.lr
-        return found
-
-    assert rate("pair=resnet56-resnet20") == rate("pair=wrn_40_2-wrn_16_2") == 0.01
-    assert rate("pair=vgg13-MobileNetV2") == rate("pair=resnet32x4-ShuffleV1") == 0.01
-    assert rate("pair=ResNet50-vgg8") == 0.05
-    assert rate("pair=ResNet50-vgg8", "method.paraphraser.lr=null") is None
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["pair=resnet56-resnet20"], 0.01),
+        (["pair=wrn_40_2-wrn_16_2", "optimizer.lr=0.2"], 0.01),
+        (["pair=vgg13-MobileNetV2"], 0.01),
+        (["pair=ResNet50-vgg8"], 0.05),
+        (["pair=ResNet50-vgg8", "optimizer.lr=0.2"], 0.2),
+        (["pair=resnet32x4-ShuffleV1", "optimizer=adamw"], 0.001),
+        (["pair=resnet56-resnet20", "method.paraphraser.lr=null", "optimizer.lr=0.2"], 0.2),
+    ],
+)
+def test_the_paraphraser_learns_at_the_rate_of_its_student(
+    composed: Compose, few_images: Images, overrides: list[str], expected: float
+) -> None:
+    config = composed("method=ft", *overrides)
+    first, _ = build_method(
+        config.method, build_model("resnet8", 5), build_model("resnet8", 5), few_images
+    ).stages()
+    assert stage_schedule(first, config).lr == expected

@@ -55,7 +55,7 @@ class AB(KD):
     ) -> None:
         super().__init__(student, teacher, data, **shared)
         self.margin = margin
-        self.boundary = boundary
+        self.phase = boundary
         self.connectors = nn.ModuleList(
             nn.Identity() if ours == theirs else conv_regressor(ours, theirs)
             for ours, theirs in stage_shapes(student, teacher, data)
@@ -65,7 +65,7 @@ class AB(KD):
     def stages(self) -> Iterable[Stage]:
         """Yield the boundary phase, for the student's body, then the student's training."""
         trained = nn.ModuleList([*self._body, self.connectors])
-        yield Stage("boundary", trained, self.boundary_loss, {"ab": 1.0}, phase=self.boundary)
+        yield Stage("boundary", trained, self.boundary_loss, {"ab": 1.0}, phase=self.phase)
         yield Stage("distill", self.student, self.loss, self.weights)
 
     def boundary_loss(self, batch: Batch) -> Step:

@@ -50,7 +50,8 @@ def body(
 ) -> list[nn.Module]:
     """Return the parts of ``network`` that ``outputs`` of its features depend on.
 
-    They are its largest modules all of whose parameters reach one of the outputs.
+    They are its largest modules all of whose parameters reach one of the outputs. Raises
+    ValueError where those do not hold every parameter that does.
     """
     parameters = list(network.parameters())
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
@@ -60,7 +61,10 @@ def body(
     for parameter in frozen:
         parameter.requires_grad_(False)
     unused = {id(p) for p, grad in zip(parameters, gradients, strict=True) if grad is None}
-    return _parts_without(network, unused)
+    parts = _parts_without(network, unused)
+    if sum(len(list(part.parameters())) for part in parts) + len(unused) < len(parameters):
+        raise ValueError("a parameter of its own lies beside modules that the outputs do not need")
+    return parts
 
 
 def _parts_without(module: nn.Module, unused: set[int]) -> list[nn.Module]:
@@ -74,13 +78,11 @@ def pool_to_smaller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
     The channels of either stay as they are.
     """
-    size = min(first.shape[-1], second.shape[-1])
-    return pool_to(first, size), pool_to(second, size)
-
-
-def pool_to(maps: Tensor, size: int) -> Tensor:
-    """Average-pool ``maps`` ``[B, c, h, w]`` to ``[B, c, size, size]``, if they are larger."""
-    return maps if maps.shape[-1] == size else F.adaptive_avg_pool2d(maps, size)
+    (height, width), other = first.shape[2:], second.shape[2:]
+    if (height, width) == other:
+        return first, second
+    size = min(height, other[0]), min(width, other[1])
+    return F.adaptive_avg_pool2d(first, size), F.adaptive_avg_pool2d(second, size)
 
 
 def conv_regressor(student: torch.Size, teacher: torch.Size) -> nn.Sequential:

@@ -141,6 +141,15 @@ def in_float32(function: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
+def unit(vectors: Tensor) -> Tensor:
+    """Return [..., d] scaled to length 1 in its last dimension; vectors of zeros stay as they are.
+
+    Unlike ``F.normalize``, which divides those by a tiny number, and their gradients too.
+    """
+    length = vectors.norm(dim=-1, keepdim=True)
+    return vectors / length.where(length > 0, 1)
+
+
 def top1(scores: Tensor, target: Tensor) -> Tensor:
     """Return the percentage of rows of ``scores`` [N, C] that are largest at ``target`` [N]."""
     return 100 * (scores.detach().argmax(1) == target).float().mean()

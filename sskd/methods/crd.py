@@ -7,11 +7,11 @@ classes (section 3 of the paper; the estimate of Gutmann & Hyvärinen, AISTATS 2
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from sskd.data import Batch, Images
@@ -20,9 +20,11 @@ from sskd.methods.adapters import features_of
 from sskd.methods.base import in_float32
 from sskd.methods.kd import KD
 from sskd.models import Features
-from sskd.settings import Positive, Share
+from sskd.settings import Share
 
 SMALLEST = 1e-7
+# At lower ones exp(1 / temperature) leaves float32's range.
+Temperature = Annotated[float, Field(ge=0.02, allow_inf_nan=False)]
 
 
 def draw_negatives(labels: Tensor, own: Tensor, count: int) -> Tensor:
@@ -38,7 +40,8 @@ def draw_negatives(labels: Tensor, own: Tensor, count: int) -> Tensor:
     Returns:
         [B, count], positions in ``labels``, in no order.
     """
-    # The images with the smallest of random keys are a uniform draw without replacement.
+    # The images with the smallest of random keys, of 2^24 values, are a uniform draw without
+    # replacement; only a tie for the last place (in 3 of 1000 rows) is settled by topk's order.
     keys = torch.empty(len(own), len(labels), device=labels.device).random_()
     keys.masked_fill_(labels == own[:, None], torch.inf)
     return keys.topk(count, largest=False, sorted=False).indices
@@ -129,7 +132,7 @@ class CRD(KD):
         *,
         dimension: PositiveInt,
         negatives: PositiveInt,
-        contrast_temperature: Positive,
+        contrast_temperature: Temperature,
         momentum: Share,
         **shared: Any,
     ) -> None:

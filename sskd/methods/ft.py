@@ -19,6 +19,7 @@ from sskd.data import Batch, Images
 from sskd.methods.adapters import features_of, pool_to_smaller
 from sskd.methods.at import attention
 from sskd.methods.base import Stage, Step, in_float32
+from sskd.methods.fitnet import hint_loss
 from sskd.methods.kd import KD
 from sskd.models import Features
 from sskd.schedule import PhaseSettings
@@ -82,7 +83,7 @@ class FT(KD):
         self.phase = paraphraser
         ours = features_of(student, data).stages[-1].shape[1]
         theirs = features_of(teacher, data).stages[-1].shape[1]
-        factor = max(1, round(rate * theirs))
+        factor = max(1, int(rate * theirs))
         # The paraphraser comes first: its initial weights must not depend on the student.
         self.paraphraser = Paraphraser(theirs, factor)
         self.translator = _layers(nn.Conv2d, [ours, ours, factor, factor], normalised=True)
@@ -104,8 +105,8 @@ class FT(KD):
     def reconstruction_loss(self, batch: Batch) -> Step:
         """Return ``reconstruction``, the paraphraser's mean squared error (section 3.1)."""
         with torch.no_grad():
-            maps = self.teacher(batch.x).stages[-1].float()
-        return Step({"reconstruction": F.mse_loss(self.paraphraser(maps).float(), maps)}, {})
+            maps = self.teacher(batch.x).stages[-1]
+        return Step({"reconstruction": hint_loss(self.paraphraser(maps), maps)}, {})
 
     def feature_terms(
         self, student: Features, teacher: Features, batch: Batch

@@ -18,8 +18,13 @@ from sskd.models import Features
 
 
 def kernel(first: Tensor, second: Tensor) -> Tensor:
-    """Return the squared products of all channels of [B, c, p] and [B, k, p], their mean."""
-    return (first @ second.transpose(1, 2)).square().mean()
+    """Return the mean square of the products of all channels of [B, c, p] and [B, k, p]."""
+    channels, others, places = first.shape[1], second.shape[1], first.shape[2]
+    if places >= min(channels, others):
+        return (first @ second.transpose(1, 2)).square().mean()
+    # The same sum over pairs of places: the last stage of a ResNet-50 has 2048 channels of 16.
+    between_places = [maps.transpose(1, 2) @ maps for maps in (first, second)]
+    return (between_places[0] * between_places[1]).sum((1, 2)).mean() / (channels * others)
 
 
 @in_float32

@@ -4,11 +4,10 @@ ECCV 2018, section 3.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from sskd.data import Batch
-from sskd.methods.base import in_float32
+from sskd.methods.base import in_float32, unit
 from sskd.methods.kd import KD
 from sskd.models import Features
 
@@ -20,8 +19,8 @@ def neighbours(features: Tensor) -> Tensor:
 
     In proportion to the cosine, scaled from [-1, 1] to [0, 1].
     """
-    unit = F.normalize(features, dim=1, eps=SMALLEST)
-    affinity = (unit @ unit.T + 1) / 2
+    directions = unit(features)
+    affinity = (directions @ directions.T + 1) / 2
     return affinity / affinity.sum(1, keepdim=True)
 
 

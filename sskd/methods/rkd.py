@@ -4,40 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sskd.data import Batch, Images
-from sskd.methods.base import in_float32
+from sskd.methods.base import in_float32, unit
 from sskd.methods.kd import KD
 from sskd.models import Features
 from sskd.settings import NonNegative
 
-SMALLEST = 1e-12
 
+def relations(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how the rows of [B, d] lie to each other.
 
-def distances(features: Tensor) -> Tensor:
-    """Return the distances of all pairs of rows of [B, d], over the mean of those that are not 0.
-
-    [B, B].
-    """
-    # Not by way of products, which cancel where two rows are close.
-    distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
-    mean = distance.sum() / (distance > 0).sum().clamp(min=1)
-    return distance / mean.clamp(min=SMALLEST)
-
-
-def angles(features: Tensor) -> Tensor:
-    """Return the cosines of all angles between rows of [B, d]: [j, i, k] is that at row j.
-
-    [B, B, B], with zeros where the angle has a side of no length.
+    Returns:
+        The distances of all pairs over the mean of those that are not 0, [B, B]; and the
+        cosines of all angles, [B, B, B], whose [j, i, k] is that at row j between rows i and k,
+        0 where a side has no length.
     """
     sides = features[None, :] - features[:, None]
-    length = sides.norm(dim=2, keepdim=True)
-    # Two rows that are alike have a side of no length; a tiny divisor would blow its gradient up.
-    sides = sides / length.where(length > 0, 1)
-    return sides @ sides.transpose(1, 2)
+    distances = sides.norm(dim=2)
+    mean = distances.sum() / (distances > 0).sum().clamp(min=1)
+    directions = unit(sides)
+    return distances / mean.where(mean > 0, 1), directions @ directions.transpose(1, 2)
 
 
 @in_float32
@@ -50,8 +39,8 @@ def rkd_loss(
     averaged over all of them. ``student`` is [B, d], ``teacher`` [B, e]. A scalar, float32,
     blind to a rotation of either space, to a shift and to a positive factor.
     """
-    distance = F.smooth_l1_loss(distances(student), distances(teacher))
-    angle = F.smooth_l1_loss(angles(student), angles(teacher))
+    ours, theirs = relations(student), relations(teacher)
+    distance, angle = map(F.smooth_l1_loss, ours, theirs)
     return distance_weight * distance + angle_weight * angle
 
 
