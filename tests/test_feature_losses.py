@@ -208,6 +208,7 @@ ANY_MAPS: list[tuple[Shape, ...]] = [
     ((3, 2, 8, 8), (3, 4, 2, 2)),
     ((2, 4, 3, 3), (2, 2, 6, 6)),
     ((2, 1, 2, 2), (2, 3, 8, 8)),
+    ((3, 7, 2, 2), (3, 6, 4, 4)),  # more channels than places
 ]
 ANY_ROWS: list[tuple[Shape, ...]] = [((6, 4), (6, 7)), ((3, 9), (3, 2)), ((9, 16), (9, 16))]
 CASES = {
@@ -463,3 +464,19 @@ def test_rkd_does_not_explode_where_two_students_are_alike() -> None:
     student = first_two_alike(student).requires_grad_()
     (gradient,) = torch.autograd.grad(rkd_loss(student, teacher), student)
     assert gradient.abs().max() < 100
+
+
+@pytest.mark.parametrize(("name", "loss"), [("sp", sp_loss), ("pkt", pkt_loss), ("rkd", rkd_loss)])
+def test_a_sample_without_any_activation_does_not_blow_the_gradient_up(
+    name: str, loss: Callable[..., Tensor]
+) -> None:
+    student, teacher = draw(((6, 5), (6, 5)))
+
+    def largest(rows: Tensor) -> float:
+        rows = rows.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(rows, teacher), rows)
+        return gradient.abs().max().item()
+
+    usual = largest(student)
+    student[2] = 0
+    assert largest(student) < 100 * usual

@@ -102,6 +102,7 @@ def test_fitnet_takes_any_stage_of_any_pair(
             assert mapped.shape == theirs.stages[stage - 1].shape
 
 
+@pytest.mark.parametrize("trains", ["teacher.train=true", "teacher.train=false"])
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
@@ -112,10 +113,10 @@ def test_fitnet_takes_any_stage_of_any_pair(
     ],
 )
 def test_what_cannot_be_is_refused_before_a_teacher_is_trained(
-    composed: Compose, tmp_path: Path, overrides: tuple[str, ...], told: str
+    composed: Compose, tmp_path: Path, overrides: tuple[str, ...], told: str, trains: str
 ) -> None:
     with pytest.raises(UserError, match=told):
-        train(composed("dataset=digits", "teacher.train=true", *overrides))
+        train(composed("dataset=digits", trains, *overrides))
     assert not list(tmp_path.rglob("*.pt"))
     assert not list(tmp_path.rglob("config.yaml"))
 
@@ -169,3 +170,20 @@ def test_the_body_leaves_frozen_what_is_frozen(images: Images) -> None:
     body(network, images, lambda features: features.stages)
     frozen = [name for name, each in network.named_parameters() if not each.requires_grad]
     assert frozen == ["conv1.weight"]
+
+
+def test_a_body_that_modules_cannot_hold_is_refused(images: Images) -> None:
+    class Scaled(nn.Module):
+        """A network whose scale is a parameter of its own, beside an unused classifier."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = build_model("resnet8", 5)
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: torch.Tensor) -> Features:
+            found: Features = self.network(x)
+            return found._replace(stages=tuple(self.scale * maps for maps in found.stages))
+
+    with pytest.raises(ValueError, match="a parameter of its own"):
+        body(Scaled(), images, lambda features: features.stages)

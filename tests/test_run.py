@@ -16,20 +16,25 @@ import torch
 from conftest import Compose
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
+import sskd.assembly
 import sskd.fit
 import sskd.models.checkpoints
 import sskd.pictures
 import sskd.run
 import sskd.storage
+from sskd.assembly import assemble
 from sskd.config import Config
-from sskd.data import Batch, load_images, plain
+from sskd.data import Batch, Images, load_images, plain
 from sskd.errors import UserError
 from sskd.identity import difference, run_folder, teacher_config, training_command
 from sskd.interrupt import Interrupted, StopSignals
-from sskd.methods import METHODS
-from sskd.models import build_model, load_weights
+from sskd.methods import METHODS, build_method
+from sskd.models import build_model, load_weights, weights_digest
+from sskd.phases import phase_settings
 from sskd.run import Run
+from sskd.teachers import Teacher
 from train_student import train
 
 TIMES = {"seconds", "images_per_second", "date"}
@@ -158,6 +163,65 @@ def test_a_first_phase_is_computed_once_and_shifts_nothing(
         name: value for name, value in outcome(tmp_path / "second").items() if name in expected
     }
     assert found == expected
+
+
+def test_a_shared_phase_is_told_apart_by_all_that_it_depends_on(
+    composed: Compose, few_images: Images
+) -> None:
+    def settings(*overrides: str) -> dict[str, Any]:
+        usual = ("method=ft", "dataset=digits", "arch@teacher=resnet14", "arch@student=resnet8")
+        config = composed(*usual, *overrides)
+        stage, _ = assemble(config, few_images).stages()
+        return phase_settings(stage, config, Teacher(Path("teacher.pt"), "digest"))
+
+    usual = settings()
+    for change in ("arch@student=wrn_16_1", "method.weights.ft=1", "method.temperature=2"):
+        assert settings(change) == usual, change
+    for change in ("method.rate=0.25", "method.paraphraser.lr=0.02", "arch@student=vgg8", "seed=1",
+                   "method.paraphraser.epochs=0.5", "batch_size=32", "precision=bf16",
+                   "optimizer.momentum=0", "dataset.fraction=0.5"):  # fmt: skip
+        assert settings(change) != usual, change
+
+
+def test_banks_are_as_large_as_the_part_of_the_data(composed: Compose, tmp_path: Path) -> None:
+    """Of 70 images, of which some have wrong labels: each has been met, so each row is a unit."""
+    train(composed(*SMALL, "method=crd", "dataset.label_noise=0.3"))
+    (path,) = tmp_path.glob("runs/digits/distill/*/crd/*/last.pt")
+    module = torch.load(path, weights_only=True)["module"]
+    for bank in ("student_memory.bank", "teacher_memory.bank"):
+        assert module[bank].shape == (70, 128)
+        torch.testing.assert_close(module[bank].norm(dim=1), torch.ones(70))
+
+
+def test_the_method_is_made_with_the_teacher_that_was_found(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def build(settings: Any, student: nn.Module, teacher: nn.Module | None, data: Images) -> Any:
+        seen.append(weights_digest(teacher) if teacher else None)
+        return build_method(settings, student, teacher, data)
+
+    monkeypatch.setattr(sskd.assembly, "build_method", build)
+    train(composed(*SMALL, "method=kd"))
+    (path,) = tmp_path.glob("runs/digits/scratch/resnet14/*/result.json")
+    assert seen[-1] == json.loads(path.read_text())["digest"]["best"]
+
+
+def test_a_run_from_before_a_rate_of_its_own_is_still_this_run(
+    composed: Compose, tmp_path: Path
+) -> None:
+    config = composed(*SMALL, "method=kd")
+    result = train(config)
+    (folder,) = tmp_path.glob("runs/digits/distill/*/kd/*")
+    kept = (folder / "config.yaml").read_text()
+    text = "".join(line for line in kept.splitlines(True) if "paraphraser_lr" not in line)
+    assert text != kept
+    (folder / "config.yaml").write_text(text)
+    assert train(config) == result
+    assert folder_of(composed(*SMALL, "method=kd", "student.paraphraser_lr=0.5")) == folder_of(
+        config
+    )
 
 
 def test_a_students_metrics_begin_with_its_first_phase(composed: Compose, tmp_path: Path) -> None:
@@ -436,10 +500,11 @@ def test_force_moves_nothing_away_before_all_is_well(composed: Compose, tmp_path
     assert outcome(tmp_path / "runs") == before
 
 
+@pytest.mark.parametrize("method", ["sskd", "crd", "ft"])
 def test_bf16_trains_and_resumes(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    arguments = [*SMALL, "method=sskd", "precision=bf16"]
+    arguments = [*SMALL, f"method={method}", "precision=bf16"]
     result = train(composed(*arguments, f"runs={tmp_path / 'whole'}"))
     assert result["precision"] == "bf16"
     with monkeypatch.context() as patch:
