@@ -238,7 +238,7 @@ def write(options: argparse.Namespace, costs: list[Cost]) -> None:
         lines += [title(pair, options), "", HEADER, *(row(cost, here[0]) for cost in here), ""]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix(".md").write_text("\n".join(lines))
-    told = {key: str(value) for key, value in vars(options).items() if key != "out"}
+    told = {key: value for key, value in vars(options).items() if key != "out"}
     figures = {"options": told, "costs": [asdict(cost) for cost in costs]}
     options.out.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
 

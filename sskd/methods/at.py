@@ -4,17 +4,12 @@ Convolutional Neural Networks via Attention Transfer", ICLR 2017, section 3.1.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from sskd.data import Batch, Images
-from sskd.methods.adapters import pool_to_smaller, stage_shapes
+from sskd.methods.adapters import pool_to_smaller
 from sskd.methods.base import in_float32
-from sskd.methods.kd import KD
-from sskd.models import Features
+from sskd.methods.stage_by_stage import StageByStage
 
 
 def attention(maps: Tensor) -> Tensor:
@@ -36,18 +31,8 @@ def at_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
     return F.mse_loss(attention(student_map), attention(teacher_map))
 
 
-class AT(KD):
+class AT(StageByStage):
     """Attend to the same places as the teacher, at the end of every stage."""
 
-    terms = (*KD.terms, "at")
-
-    def __init__(self, student: nn.Module, teacher: nn.Module, data: Images, **shared: Any) -> None:
-        super().__init__(student, teacher, data, **shared)
-        stage_shapes(student, teacher, data)  # refuses networks that do not match
-
-    def feature_terms(
-        self, student: Features, teacher: Features, batch: Batch
-    ) -> dict[str, Tensor]:
-        """Return ``at``, the sum over the stages."""
-        losses = map(at_loss, student.stages, teacher.stages)
-        return {"at": torch.stack(list(losses)).sum()}
+    terms = (*StageByStage.terms, "at")
+    stage_loss = staticmethod(at_loss)

@@ -4,17 +4,12 @@ arXiv 1707.01219, 2017, section 3: the maximum mean discrepancy with a polynomia
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from sskd.data import Batch, Images
-from sskd.methods.adapters import pool_to_smaller, stage_shapes
+from sskd.methods.adapters import pool_to_smaller
 from sskd.methods.base import in_float32
-from sskd.methods.kd import KD
-from sskd.models import Features
+from sskd.methods.stage_by_stage import StageByStage
 
 
 def kernel(first: Tensor, second: Tensor) -> Tensor:
@@ -41,18 +36,8 @@ def nst_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
     return kernel(theirs, theirs) + kernel(ours, ours) - 2 * kernel(ours, theirs)
 
 
-class NST(KD):
+class NST(StageByStage):
     """Let the channels be active where the teacher's are, at the end of every stage."""
 
-    terms = (*KD.terms, "nst")
-
-    def __init__(self, student: nn.Module, teacher: nn.Module, data: Images, **shared: Any) -> None:
-        super().__init__(student, teacher, data, **shared)
-        stage_shapes(student, teacher, data)  # refuses networks that do not match
-
-    def feature_terms(
-        self, student: Features, teacher: Features, batch: Batch
-    ) -> dict[str, Tensor]:
-        """Return ``nst``, the sum over the stages."""
-        losses = map(nst_loss, student.stages, teacher.stages)
-        return {"nst": torch.stack(list(losses)).sum()}
+    terms = (*StageByStage.terms, "nst")
+    stage_loss = staticmethod(nst_loss)
