@@ -12,8 +12,8 @@ demo: $(READY)
 	$(BIN)/python train_student.py -cd sweeps -cn demo
 	$(BIN)/python -m sskd.report demo --out demo/table
 
-# Every test that runs on a CPU, a process for each core. More of them run where SSKD_DATA names a folder that holds
-# cifar-100-python, and SSKD_TEACHERS one of published checkpoints (tests/conftest.py).
+# Every test that runs on a CPU, one process a core. More of them run where SSKD_DATA names a folder
+# that holds cifar-100-python, and SSKD_TEACHERS one of published checkpoints (tests/conftest.py).
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 

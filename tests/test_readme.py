@@ -100,6 +100,8 @@ def test_a_tool_takes_its_arguments(
     """In an empty folder it says that nothing is there (1), not that it was called wrongly (2)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", words[2:])
+    for module in ("sskd.report.__main__", "sskd.evaluate"):  # other tests have imported them
+        monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(SystemExit) as stop:
         runpy.run_module(words[2], run_name="__main__", alter_sys=True)
     assert stop.value.code == 1
