@@ -165,6 +165,25 @@ def test_a_first_phase_is_computed_once_and_shifts_nothing(
     assert found == expected
 
 
+@pytest.mark.parametrize(
+    ("method", "phase", "term"),
+    [("ab", "boundary", "ab"), ("ft", "paraphraser", "reconstruction"), ("fsp", "flow", "fsp")],
+)
+def test_a_first_phase_is_told_under_its_own_name(
+    composed: Compose, tmp_path: Path, method: str, phase: str, term: str
+) -> None:
+    train(composed(*SMALL, f"method={method}", f"method.{phase}.epochs=0.67"))
+    (path,) = tmp_path.glob(f"runs/digits/distill/*/{method}/*/metrics.jsonl")
+    lines = [json.loads(line) for line in path.open()]
+    assert [(line["stage"], line["epoch"]) for line in lines] == [
+        (phase, 1), (phase, 2), ("distill", 1), ("distill", 2), ("distill", 3),
+    ]  # fmt: skip
+    first, second = lines[:2]
+    assert second[f"loss/{term}"] < first[f"loss/{term}"]
+    assert first["loss"] == pytest.approx(first[f"loss/{term}"], rel=1e-6)
+    assert not any(key.startswith("test/") for key in first)
+
+
 def test_a_shared_phase_is_told_apart_by_all_that_it_depends_on(
     composed: Compose, few_images: Images
 ) -> None:
