@@ -88,7 +88,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json as well")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds must be at least 2")
+    return options
 
 
 def stages(pair: str, options: argparse.Namespace) -> Iterator[tuple[str, str]]:

@@ -26,7 +26,8 @@ def share_phase(
     """Train ``stage`` or find its result, load it into ``stage.trains``, return its metrics.
 
     The phase has a run's folder of its own, named after everything that it depends on: the
-    teacher's weights, the seed, the data and the phase's settings, and nothing of the student.
+    teacher's weights, the seed, the data and the phase's settings; of the student nothing but a
+    learning rate that the phase may take from it.
     """
     settings = phase_settings(stage, config, teacher)
     folder = phase_folder(config, settings)
@@ -49,12 +50,13 @@ def phase_settings(stage: Stage, config: Config, teacher: Teacher) -> dict[str, 
     optimizer = {k: v for k, v in values["optimizer"].items() if k != "lr"}
     return {
         "phase": stage.name,
+        "method": config.method.name,
         "teacher": {"name": values["teacher"]["name"], "digest": teacher.digest},
         "schedule": schedule | {"milestones": list(schedule["milestones"])},
         "optimizer": optimizer,
         "views": stage.views,
         "weights": dict(stage.weights),
-        **({"settings": dict(stage.settings)} if stage.settings else {}),
+        "settings": dict(stage.settings),
         **{key: values[key] for key in ("dataset", "seed", "batch_size", "precision")},
     }
 

@@ -20,7 +20,7 @@ from sskd.methods.kd import KD
 from sskd.schedule import PhaseSettings
 from sskd.settings import Positive
 
-# The CRD benchmark's factor: of the sum over a sample's neurons, for 1000 samples.
+# The CRD benchmark's factor; with it the phase's loss needs no weight of its own.
 SCALE = 3 / 1000
 
 
@@ -60,13 +60,14 @@ class AB(KD):
             nn.Identity() if ours == theirs else conv_regressor(ours, theirs)
             for ours, theirs in stage_shapes(student, teacher, data)
         )
+        # Not registered: these parts of the student would be in the checkpoint twice.
         self._body = body(student, data, lambda features: features.preacts)
 
     def stages(self) -> Iterable[Stage]:
         """Yield the boundary phase, for the student's body, then the student's training."""
         trained = nn.ModuleList([*self._body, self.connectors])
         yield Stage("boundary", trained, self.boundary_loss, {"ab": 1.0}, phase=self.phase)
-        yield Stage("distill", self.student, self.loss, self.weights)
+        yield from super().stages()
 
     def boundary_loss(self, batch: Batch) -> Step:
         """Return ``ab``, the sum over the stages, each weighted half as much as the next."""

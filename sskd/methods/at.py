@@ -22,8 +22,9 @@ def attention(maps: Tensor) -> Tensor:
 
 @in_float32
 def at_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
-    """Return the mean squared difference of two maps' attention (equation 2, for one layer).
+    """Return the mean squared difference of two maps' attention.
 
+    That is equation 2 for one layer, its 2-norm as a mean of squares, as in the CRD benchmark.
     The maps, [B, c, h, w], may differ in their channels, and in their size: the larger is
     average-pooled to the smaller. A scalar, float32, blind to a positive factor of either map.
     """

@@ -42,7 +42,7 @@ class Stage:
         views: rotated views of each image in a batch (1 to 4).
         phase: its schedule in relation to the run's; None: the run's own.
         teacher_only: it depends on the teacher alone, so that one result, computed once,
-            serves every student of that teacher.
+            serves every student of that teacher with the same settings.
         settings: the method's settings that the result of a ``teacher_only`` stage depends on,
             beside its weights, views and phase.
     """

@@ -1,8 +1,9 @@
 """CRD: Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020.
 
 Two banks keep the latest embedding of every training image, the student's and the teacher's.
-Each network's embedding of an image is told from the other network's of images of other
-classes (section 3 of the paper; the estimate of Gutmann & Hyvärinen, AISTATS 2010).
+Each network's embedding of an image has to tell the other network's embedding of the same image
+from those of images of other classes (section 3 of the paper; the estimate of Gutmann &
+Hyvärinen, AISTATS 2010).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from sskd.models import Features
 from sskd.settings import Share
 
 SMALLEST = 1e-7
-# At lower ones exp(1 / temperature) leaves float32's range.
+# exp(1 / temperature), summed over the scores of a batch, stays far inside float32's range.
 Temperature = Annotated[float, Field(ge=0.02, allow_inf_nan=False)]
 
 

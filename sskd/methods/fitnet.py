@@ -47,7 +47,7 @@ class FitNet(KD):
         maps = [features_of(network, data).stages for network in (student, teacher)]
         common = min(len(stages) for stages in maps)
         if stage > common:
-            raise UserError(f"method.stage={stage}: both networks have 1 to {common}; choose one")
+            raise UserError(f"method.stage={stage}: choose 1 to {common}, which both networks have")
         shapes = [stages[stage - 1].shape[1:] for stages in maps]
         self.stage = stage
         self.regressor = nn.Sequential(conv_regressor(*shapes), nn.ReLU())

@@ -75,13 +75,14 @@ class FSP(KD):
                 f"has {theirs}, the student {ours}; choose networks that agree, such as "
                 "pair=resnet56-resnet20"
             )
+        # Not registered: these parts of the student would be in the checkpoint twice.
         self._body = body(student, data, levels)
 
     def stages(self) -> Iterable[Stage]:
         """Yield the flow phase, for the student's body, then the student's training."""
         trained = nn.ModuleList(self._body)
         yield Stage("flow", trained, self.flow_loss, {"fsp": 1.0}, phase=self.phase)
-        yield Stage("distill", self.student, self.loss, self.weights)
+        yield from super().stages()
 
     def flow_loss(self, batch: Batch) -> Step:
         """Return ``fsp``, the sum over adjacent levels."""

@@ -19,7 +19,6 @@ from sskd.data import Batch, Images
 from sskd.methods.adapters import features_of, pool_to_smaller
 from sskd.methods.at import attention
 from sskd.methods.base import Stage, Step, in_float32
-from sskd.methods.fitnet import hint_loss
 from sskd.methods.kd import KD
 from sskd.models import Features
 from sskd.schedule import PhaseSettings
@@ -28,10 +27,11 @@ from sskd.settings import Positive
 
 @in_float32
 def ft_loss(student_factor: Tensor, teacher_factor: Tensor) -> Tensor:
-    """Return the mean absolute difference of two factors' normalised energy (section 3.2, p = 1).
+    """Return the mean absolute difference of two factors' attention, as in the CRD benchmark.
 
-    The factors, [B, c, h, w], are averaged over their squared channels and normalised, the
-    larger average-pooled to the smaller first. A scalar, float32.
+    The paper (section 3.2) normalises the factors themselves; here each, [B, c, h, w], is first
+    reduced to the mean square of its channels. The larger is average-pooled to the smaller. A
+    scalar, float32.
     """
     student_factor, teacher_factor = pool_to_smaller(student_factor, teacher_factor)
     return F.l1_loss(attention(student_factor), attention(teacher_factor))
@@ -90,7 +90,7 @@ class FT(KD):
         self.adapters = (self.translator,)
 
     def stages(self) -> Iterable[Stage]:
-        """Yield the paraphraser's phase, one for all students, then the distillation."""
+        """Yield the paraphraser's phase, one for all students of a rate, then the distillation."""
         yield Stage(
             "paraphraser",
             self.paraphraser,
@@ -106,7 +106,8 @@ class FT(KD):
         """Return ``reconstruction``, the paraphraser's mean squared error (section 3.1)."""
         with torch.no_grad():
             maps = self.teacher(batch.x).stages[-1]
-        return Step({"reconstruction": hint_loss(self.paraphraser(maps), maps)}, {})
+        loss = F.mse_loss(self.paraphraser(maps).float(), maps.float())
+        return Step({"reconstruction": loss}, {})
 
     def feature_terms(
         self, student: Features, teacher: Features, batch: Batch

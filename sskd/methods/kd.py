@@ -40,8 +40,8 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
 class KD(Method):
     """Imitate the teacher's softened predictions beside the labels.
 
-    The tables' other methods add a loss on features to this one (``feature_terms``); with
-    ``weights.kd=0`` they stand alone.
+    Most other methods are subclasses: they add terms (``feature_terms``) or a first phase
+    (``stages``); with ``weights.kd=0`` they stand alone.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("ce", "kd")

@@ -15,7 +15,7 @@ SMALLEST = 1e-7
 
 
 def neighbours(features: Tensor) -> Tensor:
-    """Return how likely each row of [B, d] picks each other one: [B, B], whose rows sum to 1.
+    """Return how likely each row of [B, d] picks each row, itself too: [B, B], rows sum to 1.
 
     In proportion to the cosine, scaled from [-1, 1] to [0, 1].
     """

@@ -104,7 +104,7 @@ class SSKD(Method):
         self.ss_temperature = ss_temperature
         self.tf_ratio = tf_ratio
         self.ss_ratio = ss_ratio
-        self.ss_head = ss_head
+        self.phase = ss_head
         # The teacher's head comes first: its initial weights must not depend on the student.
         self.teacher_head = ProjectionHead(features_of(teacher, data).pooled.shape[1])
         self.student_head = ProjectionHead(features_of(student, data).pooled.shape[1])
@@ -117,8 +117,8 @@ class SSKD(Method):
             self.teacher_head,
             self.head_loss,
             {"contrast": 1.0},
-            self.views,
-            self.ss_head,
+            views=self.views,
+            phase=self.phase,
             teacher_only=True,
         )
         yield from super().stages()
