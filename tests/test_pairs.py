@@ -83,6 +83,10 @@ def test_any_teacher_with_any_student(
             built = build_method(settings, *pair, images)
             assert isinstance(built, KD)
             terms = built.feature_terms(features[student], features[teacher], batch)
+            with torch.no_grad():
+                for phase in list(built.stages())[:-1]:
+                    terms |= phase.loss(batch).terms
+            assert terms, "nothing of the method's own was computed"
             assert all(term.isfinite() for term in terms.values()), (teacher, student)
 
 

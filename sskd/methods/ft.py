@@ -90,7 +90,7 @@ class FT(KD):
         self.adapters = (self.translator,)
 
     def stages(self) -> Iterable[Stage]:
-        """Yield the paraphraser's phase, one for all students of a rate, then the distillation."""
+        """Yield the paraphraser's phase, shared by students of one learning rate, then the rest."""
         yield Stage(
             "paraphraser",
             self.paraphraser,

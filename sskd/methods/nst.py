@@ -1,5 +1,5 @@
 """NST: Huang & Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer",
-arXiv 1707.01219, 2017, section 3: the maximum mean discrepancy with a polynomial kernel.
+arXiv 1707.01219, 2017: the maximum mean discrepancy with a polynomial kernel.
 """
 
 from __future__ import annotations

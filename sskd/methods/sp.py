@@ -1,4 +1,4 @@
-"""SP: Tung & Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, section 3."""
+"""SP: Tung & Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019."""
 
 from __future__ import annotations
 

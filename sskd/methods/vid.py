@@ -1,7 +1,7 @@
 """VID: Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019.
 
 The teacher's map is taken for a Gaussian whose mean a regressor reads from the student's map
-and whose variance, one for each channel, is learned (section 3.1).
+and whose variance, one for each channel, is learned.
 """
 
 from __future__ import annotations
