@@ -37,7 +37,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     """
     from sskd.assembly import assemble, refuse_misfits
     from sskd.data import load_images
-    from sskd.device import choose_device, place
+    from sskd.device import choose_device, place, reset_peak_memory
     from sskd.fit import Fit
     from sskd.identity import describe, difference, run_folder
     from sskd.phases import share_phase
@@ -63,6 +63,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
         return result
 
     # ---- data, networks, method ----
+    reset_peak_memory(device)
     images = load_images(config.dataset).to(device)
     method = assemble(config, images, found)
     student, teacher = method.student, method.teacher

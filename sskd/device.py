@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -27,8 +31,28 @@ def choose_device(name: str) -> torch.device:
         )
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-        torch.cuda.reset_peak_memory_stats(device)  # an earlier run of a sweep may have had more
     return device
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new measurement of ``peak_memory``: an earlier run of a sweep may have had more."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):  # elsewhere than on Linux
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """Return the peak memory in MiB since ``reset_peak_memory``; None where nothing tells.
+
+    On a GPU what PyTorch allocated there, on a CPU what the whole process kept in memory.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError):
+        found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+        return int(found[1]) / 2**10 if found and device.type == "cpu" else None
+    return None
 
 
 def place(module: nn.Module, device: torch.device) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 import sskd
 from sskd.config import Config
 from sskd.data import Images
+from sskd.device import peak_memory
 from sskd.evaluation import accuracy, agreement, mean_kl, predict
 from sskd.fit import Position
 from sskd.models import read_checkpoint, weights_digest
@@ -93,7 +94,7 @@ def _circumstances(images: Images) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
-        "peak_memory_mib": torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else None,
+        "peak_memory_mib": peak_memory(device),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

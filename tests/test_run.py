@@ -37,7 +37,7 @@ from sskd.run import Run
 from sskd.teachers import Teacher
 from train_student import train
 
-TIMES = {"seconds", "images_per_second", "date"}
+TIMES = {"seconds", "images_per_second", "date", "peak_memory_mib"}
 SMALL = (
     "dataset=digits", "dataset.fraction=0.05", "teacher.fraction=0.05", "schedule.epochs=3",
     "batch_size=16", "arch@teacher=resnet14", "arch@student=resnet8", "teacher.train=true",
