@@ -38,13 +38,13 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     from sskd.assembly import assemble, refuse_misfits
     from sskd.data import load_images
     from sskd.device import choose_device, place, reset_peak_memory
-    from sskd.fit import Fit
-    from sskd.identity import describe, difference, run_folder
+    from sskd.fit import Fit, stage_schedule
+    from sskd.identity import describe
     from sskd.phases import share_phase
     from sskd.pictures import save_views
     from sskd.results import summarise
     from sskd.run import Run, put_aside
-    from sskd.teachers import find_teacher, missing_teacher
+    from sskd.teachers import find_teacher, locate, missing_teacher, refuse_failed
     from sskd.tracking import Tracker
 
     # ---- what is to be done, and where ----
@@ -52,12 +52,11 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     if missing := missing_teacher(config):
         refuse_misfits(config)  # before anyone trains a teacher for them
         if config.teacher and config.teacher.train:
+            refuse_failed(missing)
             train(missing, wait=True)
     found = find_teacher(config)
-    changed = difference(config)
-    if config.teacher and config.teacher.checkpoint and found:
-        changed["teacher.digest"] = found.digest
-    run = Run(run_folder(config, changed), describe(config, found.digest if found else None))
+    folder, changed = locate(config)
+    run = Run(folder, describe(config, found.digest if found else None))
     if not config.force and (result := run.finished()):
         print(f"{run.folder}: finished already, last top-1 {result['top1']['last']:.2f}")
         return result
@@ -78,6 +77,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
         # ---- training, stage by stage, on from the last checkpoint ----
         state = run.checkpoint()
         stages = list(method.stages())
+        run.plan({stage.name: stage_schedule(stage, config).epochs for stage in stages})
         first = [stage.name for stage in stages].index(state["stage"]) if state else 0
         with Tracker(run, config) as tracker:
             tracker.picture("views", save_views(run.folder, images, config, method.views))

@@ -5,6 +5,7 @@ Importing this costs nothing: the commands answer ``--help`` before torch is loa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sskd import CONF
-from sskd.errors import UserError, nearest
+from sskd.errors import BusyError, UnfinishedError, UserError, nearest
 from sskd.interrupt import Interrupted
 from sskd.nested import flatten
 
@@ -35,25 +36,48 @@ _USER_CAN_MEND = (UserError, CompactHydraException, OmegaConfBaseException, OSEr
 def run_job(job: Callable[[DictConfig], object], composed: DictConfig) -> None:
     """Run one job of a Hydra command; what the user can put right is told in one line.
 
-    In a sweep every failure is told when it happens, because the other jobs go on and Hydra
-    would tell the first one only, at the end.
+    In a sweep every failure is told when it happens and kept in the run's folder, because the
+    other jobs go on. This, not a Hydra callback, because it sees what ends a job under every
+    launcher, and callbacks are not told of some of it.
     """
     try:
         job(composed)
     except Exception as error:
         expected = isinstance(error, _USER_CAN_MEND)
-        if HydraConfig.get().mode == RunMode.RUN:
-            if expected:
-                sys.exit(f"error: {explain(error)}")
+        in_sweep = HydraConfig.get().mode != RunMode.RUN
+        if not expected and not in_sweep:
             raise
         if not expected:
             traceback.print_exc()
-        print(f"error: {explain(error)}", file=sys.stderr, flush=True)
-        raise UserError(explain(error)) from None
+        told = explain(error) if isinstance(error, BusyError) else f"error: {explain(error)}"
+        print(told, file=sys.stderr, flush=True)
+        if not in_sweep:
+            sys.exit(_status(error))
+        if not isinstance(error, BusyError):
+            _keep_failure(composed, error)
+        raise UserError(told) from None  # whatever it was, any launcher can hand this on
+
+
+def _status(error: Exception) -> int:
+    return error.status if isinstance(error, UserError) else UserError.status
+
+
+def _keep_failure(composed: DictConfig, error: Exception) -> None:
+    """Say in the folder of the run that it failed, for what failed before the run was opened."""
+    from sskd.config import read_config
+    from sskd.status import write_failure
+    from sskd.teachers import locate
+
+    with contextlib.suppress(UserError):  # the error itself may be that there is no such folder
+        write_failure(locate(read_config(composed))[0], error)
 
 
 def run_command(main: Callable[[], object]) -> int:
-    """Run a Hydra command's ``main`` and return its exit status."""
+    """Run a Hydra command's ``main`` and return its exit status.
+
+    0: finished, in a sweep every cell of it. 1: an error, told in a line. 75: nothing is wrong,
+    but other processes are still at work on what is not finished. 128 + n: stopped by signal n.
+    """
     asked_for_traceback = os.environ.get(_FULL_ERROR) == "1"
     os.environ[_FULL_ERROR] = "1"  # Hydra then raises, instead of printing several lines
     try:
@@ -63,13 +87,13 @@ def run_command(main: Callable[[], object]) -> int:
         return 128 + stop.signum
     except KeyboardInterrupt:
         return 130
-    except UserError:
-        return 1
+    except UnfinishedError as error:
+        return error.status
     except _USER_CAN_MEND as error:
         if asked_for_traceback:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
-        return 1
+        return _status(error)
     return 0
 
 

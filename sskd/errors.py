@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -10,8 +11,24 @@ class UserError(Exception):
     """Something that the user can put right; the message is one line, for a person.
 
     It says what is wrong, where, and what to type instead. The commands print it
-    without a traceback and end with a status that is not 0.
+    without a traceback and end with its status, which is not 0.
     """
+
+    status = 1
+
+
+class BusyError(UserError):
+    """Another process is at work on the run, so that this one leaves it alone."""
+
+    status = os.EX_TEMPFAIL  # nothing is wrong: the same command later finds it finished
+
+
+class UnfinishedError(UserError):
+    """Cells of a sweep have not finished, each of which has been told in a line of its own."""
+
+    def __init__(self, *, status: int) -> None:
+        super().__init__("not every cell has finished")
+        self.status = status
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

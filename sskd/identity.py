@@ -13,6 +13,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
 
 from sskd import CONF
 from sskd.config import ArchSettings, Config, parse_config, read_config
@@ -49,22 +50,23 @@ def identity(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def recipe(config: Config) -> Config:
     """Return the configuration that the same networks, method and dataset have by default."""
-    overrides = [
-        f"arch@student={config.student.name}",
-        f"method={config.method.name}",
-        f"dataset={config.dataset.source}",
-    ]
-    if config.teacher:
-        overrides.append(f"arch@teacher={config.teacher.name}")
-    return _compose(*overrides)
+    composed = copy.deepcopy(
+        _compose("student", f"method={config.method.name}", f"dataset={config.dataset.source}")
+    )
+    for role, network in (("student", config.student), ("teacher", config.teacher)):
+        if network:
+            own = _compose("teacher", f"arch={network.name}").arch
+            beside = {k: v for k, v in composed[role].items() if k not in ArchSettings.model_fields}
+            composed[role] = {**beside, **own}
+    return read_config(composed)
 
 
-@cache  # a cell of a sweep asks for it several times, and its seeds ask again
-def _compose(*overrides: str) -> Config:
+@cache  # Hydra takes a tenth of a second for one, and the cells of a sweep share a few
+def _compose(primary: str, *overrides: str) -> DictConfig:
     if GlobalHydra.instance().is_initialized():
-        return read_config(compose("student", list(overrides)))
+        return compose(primary, list(overrides))
     with initialize_config_dir(str(CONF), version_base=None):
-        return read_config(compose("student", list(overrides)))
+        return compose(primary, list(overrides))
 
 
 def difference(config: Config) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def share_phase(
     with Run(folder, settings).open(wait=True) as run:
         if run.finished() is None:
             state = run.checkpoint()
+            run.plan({stage.name: stage_schedule(stage, config).epochs})
             position = Fit(stage, method, stage.trains, images, run, config).train(state)
             result = {"kind": "phase", "stage": stage.name, "seconds": position.seconds}
             run.finish(stage.trains, result)

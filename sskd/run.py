@@ -14,14 +14,15 @@ from typing import Any, Self
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from sskd.errors import UserError
+from sskd.errors import BusyError, UserError
 from sskd.identity import differing
+from sskd.lock import FolderLock, forget_lock
 from sskd.models import save_weights
+from sskd.status import write_failure, write_status
 from sskd.storage import leftovers, write_text, write_whole
 
 CONFIG = "config.yaml"
@@ -43,7 +44,7 @@ class Run:
         self.folder = folder
         self.config = config
         self.metrics: list[dict[str, Any]] = []
-        self._lock = FileLock(folder / ".lock")
+        self._lock = FolderLock(folder)
 
     def open(self, *, wait: bool = False) -> Self:
         """Make the folder, or take it up where it stopped.
@@ -52,14 +53,12 @@ class Run:
             wait: wait for another process that has it open, instead of an error.
 
         Raises:
-            UserError: the folder cannot be written, another process is at work in it, or it
-                holds a run of another configuration.
+            BusyError: another process is at work in it.
+            UserError: the folder cannot be written, or holds a run of another configuration.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._acquire(wait)
-        except Timeout:
-            raise UserError(f"{self.folder}: another process is working on this run") from None
+            self._lock.acquire(wait=wait)
         except OSError as error:
             raise UserError(
                 f"{self.folder}: cannot be written ({error.strerror}); "
@@ -72,15 +71,6 @@ class Run:
             raise
         return self
 
-    def _acquire(self, wait: bool) -> None:
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            if not wait:
-                raise
-            print(f"{self.folder}: waiting for another process that is working on it", flush=True)
-            self._lock.acquire()
-
     def close(self) -> None:
         """Let go of the folder."""
         self._lock.release()
@@ -88,7 +78,11 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, *_: object
+    ) -> None:
+        if error is not None and not isinstance(error, BusyError):
+            write_failure(self.folder, error)
         self.close()
 
     def _take_up(self) -> None:
@@ -99,6 +93,12 @@ class Run:
         else:
             text = OmegaConf.to_yaml(OmegaConf.create(dict(self.config)))
             write_text(self.folder / CONFIG, text)
+        if not (self.folder / RESULT).exists():
+            write_status(self.folder, "running")
+
+    def plan(self, epochs: Mapping[str, int]) -> None:
+        """Say how many ``epochs`` each stage will take, so that others can tell the time left."""
+        write_status(self.folder, "running", epochs=dict(epochs))
 
     def _refuse_other_config(self) -> None:
         other = differing(read_config_file(self.folder / CONFIG), self.config)
@@ -155,6 +155,7 @@ class Run:
 
     def log(self, line: dict[str, Any]) -> None:
         """Add one line, an epoch's figures, to ``metrics.jsonl``."""
+        self._lock.check()
         self.metrics.append(line)
         with (self.folder / METRICS).open("a") as stream:
             stream.write(json.dumps(line) + "\n")
@@ -163,6 +164,7 @@ class Run:
 
     def save(self, state: dict[str, Any]) -> None:
         """Write ``last.pt``: all that is needed to go on from here."""
+        self._lock.check()
         whole = {**state, "lines": len(self.metrics)}
         write_whole(self.folder / LAST, lambda stream: torch.save(whole, stream))
 
@@ -176,10 +178,12 @@ class Run:
 
         The result marks the run finished, so it comes last.
         """
+        self._lock.check()
         told = ("kind", "dataset", "student", "method", "seed", "epoch", "accuracy")
         about = {key: result[key] for key in told if key in result}
         save_weights(self.folder / WEIGHTS, model, about)
         write_text(self.folder / RESULT, json.dumps(dict(result), indent=2) + "\n")
+        write_status(self.folder, "finished")
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -212,14 +216,17 @@ def put_aside(folder: Path) -> None:
     if not folder.exists():
         return
     old = folder.parent / ".old"
+    lock = FolderLock(folder)
     try:
-        with FileLock(folder / ".lock").acquire(timeout=0):
-            old.mkdir(exist_ok=True)
-            folder.rename(old / f"{folder.name}-{_last_put_aside(folder) + 1}")
-    except Timeout:
-        raise UserError(f"{folder}: another process is working on this run") from None
+        lock.acquire()
+        old.mkdir(exist_ok=True)
+        target = old / f"{folder.name}-{_last_put_aside(folder) + 1}"
+        folder.rename(target)
+        forget_lock(target)
     except OSError as error:
         raise UserError(f"{folder}: cannot be moved to {old} ({error.strerror})") from None
+    finally:
+        lock.release()
 
 
 def _last_put_aside(folder: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -19,6 +20,7 @@ from sskd.identity import (
 )
 from sskd.models import find_checkpoint, load_weights, read_checkpoint, weights_digest
 from sskd.run import BEST, CONFIG, WEIGHTS, read_config_file, read_result
+from sskd.status import failed_in_this_sweep
 
 _FILES = {"best": BEST, "last": WEIGHTS}
 
@@ -38,6 +40,13 @@ def missing_teacher(config: Config) -> Config | None:
     wanted = teacher_config(config)
     unfinished = read_result(run_folder(wanted, difference(wanted))) is None
     return wanted if unfinished else None
+
+
+def refuse_failed(wanted: Config) -> None:
+    """Raise UserError if the teacher has failed in this sweep: it would fail again."""
+    folder = run_folder(wanted, difference(wanted))
+    if reason := failed_in_this_sweep(folder):
+        raise UserError(f"its teacher failed: {reason}")
 
 
 def find_teacher(config: Config) -> Teacher | None:
@@ -71,6 +80,17 @@ def find_teacher(config: Config) -> Teacher | None:
     if not isinstance(digest, dict) or epoch not in digest:
         raise UserError(f"{folder}: its result.json tells no digest; train it again, force=true")
     return Teacher(folder / _FILES[epoch], digest[epoch])
+
+
+def locate(config: Config) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of the run of ``config``, and what makes it differ from its recipe.
+
+    That a teacher of the suite is missing does not matter; a ``teacher.checkpoint`` is read.
+    """
+    changed = difference(config)
+    if config.teacher and config.teacher.checkpoint and (found := find_teacher(config)):
+        changed["teacher.digest"] = found.digest
+    return run_folder(config, changed), changed
 
 
 def load_teacher(network: nn.Module, teacher: Teacher) -> None:

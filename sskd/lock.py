@@ -1,0 +1,127 @@
+"""One process at a time in a run's folder, on whatever node it is.
+
+Nothing here needs PyTorch, so that the report can ask who is at work.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+from filelock import SoftFileLease, Timeout
+
+from sskd.errors import BusyError
+
+_FILE = ".lease"
+# Every process that looks at a folder must agree on it. A node that dies leaves its cells to
+# others after this many seconds; a process that dies, to those on its node at once.
+DURATION = 120.0
+HEARTBEAT = 20.0
+# A holder that has not been heard of for so long may be dead, and is worth watching.
+_QUIET = 3 * HEARTBEAT
+_POLL = 0.5  # seconds between two looks of a process that waits
+
+
+class FolderLock:
+    """A lease on a folder: renewed while its holder lives, and free when it has died.
+
+    It needs nothing of the file system but that a file is created once, so it holds on NFS too.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lease = _lease(folder)
+
+    def acquire(self, *, wait: bool = False) -> None:
+        """Take the folder.
+
+        Args:
+            wait: wait for another process that has it, instead of an error.
+
+        Raises:
+            BusyError: another process, on this node or another, is at work in it.
+        """
+        try:
+            self._lease.acquire(timeout=0)
+        except Timeout:
+            self._acquire_from_another(wait)
+
+    def _acquire_from_another(self, wait: bool) -> None:
+        if wait:
+            print(f"{self._folder}: waiting for {_holder(self._folder)}", flush=True)
+            self._lease.acquire()
+            return
+        silent = _seconds_since_heartbeat(self._folder) > _QUIET
+        try:  # a holder on another node is dead only when it has been silent while one watched
+            self._lease.acquire(timeout=DURATION + HEARTBEAT if silent else 0)
+        except Timeout:
+            told = _holder(self._folder)
+            raise BusyError(f"{self._folder}: {told} is working on this run") from None
+
+    def release(self) -> None:
+        """Let go of the folder."""
+        self._lease.release()
+
+    def check(self) -> None:
+        """Raise BusyError if the folder has become another's, as after a long standstill.
+
+        Whoever writes into the folder asks before.
+        """
+        owner = self._lease.owner
+        if self._lease.compromise is not None or not owner or owner.token != self._lease.token:
+            raise BusyError(
+                f"{self._folder}: was lost to {_holder(self._folder)}, because this process stood "
+                f"still for more than {DURATION:.0f} seconds or the folder was removed"
+            )
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether a process that lives is at work in ``folder``."""
+    owner = _lease(folder).owner
+    if owner is None or _seconds_since_heartbeat(folder) > DURATION:
+        return False
+    return not (_on_this_node(owner.hostname) and _is_gone(owner.pid))
+
+
+def forget_lock(folder: Path) -> None:
+    """Remove what a lock has left in ``folder``, which was moved while its lock was held."""
+    (folder / _FILE).unlink(missing_ok=True)
+
+
+def _lease(folder: Path) -> SoftFileLease:
+    return SoftFileLease(
+        folder / _FILE,
+        lease_duration=DURATION,
+        heartbeat_interval=HEARTBEAT,
+        poll_interval=_POLL,
+    )
+
+
+def _seconds_since_heartbeat(folder: Path) -> float:
+    try:
+        return time.time() - (folder / _FILE).stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _holder(folder: Path) -> str:
+    owner = _lease(folder).owner
+    if owner is None:
+        return "another process"
+    return f"another process ({owner.pid} on {owner.hostname.partition('?')[0]})"
+
+
+def _on_this_node(hostname: str) -> bool:
+    return hostname.partition("?")[0] == socket.gethostname()
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

@@ -1,0 +1,71 @@
+"""What is known of a run before it has a result: ``status.json`` in its folder.
+
+Nothing here needs PyTorch, so that the report can read it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import traceback
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from sskd.storage import write_text
+
+STATUS = "status.json"
+SWEEP_VARIABLE = "SSKD_SWEEP"  # in the environment of a sweep's processes: which sweep it is
+State = Literal["queued", "running", "stopped", "failed", "finished"]
+
+# What stays true when a run goes from one state to the next.
+_KEPT = ("command", "epochs")
+
+
+def write_status(folder: Path, state: State, **details: Any) -> None:
+    """Say what the run in ``folder`` is doing, since when, and which process says so."""
+    before = read_status(folder)
+    status = {
+        "state": state,
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "sweep": os.environ.get(SWEEP_VARIABLE),
+        **{key: before[key] for key in _KEPT if key in before},
+        **details,
+    }
+    write_text(folder / STATUS, json.dumps(status, indent=2) + "\n")
+
+
+def read_status(folder: Path) -> Mapping[str, Any]:
+    """Return what ``folder``'s status.json says; nothing where it is missing or damaged."""
+    try:
+        status = json.loads((folder / STATUS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def write_failure(folder: Path, error: BaseException) -> None:
+    """Say that the run in ``folder`` failed, or was stopped, by ``error``.
+
+    That must not hide the error itself, so a disk that is full leaves the old status.
+    """
+    with contextlib.suppress(OSError):
+        if isinstance(error, Exception):
+            told = " ".join(str(error).split()) or type(error).__name__
+            lines = "".join(traceback.format_exception(error))
+            write_status(folder, "failed", error=told, traceback=lines)
+        else:  # a signal, Ctrl-C
+            write_status(folder, "stopped")
+
+
+def failed_in_this_sweep(folder: Path) -> str | None:
+    """Return why the run in ``folder`` failed in the sweep that this process belongs to, if so."""
+    status, sweep = read_status(folder), os.environ.get(SWEEP_VARIABLE)
+    if sweep is None or status.get("sweep") != sweep or status.get("state") != "failed":
+        return None
+    return str(status.get("error"))

@@ -1,0 +1,129 @@
+"""A grid of runs: which have finished, which are to be launched, and how it ended."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sskd.cli import explain
+from sskd.config import Config, read_config
+from sskd.errors import BusyError, UnfinishedError, UserError
+from sskd.identity import describe
+from sskd.lock import is_held
+from sskd.run import Run, read_result
+from sskd.status import SWEEP_VARIABLE, read_status, write_status
+from sskd.teachers import find_teacher, locate
+
+Overrides = Sequence[str]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid: the overrides that compose it, the command that repeats it, its folder."""
+
+    overrides: list[str]
+    command: str
+    config: Config
+    folder: Path
+
+    def has_finished(self) -> bool:
+        """Return whether the run has a result; one that cannot be judged has to run to say why."""
+        if read_result(self.folder) is None:
+            return False
+        try:
+            found = find_teacher(self.config)
+            run = Run(self.folder, describe(self.config, found.digest if found else None))
+            return run.finished() is not None
+        except UserError:
+            return False
+
+
+class Sweep:
+    """The cells of one command; cells that are one run, as a student alone of two pairs, are one.
+
+    Args:
+        grid: the overrides of each cell.
+        compose: returns the configuration of one cell's overrides.
+
+    Raises:
+        UserError: a cell's configuration is wrong; nothing has been launched.
+    """
+
+    def __init__(
+        self, grid: Iterable[Overrides], compose: Callable[[list[str]], DictConfig]
+    ) -> None:
+        cells: dict[Path, Cell] = {}
+        for overrides in grid:
+            composed = compose(list(overrides))
+            own = [str(key) for key in composed if key != "hydra"]
+            config = read_config(OmegaConf.masked_copy(composed, own))
+            folder, _ = locate(config)
+            cell = Cell(list(overrides), _command(composed, overrides), config, folder)
+            cells.setdefault(folder, cell)
+        self.cells = list(cells.values())
+
+    def begin(self) -> list[list[str]]:
+        """Mark the cells that have not finished as queued, and return their overrides."""
+        os.environ[SWEEP_VARIABLE] = uuid.uuid4().hex  # launchers hand it on to their processes
+        left = [cell for cell in self.cells if cell.config.force or not cell.has_finished()]
+        for cell in left:
+            if not is_held(cell.folder):
+                cell.folder.mkdir(parents=True, exist_ok=True)
+                write_status(cell.folder, "queued", command=cell.command)
+        done = len(self.cells) - len(left)
+        print(f"{len(self.cells)} cells, {done} finished already", flush=True)
+        return [cell.overrides for cell in left]
+
+    def launch(self, left: list[list[str]], size: int | None, launcher: Callable[..., Any]) -> None:
+        """Launch ``left``, at most ``size`` at once; a launcher that breaks down ends that."""
+        size = size or max(len(left), 1)
+        for first in range(0, len(left), size):
+            try:
+                launcher(left[first : first + size], initial_job_idx=first)
+            except Exception as error:  # of joblib or submitit, about a process that died
+                print(f"error: the launcher gave up: {explain(error)}", file=sys.stderr)
+                return
+
+    def end(self) -> None:
+        """Tell which cells have not finished, and why.
+
+        Raises:
+            UnfinishedError: some have not; its status is BusyError's where other processes are at
+                work on all of these.
+        """
+        left = [cell for cell in self.cells if read_result(cell.folder) is None]
+        done = len(self.cells) - len(left)
+        print(f"{done} of {len(self.cells)} cells have finished", flush=True)
+        busy = [cell for cell in left if is_held(cell.folder)]
+        for cell in left:
+            told = "another process is at work on it" if cell in busy else _reason(cell.folder)
+            print(f"  {cell.folder}: {told}", file=sys.stderr, flush=True)
+        if left:
+            raise UnfinishedError(status=(BusyError if left == busy else UserError).status)
+
+
+def _reason(folder: Path) -> str:
+    """Return why the run in ``folder`` has not finished."""
+    status = read_status(folder)
+    if status.get("state") == "failed":
+        return f"failed: {status.get('error')}"
+    if status.get("state") == "running":
+        return "was killed; the same command goes on from its last checkpoint"
+    return f"{status.get('state', 'not begun')}; the same command does it"
+
+
+def _command(composed: DictConfig, overrides: Overrides) -> str:
+    """Return the command line that runs one cell alone."""
+    words = ["python", Path(sys.argv[0]).name]
+    for source in composed.hydra.runtime.config_sources:
+        if source.provider == "command-line":  # the folder of a sweep's file
+            words += ["-cd", source.path, "-cn", composed.hydra.job.config_name, "hydra.mode=RUN"]
+    return shlex.join([*words, *overrides])
