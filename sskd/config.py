@@ -160,6 +160,8 @@ def read_config(composed: DictConfig) -> Config:
             "arch and teacher do not go together: train_teacher.py trains arch=NAME alone, "
             "train_student.py takes arch@teacher=NAME and arch@student=NAME"
         )
+    if "teacher" in plain:
+        plain.pop("kd_weight", None)  # what it decides stands in the method's weights
     config = parse_config({"teacher": None, **plain})
     if not METHODS[config.method.name].needs_teacher:
         return config.model_copy(update={"teacher": None})

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+import train_student
 from sskd import CONF
+from sskd.cli import run_command
 from sskd.config import Config, read_config
 from sskd.data import Images, Split
 
@@ -77,3 +81,27 @@ def cifar100_root() -> Path:
 def teachers_root() -> Path:
     """Return the folder that holds resnet56_cifar100.pth."""
     return folder_named_by("SSKD_TEACHERS", "resnet56_cifar100.pth")
+
+
+class Command:
+    """Runs a training command in this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: Any, runs: Path) -> None:
+        self._monkeypatch, self._capsys, self.runs = monkeypatch, capsys, runs
+
+    def __call__(self, *arguments: str, script: Any = train_student) -> tuple[int, str, str]:
+        argv = [str(script.__file__), *arguments, f"runs={self.runs}"]
+        self._monkeypatch.setattr(sys, "argv", argv)
+        self._monkeypatch.chdir(CONF.parent)
+        try:
+            status = run_command(script.main)
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        captured = self._capsys.readouterr()
+        return status, captured.out, captured.err
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Command:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    return Command(monkeypatch, capsys, tmp_path / "runs")

@@ -14,43 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Compose
+from conftest import Command, Compose
 from test_run import SMALL, outcome
 
 import sskd.fit
 import train_student
 import train_teacher
-from sskd.cli import run_command
 from sskd.errors import UserError
 from sskd.models import build_model
 from train_student import train
 
 ROOT = Path(train_student.__file__).resolve().parent
-
-
-class Command:
-    """Runs a training command in this process."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: Any, runs: Path) -> None:
-        self._monkeypatch, self._capsys, self.runs = monkeypatch, capsys, runs
-
-    def __call__(self, *arguments: str, script: Any = train_student) -> tuple[int, str, str]:
-        argv = [str(script.__file__), *arguments, f"runs={self.runs}"]
-        self._monkeypatch.setattr(sys, "argv", argv)
-        self._monkeypatch.chdir(ROOT)
-        try:
-            status = run_command(script.main)
-        except SystemExit as stop:
-            assert isinstance(stop.code, int)
-            status = stop.code
-        captured = self._capsys.readouterr()
-        return status, captured.out, captured.err
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Command:
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    return Command(monkeypatch, capsys, tmp_path / "runs")
 
 
 MISTAKES = [

@@ -1,13 +1,28 @@
-"""The memory that a run has taken."""
+"""The device that a run takes, and the memory that it has taken there."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 from sskd.device import peak_memory, reset_peak_memory
+
+# A process that sees three GPUs, tells which it chooses, and then lives until it is told to end.
+CHOOSES = """
+from types import SimpleNamespace
+import torch
+torch.cuda.device_count = lambda: 3
+torch.cuda.get_device_properties = lambda index: SimpleNamespace(uuid=f"gpu-{index}")
+from sskd.device import least_used_gpu
+assert least_used_gpu() == least_used_gpu()
+print(least_used_gpu(), flush=True)
+input()
+"""
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells")
@@ -25,3 +40,30 @@ def test_the_peak_on_a_cpu_is_that_since_the_reset() -> None:
     small, large, again = peak_of(1), peak_of(size), peak_of(1)
     assert large - small == pytest.approx(512, rel=0.1)
     assert again == pytest.approx(small, rel=0.1)
+
+
+def test_processes_spread_over_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", CHOOSES],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def choice(process: subprocess.Popen[str]) -> int:
+        assert process.stdout is not None
+        return int(process.stdout.readline())
+
+    processes = [start() for _ in range(4)]
+    chosen = [choice(process) for process in processes]
+    assert sorted(Counter(chosen).values()) == [1, 1, 2]
+    alone = next(index for index in range(3) if chosen.count(index) == 1)
+    killed = processes[chosen.index(alone)]
+    killed.kill()
+    killed.wait()
+    processes.append(start())
+    assert choice(processes[-1]) == alone  # its place is free again
+    for process in processes:
+        process.kill()
+        process.wait()

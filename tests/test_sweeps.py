@@ -1,0 +1,245 @@
+"""Sweeps: that every cell composes, what is launched, and what is told of the rest."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command, Compose
+from test_run import SMALL, at_step, outcome
+
+import train_student
+import train_teacher
+from sskd.identity import difference, recipe
+from sskd.lock import FolderLock
+from sskd.models import ARCHITECTURES
+from sskd.status import read_status
+from sskd.sweep import Sweep
+from sskd.teachers import locate
+
+ROOT = Path(train_student.__file__).resolve().parent
+SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
+TINY = [*(word for word in SMALL if "epochs" not in word), "schedule.epochs=1"]
+WITHOUT_TRAINING = [word for word in TINY if "teacher.train" not in word]
+
+
+def published(name: str) -> tuple[set[str], set[tuple[str, str]]]:
+    """Return the rows and the (teacher, student) pairs of a file of published figures."""
+    with resources.files("sskd.report").joinpath(name).open(encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    rows = {line["row"] for line in lines} - {"teacher", "student"}
+    return rows, {(line["teacher"], line["student"]) for line in lines}
+
+
+@pytest.fixture
+def composed_cells(command: Command, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that composes a sweep as its command does, and launches nothing."""
+
+    def cells_of(name: str, *words: str) -> Sweep:
+        found: list[Sweep] = []
+        monkeypatch.setattr(Sweep, "launch", lambda self, *_: found.append(self))
+        script = train_teacher if name == "teachers" else train_student
+        status, _, err = command("-cd", "sweeps", "-cn", name, *words, script=script)
+        assert status == 1, err  # none of its cells has finished
+        return found[0]
+
+    return cells_of
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_cell_of_every_sweep_composes(composed_cells: Any, name: str) -> None:
+    cells = composed_cells(name).cells
+    folders = {cell.folder for cell in cells}
+    assert len(folders) == len(cells) > 0
+    for cell in cells:
+        assert read_status(cell.folder)["state"] == "queued"
+        assert cell.config.wandb.tags in ([name], [])
+        assert {cell.config.student.name} <= set(ARCHITECTURES)
+
+
+def test_the_grid_is_the_two_published_tables(composed_cells: Any) -> None:
+    rows, pairs = published("published.csv")
+    assert (len(rows), len(pairs)) == (11, 11)
+    cells = [cell.config for cell in composed_cells("grid").cells]
+    distilled = {(c.teacher.name, c.student.name, c.method.name) for c in cells if c.teacher}
+    assert distilled == {(*pair, row.lower()) for pair in pairs for row in rows}
+    alone = [c.student.name for c in cells if not c.teacher]
+    assert sorted(alone) == sorted({student for _, student in pairs})
+    assert len(cells) == 11 * 11 + 8  # three students stand alone in two pairs
+    assert not any(difference(c) for c in cells)
+
+
+def test_the_halves_of_the_grid_and_its_networks(composed_cells: Any) -> None:
+    _, pairs = published("published.csv")
+    halves = [
+        {(c.config.teacher.name, c.config.student.name) for c in composed_cells(name).cells
+         if c.config.teacher}
+        for name in ("similar", "cross")
+    ]  # fmt: skip
+    assert halves[0] | halves[1] == pairs
+    assert [len(half) for half in halves] == [5, 6]
+    alone = [cell.config.student.name for cell in composed_cells("teachers").cells]
+    assert sorted(alone) == sorted({network for pair in pairs for network in pair})
+    assert len(alone) == 13
+
+
+def test_the_crd_benchmark_has_each_method_alone(composed_cells: Any) -> None:
+    cells = [cell.config for name in ("crd_benchmark", "crd_benchmark_fsp")
+             for cell in composed_cells(name).cells]  # fmt: skip
+    distilled = [c for c in cells if c.teacher]
+    methods = ["kd", "fitnet", "at", "sp", "cc", "vid", "rkd", "pkt", "ab", "ft", "nst", "crd"]
+    found = Counter(c.method.name for c in distilled)
+    assert found == dict.fromkeys(methods, 13) | {"fsp": 6}
+    assert all(c.teacher.epoch == "last" for c in distilled)
+    assert {c.method.weights.kd for c in distilled if c.method.name != "kd"} == {0.0}
+    assert {c.method.weights.kd for c in distilled if c.method.name == "kd"} == {0.9}
+
+
+def test_the_recipe_is_what_hydra_composes(composed: Compose) -> None:
+    """Networks swapped into one composition give what composing with them gives."""
+    for words in (
+        ("pair=vgg13-MobileNetV2", "method=ft"),
+        ("pair=resnet110-resnet32", "method=sskd", "dataset=digits"),
+        ("arch@teacher=ResNet50", "arch@student=wrn_16_1", "method=ft"),
+        ("pair=resnet32x4-ShuffleV1", "method=vanilla"),
+    ):
+        config = composed(*words, "runs=runs")
+        assert recipe(config).model_dump() == config.model_dump(), words
+
+
+def test_the_command_line_narrows_and_widens_a_sweep(composed_cells: Any) -> None:
+    narrow = composed_cells("grid", "pair=vgg13-vgg8", "method=kd,sskd", "seed=range(3)").cells
+    told = {(c.config.method.name, c.config.seed) for c in narrow}
+    assert told == {(method, seed) for method in ("kd", "sskd") for seed in range(3)}
+    assert {c.config.teacher.name for c in narrow} == {"vgg13"}
+
+
+def states(runs: Path) -> dict[str, str]:
+    """Return the state of each run, by the part of its folder's path that names it."""
+    return {
+        path.parent.parent.name: read_status(path.parent)["state"]
+        for path in runs.rglob("status.json")
+    }
+
+
+def test_a_missing_teacher_is_told_and_the_others_go_on(command: Command) -> None:
+    status, _, err = command("-m", *WITHOUT_TRAINING, "method=kd,vanilla,at")
+    assert status == 1
+    assert states(command.runs) == {"kd": "failed", "at": "failed", "resnet8": "finished"}
+    listed = [line for line in err.splitlines() if line.startswith("  ")]
+    assert len(listed) == 2
+    assert all(
+        "failed: " in line and "train it with `python train_teacher" in line for line in listed
+    )
+    (kept,) = command.runs.glob("digits/distill/*/kd/*/status.json")
+    assert "UserError" in json.loads(kept.read_text())["traceback"]
+
+
+def test_a_sweep_goes_on_with_what_is_left(command: Command) -> None:
+    command("-m", *WITHOUT_TRAINING, "method=kd,vanilla")
+    status, out, err = command("-m", *TINY, "method=kd,vanilla")
+    assert (status, err) == (0, "")
+    assert "2 cells, 1 finished already" in out
+    assert "2 of 2 cells have finished" in out
+    assert set(states(command.runs).values()) == {"finished"}
+    status, out, err = command("-m", *TINY, "method=kd,vanilla")
+    assert (status, out) == (0, "2 cells, 2 finished already\n2 of 2 cells have finished\n")
+
+
+def test_a_teacher_that_fails_is_tried_once_a_sweep(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        steps = at_step(patch, 1, fail)
+        status, _, err = command("-m", *TINY, "method=kd,at")
+    assert (status, steps()) == (1, 1)
+    assert states(command.runs) == {"resnet14": "failed", "kd": "failed", "at": "failed"}
+    assert "its teacher failed: out of memory" in err
+    assert command("-m", *TINY, "method=kd,at")[0] == 0
+
+
+def test_a_cell_of_another_process_is_named_and_not_a_failure(
+    command: Command, composed: Compose
+) -> None:
+    folder, _ = locate(composed(*TINY, "method=vanilla", f"runs={command.runs}"))
+    folder.mkdir(parents=True)
+    lock = FolderLock(folder)
+    lock.acquire()
+    status, out, err = command("-m", *TINY, "method=vanilla,kd")
+    assert status == 75
+    assert "1 of 2 cells have finished" in out
+    assert f"  {folder}: another process is at work on it" in err
+    assert "error" not in err
+    assert not (folder / "status.json").exists()
+    lock.release()
+    assert command(*TINY, "method=vanilla")[0] == 0
+
+
+def test_a_mistake_in_one_cell_launches_none(command: Command) -> None:
+    status, _, err = command("-m", *TINY, "method=vanilla", "optimizer.lr=0.05,-1")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "optimizer.lr: should be greater than 0" in err
+    assert not list(command.runs.rglob("status.json"))
+
+
+def test_a_student_alone_of_two_pairs_is_one_cell(command: Command) -> None:
+    words = [word for word in TINY if "arch@teacher" not in word]
+    status, out, _ = command("-m", *words, "arch@teacher=resnet14,resnet20", "method=vanilla")
+    assert status == 0
+    assert "1 of 1 cells have finished" in out
+
+
+def sweep_process(runs: Path, *words: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "train_student.py", "-m", *TINY, *words, f"runs={runs}"],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_two_processes_share_a_sweep(tmp_path: Path) -> None:
+    words = ("method=vanilla,kd,at,sskd,ft", "seed=0,1")
+    both = [sweep_process(tmp_path / "shared", *words) for _ in range(2)]
+    told = [process.communicate()[0] for process in both]
+    started = Counter(
+        line.split(" in ")[1]
+        for text in told
+        for line in text.splitlines()
+        if " starts in " in line
+    )
+    assert set(started.values()) == {1}  # each run, teacher and first phase is begun once
+    results = list((tmp_path / "shared").rglob("result.json"))
+    assert len(results) == len(started) == 10 + 1 + 3  # cells, the teacher, two heads and ...
+    assert {process.returncode for process in both} <= {0, 75}
+    assert all(" starts in " in text for text in told)  # both had a share
+
+
+def test_a_sweep_that_is_killed_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
+    words = ("method=kd,sskd,ft", "checkpoint_minutes=1e-9")
+    undisturbed = sweep_process(tmp_path / "whole", *words)
+    dice = random.Random(4)
+    for _ in range(3):
+        process = sweep_process(tmp_path / "killed", *words)
+        time.sleep(dice.uniform(4, 12))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    last = sweep_process(tmp_path / "killed", *words)
+    text, _ = last.communicate()
+    assert last.returncode == 0, text
+    undisturbed.communicate()
+    assert undisturbed.returncode == 0
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
