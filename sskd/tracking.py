@@ -13,6 +13,9 @@ import wandb
 
 from sskd.config import Config
 from sskd.errors import UserError
+from sskd.identity import difference
+from sskd.interrupt import Interrupted
+from sskd.nested import as_override
 from sskd.run import Run
 from sskd.storage import write_text
 
@@ -20,6 +23,7 @@ _ID = "wandb_id"
 _INIT_TIMEOUT = 20  # seconds; after that a run without a network is an offline one
 # Figures about the student as a whole; the others are named after their stage.
 _UNPREFIXED = ("test/", "holdout/", "best/")
+_SUMMARISED = ("teacher_top1", "agreement", "kl", "images_per_second", "peak_memory_mib")
 
 
 class Tracker:
@@ -47,6 +51,8 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None and issubclass(kind, Interrupted):
+            self._wandb.mark_preempting()  # it will come back: "preempted", not "failed"
         self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def log(self, line: Mapping[str, Any]) -> None:
@@ -70,11 +76,8 @@ class Tracker:
                 "last/top1": top1["last"],
                 "best/top1": top1["best"],
                 "best/epoch": top1["best_epoch"],
-                **{
-                    name: result[name]
-                    for name in ("teacher_top1", "agreement", "kl", "images_per_second", "seconds")
-                    if result[name] is not None
-                },
+                "hours": result["seconds"] / 3600,
+                **{name: result[name] for name in _SUMMARISED if result[name] is not None},
             }
         )
 
@@ -88,7 +91,7 @@ class Tracker:
     def _init(self, mode: str) -> wandb.Run:
         config = self._config
         arch, method = config.student.name, config.method.name
-        subject = f"{config.teacher.name}-{arch}" if config.teacher else arch
+        pair = f"{config.teacher.name}-{arch}" if config.teacher else arch
         return wandb.init(
             mode=mode,  # type: ignore[arg-type]
             project=config.wandb.project,
@@ -96,13 +99,22 @@ class Tracker:
             dir=str(self._run.folder),
             id=run_id(self._run.folder, self._name),
             name=self._name,
-            group=f"{subject}/{method}",
+            group=f"{pair}/{method}",
             job_type="student" if config.teacher else "teacher",
             tags=[config.dataset.name, *config.wandb.tags],
-            config=dict(self._run.config),
+            config={**self._run.config, "pair": pair, "variant": self._variant()},
             resume="allow",
             settings=wandb.Settings(init_timeout=_INIT_TIMEOUT, console="off", silent=True),
         )
+
+    def _variant(self) -> str:
+        """Return the method and what differs from its recipe: its seeds share it, no other run."""
+        config = self._config
+        changed = difference(config)
+        if config.teacher and config.teacher.checkpoint:
+            changed["teacher.digest"] = self._run.config["teacher"]["digest"][:8]
+        told = ", ".join(as_override(key, value) for key, value in sorted(changed.items()))
+        return f"{config.method.name} ({told})" if told else config.method.name
 
 
 def choose_mode(mode: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,11 @@ from conftest import Compose
 from test_run import SMALL, CrashError, at_step, crash
 
 from sskd import CONF
-from sskd.tracking import choose_mode, run_id
+from sskd.config import Config
+from sskd.identity import describe, difference, run_folder
+from sskd.interrupt import Interrupted
+from sskd.run import Run
+from sskd.tracking import Tracker, choose_mode, run_id
 from train_student import train
 
 
@@ -69,6 +74,8 @@ def test_a_run_without_a_login_is_kept_whole_on_disk(
     assert shown["last/top1"] == pytest.approx(result["top1"]["last"])
     assert shown["best/top1"] == pytest.approx(result["top1"]["best"])
     assert shown["agreement"] == pytest.approx(result["agreement"])
+    assert shown["hours"] == pytest.approx(result["seconds"] / 3600)
+    assert shown["peak_memory_mib"] == pytest.approx(result["peak_memory_mib"])
     assert shown["views"]["_type"] == "image-file"
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
@@ -80,6 +87,55 @@ def test_a_run_without_a_login_is_kept_whole_on_disk(
             assert step[f"distill/{name}"] == pytest.approx(line[name]), name
         assert step["test/top1"] == pytest.approx(line["test/top1"])
     assert list(student.parent.rglob("*.png"))
+
+
+def described(config: Config, digest: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what W&B is told of a run of ``config``, and the configuration on disk."""
+    changed = difference(config) | ({"teacher.digest": digest} if digest else {})
+    run = Run(run_folder(config, changed), describe(config, digest))
+    with run.open(), Tracker(run, config):
+        pass
+    (path,) = offline_runs(run.folder)
+    (about,) = (record["run"] for record in inspect(path) if record["type"] == "run")
+    return about, dict(run.config)
+
+
+@pytest.mark.usefixtures("offline")
+def test_seeds_share_what_wandb_averages_over_and_nothing_else_does(composed: Compose) -> None:
+    def places(*overrides: str, digest: str | None = None) -> tuple[str, str, str]:
+        about, _ = described(composed("arch@teacher=vgg13", *overrides), digest)
+        given = about["config"]["update"]
+        return about["run_group"], given["pair"], given["variant"]
+
+    vgg8 = "arch@student=vgg8"
+    plain = places(vgg8, "method=kd")
+    assert plain == ("vgg13-vgg8/kd", "vgg13-vgg8", "kd")
+    assert places(vgg8, "method=kd", "seed=1") == plain
+    warmer = places(vgg8, "method=kd", "method.temperature=2")
+    assert warmer == (*plain[:2], "kd (method.temperature=2.0)")
+    elsewhere = places(vgg8, "method=kd", "teacher.checkpoint=FILE", digest="0123456789abcdef")
+    assert elsewhere == (*plain[:2], "kd (teacher.digest='01234567')")
+    assert places(vgg8, "method=vanilla") == ("vgg8/vanilla", "vgg8", "vanilla")
+
+
+@pytest.mark.usefixtures("offline")
+def test_what_wandb_is_told_beside_the_configuration_is_not_part_of_it(composed: Compose) -> None:
+    about, on_disk = described(composed("method=vanilla"))
+    assert about["config"]["update"].keys() - on_disk.keys() == {"_wandb", "pair", "variant"}
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("stopped", [True, False])
+def test_only_a_run_that_was_stopped_is_told_to_come_back(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM) if stopped else crash())
+    with pytest.raises(Interrupted if stopped else CrashError):
+        train(composed(*SMALL, "method=vanilla"))
+    (path,) = offline_runs(tmp_path / "runs")
+    ends = [record for record in inspect(path) if record["type"] in ("preempting", "exit")]
+    assert [end["type"] for end in ends] == (["preempting"] if stopped else []) + ["exit"]
+    assert ends[-1]["exit"]["exit_code"] == 1
 
 
 @pytest.mark.usefixtures("offline")

@@ -1,0 +1,131 @@
+"""The command ``python -m sskd.dashboard``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sskd import CONF
+from sskd.errors import UserError, nearest
+from sskd.storage import write_text
+
+DESCRIPTION = """\
+Build a Weights & Biases workspace and report of all runs of a project: tables of
+results, gains, accuracy curves by pair, losses, agreement with the teacher, cost
+and failures. The tables and the plots of gains are those that
+'python -m sskd.report --wandb' has logged.
+"""
+EXAMPLES = """\
+examples:
+  python -m sskd.dashboard                     say what would be saved
+  python -m sskd.dashboard --save              save both and print their addresses
+  python -m sskd.dashboard --pairs vgg13-vgg8 --save
+  python -m sskd.dashboard --out FILE.json     write what would be saved to a file
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with ``argv`` (the process's by default) and return its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        _dashboard(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _dashboard(arguments: argparse.Namespace) -> None:
+    # Importing these takes seconds, which --help should not.
+    try:
+        from sskd.dashboard.layout import Scope, build_report, build_workspace, count_panels
+    except ModuleNotFoundError as error:
+        if error.name != "wandb_workspaces":
+            raise
+        told = "the dashboard needs wandb-workspaces: pip install '.[dashboard]'"
+        raise UserError(told) from None
+    pairs = [_parse_pair(text) for text in arguments.pairs or _presets()]
+    scope = Scope(arguments.entity or "", arguments.project, arguments.dataset, pairs)
+    workspace, report = build_workspace(scope), build_report(scope)
+    specs = {"workspace": _spec(workspace), "report": _spec(report)}
+    counts = (f"a {name} of {count_panels(spec)} panels" for name, spec in specs.items())
+    built = f"built {' and '.join(counts)}, in {len(workspace.sections)} sections"
+    if arguments.out is not None:
+        _write(Path(arguments.out), specs)
+    if arguments.save:
+        _save(workspace, report, arguments.entity, built)
+    else:
+        print(f"{built}; not saved: that takes --save and a login (wandb login)")
+
+
+def _presets() -> list[str]:
+    return sorted(path.stem for path in (CONF / "pair").glob("*.yaml"))
+
+
+def _parse_pair(text: str) -> tuple[str, str]:
+    known = sorted(path.stem for path in (CONF / "arch").glob("*.yaml"))
+    teacher, _, student = text.partition("-")
+    for name in (teacher, student):
+        if name not in known:
+            raise UserError(
+                f"--pairs {text}: is not TEACHER-STUDENT, no network '{name}'{nearest(name, known)}"
+            )
+    return teacher, student
+
+
+def _spec(built: Any) -> dict[str, Any]:
+    """Return what W&B would be sent; the library's own property for it breaks on reports."""
+    spec: dict[str, Any] = built._to_model().model_dump(
+        mode="json", by_alias=True, exclude_none=True
+    )
+    return spec
+
+
+def _write(path: Path, specs: dict[str, Any]) -> None:
+    try:
+        write_text(path, json.dumps(specs, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written ({error.strerror})") from None
+
+
+def _save(workspace: Any, report: Any, entity: str | None, built: str) -> None:
+    import wandb
+
+    try:
+        if not wandb.login(prompt=False):
+            raise UserError(f"{built}; not saved: that needs a login (wandb login)")
+        workspace.entity = report.entity = entity or wandb.Api().default_entity
+        report.save()  # first, because it makes the project where there is none
+        workspace.save()
+    except (wandb.Error, OSError, ValueError) as error:
+        raise UserError(f"{built}; not saved: {' '.join(str(error).split())}") from None
+    print(f"{built}\nworkspace: {workspace.url}\nreport: {report.url}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sskd.dashboard",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--entity", help="user or team in W&B (default: the login's own)")
+    parser.add_argument("--project", default="sskd", help="project in W&B (default: sskd)")
+    parser.add_argument("--dataset", default="cifar100", help="of the runs (default: cifar100)")
+    parser.add_argument(
+        "--pairs",
+        nargs="+",
+        metavar="TEACHER-STUDENT",
+        help="pairs of networks to show (default: the presets of conf/pair)",
+    )
+    parser.add_argument("--save", action="store_true", help="save a new workspace and report")
+    parser.add_argument("--out", metavar="FILE", help="write the specifications as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

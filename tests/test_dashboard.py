@@ -1,0 +1,332 @@
+"""The workspace and the report in W&B: what their panels show, and of which runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import wandb
+from conftest import Compose
+from test_run import SMALL
+from test_tracking import inspect, offline_runs
+
+pytest.importorskip("wandb_workspaces", reason="the extra [dashboard] is not installed")
+
+from sskd import CONF
+from sskd.dashboard import panels
+from sskd.dashboard.__main__ import main
+from sskd.methods import METHODS
+from train_student import train
+
+Spec = dict[str, Any]
+RUN_FIELDS = {"_step", "state", "jobType"}
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Callable[..., tuple[Spec, Spec]]:
+    """Return a function that builds with the command's options: the workspace, the report."""
+
+    def build(*options: str) -> tuple[Spec, Spec]:
+        path = tmp_path / "specs.json"
+        assert main([*options, "--out", str(path)]) == 0
+        specs = json.loads(path.read_text())
+        return specs["workspace"], specs["report"]
+
+    return build
+
+
+def nodes(spec: Any) -> Iterator[Spec]:
+    """Yield every object in ``spec``, in order."""
+    if isinstance(spec, dict):
+        yield spec
+        spec = list(spec.values())
+    if isinstance(spec, list):
+        for part in spec:
+            yield from nodes(part)
+
+
+def all_panels(spec: Spec) -> list[Spec]:
+    return [node for node in nodes(spec) if "viewType" in node]
+
+
+def sections(workspace: Spec) -> dict[str, list[Spec]]:
+    found = workspace["spec"]["section"]["panelBankConfig"]["sections"]
+    return {section["name"]: section["panels"] for section in found}
+
+
+def grids(report: Spec) -> list[Spec]:
+    return [node["metadata"] for node in nodes(report) if node.get("type") == "panel-grid"]
+
+
+def filters(run_set: Spec) -> dict[str, list[str]]:
+    """Return the values that each field of a run set may have."""
+    found = run_set["filters"]["filters"]
+    assert {each["op"] for each in found} == {"IN"}
+    return {each["key"]["name"]: each["value"] for each in found}
+
+
+def keys_of_runs(panel: Spec) -> set[str]:
+    """Return the names of the figures that a panel takes from the history and the summary."""
+    config = panel["config"]
+    axes = {config[axis].removeprefix("summary:") for axis in ("xAxis", "yAxis") if axis in config}
+    return {*config.get("metrics", ()), *axes}
+
+
+def keys_of_report(panel: Spec) -> set[str]:
+    """Return the names of the tables and plots that a panel takes from the report's run."""
+    tables = {node["val"] for node in nodes(panel["config"]) if node.get("nodeType") == "const"}
+    return tables | set(panel["config"].get("mediaKeys", ()))
+
+
+def logged(runs: Path) -> tuple[set[str], set[str]]:
+    """Return what runs have logged, by name, and the settings as W&B names them."""
+    figures: set[str] = set()
+    settings: set[str] = set()
+    for record in (record for path in offline_runs(runs) for record in inspect(path)):
+        figures |= set(record.get("history", {}).get("item", ()))
+        figures |= set(record.get("summary", {}).get("update", ()))
+        for name, value in record.get("run", {}).get("config", {}).get("update", {}).items():
+            inner = value if isinstance(value, dict) else {}
+            settings |= {f"{name}.value", *(f"{name}.value.{key}" for key in inner)}
+    return figures, settings
+
+
+def test_every_key_that_a_panel_shows_is_one_that_runs_log(
+    composed: Compose,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    built: Callable[..., tuple[Spec, Spec]],
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for method in METHODS:
+        train(composed(*SMALL, f"method={method}", "schedule.epochs=1"))
+    figures, settings = logged(tmp_path / "runs")
+    for spec in built():
+        shown = set().union(*map(keys_of_runs, all_panels(spec)))
+        assert {"test/top1", "distill/weighted/crd", "flow/loss", "kl", "hours"} <= shown
+        assert shown - RUN_FIELDS - figures == set()
+        grouped = {panel["config"].get("groupBy") for panel in all_panels(spec)}
+        fields = {node["key"]["name"] for node in nodes(spec) if node.get("key", {}).get("section")}
+        by_table = {key["name"] for node in nodes(spec) for key in node.get("grouping", ())}
+        assert (grouped | fields | by_table) - {None, "createdAt"} - RUN_FIELDS - settings == set()
+
+
+def test_what_the_report_must_log_is_all_shown(built: Callable[..., tuple[Spec, Spec]]) -> None:
+    expected = {"tables/results", "tables/cost", "tables/failed"}
+    expected |= {"plots/gain_over_student", "plots/gain_over_kd"}
+    workspace, report = built()
+    assert set().union(*map(keys_of_report, all_panels(workspace))) == expected
+    shown = set()
+    for grid in grids(report):
+        of_report = set().union(*map(keys_of_report, all_panels(grid)))
+        (run_set,) = grid["runSets"]
+        assert bool(of_report) == (filters(run_set) == {"jobType": ["report"]})
+        shown |= of_report
+    assert shown == expected
+
+
+def test_losses_and_first_phases_follow_the_methods() -> None:
+    assert set(panels.first_phases()) == {"boundary", "flow", "paraphraser", "ss_head"}
+    assert {"tf", "ss", "crd", "fitnet"} <= set(panels.own_terms())
+    assert not {"ce", "kd"} & set(panels.own_terms())
+
+
+def test_the_workspace_begins_with_the_results_and_averages_over_seeds(
+    built: Callable[..., tuple[Spec, Spec]],
+) -> None:
+    workspace, _ = built("--dataset", "cifar10", "--pairs", "vgg13-vgg8", "--entity", "us")
+    assert (workspace["entity"], workspace["project"]) == ("us", "sskd")
+    assert list(sections(workspace)) == [
+        *("Results", "Gains", "Curves", "Losses", "Agreement", "Self-supervision", "Cost"),
+        "Failures",
+    ]
+    (run_set,) = workspace["spec"]["section"]["runSets"]
+    assert filters(run_set) == {
+        "dataset.value.name": ["cifar10"],
+        "pair.value": ["vgg13-vgg8", "vgg13", "vgg8"],
+        "jobType": ["report"],
+    }
+    connectors = [each.get("connector") for each in run_set["filters"]["filters"]]
+    assert connectors == [None, "AND", "OR"]
+    assert [key["name"] for key in run_set["grouping"]] == ["pair.value", "variant.value"]
+    for panel in all_panels(workspace):
+        # A panel's own grouping would average over what the run table keeps apart.
+        assert "groupBy" not in panel["config"]
+        if panel["viewType"] in ("Run History Line Plot", "Bar Chart"):
+            assert panel["config"]["groupAgg"] == "mean"
+            assert panel["config"]["groupArea"] == "stddev"
+            assert panel["config"]["limit"] > 11 * len(METHODS)  # all pairs at once
+
+
+def test_the_report_shows_each_pair_on_its_own(built: Callable[..., tuple[Spec, Spec]]) -> None:
+    _, report = built("--pairs", "wrn_40_2-wrn_16_2", "vgg13-vgg8")
+    curves = [
+        (filters(grid["runSets"][0]), panel["config"])
+        for grid in grids(report)
+        for panel in all_panels(grid)
+        if panel["config"].get("metrics") == ["test/top1"]
+    ]
+    assert [runs for runs, _ in curves] == [
+        {
+            "dataset.value.name": ["cifar100"],
+            "pair.value": [f"{teacher}-{student}", student],  # and the student alone
+        }
+        for teacher, student in (("wrn_40_2", "wrn_16_2"), ("vgg13", "vgg8"))
+    ]
+    for _, config in curves:
+        assert config["groupBy"] == "variant.value"
+        assert (config["groupAgg"], config["groupArea"]) == ("mean", "stddev")
+        assert config["aggregate"]
+        assert config["xAxis"] == "distill/epoch"  # first phases would shift W&B's own step
+
+
+def test_the_report_shows_failed_runs_in_a_table(built: Callable[..., tuple[Spec, Spec]]) -> None:
+    _, report = built("--pairs", "vgg13-vgg8")
+    failed = grids(report)[-1]
+    assert set(filters(failed["runSets"][0])["state"]) >= {"failed", "crashed"}
+    assert failed["hideRunSets"] is False
+    assert "run:state" in failed["runSets"][0]["runFeed"]["columnOrder"]
+
+
+def test_the_published_figures_stand_in_the_report(
+    built: Callable[..., tuple[Spec, Spec]],
+) -> None:
+    def published(*options: str) -> list[list[list[str]]]:
+        _, report = built(*options)
+        texts = [node["content"] for node in nodes(report) if node.get("type") == "markdown-block"]
+        return [
+            [[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n")]
+            for text in texts
+        ]
+
+    # Xu et al., ECCV 2020: SSKD's row of wrn_40_2 to wrn_16_2, and of vgg13 to vgg8.
+    similar, *_ = published("--pairs", "wrn_40_2-wrn_16_2", "vgg13-vgg8")
+    assert similar[0] == ["teacher<br>student", "wrn_40_2<br>wrn_16_2", "vgg13<br>vgg8"]
+    assert ["SSKD", "76.04", "75.33"] in similar
+    assert ["student", "73.64", "70.68"] in similar
+    assert published("--pairs", "resnet14-resnet8") == []
+    assert published("--dataset", "digits") == []
+
+
+def test_without_saving_it_says_what_was_built(capsys: Any) -> None:
+    assert main(["--pairs", "vgg13-vgg8", "vgg13-MobileNetV2"]) == 0
+    told, errors = capsys.readouterr()
+    assert told.startswith("built a workspace of 29 panels and a report of ")
+    assert told.endswith("in 8 sections; not saved: that takes --save and a login (wandb login)\n")
+    assert errors == ""
+
+
+def test_without_a_login_nothing_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    command = [sys.executable, "-m", "sskd.dashboard", "--pairs", "vgg13-vgg8", "--save"]
+    found = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert found.stderr.startswith("error: built a workspace of 29 panels")
+    assert found.stderr.endswith("not saved: that needs a login (wandb login)\n")
+    assert (found.stdout, found.stderr.count("\n")) == ("", 1)
+
+
+class Service:
+    """Stands for W&B's server: keeps the views that are saved."""
+
+    app_url = "https://wandb.test"
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.views: list[Spec] = []
+        self.projects: list[str] = []
+        self.failure = failure
+
+    def execute_graphql(self, query: str, variables: Spec) -> Spec:
+        if self.failure:
+            raise self.failure
+        self.views.append(variables)
+        project = {"name": variables["projectName"], "entityName": variables["entityName"]}
+        view = {"id": f"id{len(self.views)}", "name": variables["name"], "project": project}
+        return {"upsertView": {"view": view | {"spec": variables["spec"]}}}
+
+    def api(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            _service_api=self,
+            default_entity="me",
+            projects=lambda entity: [],
+            create_project=lambda project, entity: self.projects.append(f"{entity}/{project}"),
+        )
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Service:
+    service = Service()
+    monkeypatch.setattr(wandb, "login", lambda prompt: True)
+    monkeypatch.setattr(wandb, "Api", service.api)
+    return service
+
+
+@pytest.mark.parametrize(("options", "entity"), [((), "me"), (("--entity", "us"), "us")])
+def test_with_a_login_both_are_saved_and_their_addresses_told(
+    service: Service, capsys: Any, options: tuple[str, ...], entity: str
+) -> None:
+    assert main(["--project", "grid", "--pairs", "vgg13-vgg8", "--save", *options]) == 0
+    assert service.projects == [f"{entity}/grid"]
+    assert {view["type"] for view in service.views} == {"runs", "project-view"}
+    assert {(view["entityName"], view["projectName"]) for view in service.views} == {
+        (entity, "grid")
+    }
+    _, workspace, report = capsys.readouterr().out.splitlines()
+    assert workspace.startswith(f"workspace: https://wandb.test/{entity}/grid?nw=")
+    assert report.startswith(f"report: https://wandb.test/{entity}/grid/reports/Distillation-on-")
+
+
+def test_a_server_that_refuses_is_told_in_one_line(service: Service, capsys: Any) -> None:
+    service.failure = wandb.errors.CommError("permission denied\non this project")
+    assert main(["--pairs", "vgg13-vgg8", "--save"]) == 1
+    told, errors = capsys.readouterr()
+    assert errors.splitlines()[-1].endswith("not saved: permission denied on this project")
+    assert told == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--pairs", "vgg13-vgg9"), "no network 'vgg9'; did you mean 'vgg"),
+        (("--pairs", "vgg13"), "--pairs vgg13: is not TEACHER-STUDENT"),
+        (("--pairs", "vgg13-vgg8", "--out", "missing/folder.json"), "cannot be written"),
+    ],
+)
+def test_what_a_user_mistypes_is_told_in_one_line(
+    capsys: Any, options: tuple[str, ...], told: str
+) -> None:
+    assert main(options) == 1
+    output, errors = capsys.readouterr()
+    assert (output, errors.count("\n")) == ("", 1)
+    assert told in errors
+
+
+def test_without_the_library_the_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("wandb_workspaces")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("sskd.dashboard.layout", "sskd.dashboard.panels"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
+    assert main([]) == 1
+    assert capsys.readouterr().err == (
+        "error: the dashboard needs wandb-workspaces: pip install '.[dashboard]'\n"
+    )
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from sskd.dashboard.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "finally: print({'torch', 'wandb', 'wandb_workspaces'} & sys.modules.keys())"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.startswith("usage: python -m sskd.dashboard")
+    assert found.stdout.endswith("set()\n")
