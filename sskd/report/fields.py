@@ -74,7 +74,12 @@ def told(record: Record, key: str) -> str | None:
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
         return None
-    return "".join(sign if sign.isprintable() else "?" for sign in " ".join(value.split()))
+    return printable(" ".join(value.split()))
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with a question mark for each sign that a terminal should not be sent."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 def moment(record: Record, key: str) -> datetime | None:
