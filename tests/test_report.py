@@ -128,6 +128,94 @@ def test_settings_are_kept_apart_and_variants_have_their_rows(tmp_path: Path) ->
         ("KD (teacher.digest=01234567)", 40.0, 1),
     ]
     assert short == [("KD", 60.0, 1)]
+    # A variant is not the published configuration, another teacher's weights are.
+    published = [entry.published for table in pair_tables for entry in table.entries]
+    assert published == [70.66, None, 70.66, 70.66, None]
+
+
+@pytest.mark.parametrize(
+    ("setting", "compared"),
+    [
+        ({}, True),
+        ({"precision": "bf16"}, True),
+        ({"schedule.epochs": 16}, False),
+        ({"dataset.fraction": 0.2, "precision": "bf16"}, False),
+        ({"dataset.label_noise": 0.3}, False),
+        ({"batch_size": 128}, False),
+        ({"optimizer.lr": 0.1}, False),
+    ],
+)
+def test_published_figures_only_stand_beside_the_same_experiment(
+    tmp_path: Path, setting: dict[str, Any], compared: bool
+) -> None:
+    results = read(
+        tmp_path,
+        record(difference=setting),
+        scratch("resnet20", difference=setting),
+        scratch("resnet8x4", difference=setting),
+        record(difference=setting | {"teacher.epoch": "last"}, top1=top1(60.0, 61.0)),
+    )
+    tables = build_tables(results, "last")
+    found = [entry for table in tables for entry in table.entries]
+    assert len(found) == 5  # in both sources' tables KD and the student, and a network
+    assert all((entry.published is not None) == compared for entry in found)
+    text = " ".join(cell for table in tables for row in table.rows for cell in row)
+    assert ("published" in text) == compared
+    notes = " ".join(note for table in tables for note in table.notes)
+    assert ("would mean nothing" in notes) != compared
+    assert ("Xu et al." in notes) == compared
+
+
+def crd(**changes: Any) -> dict[str, Any]:
+    """As the CRD benchmark made it: without KD's term, from the teacher's last epoch."""
+    return record(difference={"teacher.epoch": "last", "method.weights.kd": 0.0}, **changes)
+
+
+def test_the_crd_benchmark_has_tables_of_its_own(tmp_path: Path) -> None:
+    results = read(
+        tmp_path,
+        scratch("resnet56", top1=top1(72.0, 73.0)),
+        scratch("resnet20", top1=top1(69.0, 70.0)),
+        record(method="at", top1=top1(71.0, 71.5)),
+        crd(method="at", top1=top1(70.0, 70.5)),
+        crd(method="cc", top1=top1(69.5, 69.75)),
+        record(difference={"teacher.epoch": "last"}, top1=top1(70.75, 71.0)),
+        crd(method="at", teacher="resnet110", top1=top1(70.25, 71.0)),
+        crd(method="fsp", teacher="vgg13", student="MobileNetV2"),
+        record(method="at", difference={"teacher.epoch": "last"}, top1=top1(60.0, 60.0)),
+        crd(method="at", teacher="a", student="b"),
+    )
+    tables = build_tables(results, "last")
+    names = [table.title.split(" · ")[2] for table in tables if table.placed]
+    bench = [f"the CRD benchmark, {name}" for name in ("similar", "cross", "other pairs")]
+    assert names == ["similar", *bench]
+    found = entries(tables)
+    here = ("resnet56", "resnet20")
+    similar = bench[0]
+    # Figures of Tian et al., table 1 and of Xu et al., table 1, for this pair.
+    assert found[(similar, *here, "teacher")].published == 72.34
+    assert found[("similar", *here, "teacher")].published == 73.44
+    assert found[(similar, *here, "student")].published == 69.06
+    assert found[("similar", *here, "student")].published == 69.63
+    assert found[(similar, *here, "teacher")].mean == found[("similar", *here, "teacher")].mean
+    assert (found[(similar, *here, "AT")].mean, found[(similar, *here, "AT")].published) == (
+        *(70.0, 70.55),
+    )
+    assert found[("similar", *here, "AT")].published == 71.78
+    assert found[(similar, *here, "CC")].published == 69.63
+    assert found[(similar, *here, "KD")].published == 70.66
+    assert found[similar, "resnet110", "resnet20", "AT"].published == 70.22
+    # An AT from the last epoch with KD's term is nobody's published configuration.
+    assert found[("similar", *here, "AT (teacher.epoch=last)")].published is None
+    # The benchmark has no FSP across styles, nor such a pair.
+    assert found[bench[1], "vgg13", "MobileNetV2", "FSP"].published is None
+    assert found[bench[2], "a", "b", "AT"].published is None
+    (table,) = (table for table in tables if f" {similar} " in table.title)
+    assert [row[0].split("\n")[0] for row in table.rows] == [
+        *("teacher", "student", "KD", "FitNet", "AT", "SP", "CC", "VID"),
+        *("RKD", "PKT", "AB", "FT", "FSP", "NST", "CRD"),
+    ]
+    assert "compare with the last epoch" in " ".join(tables[-1].notes)
 
 
 def test_one_teacher_from_elsewhere_sets_no_row_apart(tmp_path: Path) -> None:
@@ -186,14 +274,15 @@ def test_networks_alone(tmp_path: Path) -> None:
 def test_cost_and_agreement_are_means_over_seeds(tmp_path: Path) -> None:
     results = read(
         tmp_path,
-        record(agreement=80.0, kl=0.25, seconds=60.0, images_per_second=1000.0),
-        record(agreement=82.0, kl=0.75, seconds=180.0, images_per_second=2000.0, seed=1),
+        record(agreement=80.0, kl=0.25, seconds=60.0, images_per_second=1e3, peak_memory_mib=200),
+        record(agreement=82.0, kl=0.75, seconds=180.0, images_per_second=2e3, peak_memory_mib=400)
+        | {"seed": 1},
         record(agreement=None, kl=None, method="at"),
     )
     cost = build_tables(results, "last")[-1]
     assert cost.rows == (
-        ("resnet56-resnet20", "KD", "70.00", "71.00", "81.00", "0.500", "1,500", "2.0"),
-        ("", "AT", "70.00", "71.00", "", "", "1,000", "1.0"),
+        ("resnet56-resnet20", "KD", "70.00", "71.00", "81.00", "0.500", "1,500", "300", "0.0333"),
+        ("", "AT", "70.00", "71.00", "", "", "1,000", "", "0.0167"),
     )
 
 
@@ -206,30 +295,36 @@ def test_dataset_without_published_figures(tmp_path: Path) -> None:
     assert "digit for digit" in " ".join(cifar100[-1].notes)
 
 
-def test_published_figures_of_the_paper() -> None:
-    published = published_for("cifar100")
-    assert published is not None
-    assert [len(published.tables[table]) for table in ("similar", "cross")] == [5, 6]
-    assert len(published.top1) == 11 * len(PUBLISHED_ORDER)
-    assert published.top1["wrn_40_2", "wrn_16_2", "SSKD"] == 76.04
-    assert published.top1["resnet56", "resnet20", "KD"] == 70.66
-    assert published.top1["wrn_40_2", "wrn_16_2", "AB"] == 68.89
-    assert published.top1["resnet32x4", "ShuffleV2", "SSKD"] == 78.61
-    assert published.top1["ResNet50", "MobileNetV2", "teacher"] == 79.10
-    assert published.alone["vgg8"] == 70.68
-    assert published_for("digits") is None
+def test_published_figures_of_the_papers() -> None:
+    sskd, crd_benchmark = published_for("cifar100")
+    assert [len(pairs) for pairs in sskd.tables.values()] == [5, 6]
+    assert len(sskd.top1) == 11 * len(PUBLISHED_ORDER)
+    assert sskd.top1["wrn_40_2", "wrn_16_2", "SSKD"] == 76.04
+    assert sskd.top1["resnet56", "resnet20", "KD"] == 70.66
+    assert sskd.top1["wrn_40_2", "wrn_16_2", "AB"] == 68.89
+    assert sskd.top1["resnet32x4", "ShuffleV2", "SSKD"] == 78.61
+    assert sskd.top1["ResNet50", "MobileNetV2", "teacher"] == 79.10
+    assert sskd.alone["vgg8"] == 70.68
+    assert [len(pairs) for pairs in crd_benchmark.tables.values()] == [7, 6]
+    # 15 rows, but for FSP, which has no wrn_40_2-wrn_40_1 and none of the second table.
+    assert len(crd_benchmark.top1) == 13 * 15 - 7
+    assert crd_benchmark.top1["wrn_40_2", "ShuffleV1", "CRD"] == 76.05
+    assert crd_benchmark.top1["resnet110", "resnet32", "KD"] == 73.08
+    assert published_for("digits") == ()
 
 
 @pytest.mark.skipif("SSKD_REFERENCE" not in os.environ, reason="SSKD_REFERENCE names no folder")
-def test_published_figures_equal_the_reference() -> None:
-    published = published_for("cifar100")
-    assert published is not None
-    with Path(os.environ["SSKD_REFERENCE"], "published.csv").open(encoding="utf-8") as file:
+@pytest.mark.parametrize(
+    ("source", "name"), [(0, "published.csv"), (1, "published_crd_benchmark.csv")]
+)
+def test_published_figures_equal_the_reference(source: int, name: str) -> None:
+    published = published_for("cifar100")[source]
+    with Path(os.environ["SSKD_REFERENCE"], name).open(encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert published.top1 == {
         (line["teacher"], line["student"], line["row"]): float(line["top1"]) for line in lines
     }
-    for table, pairs in published.tables.items():
+    for table, pairs in zip(("similar", "cross"), published.tables.values(), strict=True):
         rows = [line for line in lines if line["table"] == table and line["row"] == "KD"]
         assert list(pairs) == [(line["teacher"], line["student"]) for line in rows]
 

@@ -7,27 +7,35 @@ import io
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 from sskd.errors import UserError
-from sskd.report.render import render_csv, render_markdown, render_text
-from sskd.report.results import RESULT_FILE, Epoch, Result, read_results
-from sskd.report.tables import Table, build_tables
-from sskd.storage import write_text
+from sskd.report.fields import printable
+from sskd.report.files import write_files
+from sskd.report.render import render_text
+from sskd.report.report import Report, read_report
+from sskd.report.results import RESULT_FILE, Epoch
+from sskd.report.status import count_states, render_status
 
 DESCRIPTION = """\
 Show what all finished runs reached, in the layout of the published tables: one
 table per dataset and setting, a column per pair of teacher and student, a row
 per method. Runs that changed something of the method or took a certain teacher
-have rows of their own. On CIFAR-100 the published figure stands beneath ours.
+have rows of their own. On CIFAR-100 the published figure stands beneath ours
+where the experiment is the same.
 """
 EXAMPLES = """\
 examples:
   python -m sskd.report                        the tables of all runs under runs/
   python -m sskd.report runs/cifar100 --best   of one dataset, at the best epoch
-  python -m sskd.report --out results/grid     also write results/grid.md and .csv
+  python -m sskd.report --status               what each cell of a sweep is doing
+  python -m sskd.report --watch                both, anew every 30 seconds
+  python -m sskd.report --out results/grid     also write results/grid.html, ...
 """
+CLEAR = "\x1b[H\x1b[2J\x1b[3J"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,48 +46,80 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        _report(Path(arguments.runs), "best" if arguments.best else "last", arguments.out)
+        _show(arguments) if arguments.watch is None else _watch(arguments)
         sys.stdout.flush()
     except UserError as error:
         _complain("error", str(error))
         return 1
+    except KeyboardInterrupt:
+        print("\nstopped watching" if arguments.watch is not None else "\nstopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader (head, a pager) has seen enough: what is left to flush at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
-def _report(runs: Path, epoch: Epoch, out: str | None) -> None:
-    results = read_results(runs, lambda text: _complain("warning", text)) if runs.is_dir() else []
-    if not results:
+def _show(arguments: argparse.Namespace) -> None:
+    report = _read(arguments)
+    if not (report.cells if arguments.status else report.results):
         raise UserError(
-            f"no finished run: no readable {RESULT_FILE} under '{runs}'; train a network with"
-            " 'python train_teacher.py dataset=digits arch=resnet20', or name the folder of the"
-            " runs: 'python -m sskd.report RUNS'"
+            f"no finished run: no readable {RESULT_FILE} under '{arguments.runs}'; train a network"
+            " with 'python train_teacher.py dataset=digits arch=resnet20', or name the folder of"
+            " the runs: 'python -m sskd.report RUNS'"
         )
-    tables = build_tables(results, epoch)
-    written = [] if out is None else _write(out, results, tables)
-    width = shutil.get_terminal_size().columns
-    print("\n".join(render_text(table, width) for table in tables), end="")
+    written = _write(report, arguments)
+    print(_status(report) if arguments.status else _tables(report, arguments), end="")
+    if not arguments.status and report.unfinished():
+        print(f"\n{count_states(report.cells)} (--status lists them)")
     if written:
-        print(f"\nwrote {' and '.join(map(str, written))}")
+        print(f"\n{written}")
 
 
-def _write(out: str, results: list[Result], tables: list[Table]) -> list[Path]:
-    base = Path(out)
-    if base.suffix in (".md", ".csv"):
-        base = base.with_suffix("")
-    if not base.name or base.is_dir():
-        raise UserError(f"--out '{out}' is a folder; name a file in it, such as '{base / 'grid'}'")
-    markdown, figures = (base.with_name(f"{base.name}{suffix}") for suffix in (".md", ".csv"))
-    both = [*build_tables(results, "last"), *build_tables(results, "best")]
-    try:
-        base.parent.mkdir(parents=True, exist_ok=True)
-        write_text(markdown, "\n".join(["# Results\n", *map(render_markdown, tables)]))
-        write_text(figures, render_csv(entry for table in both for entry in table.entries))
-    except OSError as error:
-        raise UserError(f"--out '{out}': cannot write there ({error})") from error
-    return [markdown, figures]
+def _watch(arguments: argparse.Namespace) -> None:
+    """Show tables and status, and write the files, anew until Ctrl-C."""
+    before, written = None, ""
+    while True:
+        report = _read(arguments)
+        if report != before:  # plots take their time
+            written = _write(report, arguments)
+        before = report
+        parts = ["" if arguments.status else _tables(report, arguments), _status(report), written]
+        shown = f"{datetime.now():%H:%M:%S} · {arguments.runs} · Ctrl-C ends\n"
+        clear = CLEAR if sys.stdout.isatty() else ""
+        print(clear + "\n".join([*filter(None, parts), shown]), flush=True)
+        time.sleep(arguments.watch)
+
+
+def _read(arguments: argparse.Namespace) -> Report:
+    return read_report(Path(arguments.runs), lambda text: _complain("warning", text))
+
+
+def _tables(report: Report, arguments: argparse.Namespace) -> str:
+    width = shutil.get_terminal_size().columns
+    return "\n".join(render_text(table, width) for table in report.tables(_epoch(arguments)))
+
+
+def _status(report: Report) -> str:
+    now = datetime.now().astimezone()
+    return render_status(report.cells, shutil.get_terminal_size().columns, now)
+
+
+def _write(report: Report, arguments: argparse.Namespace) -> str:
+    if arguments.out is None or not report.results:
+        return ""
+    texts, plots = [], 0
+    for path in write_files(report, arguments.out, _epoch(arguments)):
+        if path.suffix in (".png", ".svg"):
+            plots += 1
+        else:
+            texts.append(str(path))
+    told = f" and {plots} files of plots beside them" if plots else ""
+    return f"wrote {', '.join(texts)}{told}"
+
+
+def _epoch(arguments: argparse.Namespace) -> Epoch:
+    return "best" if arguments.best else "last"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,15 +140,36 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         metavar="PATH",
-        help="also write the tables to PATH.md, and the figures of both epochs to PATH.csv",
+        help="also write the tables to PATH.md and PATH.tex, the figures of both epochs to"
+        " PATH.csv, all of it as a page to PATH.html, and plots to PATH-NAME.png and .svg",
+    )
+    parser.add_argument(
+        "--status",
+        action="store_true",
+        help="show what each cell is doing instead of the tables; finished ones are only counted",
+    )
+    parser.add_argument(
+        "--watch",
+        metavar="SECONDS",
+        nargs="?",
+        type=_seconds,
+        const=30.0,
+        help="show tables and status (with --status, only that) anew every SECONDS (30) until"
+        " Ctrl-C, and write the files of --out anew when anything has changed",
     )
     return parser
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= 86_400:
+        raise argparse.ArgumentTypeError("must be more than 0 and at most a day, 86400")
+    return seconds
+
+
 def _complain(kind: str, message: str) -> None:
     """Print one line to stderr, whatever the message holds."""
-    line = "".join(sign if sign.isprintable() else "?" for sign in message)
-    print(f"{kind}: {line}", file=sys.stderr)
+    print(f"{kind}: {printable(message)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

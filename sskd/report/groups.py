@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from sskd.report.published import Pair, Published
-from sskd.report.results import Epoch, Result, Settings
-
-# The published order of rows; other methods follow in alphabetical order.
-ROWS = (
-    *("teacher", "student", "KD", "FitNet", "AT", "SP", "VID"),
-    *("RKD", "PKT", "AB", "FT", "CRD", "SSKD"),
+from sskd.report.published import Pair, Published, is_comparable, published_for
+from sskd.report.results import DIGEST, Epoch, Result, Settings, without_digest
+from sskd.report.rows import (
+    ROWS,
+    STUDENT,
+    TEACHER,
+    RowKey,
+    display_name,
+    row_label,
+    settings_text,
 )
-DISPLAY_NAMES = {
-    "kd": "KD",
-    "fitnet": "FitNet",
-    "at": "AT",
-    "sp": "SP",
-    "vid": "VID",
-    "rkd": "RKD",
-    "pkt": "PKT",
-    "ab": "AB",
-    "ft": "FT",
-    "crd": "CRD",
-    "sskd": "SSKD",
-    "cc": "CC",
-    "nst": "NST",
-    "fsp": "FSP",
-}
-NETWORKS_TABLE = "networks"
-DIGEST = "teacher.digest"
 
-# A row: its name, and what sets its runs apart from the plain row of that name.
-RowKey = tuple[str, Settings]
-TEACHER: RowKey = ("teacher", ())
-STUDENT: RowKey = ("student", ())
+NETWORKS_TABLE = "networks"
 
 
 @dataclass(frozen=True)
@@ -63,11 +45,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one dataset in one setting."""
+    """The runs of one dataset in one setting that share their tables.
+
+    With published figures, they are the runs that were made as those were and, of the
+    dataset's first source, all that were made as no figures were. ``shared`` are the networks
+    trained from scratch, which every group of the setting has.
+    """
 
     dataset: str
     setting: Settings
-    runs: tuple[Result, ...]
+    distilled: tuple[Result, ...]
+    shared: tuple[Result, ...]
     epoch: Epoch
     published: Published | None
 
@@ -76,63 +64,103 @@ class Group:
         """The setting in words."""
         return settings_text(self.setting) or "the recipe"
 
+    @property
+    def title(self) -> str:
+        """The dataset, the setting and, if its name tells it apart, the source."""
+        source = self.published.name if self.published else ""
+        return " · ".join(filter(None, (self.dataset, self.setting_title, source)))
+
     def pairs(self) -> set[Pair]:
         """Return the (teacher, student) pairs that have a distilled student."""
-        return {(run.teacher, run.student) for run in self.runs if run.teacher is not None}
+        return {(run.teacher, run.student) for run in self.distilled if run.teacher is not None}
+
+    def pairs_by_table(self) -> dict[str, list[Pair]]:
+        """Return the pairs of each table: those published in the printed order, then others."""
+        present = self.pairs()
+        published = self.published.tables if self.published else {}
+        tables = {
+            name: [pair for pair in pairs if pair in present] for name, pairs in published.items()
+        }
+        others = "other pairs" if published else "pairs"
+        if self.published and self.published.name:
+            others = f"{self.published.name}, {others}"
+        tables[others] = sorted(present.difference(*tables.values()))
+        return {name: pairs for name, pairs in tables.items() if pairs}
+
+    def layout(self, table: str) -> tuple[str, ...]:
+        """Return the rows that ``table`` has as published; elsewhere empty rows say nothing."""
+        return self.published.rows if self.published and table in self.published.tables else ()
 
     def pair_runs(self, pair: Pair) -> dict[RowKey, list[Result]]:
         """Return the pair's students by row, in order: the network alone, then each method."""
-        rows = {STUDENT: self._plain_scratch(pair[1])}
-        distilled = [run for run in self.runs if (run.teacher, run.student) == pair]
+        rows = {STUDENT: _plain_scratch(self.shared, pair[1])}
+        distilled = [run for run in self.distilled if (run.teacher, run.student) == pair]
         # A teacher from elsewhere sets nothing apart as long as it is the pair's only one.
         one_teacher = len({dict(run.variant).get(DIGEST) for run in distilled}) == 1
         for run in distilled:
-            variant = without_digest(run.variant) if one_teacher else run.variant
-            rows.setdefault((display_name(run.method), variant), []).append(run)
-        return {key: rows[key] for key in sorted(rows, key=row_order) if rows[key]}
+            variant = self._variant(run)
+            key = (display_name(run.method), without_digest(variant) if one_teacher else variant)
+            rows.setdefault(key, []).append(run)
+        return {key: rows[key] for key in sorted(rows, key=self.row_order) if rows[key]}
 
     def pair_entries(self, table: str, pair: Pair) -> dict[RowKey, Entry]:
         """Return the figures of one column by row, the teacher's first."""
         rows = self.pair_runs(pair)
         values = {TEACHER: self._teacher_top1(pair)}
         values |= {key: [run.top1(self.epoch) for run in runs] for key, runs in rows.items()}
-        top1 = self.published.top1 if self.published else {}
         return {
-            key: self._entry(table, pair, key, values[key], top1.get((*pair, key[0])))
+            key: self._entry(table, pair, key, values[key], self._published_top1(pair, key))
             for key in values
             if values[key]
         }
 
-    def network_runs(self) -> dict[RowKey, list[Result]]:
-        """Return the runs from scratch that no pair's column shows, by network."""
-        shown = {network for pair in self.pairs() for network in pair}
+    def row_order(self, row: RowKey) -> tuple[int, str, Settings]:
+        """Return the key that sorts rows as published, other methods after them."""
+        name, variant = row
+        rows = self.published.rows if self.published else ROWS
+        return rows.index(name) if name in rows else len(rows), name, variant
+
+    def network_runs(self, shown: Iterable[str]) -> dict[RowKey, list[Result]]:
+        """Return the runs from scratch by network, but for the plain ones of ``shown``."""
         rows: dict[RowKey, list[Result]] = {}
-        for run in self.runs:
-            if run.teacher is None and (run.variant or run.student not in shown):
+        for run in self.shared:
+            if run.variant or run.student not in shown:
                 rows.setdefault((run.student, run.variant), []).append(run)
         return {key: rows[key] for key in sorted(rows)}
 
-    def network_entries(self) -> dict[RowKey, Entry]:
+    def network_entries(self, runs: dict[RowKey, list[Result]]) -> dict[RowKey, Entry]:
         """Return the figures of ``network_runs``."""
-        alone = self.published.alone if self.published else {}
-        entries = {}
-        for key, runs in self.network_runs().items():
-            values = [run.top1(self.epoch) for run in runs]
-            pair = ("", key[0])
-            entries[key] = self._entry(NETWORKS_TABLE, pair, key, values, alone.get(key[0]))
-        return entries
+        comparable = self.published and is_comparable(self.setting)
+        alone = self.published.alone if self.published and comparable else {}
+        return {
+            (name, variant): self._entry(
+                NETWORKS_TABLE,
+                ("", name),
+                (name, variant),
+                [run.top1(self.epoch) for run in found],
+                None if variant else alone.get(name),
+            )
+            for (name, variant), found in runs.items()
+        }
 
-    def _plain_scratch(self, network: str) -> list[Result]:
-        return [
-            run
-            for run in self.runs
-            if run.teacher is None and run.student == network and not run.variant
-        ]
+    def _variant(self, run: Result) -> Settings:
+        """Return what sets the run apart in this group: nothing, if it was made as published."""
+        if self.published and self.published.holds(display_name(run.method), run):
+            return tuple(item for item in run.variant if item[0] == DIGEST)
+        return run.variant
+
+    def _published_top1(self, pair: Pair, row: RowKey) -> float | None:
+        name, variant = row
+        if self.published is None or without_digest(variant) or not is_comparable(self.setting):
+            return None
+        return self.published.top1.get((*pair, name))
 
     def _teacher_top1(self, pair: Pair) -> list[float]:
-        trained = [run.top1(self.epoch) for run in self._plain_scratch(pair[0])]
+        trained = [run.top1(self.epoch) for run in _plain_scratch(self.shared, pair[0])]
         # A teacher from elsewhere has no run here, but its students have measured it.
-        measured = {run.teacher_top1 for run in self.runs if (run.teacher, run.student) == pair}
+        measured = {
+            run.teacher_top1 for run in self.distilled if (run.teacher, run.student) == pair
+        }
         return trained or sorted(value for value in measured if value is not None)
 
     def _entry(
@@ -142,34 +170,36 @@ class Group:
         return Entry(*place, self.epoch, *spread(values), published)
 
 
-def display_name(method: str) -> str:
-    """Return the name of ``method`` as the papers write it."""
-    return DISPLAY_NAMES.get(method, method.upper())
-
-
-def without_digest(settings: Settings) -> Settings:
-    """Return ``settings`` without the digest of the teacher's weights."""
-    return tuple((key, value) for key, value in settings if key != DIGEST)
-
-
-def settings_text(settings: Settings) -> str:
-    """Return settings as ``key=value, key=value``; a digest is cut to its first 8 digits."""
-    return ", ".join(f"{key}={value[:8] if key == DIGEST else value}" for key, value in settings)
-
-
-def row_label(row: RowKey) -> str:
-    """Return a row's name, followed by what sets its runs apart."""
-    name, variant = row
-    return f"{name} ({settings_text(variant)})" if variant else name
-
-
-def row_order(row: RowKey) -> tuple[int, str, Settings]:
-    """Return the key that sorts rows as published, other methods after them."""
-    name, variant = row
-    return ROWS.index(name) if name in ROWS else len(ROWS), name, variant
+def build_groups(results: Iterable[Result], epoch: Epoch) -> Iterator[list[Group]]:
+    """Yield the groups of each dataset's each setting, the unchanged recipe first."""
+    by_setting: dict[tuple[str, Settings], list[Result]] = {}
+    for run in results:
+        by_setting.setdefault((run.dataset, run.setting), []).append(run)
+    for dataset, setting in sorted(by_setting):
+        runs = by_setting[dataset, setting]
+        shared = tuple(run for run in runs if run.teacher is None)
+        sources: tuple[Published | None, ...] = published_for(dataset) or (None,)
+        distilled: list[list[Result]] = [[] for _ in sources]
+        for run in runs:
+            if run.teacher is not None:
+                distilled[_source_of(run, sources)].append(run)
+        yield [
+            Group(dataset, setting, tuple(own), shared, epoch, source)
+            for source, own in zip(sources, distilled, strict=True)
+        ]
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None, int]:
     """Return the mean, the sample standard deviation (None for one value) and the count."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return statistics.mean(values), deviation, len(values)
+
+
+def _source_of(run: Result, sources: Sequence[Published | None]) -> int:
+    row = display_name(run.method)
+    made_as = (index for index, source in enumerate(sources) if source and source.holds(row, run))
+    return next(made_as, 0)
+
+
+def _plain_scratch(runs: Iterable[Result], network: str) -> list[Result]:
+    return [run for run in runs if run.student == network and not run.variant]

@@ -24,7 +24,8 @@ def render_text(table: Table, width: int) -> str:
 
     A block has at least one column, so a very narrow terminal still breaks its lines.
     """
-    lines = [table.title, "=" * min(len(table.title), width)]
+    title = textwrap.wrap(table.title, width)
+    lines = [*title, "=" * max(map(len, title))]
     for columns in _blocks(table, width):
         lines += [*_block_lines(table, columns), ""]
     for note in table.notes:

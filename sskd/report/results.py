@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from sskd.report import fields
 
 Epoch = Literal["last", "best"]
 Settings = tuple[tuple[str, str], ...]
 
 RESULT_FILE = "result.json"
+DIGEST = "teacher.digest"
 # What differs under these keys belongs to one row of a table; all else is the table's setting.
 ROW_KEYS = ("teacher.", "method.")
 
@@ -25,6 +27,7 @@ class Result:
     Accuracies and ``agreement`` are percentages, ``kl`` is in nats. ``teacher`` is None for a
     network trained from scratch, whose name is ``student``. ``difference`` holds what the run
     changed in the recipe: dotted keys and their values as text, sorted by key.
+    ``peak_memory_mib`` and what tells of the run's origin are None where they were not recorded.
     """
 
     kind: str
@@ -42,6 +45,9 @@ class Result:
     seconds: float
     images_per_second: float
     parameters: int
+    peak_memory_mib: float | None
+    commit: str | None
+    folder: Path
 
     @property
     def setting(self) -> Settings:
@@ -58,6 +64,11 @@ class Result:
         return self.last if epoch == "last" else self.best
 
 
+def without_digest(settings: Settings) -> Settings:
+    """Return ``settings`` without the digest of the teacher's weights."""
+    return tuple((key, value) for key, value in settings if key != DIGEST)
+
+
 def read_results(root: Path, warn: Callable[[str], None]) -> list[Result]:
     """Read all results under ``root``, in the order of their paths.
 
@@ -67,10 +78,10 @@ def read_results(root: Path, warn: Callable[[str], None]) -> list[Result]:
     """
     found: dict[tuple[object, ...], Path] = {}
     results = []
-    for path in find_result_files(root, warn):
+    for path in find_files(root, [RESULT_FILE], warn):
         try:
-            result = parse_result(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            result = parse_result(path.read_text(encoding="utf-8"), path.parent)
+        except (OSError, ValueError) as error:
             warn(f"{path}: {error}; left out")
             continue
         if result is None:
@@ -87,93 +98,53 @@ def read_results(root: Path, warn: Callable[[str], None]) -> list[Result]:
     return results
 
 
-def find_result_files(root: Path, warn: Callable[[str], None]) -> Iterator[Path]:
-    """Yield each ``result.json`` under ``root``; hidden folders and links are passed over."""
+def find_files(root: Path, names: Iterable[str], warn: Callable[[str], None]) -> Iterator[Path]:
+    """Yield the files under ``root`` with one of ``names``, but not in hidden folders; no links."""
     for folder, subfolders, files in os.walk(root, onerror=lambda error: warn(str(error))):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        path = Path(folder, RESULT_FILE)
-        # Only plain files: opening a named pipe would wait for ever.
-        if RESULT_FILE in files and path.is_file() and not path.is_symlink():
-            yield path
+        subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
+        for path in (Path(folder, name) for name in names if name in files):
+            if fields.is_plain_file(path):
+                yield path
 
 
-def parse_result(text: str) -> Result | None:
+def parse_result(text: str, folder: Path) -> Result | None:
     """Return the result that ``text``, a JSON object, describes; None for a teacher's first phase.
 
     Raises ValueError with the reason in words where it describes none.
     """
-    try:
-        record = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    kind = _text(record, "kind")
+    record = fields.parse_object(text)
+    kind = fields.text(record, "kind")
     if kind == "phase":
         return None
     if kind not in ("scratch", "distill"):
         raise ValueError(f"'kind' is {kind!r}, neither 'scratch' nor 'distill'")
-    if kind == "scratch" and _get(record, "teacher") is not None:
+    if kind == "scratch" and fields.get(record, "teacher") is not None:
         raise ValueError("'teacher' is not null in a run from scratch")
-    top1 = _get(record, "top1")
+    memory = {"peak_memory_mib": None} | record  # older results do not tell it
+    top1 = fields.get(record, "top1")
     if not isinstance(top1, dict):
         raise ValueError("'top1' is not an object")
     return Result(
         kind=kind,
-        dataset=_text(record, "dataset"),
-        teacher=_text(record, "teacher") if kind == "distill" else None,
-        student=_text(record, "student"),
-        method=_text(record, "method"),
-        seed=_integer(record, "seed"),
-        difference=_difference(_get(record, "difference")),
-        last=_number(top1, "last", high=100),
-        best=_number(top1, "best", high=100),
-        teacher_top1=_number_or_none(record, "teacher_top1", high=100),
-        agreement=_number_or_none(record, "agreement", high=100),
+        dataset=fields.text(record, "dataset"),
+        teacher=fields.text(record, "teacher") if kind == "distill" else None,
+        student=fields.text(record, "student"),
+        method=fields.text(record, "method"),
+        seed=fields.integer(record, "seed"),
+        difference=_difference(fields.get(record, "difference")),
+        last=fields.number(top1, "last", high=100),
+        best=fields.number(top1, "best", high=100),
+        teacher_top1=fields.number_or_none(record, "teacher_top1", high=100),
+        agreement=fields.number_or_none(record, "agreement", high=100),
         # Rounding can take a divergence of two equal distributions just below zero.
-        kl=_number_or_none(record, "kl", low=-1e-3),
-        seconds=_number(record, "seconds"),
-        images_per_second=_number(record, "images_per_second"),
-        parameters=_integer(record, "parameters"),
+        kl=fields.number_or_none(record, "kl", low=-1e-3),
+        seconds=fields.number(record, "seconds"),
+        images_per_second=fields.number(record, "images_per_second"),
+        parameters=fields.integer(record, "parameters"),
+        peak_memory_mib=fields.number_or_none(memory, "peak_memory_mib"),
+        commit=fields.told(record, "commit"),
+        folder=folder,
     )
-
-
-def _get(record: dict[str, object], key: str) -> object:
-    if key not in record:
-        raise ValueError(f"has no '{key}'")
-    return record[key]
-
-
-def _text(record: dict[str, object], key: str) -> str:
-    value = _get(record, key)
-    if not isinstance(value, str) or not value or not value.isprintable():
-        raise ValueError(f"'{key}' is not a name")
-    return value
-
-
-def _integer(record: dict[str, object], key: str) -> int:
-    value = _get(record, key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"'{key}' is not a whole number")
-    return value
-
-
-def _number(
-    record: dict[str, object], key: str, low: float = 0.0, high: float = sys.float_info.max
-) -> float:
-    value = _get(record, key)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError(f"'{key}' is not a number")
-    # False for NaN as well, and for infinity, which JSON files of Python's can hold.
-    if not low <= value <= high:
-        raise ValueError(f"'{key}' is {value}, out of range")
-    return float(value)
-
-
-def _number_or_none(
-    record: dict[str, object], key: str, low: float = 0.0, high: float = sys.float_info.max
-) -> float | None:
-    return None if _get(record, key) is None else _number(record, key, low, high)
 
 
 def _difference(value: object) -> Settings:

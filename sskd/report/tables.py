@@ -6,18 +6,28 @@ import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from sskd.report.groups import NETWORKS_TABLE, ROWS, Entry, Group, row_label, row_order
-from sskd.report.published import Pair, published_for
+from sskd.report.groups import NETWORKS_TABLE, Entry, Group, build_groups
+from sskd.report.published import Pair, is_comparable
 from sskd.report.results import Epoch, Result
+from sskd.report.rows import RowKey, row_label
 
+COST_TITLE = "cost and agreement, means over seeds"
 EPOCH_TITLES: dict[Epoch, str] = {"last": "last epoch", "best": "best epoch on the test set"}
 LEGEND = "Top-1 in %: mean ± sample standard deviation over seeds (number of runs)."
-PUBLISHED_LEGEND = "Beside or beneath it, the published figure and ours - published."
+PUBLISHED_LEGEND = (
+    "Beside or beneath it, the published figure and ours - published; only where nothing but the"
+    " precision differs from the published setting and configuration."
+)
+INCOMPARABLE_LEGEND = (
+    "Without published figures: they were made with another schedule, batch size, optimizer or"
+    " data than this setting's, so a difference would mean nothing."
+)
 DISTILL_LEGENDS = (
     "A teacher that was not trained in this setting shows the accuracy that its students' runs"
     " measured, and its number counts distinct teachers.",
     "Cost and agreement: top-1 in % at the last epoch and at the best epoch on the test set; how"
-    " often student and teacher agree; the KL divergence between them; a run's speed and time.",
+    " often student and teacher agree; the KL divergence between them; a run's speed, peak memory"
+    " (of the GPU, or of the process on a CPU) and time of training.",
 )
 
 
@@ -26,7 +36,8 @@ class Table:
     """A table ready to print: cells are text, their lines separated by a newline.
 
     The first ``labels`` columns name the row; ``align`` (``"<"`` or ``">"``) is for the others.
-    ``entries`` are the same figures as numbers.
+    ``entries`` are the same figures as numbers; ``placed`` has, in a table of pairs, the entry
+    of each cell that is no label. ``epoch`` is None where a table shows both.
     """
 
     title: str
@@ -35,45 +46,55 @@ class Table:
     labels: int
     align: str
     entries: tuple[Entry, ...] = ()
+    placed: tuple[tuple[Entry | None, ...], ...] = ()
+    epoch: Epoch | None = None
     notes: tuple[str, ...] = ()
 
 
 def build_tables(results: Iterable[Result], epoch: Epoch) -> list[Table]:
     """Return all tables: by dataset, then by setting, the unchanged recipe first."""
-    results = list(results)
     tables: list[Table] = []
-    for dataset in sorted({run.dataset for run in results}):
-        published = published_for(dataset)
-        here = [run for run in results if run.dataset == dataset]
-        for setting in sorted({run.setting for run in here}):
-            runs = tuple(run for run in here if run.setting == setting)
-            tables += _group_tables(Group(dataset, setting, runs, epoch, published))
-        notes = (f"{LEGEND} {PUBLISHED_LEGEND}", *published.notes) if published else (LEGEND,)
-        if any(run.teacher for run in here):
-            notes = (*notes, *DISTILL_LEGENDS)
-        tables[-1] = replace(tables[-1], notes=notes)
-    return tables
+    for groups in build_groups(results, epoch):
+        for group in groups:
+            tables += _group_tables(group)
+        # What is made from scratch is shared by the groups, and shown where no pair shows it.
+        shown = {network for group in groups for pair in group.pairs() for network in pair}
+        if runs := groups[0].network_runs(shown):
+            tables.append(_networks_table(groups[0], runs))
+        tables[-1] = replace(tables[-1], notes=_notes(groups))
+    return _notes_once(tables)
+
+
+def _notes_once(tables: list[Table]) -> list[Table]:
+    """Leave each note beneath the last table that has it."""
+    told: set[str] = set()
+    kept = []
+    for table in reversed(tables):
+        kept.append(replace(table, notes=tuple(note for note in table.notes if note not in told)))
+        told.update(table.notes)
+    return kept[::-1]
+
+
+def _notes(groups: list[Group]) -> tuple[str, ...]:
+    sources = [group.published for group in groups if group.published and group.distilled]
+    if not sources and groups[0].published:
+        sources = [groups[0].published]
+    notes = [LEGEND]
+    if sources and is_comparable(groups[0].setting):
+        notes += [PUBLISHED_LEGEND, *(note for source in sources for note in source.notes)]
+    elif sources:
+        notes.append(INCOMPARABLE_LEGEND)
+    if any(group.distilled for group in groups):
+        notes += DISTILL_LEGENDS
+    return tuple(notes)
 
 
 def _group_tables(group: Group) -> Iterator[Table]:
-    tables = _pairs_by_table(group)
+    tables = group.pairs_by_table()
     for name, pairs in tables.items():
         yield _pairs_table(group, name, pairs)
     if tables:
         yield _cost_table(group, [pair for pairs in tables.values() for pair in pairs])
-    if group.network_runs():
-        yield _networks_table(group)
-
-
-def _pairs_by_table(group: Group) -> dict[str, list[Pair]]:
-    present = group.pairs()
-    published = group.published.tables if group.published else {}
-    tables = {
-        name: [pair for pair in pairs if pair in present] for name, pairs in published.items()
-    }
-    elsewhere = present.difference(*tables.values())
-    tables["other pairs" if published else "pairs"] = sorted(elsewhere)
-    return {name: pairs for name, pairs in tables.items() if pairs}
 
 
 def _title(group: Group, table: str) -> str:
@@ -82,15 +103,14 @@ def _title(group: Group, table: str) -> str:
 
 def _pairs_table(group: Group, name: str, pairs: list[Pair]) -> Table:
     columns = [group.pair_entries(name, pair) for pair in pairs]
-    # The published layout keeps its empty rows; elsewhere they would say nothing.
-    as_published = group.published is not None and name in group.published.tables
-    layout = {(row, ()) for row in ROWS} if as_published else set()
-    rows = []
-    for key in sorted(layout.union(*columns), key=row_order):
+    layout = {(row, ()) for row in group.layout(name)}
+    rows, placed = [], []
+    for key in sorted(layout.union(*columns), key=group.row_order):
         entries = [column.get(key) for column in columns]
         compared = any(entry and entry.published is not None for entry in entries)
         label = row_label(key) + ("\n  published" if compared else "")
         rows.append((label, *("\n".join(_lines(entry)) for entry in entries)))
+        placed.append(tuple(entries))
     return Table(
         title=_title(group, name),
         header=("teacher\nstudent", *("\n".join(pair) for pair in pairs)),
@@ -98,17 +118,20 @@ def _pairs_table(group: Group, name: str, pairs: list[Pair]) -> Table:
         labels=1,
         align="<",
         entries=tuple(entry for column in columns for entry in column.values()),
+        placed=tuple(placed),
+        epoch=group.epoch,
     )
 
 
-def _networks_table(group: Group) -> Table:
+def _networks_table(group: Group, runs: dict[RowKey, list[Result]]) -> Table:
     rows = []
-    entries = group.network_entries()
-    for key, runs in group.network_runs().items():
-        sizes = " or ".join(f"{size:,}" for size in sorted({run.parameters for run in runs}))
+    entries = group.network_entries(runs)
+    for key, found in runs.items():
+        sizes = " or ".join(f"{size:,}" for size in sorted({run.parameters for run in found}))
         top1, *published = _lines(entries[key])
         rows.append((row_label(key), top1, sizes, *(published or [""])))
-    shown = 4 if group.published else 3
+    compared = any(entry.published is not None for entry in entries.values())
+    shown = 4 if compared else 3
     return Table(
         title=_title(group, NETWORKS_TABLE),
         header=("network", "top-1", "parameters", "published")[:shown],
@@ -116,6 +139,7 @@ def _networks_table(group: Group) -> Table:
         labels=1,
         align=">",
         entries=tuple(entries.values()),
+        epoch=group.epoch,
     )
 
 
@@ -130,13 +154,14 @@ def _cost_table(group: Group, pairs: list[Pair]) -> Table:
                 _mean((run.agreement for run in runs), "{:.2f}"),
                 _mean((run.kl for run in runs), "{:.3f}"),
                 _mean((run.images_per_second for run in runs), "{:,.0f}"),
-                _mean((run.seconds / 60 for run in runs), "{:.1f}"),
+                _mean((run.peak_memory_mib for run in runs), "{:,.0f}"),
+                _mean((run.seconds / 3600 for run in runs), "{:.3g}"),
             )
             rows.append((label, row_label(key), *cells))
             label = ""
     return Table(
-        title=f"{group.dataset} · {group.setting_title} · cost and agreement, means over seeds",
-        header=("pair", "row", "last", "best", "agree %", "KL", "images/s", "minutes"),
+        title=f"{group.title} · {COST_TITLE}",
+        header=("pair", "row", "last", "best", "agree %", "KL", "images/s", "MiB", "hours"),
         rows=tuple(rows),
         labels=2,
         align=">",

@@ -1,0 +1,64 @@
+"""Write the report's files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+from sskd.errors import UserError
+from sskd.report.latex import render_latex
+from sskd.report.render import render_markdown
+from sskd.report.report import Report
+from sskd.report.results import Epoch
+from sskd.storage import write_whole
+
+SUFFIXES = (".md", ".csv", ".tex", ".html")
+
+
+def write_files(report: Report, out: str, epoch: Epoch) -> list[Path]:
+    """Write the report's files, all beginning with ``out``, and return their paths.
+
+    The tables at ``epoch`` as markdown and LaTeX, the figures of both epochs as CSV, all of it
+    as a page, and the plots, each as PNG and SVG.
+
+    Raises:
+        UserError: ``out`` is a folder, or nothing can be written there.
+    """
+    base = Path(out)
+    if base.suffix in SUFFIXES:
+        base = base.with_suffix("")
+    if not base.name or base.is_dir():
+        raise UserError(f"--out '{out}' is a folder; name a file in it, such as '{base / 'grid'}'")
+    written = []
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        for suffix, content in _contents(report, epoch):
+            path = base.with_name(f"{base.name}{suffix}")
+            write_whole(path, lambda stream, content=content: stream.write(content))
+            written.append(path)
+    except OSError as error:
+        raise UserError(f"--out '{out}': cannot write there ({error})") from error
+    return written
+
+
+def _contents(report: Report, epoch: Epoch) -> Iterator[tuple[str, bytes]]:
+    """Yield each file's end of the name and its content."""
+    # Matplotlib takes longer to import than all else here, and only files need it.
+    from sskd.report.figures import as_png, as_svg, draw_figures
+    from sskd.report.page import render_page
+
+    tables = report.tables(epoch)
+    yield ".md", "\n".join(["# Results\n", *map(render_markdown, tables)]).encode()
+    yield ".csv", report.csv().encode()
+    yield ".tex", render_latex(tables).encode()
+    figures = draw_figures(report)
+    svgs = {name: as_svg(figure) for name, figure in figures.items()}
+    titles = {name: " ".join(figure.get_suptitle().split()) for name, figure in figures.items()}
+    page = render_page(
+        report, {name: (titles[name], svgs[name]) for name in figures}, datetime.now().astimezone()
+    )
+    yield ".html", page.encode()
+    for name, figure in figures.items():
+        yield f"-{name}.svg", svgs[name]
+        yield f"-{name}.png", as_png(figure)

@@ -1,0 +1,116 @@
+"""Read the ``metrics.jsonl`` of runs, a line an epoch, and average it over seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from sskd.report import fields
+
+METRICS_FILE = "metrics.jsonl"
+TEST_TOP1 = "test/top1"
+LOSS, WEIGHTED = "loss/", "weighted/"
+
+
+@dataclass(frozen=True)
+class EpochLine:
+    """One epoch: its stage, its number within that, from 1, its finite figures and its end."""
+
+    stage: str
+    epoch: int
+    figures: dict[str, float]
+    date: datetime | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A figure against the epoch, over seeds: means, and deviations (0 for a single run)."""
+
+    epochs: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def read_metrics(folder: Path, warn: Callable[[str], None]) -> list[EpochLine]:
+    """Return the epochs of the run in ``folder``, in order; none where nothing was written.
+
+    Lines that are no epoch's are told to ``warn`` in one line and left out.
+    """
+    path = folder / METRICS_FILE
+    if not fields.is_plain_file(path):
+        return []
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        warn(f"{path}: {error}; left out")
+        return []
+    epochs, damaged = [], 0
+    for line in lines:
+        try:
+            epochs.append(_parse_line(line.decode()))
+        except ValueError:
+            damaged += 1
+    if damaged:
+        warn(f"{path}: {damaged} of {len(lines)} lines are no epoch's figures; left out")
+    return epochs
+
+
+def top1_curve(runs: Iterable[list[EpochLine]]) -> Curve:
+    """Return the top-1 on the test set, in percent, by epoch of the stage that is evaluated."""
+    return _average(
+        {line.epoch: line.figures[TEST_TOP1] for line in lines if TEST_TOP1 in line.figures}
+        for lines in runs
+    )
+
+
+def loss_curves(runs: list[list[EpochLine]], prefix: str) -> dict[str, Curve]:
+    """Return each loss term's mean by epoch, counted through all stages in the order of the run.
+
+    ``prefix`` is ``loss/`` or ``weighted/``; the keys are the terms without it.
+    """
+    names = (name for lines in runs for line in lines for name in line.figures)
+    terms = dict.fromkeys(name for name in names if name.startswith(prefix))
+    return {
+        term.removeprefix(prefix): _average(
+            {
+                number: line.figures[term]
+                for number, line in enumerate(lines, start=1)
+                if term in line.figures
+            }
+            for lines in runs
+        )
+        for term in terms
+    }
+
+
+def _parse_line(text: str) -> EpochLine:
+    record = fields.parse_object(text)
+    numbers = {key: value for key, value in record.items() if _is_finite_number(value)}
+    figures = {key: float(str(value)) for key, value in numbers.items() if key.isprintable()}
+    stage, epoch = fields.text(record, "stage"), fields.integer(record, "epoch")
+    return EpochLine(stage, epoch, figures, fields.moment(record, "date"))
+
+
+def _is_finite_number(value: object) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) < 1e300 and math.isfinite(value)
+
+
+def _average(runs: Iterable[dict[int, float]]) -> Curve:
+    values: dict[int, list[float]] = {}
+    for by_epoch in runs:
+        for epoch, value in by_epoch.items():
+            values.setdefault(epoch, []).append(value)
+    epochs = tuple(sorted(values))
+    return Curve(
+        epochs,
+        mean=tuple(statistics.fmean(values[epoch]) for epoch in epochs),
+        std=tuple(
+            statistics.stdev(values[epoch]) if len(values[epoch]) > 1 else 0.0 for epoch in epochs
+        ),
+    )

@@ -1,0 +1,65 @@
+"""The published cells that no run has filled, and none is about to fill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sskd.report.groups import Group
+from sskd.report.published import STUDENT_ROW, TEACHER_ROW
+from sskd.report.rows import display_name, row_label
+
+
+@dataclass(frozen=True)
+class MissingCell:
+    """A published cell of a table that has runs: ``title`` is the group's, with the setting."""
+
+    title: str
+    table: str
+    teacher: str
+    student: str
+    row: str
+
+
+def find_missing(groups: Iterable[Group], unfinished: Iterable[Path]) -> list[MissingCell]:
+    """Return the empty cells of the published tables that have at least one run.
+
+    A cell whose row has an unfinished run, told by the absolute folder, is not missing, in
+    whatever setting that run is: a folder's name tells no more than that it is not the recipe's.
+    """
+    under_way = {_trained_in(folder) for folder in unfinished}
+    return [
+        cell
+        for group in groups
+        for cell in _empty_cells(group)
+        if (group.dataset, *_networks(cell)) not in under_way
+    ]
+
+
+def _empty_cells(group: Group) -> Iterator[MissingCell]:
+    if group.published is None:
+        return
+    for table in group.pairs_by_table():
+        for pair in group.published.tables.get(table, ()):
+            filled = {row_label(row) for row in group.pair_entries(table, pair)}
+            for row in group.published.rows:
+                if row not in filled and (*pair, row) in group.published.top1:
+                    yield MissingCell(group.title, table, *pair, row)
+
+
+def _networks(cell: MissingCell) -> tuple[str, ...]:
+    alone = {TEACHER_ROW: cell.teacher, STUDENT_ROW: cell.student}
+    if cell.row in alone:
+        return (alone[cell.row],)
+    return f"{cell.teacher}-{cell.student}", cell.row
+
+
+def _trained_in(folder: Path) -> tuple[str, ...]:
+    """Return the dataset and what is trained, as the folder of a run names them."""
+    match folder.parts:
+        case (*_, dataset, "distill", pair, method, _):
+            return dataset, pair, display_name(method)
+        case (*_, dataset, "scratch", network, _):
+            return dataset, network
+    return ()
