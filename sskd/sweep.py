@@ -114,7 +114,7 @@ def _reason(folder: Path) -> str:
     """Return why the run in ``folder`` has not finished."""
     status = read_status(folder)
     if status.get("state") == "failed":
-        return f"failed: {status.get('error')}"
+        return "failed: " + str(status.get("error")).removeprefix(f"{folder}: ")
     if status.get("state") == "running":
         return "was killed; the same command goes on from its last checkpoint"
     return f"{status.get('state', 'not begun')}; the same command does it"

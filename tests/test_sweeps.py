@@ -211,7 +211,7 @@ def test_two_processes_share_a_sweep(tmp_path: Path) -> None:
     )
     assert set(started.values()) == {1}  # each run, teacher and first phase is begun once
     results = list((tmp_path / "shared").rglob("result.json"))
-    assert len(results) == len(started) == 10 + 1 + 3  # cells, the teacher, two heads and ...
+    assert len(results) == len(started) == 10 + 1 + 4  # the cells, the teacher, the first phases
     assert {process.returncode for process in both} <= {0, 75}
     assert all(" starts in " in text for text in told)  # both had a share
 
@@ -231,3 +231,37 @@ def test_a_sweep_that_is_killed_ends_like_an_undisturbed_one(tmp_path: Path) -> 
     undisturbed.communicate()
     assert undisturbed.returncode == 0
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+def launched_on_two_processes(runs: Path, *words: str) -> subprocess.Popen[str]:
+    return sweep_process(runs, "hydra/launcher=processes", "hydra.launcher.n_jobs=2", *words)
+
+
+def test_processes_train_cells_side_by_side_and_tell_what_failed(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    process = launched_on_two_processes(runs, "method=vanilla,kd", "optimizer.lr=0.05,1e30")
+    text, _ = process.communicate()
+    assert process.returncode == 1, text
+    found = [read_status(path.parent) for path in runs.rglob("status.json")]
+    assert Counter(status["state"] for status in found) == {"finished": 3, "failed": 2}
+    assert len({status["pid"] for status in found} - {process.pid}) == 2
+    assert "2 of 4 cells have finished" in text
+    assert text.count(": failed: stage ") == 2
+
+
+def test_a_process_that_is_killed_is_named_and_its_cell_goes_on(tmp_path: Path) -> None:
+    runs, words = tmp_path / "runs", ("method=vanilla", "seed=0,1", "schedule.epochs=20")
+    process = launched_on_two_processes(runs, *words)
+    deadline = time.monotonic() + 120
+    while not (checkpoints := sorted(runs.rglob("last.pt"))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    folder = checkpoints[0].parent
+    os.kill(read_status(folder)["pid"], signal.SIGKILL)
+    text, _ = process.communicate()
+    assert process.returncode == 1
+    assert "the launcher gave up: " in text
+    assert f"  {folder}: was killed" in text
+    text, _ = (again := launched_on_two_processes(runs, *words)).communicate()
+    assert again.returncode == 0, text
+    assert f"goes on in {folder}, " in text
+    assert "2 of 2 cells have finished" in text
