@@ -122,7 +122,7 @@ def test_commands_were_found() -> None:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a copy of the checkout with what the page says done to it."""
     copy = tmp_path_factory.mktemp("checkout")
-    for name in ("conf", "sskd", "tests"):
+    for name in ("conf", "hydra_plugins", "sskd", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "train_student.py", "train_teacher.py"):
         shutil.copy(ROOT / name, copy)
