@@ -61,14 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    report = _read(arguments)
+    warn = _Warner()
+    report = read_report(Path(arguments.runs), warn)
     if not (report.cells if arguments.status else report.results):
         raise UserError(
             f"no finished run: no readable {RESULT_FILE} under '{arguments.runs}'; train a network"
             " with 'python train_teacher.py dataset=digits arch=resnet20', or name the folder of"
             " the runs: 'python -m sskd.report RUNS'"
         )
-    written = _write(report, arguments)
+    written = _write(report, arguments, warn)
     print(_status(report) if arguments.status else _tables(report, arguments), end="")
     if not arguments.status and report.unfinished():
         print(f"\n{count_states(report.cells)} (--status lists them)")
@@ -78,11 +79,12 @@ def _show(arguments: argparse.Namespace) -> None:
 
 def _watch(arguments: argparse.Namespace) -> None:
     """Show tables and status, and write the files, anew until Ctrl-C."""
+    warn = _Warner()
     before, written = None, ""
     while True:
-        report = _read(arguments)
+        report = read_report(Path(arguments.runs), warn)
         if report != before:  # plots take their time
-            written = _write(report, arguments)
+            written = _write(report, arguments, warn)
         before = report
         parts = ["" if arguments.status else _tables(report, arguments), _status(report), written]
         shown = f"{datetime.now():%H:%M:%S} · {arguments.runs} · Ctrl-C ends\n"
@@ -91,8 +93,16 @@ def _watch(arguments: argparse.Namespace) -> None:
         time.sleep(arguments.watch)
 
 
-def _read(arguments: argparse.Namespace) -> Report:
-    return read_report(Path(arguments.runs), lambda text: _complain("warning", text))
+class _Warner:
+    """Tells each warning once, however often the same file is read."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def __call__(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            _complain("warning", text)
 
 
 def _tables(report: Report, arguments: argparse.Namespace) -> str:
@@ -105,11 +115,11 @@ def _status(report: Report) -> str:
     return render_status(report.cells, shutil.get_terminal_size().columns, now)
 
 
-def _write(report: Report, arguments: argparse.Namespace) -> str:
+def _write(report: Report, arguments: argparse.Namespace, warn: _Warner) -> str:
     if arguments.out is None or not report.results:
         return ""
     texts, plots = [], 0
-    for path in write_files(report, arguments.out, _epoch(arguments)):
+    for path in write_files(report, arguments.out, _epoch(arguments), warn):
         if path.suffix in (".png", ".svg"):
             plots += 1
         else:

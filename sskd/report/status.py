@@ -16,7 +16,7 @@ def render_status(cells: Iterable[Cell], width: int, now: datetime) -> str:
     Times of day are those of ``now``'s zone.
     """
     cells = list(cells)
-    lines = [count_states(cells)]
+    lines = [count_states(cells) or "no runs yet"]
     for state in STATES[:-1]:
         here = [cell for cell in cells if cell.state == state]
         if here:
