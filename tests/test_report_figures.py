@@ -101,7 +101,11 @@ def test_loss_terms_go_on_counting_through_the_stages(tmp_path: Path) -> None:
     "line",
     [
         *("", "{", "[]", "null", "\xff", "[" * 100_000, '{"stage": "a"}'),
-        *('{"stage": "\\u001b", "epoch": 1}', '{"stage": "a", "epoch": -1}'),
+        *(
+            '{"stage": "\\u001b", "epoch": 1}',
+            '{"stage": "a", "epoch": -1}',
+            '{"stage": "a", "epoch": 10000000}',
+        ),
     ],
 )
 def test_damaged_lines_are_counted_and_left_out(tmp_path: Path, line: str) -> None:
@@ -115,7 +119,7 @@ def test_damaged_lines_are_counted_and_left_out(tmp_path: Path, line: str) -> No
 
 def test_figures_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
     odd: dict[str, Any] = {"a": math.nan, "b": math.inf, "c": "1", "d": True, "e": None, "\x1b": 1}
-    put_metrics(tmp_path, [{"stage": "a", "epoch": 1, "good": 1, **odd, "f": 10**400}])
+    put_metrics(tmp_path, [{"stage": "a", "epoch": 1, "good": 1, **odd, "f": 10**400, "g": -1e31}])
     (line,) = read_metrics(tmp_path, never)
     assert line.figures == {"epoch": 1.0, "good": 1.0}
 
@@ -164,6 +168,17 @@ def test_groups_do_not_share_names_of_figures(tmp_path: Path) -> None:
         "curves-cifar100-the-recipe-the-CRD-benchmark-resnet56-resnet20",
         "curves-cifar100-schedule.epochs=24-resnet56-resnet20",
     }
+
+
+def test_large_figures_and_long_names_can_be_drawn(tmp_path: Path) -> None:
+    lines = [epoch_line("a", 1, 9e29), epoch_line("a", 999_999, 50.0, **{"loss/vid": -9e29})]
+    put_metrics(put_run(tmp_path, "run", student="s" * 500, method="m" * 500), lines)
+    put_run(tmp_path, "other", student="s" * 501)
+    assert top1_curve([read_metrics(tmp_path / "run", never)]).mean == (50.0,)
+    found = figures(tmp_path)
+    assert len(found) == 4
+    assert all(len(name) < 200 for name in found)
+    assert all(as_png(figure).startswith(b"\x89PNG") for figure in found.values())
 
 
 def test_nothing_to_draw_draws_nothing(tmp_path: Path) -> None:

@@ -194,12 +194,8 @@ HOSTILE = '</td><script>alert("x")</script><img src=//e.vil/x onerror=y>&amp;\'{
 
 
 def test_names_cannot_become_markup(tmp_path: Path) -> None:
-    names: dict[str, Any] = {
-        "dataset": HOSTILE,
-        "teacher": HOSTILE,
-        "student": HOSTILE,
-        "method": HOSTILE,
-    }
+    keys = ("dataset", "teacher", "student", "method")
+    names: dict[str, Any] = dict.fromkeys(keys, HOSTILE)
     put_run(tmp_path, "run", **names, difference={HOSTILE: HOSTILE}, commit=HOSTILE)
     put_run(tmp_path, "kd", **(names | {"method": "kd"}))
     put_alone(tmp_path, "alone", [1.0], dataset=HOSTILE, student=HOSTILE)

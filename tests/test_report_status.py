@@ -84,10 +84,12 @@ def test_progress_counts_all_stages_and_the_time_left(tmp_path: Path, held: set[
     assert "6/12 epochs, 50% · 1,234 images/s · 6 min left" in text
 
 
-def test_what_a_status_may_lack_or_have_wrong(tmp_path: Path, held: set[Path]) -> None:
-    folder = put_status(
-        tmp_path / "run", "running", since="soon", host=3, epochs={"a": -1, "b": []}
-    )
+@pytest.mark.parametrize("since", ["soon", 3, None, "0001-01-01T00:00:00", "9999-12-31T23:59:59"])
+def test_what_a_status_may_lack_or_have_wrong(
+    tmp_path: Path, held: set[Path], since: object
+) -> None:
+    epochs = {"a": -1, "b": [], "c": 10**4000}
+    folder = put_status(tmp_path / "run", "running", since=since, host=3, epochs=epochs)
     held.add(folder)
     (folder / "metrics.jsonl").write_text("{\n\xff\n[]\n" + '{"stage": "a", "epoch": 1e999}\n')
     warnings: list[str] = []
@@ -235,7 +237,7 @@ def test_watch_clears_a_terminal_and_writes_files_only_anew(
 
     def write(report: Report, out: str, *others: object) -> list[Path]:
         written.append(out)
-        return []
+        return [Path("x.md")]
 
     monkeypatch.setattr(command, "write_files", write)
     ticks(monkeypatch, lambda: None)

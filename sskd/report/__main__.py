@@ -74,18 +74,20 @@ def _show(arguments: argparse.Namespace) -> None:
     if not arguments.status and report.unfinished():
         print(f"\n{count_states(report.cells)} (--status lists them)")
     if written:
-        print(f"\n{written}")
+        print(f"\n{written}", end="")
 
 
 def _watch(arguments: argparse.Namespace) -> None:
     """Show tables and status, and write the files, anew until Ctrl-C."""
     warn = _Warner()
-    before, written = None, ""
+    before: object = None
+    written = ""
     while True:
         report = read_report(Path(arguments.runs), warn)
-        if report != before:  # plots take their time
+        now = (report.results, [(cell.folder, cell.state) for cell in report.cells])
+        if now != before:  # an epoch more is not worth the time that plots take
             written = _write(report, arguments, warn)
-        before = report
+        before = now
         parts = ["" if arguments.status else _tables(report, arguments), _status(report), written]
         shown = f"{datetime.now():%H:%M:%S} · {arguments.runs} · Ctrl-C ends\n"
         clear = CLEAR if sys.stdout.isatty() else ""
@@ -118,14 +120,11 @@ def _status(report: Report) -> str:
 def _write(report: Report, arguments: argparse.Namespace, warn: _Warner) -> str:
     if arguments.out is None or not report.results:
         return ""
-    texts, plots = [], 0
-    for path in write_files(report, arguments.out, _epoch(arguments), warn):
-        if path.suffix in (".png", ".svg"):
-            plots += 1
-        else:
-            texts.append(str(path))
-    told = f" and {plots} files of plots beside them" if plots else ""
-    return f"wrote {', '.join(texts)}{told}"
+    paths = write_files(report, arguments.out, _epoch(arguments), warn)
+    plots = [path for path in paths if path.suffix in (".svg", ".png")]
+    texts = [path for path in paths if path not in plots]
+    told = f" and {len(plots)} files of plots" if plots else ""
+    return f"wrote {texts[0]}, {', '.join(path.suffix for path in texts[1:])}{told}\n"
 
 
 def _epoch(arguments: argparse.Namespace) -> Epoch:
@@ -165,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_seconds,
         const=30.0,
         help="show tables and status (with --status, only that) anew every SECONDS (30) until"
-        " Ctrl-C, and write the files of --out anew when anything has changed",
+        " Ctrl-C, and write the files of --out anew when a run has finished or changed its state",
     )
     return parser
 

@@ -21,6 +21,8 @@ from sskd.report.plots import draw_curves, draw_gains, draw_losses
 from sskd.report.published import Pair
 from sskd.report.report import Report
 
+LONGEST_NAME = 180  # signs, of a file's name; systems allow 255
+
 
 def draw_figures(report: Report, warn: Callable[[str], None]) -> dict[str, Figure]:
     """Return the figures by name: ``gain``, ``curves-<pair>`` and ``losses-<pair>``.
@@ -36,7 +38,7 @@ def draw_figures(report: Report, warn: Callable[[str], None]) -> dict[str, Figur
             title = [] if len(groups) == 1 else [group.title]
             for kind, pair, figure in _group_figures(group, metrics):
                 name = "-".join(map(_slug, [kind, *title, *pair]))
-                figures[_unused(name, figures)] = figure
+                figures[_unused(name[:LONGEST_NAME], figures)] = figure
     return figures
 
 
