@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -217,6 +218,18 @@ def test_out_writes_the_page_the_tables_and_the_plots(tmp_path: Path) -> None:
     names = draw_figures(read_report(tmp_path / "runs", never), never)
     assert plots == {f"grid-{name}.{kind}" for name in names for kind in ("svg", "png")}
     Page((tmp_path / "out" / "grid.html").read_text(encoding="utf-8"))
+
+
+def test_files_need_no_torch_and_tables_no_matplotlib(tmp_path: Path) -> None:
+    put_run(tmp_path / "runs", "run")
+    code = (
+        "import sys; from sskd.report.__main__ import main; runs, out = sys.argv[1:];"
+        "assert main([runs]) == 0; assert 'matplotlib' not in sys.modules;"
+        "assert main([runs, '--out', out]) == 0; assert 'matplotlib' in sys.modules;"
+        "assert 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "runs"), str(tmp_path / "grid")]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True)
 
 
 def test_csv_is_the_figures_of_both_epochs(tmp_path: Path) -> None:

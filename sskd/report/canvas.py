@@ -42,7 +42,7 @@ STYLE: dict[Any, Any] = {
 }
 LONGEST_LABEL = 28
 # Inches: a line of the title, the room for the titles of the first panels, a sign of a label.
-LINE, TITLE_ROOM, SIGN = 0.25, 0.55, 0.085
+LINE, TITLE_ROOM, SIGN = 0.25, 0.55, 0.075
 TITLE_SIGNS = 9.5  # an inch
 
 
