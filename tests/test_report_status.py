@@ -213,7 +213,7 @@ def test_watch_shows_what_changes_and_ends_with_ctrl_c(
     assert command.main([str(tmp_path), "--watch", "7", "--out", str(out)]) == 130
     assert slept == [7.0, 7.0]
     shown = capsys.readouterr()
-    assert shown.err == "\nstopped watching\n"
+    assert shown.err == "\nstopped\n"
     first, second, _ = shown.out.split("Ctrl-C ends\n")
     assert "1 queued\n" in first
     assert "similar" not in first

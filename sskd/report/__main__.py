@@ -45,14 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    run = _show if arguments.watch is None else _watch
     try:
-        _show(arguments) if arguments.watch is None else _watch(arguments)
+        run(arguments)
         sys.stdout.flush()
     except UserError as error:
         _complain("error", str(error))
         return 1
     except KeyboardInterrupt:
-        print("\nstopped watching" if arguments.watch is not None else "\nstopped", file=sys.stderr)
+        print("\nstopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader (head, a pager) has seen enough: what is left to flush at exit goes nowhere.

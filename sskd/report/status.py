@@ -59,7 +59,7 @@ def _progress(cell: Cell) -> Iterator[str]:
     if cell.total:
         yield f"{cell.done}/{cell.total} epochs, {cell.done / cell.total:.0%}"
     elif cell.done:
-        yield f"{cell.done} epochs"
+        yield f"{cell.done} {'epoch' if cell.done == 1 else 'epochs'}"
     if cell.rate is not None and cell.state == "running":
         yield f"{cell.rate:,.0f} images/s"
     if cell.seconds_left is not None:
