@@ -281,8 +281,8 @@ def test_cost_and_agreement_are_means_over_seeds(tmp_path: Path) -> None:
     )
     cost = build_tables(results, "last")[-1]
     assert cost.rows == (
-        ("resnet56-resnet20", "KD", "70.00", "71.00", "81.00", "0.500", "1,500", "300", "0.0333"),
-        ("", "AT", "70.00", "71.00", "", "", "1,000", "", "0.0167"),
+        ("resnet56-resnet20", "KD", "70.00", "71.00", "81.00", "0.500", "1,500", "300", "0.033"),
+        ("", "AT", "70.00", "71.00", "", "", "1,000", "", "0.017"),
     )
 
 

@@ -157,7 +157,9 @@ def test_out_writes_markdown_and_the_figures_of_both_epochs(tmp_path: Path) -> N
         assert main([str(tmp_path / "runs"), "--out", str(tmp_path / out)]) == 0
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*grid*")}
     assert names == {
-        *("made/grid.md", "made/grid.csv", "grid.md", "grid.csv", "grid.v1.md", "grid.v1.csv")
+        f"{base}.{kind}"
+        for base in ("made/grid", "grid", "grid.v1")
+        for kind in ("md", "csv", "tex", "html")
     }
     assert "| KD<br>  published | 71.16 ± 1.41 (2)<br>70.66 +0.50 |" in (
         tmp_path / "grid.md"

@@ -45,14 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    run = _show if arguments.watch is None else _watch
     try:
-        _show(arguments) if arguments.watch is None else _watch(arguments)
+        run(arguments)
         sys.stdout.flush()
     except UserError as error:
         _complain("error", str(error))
         return 1
     except KeyboardInterrupt:
-        print("\nstopped watching" if arguments.watch is not None else "\nstopped", file=sys.stderr)
+        print("\nstopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader (head, a pager) has seen enough: what is left to flush at exit goes nowhere.
@@ -61,29 +62,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    report = _read(arguments)
+    warn = _Warner()
+    report = read_report(Path(arguments.runs), warn)
     if not (report.cells if arguments.status else report.results):
         raise UserError(
             f"no finished run: no readable {RESULT_FILE} under '{arguments.runs}'; train a network"
             " with 'python train_teacher.py dataset=digits arch=resnet20', or name the folder of"
             " the runs: 'python -m sskd.report RUNS'"
         )
-    written = _write(report, arguments)
+    written = _write(report, arguments, warn)
     print(_status(report) if arguments.status else _tables(report, arguments), end="")
     if not arguments.status and report.unfinished():
         print(f"\n{count_states(report.cells)} (--status lists them)")
     if written:
-        print(f"\n{written}")
+        print(f"\n{written}", end="")
 
 
 def _watch(arguments: argparse.Namespace) -> None:
     """Show tables and status, and write the files, anew until Ctrl-C."""
-    before, written = None, ""
+    warn = _Warner()
+    before: object = None
+    written = ""
     while True:
-        report = _read(arguments)
-        if report != before:  # plots take their time
-            written = _write(report, arguments)
-        before = report
+        report = read_report(Path(arguments.runs), warn)
+        now = (report.results, [(cell.folder, cell.state) for cell in report.cells])
+        if now != before:  # an epoch more is not worth the time that plots take
+            written = _write(report, arguments, warn)
+        before = now
         parts = ["" if arguments.status else _tables(report, arguments), _status(report), written]
         shown = f"{datetime.now():%H:%M:%S} · {arguments.runs} · Ctrl-C ends\n"
         clear = CLEAR if sys.stdout.isatty() else ""
@@ -91,8 +96,16 @@ def _watch(arguments: argparse.Namespace) -> None:
         time.sleep(arguments.watch)
 
 
-def _read(arguments: argparse.Namespace) -> Report:
-    return read_report(Path(arguments.runs), lambda text: _complain("warning", text))
+class _Warner:
+    """Tells each warning once, however often the same file is read."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def __call__(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            _complain("warning", text)
 
 
 def _tables(report: Report, arguments: argparse.Namespace) -> str:
@@ -105,17 +118,14 @@ def _status(report: Report) -> str:
     return render_status(report.cells, shutil.get_terminal_size().columns, now)
 
 
-def _write(report: Report, arguments: argparse.Namespace) -> str:
+def _write(report: Report, arguments: argparse.Namespace, warn: _Warner) -> str:
     if arguments.out is None or not report.results:
         return ""
-    texts, plots = [], 0
-    for path in write_files(report, arguments.out, _epoch(arguments)):
-        if path.suffix in (".png", ".svg"):
-            plots += 1
-        else:
-            texts.append(str(path))
-    told = f" and {plots} files of plots beside them" if plots else ""
-    return f"wrote {', '.join(texts)}{told}"
+    paths = write_files(report, arguments.out, _epoch(arguments), warn)
+    plots = [path for path in paths if path.suffix in (".svg", ".png")]
+    texts = [path for path in paths if path not in plots]
+    told = f" and {len(plots)} files of plots" if plots else ""
+    return f"wrote {texts[0]}, {', '.join(path.suffix for path in texts[1:])}{told}\n"
 
 
 def _epoch(arguments: argparse.Namespace) -> Epoch:
@@ -155,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_seconds,
         const=30.0,
         help="show tables and status (with --status, only that) anew every SECONDS (30) until"
-        " Ctrl-C, and write the files of --out anew when anything has changed",
+        " Ctrl-C, and write the files of --out anew when a run has finished or changed its state",
     )
     return parser
 

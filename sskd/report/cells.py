@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from sskd.report import fields
-from sskd.report.metrics import EpochLine, read_metrics
+from sskd.report.metrics import MOST_EPOCHS, EpochLine, read_metrics
 from sskd.report.results import RESULT_FILE, find_files
 
 STATUS_FILE = "status.json"
@@ -113,7 +113,7 @@ def _epochs(status: fields.Record) -> dict[str, int]:
     return {
         str(stage): count
         for stage, count in epochs.items()
-        if isinstance(count, int) and not isinstance(count, bool) and count > 0
+        if isinstance(count, int) and not isinstance(count, bool) and 0 < count <= MOST_EPOCHS
     }
 
 

@@ -86,7 +86,8 @@ def moment(record: Record, key: str) -> datetime | None:
     """Return a moment in ISO 8601, of UTC where it names no zone; None where it is none."""
     try:
         found = datetime.fromisoformat(str(record.get(key)))
-        # Far from our time, a change of zone would leave the calendar.
-        return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
-    except (ValueError, OverflowError):
+    except ValueError:
         return None
+    if not 1970 <= found.year < 9999:  # at its ends, a change of zone would leave the calendar
+        return None
+    return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)

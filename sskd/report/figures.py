@@ -5,34 +5,40 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from sskd.report.canvas import STYLE
 from sskd.report.gains import pair_gains
 from sskd.report.groups import Group
-from sskd.report.metrics import LOSS, WEIGHTED, EpochLine, loss_curves, top1_curve
-from sskd.report.plots import STYLE, draw_curves, draw_gains, draw_losses
+from sskd.report.metrics import LOSS, WEIGHTED, EpochLine, loss_curves, read_metrics, top1_curve
+from sskd.report.plots import draw_curves, draw_gains, draw_losses
 from sskd.report.published import Pair
 from sskd.report.report import Report
 
+LONGEST_NAME = 180  # signs, of a file's name; systems allow 255
 
-def draw_figures(report: Report) -> dict[str, Figure]:
+
+def draw_figures(report: Report, warn: Callable[[str], None]) -> dict[str, Figure]:
     """Return the figures by name: ``gain``, ``curves-<pair>`` and ``losses-<pair>``.
 
     Where the report has several groups of pairs, the group's title stands between the two.
-    What there is nothing to draw for is left out.
+    What there is nothing to draw for is left out; damaged metrics are told to ``warn``.
     """
+    metrics = {run.folder: read_metrics(run.folder, warn) for run in report.results}
     groups = report.groups()
     figures: dict[str, Figure] = {}
     with mpl.rc_context(STYLE):
         for group in groups:
             title = [] if len(groups) == 1 else [group.title]
-            for kind, pair, figure in _group_figures(report, group):
+            for kind, pair, figure in _group_figures(group, metrics):
                 name = "-".join(map(_slug, [kind, *title, *pair]))
-                figures[_unused(name, figures)] = figure
+                figures[_unused(name[:LONGEST_NAME], figures)] = figure
     return figures
 
 
@@ -50,7 +56,7 @@ def as_png(figure: Figure) -> bytes:
     return _render(figure, "png", dpi=150)
 
 
-def _render(figure: Figure, kind: str, **settings: object) -> bytes:
+def _render(figure: Figure, kind: str, **settings: Any) -> bytes:
     stream = io.BytesIO()
     salt = {"svg.hashsalt": figure.get_suptitle()}
     with mpl.rc_context(STYLE | salt), warnings.catch_warnings():
@@ -59,7 +65,9 @@ def _render(figure: Figure, kind: str, **settings: object) -> bytes:
     return stream.getvalue()
 
 
-def _group_figures(report: Report, group: Group) -> Iterator[tuple[str, Pair | tuple[()], Figure]]:
+def _group_figures(
+    group: Group, metrics: Mapping[Path, list[EpochLine]]
+) -> Iterator[tuple[str, Pair | tuple[()], Figure]]:
     tables = [(table, pair) for table, of in group.pairs_by_table().items() for pair in of]
     gains = {pair: of for table, pair in tables if (of := pair_gains(group, table, pair))}
     rows = sorted({row for of in gains.values() for row in of}, key=group.row_order)
@@ -69,7 +77,7 @@ def _group_figures(report: Report, group: Group) -> Iterator[tuple[str, Pair | t
     rows = sorted({row for pair in pairs for row in group.pair_runs(pair)}, key=group.row_order)
     for pair in pairs:
         lines = {
-            row: [report.metrics.get(run.folder, []) for run in runs]
+            row: [metrics[run.folder] for run in runs]
             for row, runs in group.pair_runs(pair).items()
         }
         title = f"{pair[0]} → {pair[1]} · {group.title}"

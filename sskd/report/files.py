@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
+from operator import methodcaller
 from pathlib import Path
 
 from sskd.errors import UserError
@@ -16,11 +17,12 @@ from sskd.storage import write_whole
 SUFFIXES = (".md", ".csv", ".tex", ".html")
 
 
-def write_files(report: Report, out: str, epoch: Epoch) -> list[Path]:
+def write_files(report: Report, out: str, epoch: Epoch, warn: Callable[[str], None]) -> list[Path]:
     """Write the report's files, all beginning with ``out``, and return their paths.
 
     The tables at ``epoch`` as markdown and LaTeX, the figures of both epochs as CSV, all of it
-    as a page, and the plots, each as PNG and SVG.
+    as a page, and the plots, each as PNG and SVG. Damaged metrics are
+    told to ``warn``.
 
     Raises:
         UserError: ``out`` is a folder, or nothing can be written there.
@@ -33,16 +35,18 @@ def write_files(report: Report, out: str, epoch: Epoch) -> list[Path]:
     written = []
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
-        for suffix, content in _contents(report, epoch):
+        for suffix, content in _contents(report, epoch, warn):
             path = base.with_name(f"{base.name}{suffix}")
-            write_whole(path, lambda stream, content=content: stream.write(content))
+            write_whole(path, methodcaller("write", content))
             written.append(path)
     except OSError as error:
         raise UserError(f"--out '{out}': cannot write there ({error})") from error
     return written
 
 
-def _contents(report: Report, epoch: Epoch) -> Iterator[tuple[str, bytes]]:
+def _contents(
+    report: Report, epoch: Epoch, warn: Callable[[str], None]
+) -> Iterator[tuple[str, bytes]]:
     """Yield each file's end of the name and its content."""
     # Matplotlib takes longer to import than all else here, and only files need it.
     from sskd.report.figures import as_png, as_svg, draw_figures
@@ -52,7 +56,7 @@ def _contents(report: Report, epoch: Epoch) -> Iterator[tuple[str, bytes]]:
     yield ".md", "\n".join(["# Results\n", *map(render_markdown, tables)]).encode()
     yield ".csv", report.csv().encode()
     yield ".tex", render_latex(tables).encode()
-    figures = draw_figures(report)
+    figures = draw_figures(report, warn)
     svgs = {name: as_svg(figure) for name, figure in figures.items()}
     titles = {name: " ".join(figure.get_suptitle().split()) for name, figure in figures.items()}
     page = render_page(

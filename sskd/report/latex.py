@@ -67,4 +67,5 @@ def _number(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return "".join(SIGNS.get(sign, sign if sign.isascii() else "?") for sign in text)
+    signs = (SIGNS.get(sign, sign if sign.isascii() else "?") for sign in text)
+    return "".join(signs).replace("--", "-{}-")  # two hyphens would become a dash

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from sskd.report import fields
 METRICS_FILE = "metrics.jsonl"
 TEST_TOP1 = "test/top1"
 LOSS, WEIGHTED = "loss/", "weighted/"
+LARGEST = 1e30
+MOST_EPOCHS = 10**6
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,11 @@ def read_metrics(folder: Path, warn: Callable[[str], None]) -> list[EpochLine]:
 def top1_curve(runs: Iterable[list[EpochLine]]) -> Curve:
     """Return the top-1 on the test set, in percent, by epoch of the stage that is evaluated."""
     return _average(
-        {line.epoch: line.figures[TEST_TOP1] for line in lines if TEST_TOP1 in line.figures}
+        {
+            line.epoch: line.figures[TEST_TOP1]
+            for line in lines
+            if 0 <= line.figures.get(TEST_TOP1, -1) <= 100
+        }
         for lines in runs
     )
 
@@ -89,16 +94,17 @@ def loss_curves(runs: list[list[EpochLine]], prefix: str) -> dict[str, Curve]:
 
 def _parse_line(text: str) -> EpochLine:
     record = fields.parse_object(text)
-    numbers = {key: value for key, value in record.items() if _is_finite_number(value)}
-    figures = {key: float(str(value)) for key, value in numbers.items() if key.isprintable()}
-    stage, epoch = fields.text(record, "stage"), fields.integer(record, "epoch")
-    return EpochLine(stage, epoch, figures, fields.moment(record, "date"))
-
-
-def _is_finite_number(value: object) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return abs(value) < 1e300 and math.isfinite(value)
+    figures = {
+        key: float(value)
+        for key, value in record.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+        # False for NaN and infinity too; what is larger breaks the scale of a plot.
+        if abs(value) < LARGEST and key.isprintable()
+    }
+    epoch = fields.integer(record, "epoch")
+    if epoch > MOST_EPOCHS:
+        raise ValueError(f"'epoch' is {epoch}, out of range")
+    return EpochLine(fields.text(record, "stage"), epoch, figures, fields.moment(record, "date"))
 
 
 def _average(runs: Iterable[dict[int, float]]) -> Curve:

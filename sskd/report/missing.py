@@ -13,9 +13,10 @@ from sskd.report.rows import display_name, row_label
 
 @dataclass(frozen=True)
 class MissingCell:
-    """A published cell of a table that has runs: ``title`` is the group's, with the setting."""
+    """A published cell of a table that has runs; ``setting`` is in words."""
 
-    title: str
+    dataset: str
+    setting: str
     table: str
     teacher: str
     student: str
@@ -33,7 +34,7 @@ def find_missing(groups: Iterable[Group], unfinished: Iterable[Path]) -> list[Mi
         cell
         for group in groups
         for cell in _empty_cells(group)
-        if (group.dataset, *_networks(cell)) not in under_way
+        if (cell.dataset, *_networks(cell)) not in under_way
     ]
 
 
@@ -45,7 +46,7 @@ def _empty_cells(group: Group) -> Iterator[MissingCell]:
             filled = {row_label(row) for row in group.pair_entries(table, pair)}
             for row in group.published.rows:
                 if row not in filled and (*pair, row) in group.published.top1:
-                    yield MissingCell(group.title, table, *pair, row)
+                    yield MissingCell(group.dataset, group.setting_title, table, *pair, row)
 
 
 def _networks(cell: MissingCell) -> tuple[str, ...]:

@@ -7,15 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import groupby
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from sskd.report.canvas import INK, PAPER
 from sskd.report.gains import GAIN_LEGEND
 from sskd.report.groups import Entry
-from sskd.report.plots import INK, PAPER
 from sskd.report.report import Report
 from sskd.report.rows import STUDENT_ROW, TEACHER_ROW
 from sskd.report.status import count_states, describe_progress
@@ -163,16 +162,13 @@ def _inline(svg: bytes) -> Markup:
     return Markup(text)
 
 
-def _missing(report: Report) -> list[tuple[str, str, str]]:
-    """Return (table, pair, rows) for each pair that lacks any."""
-    by_pair = groupby(
-        report.missing(),
-        key=lambda cell: (f"{cell.title} · {cell.table}", cell.teacher, cell.student),
-    )
-    return [
-        (table, f"{teacher}-{student}", ", ".join(cell.row for cell in cells))
-        for (table, teacher, student), cells in by_pair
-    ]
+def _missing(report: Report) -> dict[tuple[str, str], list[str]]:
+    """Return the missing rows of each (table, pair)."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for cell in report.missing():
+        table = f"{cell.dataset} · {cell.setting} · {cell.table}"
+        rows.setdefault((table, f"{cell.teacher}-{cell.student}"), []).append(cell.row)
+    return rows
 
 
 def _moment(moment: datetime | None) -> str:

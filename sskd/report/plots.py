@@ -3,56 +3,31 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from sskd.report.canvas import (
+    DASHES,
+    HUES,
+    INK,
+    SIGN,
+    line_style,
+    longest_label,
+    new_figure,
+    set_margins,
+    shorten,
+)
 from sskd.report.gains import REFERENCES, Gain
 from sskd.report.metrics import Curve
 from sskd.report.published import Pair
 from sskd.report.rows import RowKey, row_label
-
-# Ink and paper are no colours of a line, so that a page can put its own in their place.
-INK, PAPER = "#1b1f24", "#fefefe"
-# Distinct from each other, also for colour-blind eyes, on light paper and on dark.
-HUES = (
-    *("#0072b2", "#d55e00", "#009e73", "#c2569b"),
-    *("#a87900", "#3f9fd8", "#7f7f7f", "#8b63c9"),
-)
-DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
-STYLE: dict[str, Any] = {
-    "text.parse_math": False,  # a name with two dollar signs is no formula
-    "svg.fonttype": "none",
-    "font.family": ["DejaVu Sans"],
-    "figure.facecolor": PAPER,
-    "savefig.facecolor": PAPER,
-    "axes.facecolor": "none",
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 10,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#8a8f98",
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-}
-LONGEST_LABEL = 28
-# Inches: a line of the title, the room for the titles of the first panels, a sign of a label.
-LINE, TITLE_ROOM, SIGN = 0.25, 0.55, 0.085
-TITLE_SIGNS = 9.5  # an inch
 
 Gains = Mapping[RowKey, Mapping[RowKey, Gain]]
 
@@ -61,14 +36,14 @@ def draw_gains(title: str, rows: Sequence[RowKey], gains: Mapping[Pair, Gains]) 
     """Return a panel for each pair, with a bar for each of ``rows`` and reference."""
     columns = min(4, len(gains))
     lines = math.ceil(len(gains) / columns)
-    labels = [_short(row_label(row)) for row in rows]
-    left = 0.4 + SIGN * _longest(rows)
+    labels = [shorten(row_label(row)) for row in rows]
+    left = 0.4 + SIGN * longest_label(rows)
     hues = dict(zip(REFERENCES, HUES, strict=False))
     legend = [Patch(color=hues[key], label=text) for key, text in REFERENCES.items()]
     panel = 0.3 * len(rows)
-    figure = _figure(title, max(2.6 * columns + left, 6), lines * (panel + 1.1), legend)
+    figure = new_figure(title, max(2.6 * columns + left, 6), lines * (panel + 1.1), legend)
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
-    _set_margins(figure, left=left, right=0.15, bottom=0.55)
+    set_margins(figure, left=left, right=0.15, bottom=0.55)
     figure.subplots_adjust(wspace=0.08, hspace=1.1 / panel)
     for axes, (pair, found) in zip(panels, gains.items(), strict=False):
         for number, reference in enumerate(REFERENCES):
@@ -82,7 +57,7 @@ def draw_gains(title: str, rows: Sequence[RowKey], gains: Mapping[Pair, Gains]) 
                 error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2},
             )
         axes.axvline(0, color=INK, linewidth=0.8)
-        axes.set_title("\n→ ".join(map(_short, pair)), loc="left")
+        axes.set_title("\n→ ".join(map(shorten, pair)), loc="left")
         axes.set_xlabel("points of top-1")
         axes.tick_params(labelbottom=True)
         axes.set_yticks(range(len(rows)), labels)
@@ -97,15 +72,15 @@ def draw_curves(title: str, rows: Sequence[RowKey], curves: Mapping[RowKey, Curv
 
     ``rows`` are all that the group has, so that a row looks the same beside every pair.
     """
-    figure = _figure(title, 13, 4.8)
+    figure = new_figure(title, 13, 4.8)
     whole, end = figure.subplots(1, 2, width_ratios=(3, 2))
-    _set_margins(figure, left=0.6, right=1.6 + SIGN * _longest(curves), bottom=0.55)
+    set_margins(figure, left=0.6, right=1.6 + SIGN * longest_label(curves), bottom=0.55)
     figure.subplots_adjust(wspace=0.12)
     last = max(curve.epochs[-1] for curve in curves.values())
     shown = []
     for row, curve in curves.items():
         for axes in (whole, end):
-            _draw_curve(axes, curve, *_line_style(rows.index(row)))
+            _draw_curve(axes, curve, *line_style(rows.index(row)))
         points = zip(curve.epochs, curve.mean, strict=True)
         shown += [curve.mean[-1], *(top1 for epoch, top1 in points if epoch >= 0.75 * last)]
     margin = 0.05 * (max(shown) - min(shown)) + 0.1
@@ -135,9 +110,9 @@ def draw_losses(
     lines = math.ceil(len(losses) / columns)
     styles = {"as computed": "-", "weighted": DASHES[1], "another stage begins": ":"}
     legend = [Line2D([], [], color=INK, ls=dash, label=text) for text, dash in styles.items()]
-    figure = _figure(title, max(3.2 * columns + 0.2, 6), 2.6 * lines, legend)
+    figure = new_figure(title, max(3.2 * columns + 0.2, 6), 2.6 * lines, legend)
     panels = figure.subplots(lines, columns, squeeze=False).flat
-    _set_margins(figure, left=0.6, right=0.15, bottom=0.5)
+    set_margins(figure, left=0.6, right=0.15, bottom=0.5)
     figure.subplots_adjust(wspace=0.25, hspace=0.6)
     common = Counter(term for raw, _ in losses.values() for term in raw)
     for axes, (row, (raw, weighted)) in zip(panels, losses.items(), strict=False):
@@ -145,46 +120,12 @@ def draw_losses(
         terms = sorted({**raw, **weighted}, key=lambda term: -common[term])
         hues = {term: HUES[i % len(HUES)] for i, term in enumerate(terms)}
         _draw_terms(axes, raw, weighted, hues)
-        axes.set_title(_short(row_label(row)), loc="left", pad=18)
+        axes.set_title(shorten(row_label(row)), loc="left", pad=18)
         for epoch in stage_ends[row]:
             axes.axvline(epoch + 0.5, color=INK, linewidth=0.8, linestyle=":")
     for axes in panels[len(losses) :]:
         axes.set_visible(False)
     return figure
-
-
-def _figure(title: str, width: float, height: float, legend: Sequence[Artist] = ()) -> Figure:
-    """Return an empty figure of that size, in inches, and the room above for title and legend.
-
-    The layout is set by hand, because one that measures every text takes seconds a figure.
-    """
-    lines = textwrap.wrap(title, int(width * TITLE_SIGNS))
-    top = LINE * (len(lines) + bool(legend)) + 0.2
-    figure = Figure(figsize=(width, height + top))
-    place = {"x": 0.1 / width, "y": 1 - 0.1 / (height + top)}
-    figure.suptitle("\n".join(lines), **place, ha="left", va="top", fontsize=12)
-    if legend:
-        below = (0, place["y"] - LINE * len(lines) / (height + top))
-        figure.legend(handles=legend, loc="upper left", bbox_to_anchor=below, ncols=len(legend))
-    figure.subplots_adjust(top=1 - (top + TITLE_ROOM) / (height + top))
-    return figure
-
-
-def _set_margins(figure: Figure, *, left: float, right: float, bottom: float) -> None:
-    width, height = figure.get_size_inches()
-    figure.subplots_adjust(left=left / width, right=1 - right / width, bottom=bottom / height)
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}…"
-
-
-def _longest(rows: Iterable[RowKey]) -> int:
-    return max(len(_short(row_label(row))) for row in rows)
-
-
-def _line_style(number: int) -> tuple[str, Any]:
-    return HUES[number % len(HUES)], DASHES[number // len(HUES) % len(DASHES)]
 
 
 def _draw_curve(axes: Axes, curve: Curve, hue: str, dashes: Any = "-") -> None:
@@ -211,9 +152,16 @@ def _draw_terms(
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=7))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
-    handles = [Patch(color=hue, label=_short(term)) for term, hue in hues.items()]
-    above = {"loc": "lower left", "bbox_to_anchor": (-0.03, 0.96), "ncols": max(len(handles), 1)}
-    axes.legend(handles=handles, **above, fontsize=8, handlelength=0.8, columnspacing=0.8)
+    handles = [Patch(color=hue, label=shorten(term)) for term, hue in hues.items()]
+    axes.legend(
+        handles=handles,
+        loc="lower left",
+        bbox_to_anchor=(-0.03, 0.96),  # between the panel and its title
+        ncols=max(len(handles), 1),
+        fontsize=8,
+        handlelength=0.8,
+        columnspacing=0.8,
+    )
     axes.set_xlabel("epoch, all stages", fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -224,14 +172,24 @@ def _label_ends(axes: Axes, rows: Sequence[RowKey], curves: Mapping[RowKey, Curv
     ends = {row: (curve.mean[-1] - low) / (high - low) for row, curve in curves.items()}
     order = sorted(ends, key=lambda row: ends[row])
     places = spread_out([ends[row] for row in order], gap=min(0.05, 1 / len(order)))
-    leader = {"arrowstyle": "-", "linewidth": 1.2, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 1}
+    leader: dict[str, Any] = {
+        "arrowstyle": "-",
+        "linewidth": 1.2,
+        "relpos": (0, 0.5),
+        "shrinkA": 1,
+        "shrinkB": 1,
+    }
     for row, place in zip(order, places, strict=True):
-        hue, dashes = _line_style(rows.index(row))
+        hue, dashes = line_style(rows.index(row))
         axes.annotate(
-            f"{_short(row_label(row))}  {curves[row].mean[-1]:.2f}",
-            **{"xy": (1, ends[row]), "xytext": (1.12, place)},
-            **{"xycoords": "axes fraction", "textcoords": "axes fraction"},
-            **{"color": hue, "va": "center", "fontsize": 9},
+            f"{shorten(row_label(row))}  {curves[row].mean[-1]:.2f}",
+            xy=(1, ends[row]),
+            xytext=(1.12, place),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            color=hue,
+            va="center",
+            fontsize=9,
             arrowprops=leader | {"color": hue, "linestyle": dashes},
         )
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from sskd.report.cells import Cell, read_cells
 from sskd.report.groups import Group, build_groups
-from sskd.report.metrics import EpochLine, read_metrics
 from sskd.report.missing import MissingCell, find_missing
 from sskd.report.render import render_csv
 from sskd.report.results import Epoch, Result, read_results
@@ -17,12 +16,11 @@ from sskd.report.tables import Table, build_tables
 
 @dataclass(frozen=True)
 class Report:
-    """A folder of runs: its results, the state of its cells, the metrics by a run's folder."""
+    """A folder of runs: its results, and the state of its cells."""
 
     runs: Path
     results: list[Result]
     cells: list[Cell]
-    metrics: dict[Path, list[EpochLine]] = field(repr=False)
 
     def groups(self, epoch: Epoch = "last") -> list[Group]:
         """Return the groups of runs that have tables of pairs, by setting and source."""
@@ -50,6 +48,6 @@ class Report:
 
 def read_report(runs: Path, warn: Callable[[str], None]) -> Report:
     """Read the runs under ``runs``; what cannot be read is told to ``warn``, a line each."""
-    results = read_results(runs, warn)
-    metrics = {result.folder: read_metrics(result.folder, warn) for result in results}
-    return Report(runs, results, read_cells(runs, warn), metrics)
+    if not runs.is_dir():
+        return Report(runs, [], [])
+    return Report(runs, read_results(runs, warn), read_cells(runs, warn))

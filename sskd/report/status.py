@@ -16,7 +16,7 @@ def render_status(cells: Iterable[Cell], width: int, now: datetime) -> str:
     Times of day are those of ``now``'s zone.
     """
     cells = list(cells)
-    lines = [count_states(cells)]
+    lines = [count_states(cells) or "no runs yet"]
     for state in STATES[:-1]:
         here = [cell for cell in cells if cell.state == state]
         if here:
@@ -59,7 +59,7 @@ def _progress(cell: Cell) -> Iterator[str]:
     if cell.total:
         yield f"{cell.done}/{cell.total} epochs, {cell.done / cell.total:.0%}"
     elif cell.done:
-        yield f"{cell.done} epochs"
+        yield f"{cell.done} {'epoch' if cell.done == 1 else 'epochs'}"
     if cell.rate is not None and cell.state == "running":
         yield f"{cell.rate:,.0f} images/s"
     if cell.seconds_left is not None:

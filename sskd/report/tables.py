@@ -155,7 +155,7 @@ def _cost_table(group: Group, pairs: list[Pair]) -> Table:
                 _mean((run.kl for run in runs), "{:.3f}"),
                 _mean((run.images_per_second for run in runs), "{:,.0f}"),
                 _mean((run.peak_memory_mib for run in runs), "{:,.0f}"),
-                _mean((run.seconds / 3600 for run in runs), "{:.3g}"),
+                _mean((run.seconds / 3600 for run in runs), "{:.3f}"),
             )
             rows.append((label, row_label(key), *cells))
             label = ""

@@ -1,0 +1,224 @@
+"""The report's figures: what they are drawn from, and the files."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import xml.etree.ElementTree as ET
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from report_runs import epoch_line, never, put_alone, put_metrics, put_run
+
+from sskd.report.figures import as_png, as_svg, draw_figures
+from sskd.report.gains import pair_gains
+from sskd.report.metrics import LOSS, WEIGHTED, loss_curves, read_metrics, top1_curve
+from sskd.report.plots import spread_out
+from sskd.report.report import read_report
+from sskd.report.rows import KD, STUDENT
+
+PAIR = ("resnet56", "resnet20")
+
+
+def figures(root: Path) -> dict[str, Figure]:
+    return draw_figures(read_report(root, never), never)
+
+
+def test_gains_and_their_deviation(tmp_path: Path) -> None:
+    for seed, (alone, kd, sskd) in enumerate([(69.0, 70.0, 72.0), (70.0, 71.0, 72.0)]):
+        put_alone(tmp_path, f"alone{seed}", [alone], seed=seed)
+        put_run(tmp_path, f"kd{seed}", [kd], seed=seed)
+        put_run(tmp_path, f"sskd{seed}", [sskd], seed=seed, method="sskd")
+    put_run(tmp_path, "at", [71.0], method="at")
+    (group,) = read_report(tmp_path, never).groups()
+    gains = {row[0]: of for row, of in pair_gains(group, "similar", PAIR).items()}
+    # Sample variances: 1/2 alone, 1/2 with KD, 0 with SSKD; a single AT has none.
+    assert (gains["KD"][STUDENT].points, gains["KD"][STUDENT].std) == (1.0, 1.0)
+    assert gains["SSKD"][STUDENT].points == 2.5
+    assert gains["SSKD"][STUDENT].std == pytest.approx(math.sqrt(0.5))
+    assert gains["SSKD"][KD].points == 1.5
+    assert (gains["AT"][KD].points, gains["AT"][KD].std) == (0.5, None)
+    # Nothing gains over itself, and teacher and student are no methods.
+    assert KD not in gains["KD"]
+    assert set(gains) == {"KD", "AT", "SSKD"}
+
+
+def test_bars_and_error_bars_are_the_gains(tmp_path: Path) -> None:
+    put_alone(tmp_path, "alone", [69.0])
+    put_alone(tmp_path, "alone1", [71.0], seed=1)
+    put_run(tmp_path, "kd", [72.0])
+    put_run(tmp_path, "kd1", [74.0], seed=1)
+    put_run(tmp_path, "at", [72.5], method="at")
+    (axes, *_) = figures(tmp_path)["gain"].axes
+    # Over the student alone (mean 70): KD 3, AT 2.5; over KD (73): AT -0.5.
+    bars = [bar for bar in axes.patches if isinstance(bar, Rectangle)]
+    assert [bar.get_width() for bar in bars] == [3.0, 2.5, -0.5]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["KD", "AT"]
+    errors = [of for of in axes.collections if isinstance(of, LineCollection)]
+    drawn = [points for of in errors for points in of.get_segments()]
+    # KD: 3 plus and minus sqrt(2 + 2); a single AT has no bar.
+    ends = [sorted(x for x, _ in points) for points in drawn if len(points)]
+    assert ends == [[pytest.approx(1.0), pytest.approx(5.0)]]
+
+
+def test_curves_are_means_over_seeds_by_epoch(tmp_path: Path) -> None:
+    put_run(tmp_path, "a", [10.0, 20.0, 30.0])
+    put_run(tmp_path, "b", [20.0, 20.0], seed=1)
+    runs = [read_metrics(tmp_path / name, never) for name in "ab"]
+    curve = top1_curve(runs)
+    assert curve.epochs == (1, 2, 3)
+    assert curve.mean == (15.0, 20.0, 30.0)
+    # 10 and 20: squared deviations 25 + 25 over n - 1 = 1; the third epoch has one run.
+    assert list(curve.std) == pytest.approx([math.sqrt(50), 0.0, 0.0])
+
+
+def test_loss_terms_go_on_counting_through_the_stages(tmp_path: Path) -> None:
+    lines = [epoch_line("ss_head", epoch) for epoch in (1, 2)]
+    for line in lines:
+        for key in ("loss/ce", "loss/kd", "weighted/ce", "weighted/kd"):
+            del line[key]
+        line["loss/contrast"] = line["weighted/contrast"] = float(line["epoch"])
+    lines += [epoch_line("distill", epoch, 50.0) for epoch in (1, 2, 3)]
+    put_metrics(tmp_path, lines)
+    runs = [read_metrics(tmp_path, never)]
+    raw, weighted = loss_curves(runs, LOSS), loss_curves(runs, WEIGHTED)
+    assert list(raw) == ["contrast", "ce", "kd"]
+    assert raw["contrast"].epochs == (1, 2)
+    assert raw["ce"].epochs == (3, 4, 5)
+    assert raw["ce"].mean == (3.0, 1.5, 1.0)
+    assert list(weighted["ce"].mean) == pytest.approx([0.3, 0.15, 0.1])
+    assert top1_curve(runs).epochs == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("", "{", "[]", "null", "\xff", "[" * 100_000, '{"stage": "a"}'),
+        *(
+            '{"stage": "\\u001b", "epoch": 1}',
+            '{"stage": "a", "epoch": -1}',
+            '{"stage": "a", "epoch": 10000000}',
+        ),
+    ],
+)
+def test_damaged_lines_are_counted_and_left_out(tmp_path: Path, line: str) -> None:
+    good = json.dumps(epoch_line("distill", 1, 50.0))
+    (tmp_path / "metrics.jsonl").write_bytes(f"{good}\n{line}\n{good}\n".encode("latin-1"))
+    warnings: list[str] = []
+    assert len(read_metrics(tmp_path, warnings.append)) == 2
+    assert len(warnings) == 1
+    assert "1 of 3 lines" in warnings[0]
+
+
+def test_figures_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
+    odd: dict[str, Any] = {"a": math.nan, "b": math.inf, "c": "1", "d": True, "e": None, "\x1b": 1}
+    put_metrics(tmp_path, [{"stage": "a", "epoch": 1, "good": 1, **odd, "f": 10**400, "g": -1e31}])
+    (line,) = read_metrics(tmp_path, never)
+    assert line.figures == {"epoch": 1.0, "good": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("places", "gap"),
+    [([0.5], 0.1), ([0.0, 0.0, 0.0], 0.1), ([0.9, 0.95, 1.0], 0.2), ([0.1, 0.5, 0.52], 0.05)],
+)
+def test_labels_are_moved_apart_within_the_panel(places: list[float], gap: float) -> None:
+    moved = spread_out(places, gap)
+    assert all(b - a >= gap - 1e-9 for a, b in pairwise(moved))
+    assert min(moved) >= 0
+    assert max(moved) <= 1
+    apart = all(b - a >= gap for a, b in pairwise(places))
+    assert not apart or moved == places
+
+
+def test_every_pair_has_its_figures_and_rows_keep_their_colours(tmp_path: Path) -> None:
+    put_alone(tmp_path, "alone", [60.0, 65.0])
+    put_run(tmp_path, "kd", [60.0, 66.0])
+    put_run(tmp_path, "at", [60.0, 67.0], method="at")
+    put_run(tmp_path, "elsewhere", [60.0, 68.0], method="at", teacher="vgg13", student="vgg8")
+    found = figures(tmp_path)
+    pairs = ("resnet56-resnet20", "vgg13-vgg8")
+    assert set(found) == {"gain", *(f"{kind}-{p}" for kind in ("curves", "losses") for p in pairs)}
+
+    def colours(name: str) -> dict[float, object]:
+        """By the last accuracy, which tells the rows apart here."""
+        whole, _ = found[name].axes
+        return {float(np.asarray(line.get_ydata())[-1]): line.get_color() for line in whole.lines}
+
+    first, second = colours("curves-resnet56-resnet20"), colours("curves-vgg13-vgg8")
+    assert set(first) == {65.0, 66.0, 67.0}
+    assert len(set(first.values())) == 3
+    assert second == {68.0: first[67.0]}
+
+
+def test_groups_do_not_share_names_of_figures(tmp_path: Path) -> None:
+    put_run(tmp_path, "recipe")
+    put_run(tmp_path, "short", difference={"schedule.epochs": 24})
+    put_run(tmp_path, "crd", difference={"teacher.epoch": "last"})
+    names = set(figures(tmp_path))
+    curves = {name for name in names if name.startswith("curves-")}
+    assert curves == {
+        "curves-cifar100-the-recipe-resnet56-resnet20",
+        "curves-cifar100-the-recipe-the-CRD-benchmark-resnet56-resnet20",
+        "curves-cifar100-schedule.epochs=24-resnet56-resnet20",
+    }
+
+
+def test_large_figures_and_long_names_can_be_drawn(tmp_path: Path) -> None:
+    lines = [epoch_line("a", 1, 9e29), epoch_line("a", 999_999, 50.0, **{"loss/vid": -9e29})]
+    put_metrics(put_run(tmp_path, "run", student="s" * 500, method="m" * 500), lines)
+    put_run(tmp_path, "other", student="s" * 501)
+    assert top1_curve([read_metrics(tmp_path / "run", never)]).mean == (50.0,)
+    found = figures(tmp_path)
+    assert len(found) == 4
+    assert all(len(name) < 200 for name in found)
+    assert all(as_png(figure).startswith(b"\x89PNG") for figure in found.values())
+
+
+def test_nothing_to_draw_draws_nothing(tmp_path: Path) -> None:
+    folder = put_run(tmp_path, "run")
+    (folder / "metrics.jsonl").unlink()
+    assert figures(tmp_path) == {}
+
+
+HOSTILE = ("$\\frac{", "$x$ $y$", "</text><script>alert(1)</script>", "--><b>", "_hidden", "\u4e2d")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_any_name_can_be_drawn(tmp_path: Path, name: str, recwarn: pytest.WarningsRecorder) -> None:
+    put_alone(tmp_path, "alone", [69.0, 70.0], student=name, dataset=name)
+    put_run(tmp_path, "kd", [69.0, 71.0], student=name, teacher=name, dataset=name)
+    folder = put_run(tmp_path, "x", student=name, teacher=name, dataset=name, method=name)
+    put_metrics(folder, [epoch_line(name, e, 50.0 + e, **{f"loss/{name}": 1.0}) for e in (1, 2)])
+    for key, figure in figures(tmp_path).items():
+        assert key.isascii()
+        assert "/" not in key
+        svg = as_svg(figure)
+        tags = {element.tag.partition("}")[2] for element in ET.fromstring(svg).iter()}
+        assert "text" in tags
+        assert not tags & {"script", "b"}
+        as_png(figure)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_files_are_images_of_the_figures_size_and_the_same_each_time(tmp_path: Path) -> None:
+    put_alone(tmp_path, "alone", [69.0, 70.0])
+    put_run(tmp_path, "kd", [69.0, 71.0])
+    first, again = figures(tmp_path), figures(tmp_path)
+    for name, figure in first.items():
+        png, svg = as_png(figure), as_svg(figure)
+        assert png.startswith(b"\x89PNG\r\n\x1a\n")
+        width, height = struct.unpack(">II", png[16:24])
+        inches = figure.get_size_inches()
+        assert (width, height) == pytest.approx(tuple(inches * 150), abs=1)
+        assert width >= 900
+        root = ET.fromstring(svg)
+        points = [float(root.attrib[key].removesuffix("pt")) for key in ("width", "height")]
+        assert points == pytest.approx(list(inches * 72), abs=0.01)
+        assert svg == as_svg(again[name])
