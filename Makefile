@@ -28,7 +28,7 @@ lock: $(READY)
 	  --no-header --no-annotate --no-emit-index-url pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV) demo .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo smoke .mypy_cache .pytest_cache .ruff_cache
 
 $(READY): requirements.lock
 	$(PYTHON) -m venv $(VENV)

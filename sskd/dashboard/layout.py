@@ -116,9 +116,8 @@ def _grid(name: str, filters: ws.And, panels: Panels, *, hidden: bool) -> wr.Pan
 
 
 def _published(scope: Scope) -> list[Any]:
-    published = published_for(scope.dataset)
     blocks: list[Any] = []
-    for source in [published] if published else []:
+    for source in published_for(scope.dataset):
         for name, pairs in source.tables.items():
             shown = [pair for pair in pairs if pair in scope.pairs]
             if shown:
