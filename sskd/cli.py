@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sskd import CONF
 from sskd.errors import BusyError, UnfinishedError, UserError, nearest
-from sskd.interrupt import Interrupted
+from sskd.interrupt import Interrupted, warnings_passed_on
 from sskd.nested import flatten
 
 # For the folder that Hydra makes for a sweep; a run's own is expanded with its configuration.
@@ -41,7 +41,8 @@ def run_job(job: Callable[[DictConfig], object], composed: DictConfig) -> None:
     launcher, and callbacks are not told of some of it.
     """
     try:
-        job(composed)
+        with warnings_passed_on():
+            job(composed)
     except Exception as error:
         expected = isinstance(error, _USER_CAN_MEND)
         in_sweep = HydraConfig.get().mode != RunMode.RUN
