@@ -32,6 +32,8 @@ _FULL_ERROR = "HYDRA_FULL_ERROR"
 # Besides our own: what Hydra finds wrong in a configuration, and a full or forbidden disk.
 _USER_CAN_MEND = (UserError, CompactHydraException, OmegaConfBaseException, OSError)
 
+_PLUGINS = ("joblib", "submitit_local", "submitit_slurm")  # launchers that come with an extra
+
 
 def run_job(job: Callable[[DictConfig], object], composed: DictConfig) -> None:
     """Run one job of a Hydra command; what the user can put right is told in one line.
@@ -104,10 +106,14 @@ def explain(error: Exception) -> str:
         return str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if group == "hydra/launcher" and name in _PLUGINS:
+            return f"hydra/launcher: {name} is not installed; pip install '.[cluster]' does that"
         options = ", ".join(error.options)
         return (
             f"{group}={name}: no such {group}{nearest(name, error.options)} (there are: {options})"
         )
+    if type(error).__module__.startswith("submitit."):  # goes on with all that the job has printed
+        return " ".join(str(error).splitlines()[:2]) + "; the other jobs go on (see squeue)"
     unknown = re.match(r"Could not override '([^']+)'\.\s*To append", str(error))
     if unknown:
         key = unknown.group(1)
