@@ -32,7 +32,8 @@ _FULL_ERROR = "HYDRA_FULL_ERROR"
 # Besides our own: what Hydra finds wrong in a configuration, and a full or forbidden disk.
 _USER_CAN_MEND = (UserError, CompactHydraException, OmegaConfBaseException, OSError)
 
-_PLUGINS = ("joblib", "submitit_local", "submitit_slurm")  # launchers that come with an extra
+# Launchers that come with an extra.
+_PLUGINS = ("hydra/launcher/joblib", "hydra/launcher/submitit_slurm")
 
 
 def run_job(job: Callable[[DictConfig], object], composed: DictConfig) -> None:
@@ -104,10 +105,11 @@ def explain(error: Exception) -> str:
     """Return a complaint about a configuration in one line, with the nearest right name."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        if group == "hydra/launcher" and name in _PLUGINS:
-            return f"hydra/launcher: {name} is not installed; pip install '.[cluster]' does that"
+    missing = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
+    if missing in _PLUGINS:
+        return f"{missing} is not installed; pip install '.[cluster]' does that"
+    if isinstance(error, MissingConfigException) and missing and error.options:
+        group, _, name = missing.rpartition("/")
         options = ", ".join(error.options)
         return (
             f"{group}={name}: no such {group}{nearest(name, error.options)} (there are: {options})"
