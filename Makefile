@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test test-slurm lint lock clean
 
 # A teacher, the student alone, KD and SSKD on the embedded digits, then the table.
 demo: $(READY)
@@ -17,6 +17,10 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
+# Sweeps on a real SLURM, which is installed, started and stopped again on this machine: Debian, root.
+test-slurm: $(READY)
+	$(BIN)/python -m pytest tests/slurm.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -24,7 +28,7 @@ lint: $(READY)
 
 # Pin anew what pyproject.toml allows.
 lock: $(READY)
-	$(BIN)/uv pip compile --universal --python-version 3.11 --extra dev --upgrade \
+	$(BIN)/uv pip compile --universal --python-version 3.11 --all-extras --upgrade \
 	  --no-header --no-annotate --no-emit-index-url pyproject.toml -o requirements.lock
 
 clean:

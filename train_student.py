@@ -81,6 +81,8 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
         first = [stage.name for stage in stages].index(state["stage"]) if state else 0
         with Tracker(run, config) as tracker:
             tracker.picture("views", save_views(run.folder, images, config, method.views))
+            for line in run.metrics:
+                tracker.log(line)
             for stage in stages[first:]:
                 if stage.teacher_only and found:
                     for line in share_phase(stage, method, images, config, found):

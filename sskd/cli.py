@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sskd import CONF
 from sskd.errors import BusyError, UnfinishedError, UserError, nearest
-from sskd.interrupt import Interrupted
+from sskd.interrupt import Interrupted, warnings_passed_on
 from sskd.nested import flatten
 
 # For the folder that Hydra makes for a sweep; a run's own is expanded with its configuration.
@@ -31,6 +31,9 @@ OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 # Besides our own: what Hydra finds wrong in a configuration, and a full or forbidden disk.
 _USER_CAN_MEND = (UserError, CompactHydraException, OmegaConfBaseException, OSError)
+
+# Launchers that come with an extra.
+_PLUGINS = ("hydra/launcher/joblib", "hydra/launcher/submitit_slurm")
 
 
 def run_job(job: Callable[[DictConfig], object], composed: DictConfig) -> None:
@@ -41,7 +44,8 @@ def run_job(job: Callable[[DictConfig], object], composed: DictConfig) -> None:
     launcher, and callbacks are not told of some of it.
     """
     try:
-        job(composed)
+        with warnings_passed_on():
+            job(composed)
     except Exception as error:
         expected = isinstance(error, _USER_CAN_MEND)
         in_sweep = HydraConfig.get().mode != RunMode.RUN
@@ -101,12 +105,17 @@ def explain(error: Exception) -> str:
     """Return a complaint about a configuration in one line, with the nearest right name."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
+    missing = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
+    if missing in _PLUGINS:
+        return f"{missing} is not installed; pip install '.[cluster]' does that"
+    if isinstance(error, MissingConfigException) and missing and error.options:
+        group, _, name = missing.rpartition("/")
         options = ", ".join(error.options)
         return (
             f"{group}={name}: no such {group}{nearest(name, error.options)} (there are: {options})"
         )
+    if type(error).__module__.startswith("submitit."):  # goes on with all that the job has printed
+        return " ".join(str(error).splitlines()[:2]) + "; the other jobs go on (see squeue)"
     unknown = re.match(r"Could not override '([^']+)'\.\s*To append", str(error))
     if unknown:
         key = unknown.group(1)

@@ -1,11 +1,19 @@
-"""Stopping in good order: SIGTERM and SIGINT let the running step finish."""
+"""Stopping in good order: a signal lets the running step finish and its state be saved."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
+
+from sskd.errors import UserError
+
+# What schedulers warn with before they end a job. They mean a run only where somebody handles
+# them: submitit puts a handler on one of the two that requeues the job and ends the process.
+_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -20,7 +28,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignals:
-    """While entered, SIGTERM and SIGINT are noted; the second SIGINT interrupts at once."""
+    """While entered, SIGTERM, SIGINT and a scheduler's warning are noted.
+
+    The second SIGINT interrupts at once.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -29,7 +40,8 @@ class StopSignals:
     def __enter__(self) -> Self:
         # Python delivers signals to the main thread only.
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
+            handled = [signum for signum in _WARNINGS if callable(signal.getsignal(signum))]
+            for signum in (signal.SIGTERM, signal.SIGINT, *handled):
                 self._previous[signum] = signal.signal(signum, self._note)
         return self
 
@@ -46,3 +58,21 @@ class StopSignals:
         if signum == signal.SIGINT and self.received is not None:
             raise KeyboardInterrupt
         self.received = signum
+
+
+@contextmanager
+def warnings_passed_on() -> Iterator[None]:
+    """Pass a warning that has stopped the run on to the scheduler's handler, at the end.
+
+    By then the run is saved and closed. The handler ends the process as a rule, and SLURM its
+    children, as soon as submitit has asked it for the job to come back.
+    """
+    try:
+        yield
+    except Interrupted as stop:
+        if stop.signum in _WARNINGS:
+            try:
+                signal.raise_signal(stop.signum)
+            except Exception as error:
+                raise UserError(f"{stop}, and saved, but does not come back: {error}") from None
+        raise

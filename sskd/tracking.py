@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,6 +37,7 @@ class Tracker:
         self._run = run
         self._config = config
         self._name = str(run.folder.relative_to(config.runs))
+        self._lines = 0
 
     def __enter__(self) -> Self:
         try:
@@ -51,35 +53,49 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is not None and issubclass(kind, Interrupted):
-            self._wandb.mark_preempting()  # it will come back: "preempted", not "failed"
-        self._wandb.finish(exit_code=0 if kind is None else 1)
+        try:
+            if kind is not None and issubclass(kind, Interrupted):
+                self._wandb.mark_preempting()  # it will come back: "preempted", not "failed"
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+            if kind is None:
+                return
+        except Exception as lost:  # must not take the place of what has ended the run
+            _tell(lost)
+        with contextlib.suppress(Exception):
+            wandb.teardown()  # else a later run, or the end of this process, would wait for it
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Log the line that was last added to ``metrics.jsonl``; its number is W&B's step."""
+        """Log the next line of ``metrics.jsonl``; its number is W&B's step.
+
+        A run that comes back logs all its lines again: W&B passes over the steps that it has,
+        and has the others from a process that was stopped before it could write them.
+        """
         figures = {
             key if key.startswith(_UNPREFIXED) else f"{line['stage']}/{key}": value
             for key, value in line.items()
             if isinstance(value, int | float)
         }
-        self._wandb.log(figures, step=len(self._run.metrics))
+        self._lines += 1
+        with _going_on_without_it():
+            self._wandb.log(figures, step=self._lines)
 
     def picture(self, name: str, path: Path) -> None:
         """Show the picture in ``path``."""
-        self._wandb.log({name: wandb.Image(str(path))}, step=0)
+        with _going_on_without_it():
+            self._wandb.log({name: wandb.Image(str(path))}, step=0)
 
     def summarise(self, result: Mapping[str, Any]) -> None:
         """Show the result in the run's row of a table."""
         top1 = result["top1"]
-        self._wandb.summary.update(
-            {
-                "last/top1": top1["last"],
-                "best/top1": top1["best"],
-                "best/epoch": top1["best_epoch"],
-                "hours": result["seconds"] / 3600,
-                **{name: result[name] for name in _SUMMARISED if result[name] is not None},
-            }
-        )
+        summary = {
+            "last/top1": top1["last"],
+            "best/top1": top1["best"],
+            "best/epoch": top1["best_epoch"],
+            "hours": result["seconds"] / 3600,
+            **{name: result[name] for name in _SUMMARISED if result[name] is not None},
+        }
+        with _going_on_without_it():
+            self._wandb.summary.update(summary)
 
     def _init_offline(self) -> wandb.Run:
         try:
@@ -115,6 +131,19 @@ class Tracker:
             changed["teacher.digest"] = self._run.config["teacher"]["digest"][:8]
         told = ", ".join(as_override(key, value) for key, value in sorted(changed.items()))
         return f"{config.method.name} ({told})" if told else config.method.name
+
+
+@contextlib.contextmanager
+def _going_on_without_it() -> Iterator[None]:
+    """Go on where W&B's own process has ended: SLURM stops every process of a job at once."""
+    try:
+        yield
+    except ConnectionError as lost:
+        _tell(lost)
+
+
+def _tell(lost: Exception) -> None:
+    print(f"W&B has stopped ({type(lost).__name__}); it gets the rest when the run comes back")
 
 
 def choose_mode(mode: str) -> str:

@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import Command, Compose
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from test_run import SMALL, outcome
 
 import sskd.fit
 import train_student
 import train_teacher
+from sskd.cli import explain
 from sskd.errors import UserError
 from sskd.models import build_model
 from train_student import train
@@ -95,6 +98,38 @@ def test_a_mistake_is_one_line_and_changes_nothing(
     assert err.strip().count("\n") == 0, err
     assert told in err
     assert not command.runs.exists()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "plugin"), [("slurm", "submitit_slurm"), ("processes", "joblib")]
+)
+def test_a_launcher_that_is_not_installed_is_one_line_that_says_how_to(
+    command: Command, monkeypatch: pytest.MonkeyPatch, launcher: str, plugin: str
+) -> None:
+    Plugins.instance()  # registers the launchers that are installed
+    launchers = ConfigStore.instance().repo["hydra"]["launcher"]
+    monkeypatch.delitem(launchers, f"{plugin}.yaml", raising=False)
+    status, _, err = command("-m", *SMALL, "method=vanilla", f"hydra/launcher={launcher}")
+    assert (status, err.count("\n")) == (1, 1)
+    assert f"hydra/launcher/{plugin} is not installed; pip install '.[cluster]'" in err
+    assert not command.runs.exists()
+
+
+def test_a_launcher_that_does_not_exist_is_not_said_to_be_installable(command: Command) -> None:
+    status, _, err = command("-m", *SMALL, "method=vanilla", "hydra/launcher=slrum")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "did you mean 'slurm'?" in err
+
+
+def test_a_job_without_a_result_is_told_without_all_that_it_has_printed() -> None:
+    submitit = pytest.importorskip("submitit")
+    error = submitit.core.utils.UncompletedJobError(
+        "Job 7_0 (task: 0) with path 7_0_0_result.pkl\nhas not produced any output "
+        "(state: CANCELLED)\nError stream produced:\n-----\nTraceback"
+    )
+    told = explain(error)
+    assert told.startswith("Job 7_0 (task: 0) with path 7_0_0_result.pkl has not produced any ")
+    assert told.endswith("output (state: CANCELLED); the other jobs go on (see squeue)")
 
 
 def test_a_method_with_a_teacher_is_not_for_train_teacher(command: Command) -> None:

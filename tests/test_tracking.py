@@ -153,6 +153,29 @@ def test_a_run_that_comes_back_keeps_its_id(
     assert len({path.stem for path in offline_runs(tmp_path / "runs")}) == 2
 
 
+@pytest.mark.usefixtures("offline")
+def test_a_run_that_was_stopped_together_with_wandb_is_whole_when_it_comes_back(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM sends SIGTERM to all processes of a job, W&B's own among them."""
+
+    def stop_all() -> None:
+        subprocess.run(["pkill", "-P", str(os.getpid()), "wandb-core"], check=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    config = composed(*SMALL, "method=vanilla")
+    steps_an_epoch = 5  # 70 images in batches of 16
+    with monkeypatch.context() as patch:
+        at_step(patch, 2 * steps_an_epoch, stop_all)  # the second epoch's figures come after it
+        with pytest.raises(Interrupted):
+            train(config)
+    (metrics,) = (tmp_path / "runs").rglob("metrics.jsonl")
+    assert len(metrics.read_text().splitlines()) == 2
+    train(config)
+    whole = offline_runs(tmp_path / "runs")[-1]
+    assert [step["_step"] for step in history(whole)] == [0, 1, 2, 3]
+
+
 def test_ids_belong_to_their_folder(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
