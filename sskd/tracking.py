@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -13,15 +10,12 @@ from typing import Any, Self
 import wandb
 
 from sskd.config import Config
-from sskd.errors import UserError
 from sskd.identity import difference
 from sskd.interrupt import Interrupted
 from sskd.nested import as_override
 from sskd.run import Run
-from sskd.storage import write_text
+from sskd.wandb_runs import open_run
 
-_ID = "wandb_id"
-_INIT_TIMEOUT = 20  # seconds; after that a run without a network is an offline one
 # Figures about the student as a whole; the others are named after their stage.
 _UNPREFIXED = ("test/", "holdout/", "best/")
 _SUMMARISED = ("teacher_top1", "agreement", "kl", "images_per_second", "peak_memory_mib")
@@ -40,16 +34,20 @@ class Tracker:
         self._lines = 0
 
     def __enter__(self) -> Self:
-        try:
-            mode = choose_mode(self._config.wandb.mode)
-            self._wandb = self._init(mode)
-            if mode == "online":
-                print(f"W&B: {self._wandb.url}")
-        except (wandb.Error, ValueError) as error:
-            told = str(error).splitlines()[0] if str(error) else type(error).__name__
-            print(f"W&B cannot be used online ({told}); this run stays offline")
-            wandb.teardown()
-            self._wandb = self._init_offline()
+        config = self._config
+        arch, method = config.student.name, config.method.name
+        pair = f"{config.teacher.name}-{arch}" if config.teacher else arch
+        self._wandb = open_run(
+            config.wandb.mode,
+            self._run.folder,
+            self._name,
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            group=f"{pair}/{method}",
+            job_type="student" if config.teacher else "teacher",
+            tags=[config.dataset.name, *config.wandb.tags],
+            config={**self._run.config, "pair": pair, "variant": self._variant()},
+        )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -97,32 +95,6 @@ class Tracker:
         with _going_on_without_it():
             self._wandb.summary.update(summary)
 
-    def _init_offline(self) -> wandb.Run:
-        try:
-            return self._init("offline")
-        except wandb.Error as error:
-            told = " ".join(str(error).split())
-            raise UserError(f"W&B: {told}; wandb.mode=disabled goes on without it") from None
-
-    def _init(self, mode: str) -> wandb.Run:
-        config = self._config
-        arch, method = config.student.name, config.method.name
-        pair = f"{config.teacher.name}-{arch}" if config.teacher else arch
-        return wandb.init(
-            mode=mode,  # type: ignore[arg-type]
-            project=config.wandb.project,
-            entity=config.wandb.entity,
-            dir=str(self._run.folder),
-            id=run_id(self._run.folder, self._name),
-            name=self._name,
-            group=f"{pair}/{method}",
-            job_type="student" if config.teacher else "teacher",
-            tags=[config.dataset.name, *config.wandb.tags],
-            config={**self._run.config, "pair": pair, "variant": self._variant()},
-            resume="allow",
-            settings=wandb.Settings(init_timeout=_INIT_TIMEOUT, console="off", silent=True),
-        )
-
     def _variant(self) -> str:
         """Return the method and what differs from its recipe: its seeds share it, no other run."""
         config = self._config
@@ -144,31 +116,3 @@ def _going_on_without_it() -> Iterator[None]:
 
 def _tell(lost: Exception) -> None:
     print(f"W&B has stopped ({type(lost).__name__}); it gets the rest when the run comes back")
-
-
-def choose_mode(mode: str) -> str:
-    """Return W&B's mode for ``wandb.mode``, which WANDB_MODE decides where it is ``auto``.
-
-    Online needs a login that is there already, because W&B would ask for one.
-    """
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE", "auto")
-    if mode not in ("auto", "online"):
-        return mode
-    if wandb.login(prompt=False):
-        return "online"
-    print("W&B: no login, so this run is kept offline; `wandb sync` sends it later")
-    return "offline"
-
-
-def run_id(folder: Path, name: str) -> str:
-    """Return the W&B id of the run in ``folder``: made from its name once, then kept there.
-
-    A run that comes back goes on under its id; a run of the same name in another folder,
-    or one started afresh, gets an id of its own.
-    """
-    path = folder / _ID
-    if not path.exists():
-        text = f"{name} {uuid.uuid4()}"
-        write_text(path, hashlib.sha256(text.encode()).hexdigest()[:16])
-    return path.read_text()

@@ -119,7 +119,7 @@ def test_every_key_that_a_panel_shows_is_one_that_runs_log(
 
 def test_what_the_report_must_log_is_all_shown(built: Callable[..., tuple[Spec, Spec]]) -> None:
     expected = {"tables/results", "tables/cost", "tables/failed"}
-    expected |= {"plots/gain_over_student", "plots/gain_over_kd"}
+    expected |= {"plots/gain"}
     workspace, report = built()
     assert set().union(*map(keys_of_report, all_panels(workspace))) == expected
     shown = set()

@@ -20,7 +20,8 @@ from sskd.config import Config
 from sskd.identity import describe, difference, run_folder
 from sskd.interrupt import Interrupted
 from sskd.run import Run
-from sskd.tracking import Tracker, choose_mode, run_id
+from sskd.tracking import Tracker
+from sskd.wandb_runs import choose_mode, run_id
 from train_student import train
 
 

@@ -19,7 +19,7 @@ Grouping: TypeAlias = "wr.Config | None"
 
 # Keys of what `python -m sskd.report --wandb` logs.
 RESULTS, COST, FAILED = "tables/results", "tables/cost", "tables/failed"
-GAINS = ("plots/gain_over_student", "plots/gain_over_kd")
+GAINS = "plots/gain"
 
 MAX_RUNS = 1000  # W&B shows the first 10 otherwise
 _FULL = wr.Layout(w=24, h=12)
@@ -80,9 +80,7 @@ def _result_tables() -> Panels:
 
 
 def _gain_plots() -> Panels:
-    plots = wr.MediaBrowser(
-        title="Gain in top-1", media_keys=list(GAINS), num_columns=1, layout=_FULL
-    )
+    plots = wr.MediaBrowser(title="Gain in top-1", media_keys=[GAINS], num_columns=1, layout=_FULL)
     return [plots]
 
 

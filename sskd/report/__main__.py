@@ -33,6 +33,7 @@ examples:
   python -m sskd.report runs/cifar100 --best   of one dataset, at the best epoch
   python -m sskd.report --status               what each cell of a sweep is doing
   python -m sskd.report --watch                both, anew every 30 seconds
+  python -m sskd.report --wandb                also log them to Weights & Biases
   python -m sskd.report --out results/grid     also write results/grid.html, ...
 """
 CLEAR = "\x1b[H\x1b[2J\x1b[3J"
@@ -71,6 +72,8 @@ def _show(arguments: argparse.Namespace) -> None:
             " the runs: 'python -m sskd.report RUNS'"
         )
     written = _write(report, arguments, warn)
+    if arguments.wandb is not None:
+        _log(report, arguments.wandb, warn)
     print(_status(report) if arguments.status else _tables(report, arguments), end="")
     if not arguments.status and report.unfinished():
         print(f"\n{count_states(report.cells)} (--status lists them)")
@@ -128,6 +131,14 @@ def _write(report: Report, arguments: argparse.Namespace, warn: _Warner) -> str:
     return f"wrote {texts[0]}, {', '.join(path.suffix for path in texts[1:])}{told}\n"
 
 
+def _log(report: Report, project: str, warn: _Warner) -> None:
+    # Only this needs W&B, whose import takes seconds.
+    from sskd.report.to_wandb import log_report
+
+    entity, _, name = project.rpartition("/")
+    log_report(report, name, entity or None, warn)
+
+
 def _epoch(arguments: argparse.Namespace) -> Epoch:
     return "best" if arguments.best else "last"
 
@@ -166,6 +177,14 @@ def _parser() -> argparse.ArgumentParser:
         const=30.0,
         help="show tables and status (with --status, only that) anew every SECONDS (30) until"
         " Ctrl-C, and write the files of --out anew when a run has finished or changed its state",
+    )
+    parser.add_argument(
+        "--wandb",
+        metavar="PROJECT",
+        nargs="?",
+        const="sskd",
+        help="also log the tables, the plots and the files of --out to W&B, in PROJECT or"
+        " ENTITY/PROJECT (sskd); offline where there is no login",
     )
     return parser
 

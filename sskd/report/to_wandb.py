@@ -1,0 +1,107 @@
+"""Log the report to W&B: its tables, its plots, and its files as an artifact."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import wandb
+from PIL import Image
+
+from sskd.report.figures import as_png, draw_figures
+from sskd.report.files import write_files
+from sskd.report.groups import Entry
+from sskd.report.report import Report
+from sskd.report.rows import display_name
+from sskd.wandb_runs import open_run
+
+# What sets a row of the table of results apart; see ``sskd.report.groups.Entry``.
+PLACE = ("dataset", "setting", "table", "teacher", "student", "row")
+RESULTS = (
+    *PLACE,
+    *("last", "last std", "best", "best std", "n", "published", "last - published"),
+    "best - published",
+)
+COST = (
+    *("dataset", "pair", "row", "seed", "images a second", "peak memory (MiB)", "hours"),
+    *("agreement", "kl"),
+)
+FAILED = ("state", "cell", "reason", "since", "host")
+
+
+def log_report(
+    report: Report, project: str, entity: str | None, warn: Callable[[str], None]
+) -> None:
+    """Log ``report`` in the W&B run ``tables``, always the same one of this folder of runs.
+
+    Under ``tables/`` the results, the cost and the cells that have failed or are missing, under
+    ``plots/`` pictures of each kind, and the files of ``write_files`` as the artifact ``tables``.
+    """
+    run = open_run("auto", report.runs, "tables", project=project, entity=entity, job_type="report")
+    with run:
+        run.log({f"tables/{name}": table for name, table in _tables(report).items()})
+        run.log({f"plots/{kind}": pictures for kind, pictures in _plots(report, warn).items()})
+        artifact = wandb.Artifact("tables", type="report")
+        with tempfile.TemporaryDirectory() as folder:
+            write_files(report, f"{folder}/tables", "last", warn)
+            artifact.add_dir(folder)
+            run.log_artifact(artifact)
+
+
+def _tables(report: Report) -> dict[str, wandb.Table]:
+    return {
+        "results": _table(RESULTS, _results(report)),
+        "cost": _table(COST, _cost(report)),
+        "failed": _table(FAILED, _unfinished(report)),
+    }
+
+
+def _table(columns: tuple[str, ...], rows: Iterator[list[Any]]) -> wandb.Table:
+    # A column may hold None in one row and a number in the next.
+    return wandb.Table(columns=list(columns), data=list(rows), allow_mixed_types=True)
+
+
+def _results(report: Report) -> Iterator[list[Any]]:
+    """Yield a row for each cell of the tables, at the last and at the best epoch."""
+    last, best = (
+        [entry for table in report.tables(epoch) for entry in table.entries]
+        for epoch in ("last", "best")
+    )
+    at_best = {_place(entry): entry for entry in best}
+    for entry in last:
+        other = at_best[_place(entry)]
+        figures = [entry.mean, entry.std, other.mean, other.std, entry.n, entry.published]
+        yield [*_place(entry), *figures, entry.difference, other.difference]
+
+
+def _place(entry: Entry) -> tuple[str, ...]:
+    return tuple(getattr(entry, name) for name in PLACE)
+
+
+def _cost(report: Report) -> Iterator[list[Any]]:
+    for run in report.results:
+        pair = f"{run.teacher}-{run.student}" if run.teacher else run.student
+        place = [run.dataset, pair, display_name(run.method), run.seed]
+        cost = [run.images_per_second, run.peak_memory_mib, run.seconds / 3600]
+        yield [*place, *cost, run.agreement, run.kl]
+
+
+def _unfinished(report: Report) -> Iterator[list[Any]]:
+    for cell in report.unfinished():
+        since = cell.since and cell.since.isoformat()
+        yield [cell.state, cell.name, cell.error, since, cell.host]
+    for missing in report.missing():
+        place = (missing.dataset, missing.setting, missing.table)
+        name = f"{missing.teacher}-{missing.student} · {missing.row}"
+        yield ["missing", " · ".join((*place, name)), None, None, None]
+
+
+def _plots(report: Report, warn: Callable[[str], None]) -> dict[str, list[wandb.Image]]:
+    """Return the report's figures as pictures, by kind: gain, curves, losses."""
+    plots: dict[str, list[wandb.Image]] = {}
+    for name, figure in draw_figures(report, warn).items():
+        picture = Image.open(io.BytesIO(as_png(figure)))
+        plots.setdefault(name.partition("-")[0], []).append(wandb.Image(picture, caption=name))
+    return plots

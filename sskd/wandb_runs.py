@@ -1,0 +1,77 @@
+"""Opening runs in W&B: online where there is a login, on disk elsewhere, never with a question."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from sskd.errors import UserError
+from sskd.storage import write_text
+
+_ID = "wandb_id"
+_INIT_TIMEOUT = 20  # seconds; after that a run without a network is an offline one
+
+
+def open_run(mode: str, folder: Path, name: str, **arguments: Any) -> wandb.Run:
+    """Return the W&B run called ``name``, whose id and offline files are kept in ``folder``.
+
+    Where W&B cannot be reached the run is kept on disk.
+
+    Args:
+        mode: see ``choose_mode``.
+        arguments: of ``wandb.init``.
+    """
+    arguments |= {"id": run_id(folder, name), "name": name, "dir": str(folder), "resume": "allow"}
+    try:
+        mode = choose_mode(mode)
+        run = _init(mode, arguments)
+        if mode == "online":
+            print(f"W&B: {run.url}")
+        return run
+    except (wandb.Error, ValueError) as error:
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        print(f"W&B cannot be used online ({told}); this run stays offline")
+        wandb.teardown()
+    try:
+        return _init("offline", arguments)
+    except wandb.Error as error:
+        told = " ".join(str(error).split())
+        raise UserError(f"W&B: {told}; wandb.mode=disabled goes on without it") from None
+
+
+def _init(mode: str, arguments: dict[str, Any]) -> wandb.Run:
+    settings = wandb.Settings(init_timeout=_INIT_TIMEOUT, console="off", silent=True)
+    return wandb.init(mode=mode, settings=settings, **arguments)  # type: ignore[arg-type]
+
+
+def choose_mode(mode: str) -> str:
+    """Return W&B's mode for ``wandb.mode``, which WANDB_MODE decides where it is ``auto``.
+
+    Online needs a login that is there already, because W&B would ask for one.
+    """
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE", "auto")
+    if mode not in ("auto", "online"):
+        return mode
+    if wandb.login(prompt=False):
+        return "online"
+    print("W&B: no login, so this run is kept offline; `wandb sync` sends it later")
+    return "offline"
+
+
+def run_id(folder: Path, name: str) -> str:
+    """Return the W&B id of the run in ``folder``: made from its name once, then kept there.
+
+    A run that comes back goes on under its id; a run of the same name in another folder,
+    or one started afresh, gets an id of its own.
+    """
+    path = folder / _ID
+    if not path.exists():
+        text = f"{name} {uuid.uuid4()}"
+        write_text(path, hashlib.sha256(text.encode()).hexdigest()[:16])
+    return path.read_text()

@@ -1,0 +1,80 @@
+"""What W&B gets of the report, read back from an offline run."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_runs import never, put_alone, put_run, put_status
+from test_tracking import inspect, offline_runs
+
+from sskd.report.__main__ import main
+from sskd.report.report import read_report
+from sskd.report.to_wandb import log_report
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    root = tmp_path / "runs"
+    for seed, top1 in enumerate([69.0, 70.0]):
+        put_alone(root, f"cifar100/scratch/resnet20/seed{seed}", [60.0, top1 - 9], seed=seed)
+        name = f"cifar100/distill/resnet56-resnet20/kd/seed{seed}"
+        put_run(root, name, [top1 + 3, top1], seed=seed, peak_memory_mib=100.0)
+    folder = root / "cifar100/distill/resnet56-resnet20/sskd/seed0"
+    put_status(folder, "failed", error="=not finite")
+    return root
+
+
+def tables_of(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the logged tables by name: a dict a row."""
+    found = {}
+    for file in path.parent.rglob("*.table.json"):
+        table = json.loads(file.read_text())
+        rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+        found[file.name.partition("_")[0]] = rows
+    return found
+
+
+def test_the_tables_the_plots_and_the_files_are_logged(runs: Path) -> None:
+    assert main([str(runs), "--wandb", "team/table"]) == 0
+    (path,) = offline_runs(runs)
+    records = inspect(path)
+    (about,) = (record["run"] for record in records if record["type"] == "run")
+    assert (about["job_type"], about["display_name"]) == ("report", "tables")
+    assert (about["entity"], about["project"]) == ("team", "table")
+    tables = tables_of(path)
+    (kd,) = (row for row in tables["results"] if row["row"] == "KD")
+    assert kd["last"] == pytest.approx(69.5)
+    assert kd["last std"] == pytest.approx(statistics.stdev([69.0, 70.0]))
+    assert kd["best"] == pytest.approx(72.5)
+    assert (kd["n"], kd["published"]) == (2, 70.66)
+    assert kd["last - published"] == pytest.approx(69.5 - 70.66)
+    assert kd["best - published"] == pytest.approx(72.5 - 70.66)
+    assert [row["hours"] for row in tables["cost"]] == [2.0] * 4
+    assert [row["peak memory (MiB)"] for row in tables["cost"] if row["row"] == "KD"] == [100] * 2
+    failed = {row["state"]: row for row in tables["failed"]}
+    assert failed["failed"]["reason"] == "=not finite"
+    assert "resnet56-resnet20 · FitNet" in {
+        row["cell"].partition("similar · ")[2] for row in tables["failed"]
+    }
+    (summary,) = inspect(path, "--summary")
+    assert {key for key in summary["summary"] if "/" in key} == {
+        *("tables/results", "tables/cost", "tables/failed"),
+        *("plots/gain", "plots/curves", "plots/losses"),
+    }
+    assert len(list(path.parent.rglob("media/images/plots/*.png"))) == 3
+    artifacts = [record["artifact"] for record in records if record["type"] == "artifact"]
+    (files,) = (artifact for artifact in artifacts if artifact["type"] == "report")
+    names = {Path(entry["path"]).suffix for entry in files["manifest"]["contents"]}
+    assert names == {".csv", ".html", ".md", ".tex", ".png", ".svg"}
+
+
+def test_a_second_report_is_the_same_run(runs: Path) -> None:
+    for _ in range(2):
+        log_report(read_report(runs, never), "sskd", None, never)
+    ids = {path.stem for path in offline_runs(runs)}
+    assert len(ids) == 1
