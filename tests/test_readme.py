@@ -16,6 +16,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -59,6 +60,7 @@ ELSEWHERE = [
     for words in commands(section)
     if title != OWN_PARTS
 ]
+TOOL_MODULES = ("sskd.report.__main__", "sskd.evaluate", "sskd.dashboard.__main__")
 TRAINING = [words for words in ELSEWHERE if words[1] != "-m"]
 TOOLS = [words for words in ELSEWHERE if words[1] == "-m"]
 
@@ -97,21 +99,29 @@ def test_a_training_command_composes(words: list[str]) -> None:
 def test_a_tool_takes_its_arguments(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
 ) -> None:
-    """In an empty folder it says that nothing is there (1), not that it was called wrongly (2)."""
+    """In an empty folder it says what is missing (1), not that it was called wrongly (2)."""
+
+    def ctrl_c(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", ctrl_c)  # ends --watch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", words[2:])
-    for module in ("sskd.report.__main__", "sskd.evaluate"):  # other tests have imported them
+    for module in TOOL_MODULES:  # other tests have imported them
         monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(SystemExit) as stop:
         runpy.run_module(words[2], run_name="__main__", alter_sys=True)
-    assert stop.value.code == 1
-    assert capsys.readouterr().err.startswith("error: no ")
+    watched = "--watch" in words
+    assert stop.value.code == (130 if watched else 1)
+    told = capsys.readouterr().err
+    assert told == "\nstopped\n" if watched else told.startswith("error: ")
+    assert told.strip().count("\n") == 0
 
 
 def test_commands_were_found() -> None:
     """Nothing above would fail if the README were read wrongly."""
     assert {"train_teacher.py", "train_student.py"} == {words[1] for words in TRAINING}
-    assert {"sskd.report", "sskd.evaluate"} == {words[2] for words in TOOLS}
+    assert {"sskd.report", "sskd.evaluate", "sskd.dashboard"} == {words[2] for words in TOOLS}
     assert any("-cd" in words for words in TRAINING)
     swept = list(cells(["seed=range(2)", "method=kd,at", "batch_size=8"]))
     assert len(swept) == 4
