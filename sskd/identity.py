@@ -50,12 +50,16 @@ def identity(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def recipe(config: Config) -> Config:
     """Return the configuration that the same networks, method and dataset have by default."""
-    composed = copy.deepcopy(
-        _compose("student", f"method={config.method.name}", f"dataset={config.dataset.source}")
-    )
-    for role, network in (("student", config.student), ("teacher", config.teacher)):
-        if network:
-            own = _compose("teacher", f"arch={network.name}").arch
+    teacher = config.teacher.name if config.teacher else None
+    return _recipe(config.student.name, teacher, config.method.name, config.dataset.source)
+
+
+@cache  # a cell of a sweep asks for it several times, and its seeds ask again
+def _recipe(student: str, teacher: str | None, method: str, source: str) -> Config:
+    composed = copy.deepcopy(_compose("student", f"method={method}", f"dataset={source}"))
+    for role, network in (("student", student), ("teacher", teacher)):
+        if network is not None:
+            own = _compose("teacher", f"arch={network}").arch
             beside = {k: v for k, v in composed[role].items() if k not in ArchSettings.model_fields}
             composed[role] = {**beside, **own}
     return read_config(composed)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
-import types
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from report_runs import epoch_line, never, put_metrics, put_run, put_status
 
+from sskd.lock import FolderLock
 from sskd.report import __main__ as command
 from sskd.report.cells import Cell, read_cells
 from sskd.report.report import Report, read_report
@@ -20,14 +20,18 @@ DISTILL = "cifar100/distill/resnet56-resnet20"
 NOW = datetime(2026, 11, 25, 12, 0, tzinfo=UTC)
 
 
-@pytest.fixture(autouse=True)
-def held(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
-    """The folders whose owner lives."""
-    folders: set[Path] = set()
-    lock = types.ModuleType("sskd.lock")
-    monkeypatch.setattr(lock, "is_held", lambda folder: folder in folders, raising=False)
-    monkeypatch.setitem(sys.modules, "sskd.lock", lock)
-    return folders
+@pytest.fixture
+def hold() -> Iterator[Callable[[Path], None]]:
+    """Return a function that holds a folder, as a process does that is at work in it."""
+    locks: list[FolderLock] = []
+
+    def hold(folder: Path) -> None:
+        locks.append(FolderLock(folder))
+        locks[-1].acquire()
+
+    yield hold
+    for lock in locks:
+        lock.release()
 
 
 def only_cell(root: Path) -> Cell:
@@ -35,15 +39,17 @@ def only_cell(root: Path) -> Cell:
     return cell
 
 
-def test_a_cell_of_each_state_in_the_order_of_the_lists(tmp_path: Path, held: set[Path]) -> None:
-    for state in ("finished", "failed", "stopped", "queued", "waiting"):
+def test_a_cell_of_each_state_in_the_order_of_the_lists(
+    tmp_path: Path, hold: Callable[[Path], None]
+) -> None:
+    for state in ("finished", "failed", "stopped", "queued"):
         put_status(tmp_path / state, state, error="a line")
     (tmp_path / "finished" / "result.json").write_text("{}")
-    held.add(put_status(tmp_path / "running", "running"))
+    hold(put_status(tmp_path / "running", "running"))
     put_status(tmp_path / "dead", "running")
     cells = read_cells(tmp_path, never)
     assert [(cell.name, cell.state) for cell in cells] == [
-        *((state, state) for state in ("running", "waiting", "queued", "stopped")),
+        *((state, state) for state in ("running", "queued", "stopped")),
         ("dead", "interrupted"),
         ("failed", "failed"),
         ("finished", "finished"),
@@ -69,9 +75,11 @@ def test_folders_without_a_status(tmp_path: Path) -> None:
     }
 
 
-def test_progress_counts_all_stages_and_the_time_left(tmp_path: Path, held: set[Path]) -> None:
+def test_progress_counts_all_stages_and_the_time_left(
+    tmp_path: Path, hold: Callable[[Path], None]
+) -> None:
     epochs = {"ss_head": 2, "distill": 10}
-    held.add(put_status(tmp_path / "run", "running", epochs=epochs))
+    hold(put_status(tmp_path / "run", "running", epochs=epochs))
     lines = [epoch_line("ss_head", 1), epoch_line("ss_head", 2), epoch_line("distill", 3)]
     # Epochs end a minute apart; between the last two the run stood still for a night.
     lines += [epoch_line("distill", epoch) for epoch in (4, 5)]
@@ -86,11 +94,11 @@ def test_progress_counts_all_stages_and_the_time_left(tmp_path: Path, held: set[
 
 @pytest.mark.parametrize("since", ["soon", 3, None, "0001-01-01T00:00:00", "9999-12-31T23:59:59"])
 def test_what_a_status_may_lack_or_have_wrong(
-    tmp_path: Path, held: set[Path], since: object
+    tmp_path: Path, hold: Callable[[Path], None], since: object
 ) -> None:
     epochs = {"a": -1, "b": [], "c": 10**4000}
     folder = put_status(tmp_path / "run", "running", since=since, host=3, epochs=epochs)
-    held.add(folder)
+    hold(folder)
     (folder / "metrics.jsonl").write_text("{\n\xff\n[]\n" + '{"stage": "a", "epoch": 1e999}\n')
     warnings: list[str] = []
     (cell,) = read_cells(tmp_path, warnings.append)

@@ -9,6 +9,7 @@ from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
+from sskd.lock import is_held
 from sskd.report import fields
 from sskd.report.metrics import MOST_EPOCHS, EpochLine, read_metrics
 from sskd.report.results import RESULT_FILE, find_files
@@ -16,7 +17,7 @@ from sskd.report.results import RESULT_FILE, find_files
 STATUS_FILE = "status.json"
 CHECKPOINT_FILE = "last.pt"
 # In the order of the lists; interrupted is told here only: running, by a process that has died.
-STATES = ("running", "waiting", "queued", "stopped", "interrupted", "failed", "finished")
+STATES = ("running", "queued", "stopped", "interrupted", "failed", "finished")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _read_cell(folder: Path, root: Path, warn: Callable[[str], None]) -> Iterato
     if not status and not fields.is_plain_file(folder / CHECKPOINT_FILE):
         return
     state = str(status.get("state", "stopped"))
-    if state == "running" and not _is_held(folder):
+    if state == "running" and not is_held(folder):
         state = "interrupted"
     lines = read_metrics(folder, warn)
     epochs = _epochs(status)
@@ -98,12 +99,6 @@ def _read_status(folder: Path, warn: Callable[[str], None]) -> fields.Record:
         warn(f"{path}: {error}; taken for no status")
         return {}
     return status
-
-
-def _is_held(folder: Path) -> bool:
-    from sskd.lock import is_held
-
-    return is_held(folder)
 
 
 def _epochs(status: fields.Record) -> dict[str, int]:
