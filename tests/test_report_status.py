@@ -17,11 +17,12 @@ from sskd.report.report import Report, read_report
 from sskd.report.status import render_status
 
 DISTILL = "cifar100/distill/resnet56-resnet20"
+Hold = Callable[[Path], None]
 NOW = datetime(2026, 11, 25, 12, 0, tzinfo=UTC)
 
 
 @pytest.fixture
-def hold() -> Iterator[Callable[[Path], None]]:
+def hold() -> Iterator[Hold]:
     """Return a function that holds a folder, as a process does that is at work in it."""
     locks: list[FolderLock] = []
 
@@ -39,9 +40,7 @@ def only_cell(root: Path) -> Cell:
     return cell
 
 
-def test_a_cell_of_each_state_in_the_order_of_the_lists(
-    tmp_path: Path, hold: Callable[[Path], None]
-) -> None:
+def test_a_cell_of_each_state_in_the_order_of_the_lists(tmp_path: Path, hold: Hold) -> None:
     for state in ("finished", "failed", "stopped", "queued"):
         put_status(tmp_path / state, state, error="a line")
     (tmp_path / "finished" / "result.json").write_text("{}")
@@ -75,9 +74,7 @@ def test_folders_without_a_status(tmp_path: Path) -> None:
     }
 
 
-def test_progress_counts_all_stages_and_the_time_left(
-    tmp_path: Path, hold: Callable[[Path], None]
-) -> None:
+def test_progress_counts_all_stages_and_the_time_left(tmp_path: Path, hold: Hold) -> None:
     epochs = {"ss_head": 2, "distill": 10}
     hold(put_status(tmp_path / "run", "running", epochs=epochs))
     lines = [epoch_line("ss_head", 1), epoch_line("ss_head", 2), epoch_line("distill", 3)]
@@ -93,9 +90,7 @@ def test_progress_counts_all_stages_and_the_time_left(
 
 
 @pytest.mark.parametrize("since", ["soon", 3, None, "0001-01-01T00:00:00", "9999-12-31T23:59:59"])
-def test_what_a_status_may_lack_or_have_wrong(
-    tmp_path: Path, hold: Callable[[Path], None], since: object
-) -> None:
+def test_what_a_status_may_lack_or_have_wrong(tmp_path: Path, hold: Hold, since: object) -> None:
     epochs = {"a": -1, "b": [], "c": 10**4000}
     folder = put_status(tmp_path / "run", "running", since=since, host=3, epochs=epochs)
     hold(folder)
