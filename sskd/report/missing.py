@@ -13,7 +13,7 @@ from sskd.report.rows import display_name, row_label
 
 @dataclass(frozen=True)
 class MissingCell:
-    """A published cell of a table that has runs; ``setting`` is in words."""
+    """A published cell of a pair that has runs; ``setting`` is in words."""
 
     dataset: str
     setting: str
@@ -24,7 +24,7 @@ class MissingCell:
 
 
 def find_missing(groups: Iterable[Group], unfinished: Iterable[Path]) -> list[MissingCell]:
-    """Return the empty cells of the published tables that have at least one run.
+    """Return the empty cells of the published pairs that have at least one student.
 
     A cell whose row has an unfinished run, told by the absolute folder, is not missing, in
     whatever setting that run is: a folder's name tells no more than that it is not the recipe's.
@@ -41,8 +41,8 @@ def find_missing(groups: Iterable[Group], unfinished: Iterable[Path]) -> list[Mi
 def _empty_cells(group: Group) -> Iterator[MissingCell]:
     if group.published is None:
         return
-    for table in group.pairs_by_table():
-        for pair in group.published.tables.get(table, ()):
+    for table, pairs in group.pairs_by_table().items():
+        for pair in pairs:
             filled = {row_label(row) for row in group.pair_entries(table, pair)}
             for row in group.published.rows:
                 if row not in filled and (*pair, row) in group.published.top1:

@@ -57,7 +57,7 @@ def render_page(report: Report, figures: Mapping[str, tuple[str, bytes]], made: 
     environment.filters["moment"] = _moment
     tables = list(_both_epochs(report))
     return environment.get_template("page.html").render(
-        runs=str(report.runs.resolve()),
+        runs=str(report.runs),
         made=made,
         results=len(report.results),
         states=count_states(report.cells),
