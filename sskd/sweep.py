@@ -19,7 +19,7 @@ from sskd.errors import BusyError, UnfinishedError, UserError
 from sskd.identity import describe
 from sskd.lock import is_held
 from sskd.run import Run, read_result
-from sskd.status import SWEEP_VARIABLE, read_status, write_status
+from sskd.status import SWEEP_VARIABLE, failed_in_this_sweep, read_status, write_status
 from sskd.teachers import find_teacher, locate
 
 Overrides = Sequence[str]
@@ -36,9 +36,9 @@ class Cell:
 
     def has_finished(self) -> bool:
         """Return whether the run has a result; one that cannot be judged has to run to say why."""
-        if read_result(self.folder) is None:
-            return False
         try:
+            if read_result(self.folder) is None:
+                return False
             found = find_teacher(self.config)
             run = Run(self.folder, describe(self.config, found.digest if found else None))
             return run.finished() is not None
@@ -99,7 +99,7 @@ class Sweep:
             UnfinishedError: some have not; its status is BusyError's where other processes are at
                 work on all of these.
         """
-        left = [cell for cell in self.cells if read_result(cell.folder) is None]
+        left = [cell for cell in self.cells if _is_left(cell.folder)]
         done = len(self.cells) - len(left)
         print(f"{done} of {len(self.cells)} cells have finished", flush=True)
         busy = [cell for cell in left if is_held(cell.folder)]
@@ -108,6 +108,16 @@ class Sweep:
             print(f"  {cell.folder}: {told}", file=sys.stderr, flush=True)
         if left:
             raise UnfinishedError(status=(BusyError if left == busy else UserError).status)
+
+
+def _is_left(folder: Path) -> bool:
+    """Return whether the run has failed or has no result; an old one may lie where it failed."""
+    if failed_in_this_sweep(folder) is not None:
+        return True
+    try:
+        return read_result(folder) is None
+    except UserError:
+        return True
 
 
 def _reason(folder: Path) -> str:

@@ -177,6 +177,22 @@ def test_a_cell_of_another_process_is_named_and_not_a_failure(
     assert command(*TINY, "method=vanilla")[0] == 0
 
 
+def test_a_result_that_is_not_this_cells_is_kept_and_told(command: Command) -> None:
+    assert command("-m", *TINY, "method=vanilla", "seed=0,1")[0] == 0
+    other, damaged = sorted(command.runs.rglob("result.json"))
+    config = other.with_name("config.yaml")
+    config.write_text(config.read_text().replace("batch_size: 16", "batch_size: 17"))
+    damaged.write_text("{")
+    before = other.read_bytes()
+    status, out, err = command("-m", *TINY, "method=vanilla", "seed=0,1")
+    assert status == 1
+    assert "0 of 2 cells have finished" in out
+    assert f"  {other.parent}: failed: holds a run of another configuration: batch_size" in err
+    assert f"  {damaged.parent}: failed: " in err
+    assert "is not a result; start afresh with force=true" in err
+    assert (other.read_bytes(), damaged.read_text()) == (before, "{")
+
+
 def test_a_mistake_in_one_cell_launches_none(command: Command) -> None:
     status, _, err = command("-m", *TINY, "method=vanilla", "optimizer.lr=0.05,-1")
     assert (status, err.count("\n")) == (1, 1)
