@@ -33,7 +33,7 @@ def write_status(folder: Path, state: State, **details: Any) -> None:
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "sweep": os.environ.get(SWEEP_VARIABLE),
+        "sweep": os.environ.get(SWEEP_VARIABLE) or None,
         **{key: before[key] for key in _KEPT if key in before},
         **details,
     }
@@ -66,6 +66,5 @@ def write_failure(folder: Path, error: BaseException) -> None:
 def failed_in_this_sweep(folder: Path) -> str | None:
     """Return why the run in ``folder`` failed in the sweep that this process belongs to, if so."""
     status, sweep = read_status(folder), os.environ.get(SWEEP_VARIABLE)
-    if sweep is None or status.get("sweep") != sweep or status.get("state") != "failed":
-        return None
-    return str(status.get("error"))
+    failed_here = sweep and status.get("sweep") == sweep and status.get("state") == "failed"
+    return str(status.get("error")) if failed_here else None

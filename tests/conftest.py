@@ -18,14 +18,16 @@ from sskd import CONF
 from sskd.cli import run_command
 from sskd.config import Config, read_config
 from sskd.data import Images, Split
+from sskd.status import SWEEP_VARIABLE
 
 Compose = Callable[..., Config]
 
 
 @pytest.fixture(autouse=True)
 def _own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Keep W&B to the disk and away from a login, and Hydra's state to one test."""
+    """Keep W&B to the disk and away from a login, and the state of Hydra and a sweep to one test."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv(SWEEP_VARIABLE, "")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     yield
