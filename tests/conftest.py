@@ -25,7 +25,7 @@ Compose = Callable[..., Config]
 
 @pytest.fixture(autouse=True)
 def _own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Keep W&B to the disk and away from a login, and the state of Hydra and a sweep to one test."""
+    """Keep W&B to the disk and away from a login, and what Hydra and sweeps leave to one test."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv(SWEEP_VARIABLE, "")
     monkeypatch.setenv("HOME", str(tmp_path))
