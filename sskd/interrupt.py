@@ -61,6 +61,20 @@ class StopSignals:
 
 
 @contextmanager
+def termination_raised() -> Iterator[None]:
+    """Raise Interrupted where SIGTERM comes, so that a launcher ends the processes it has begun."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
 def warnings_passed_on() -> Iterator[None]:
     """Pass a warning that has stopped the run on to the scheduler's handler, at the end.
 

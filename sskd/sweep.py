@@ -17,6 +17,7 @@ from sskd.cli import explain
 from sskd.config import Config, read_config
 from sskd.errors import BusyError, UnfinishedError, UserError
 from sskd.identity import describe
+from sskd.interrupt import termination_raised
 from sskd.lock import is_held
 from sskd.run import Run, read_result
 from sskd.status import SWEEP_VARIABLE, failed_in_this_sweep, read_status, write_status
@@ -87,7 +88,8 @@ class Sweep:
         size = size or max(len(left), 1)
         for first in range(0, len(left), size):
             try:
-                launcher(left[first : first + size], initial_job_idx=first)
+                with termination_raised():
+                    launcher(left[first : first + size], initial_job_idx=first)
             except Exception as error:  # of joblib or submitit, about a process that died
                 print(f"error: the launcher gave up: {explain(error)}", file=sys.stderr)
                 return

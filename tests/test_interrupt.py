@@ -14,7 +14,12 @@ from conftest import Compose
 from test_run import SMALL, at_step, outcome
 
 from sskd.errors import UserError
-from sskd.interrupt import Interrupted, StopSignals, warnings_passed_on
+from sskd.interrupt import (
+    Interrupted,
+    StopSignals,
+    termination_raised,
+    warnings_passed_on,
+)
 from sskd.run import CONFIG, Run, read_config_file
 from train_student import train
 
@@ -112,3 +117,11 @@ def test_a_warning_that_nobody_handles_is_left_alone() -> None:
         assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
         signal.raise_signal(signal.SIGUSR1)
         assert signals.received is None
+
+
+def test_a_launcher_hears_of_sigterm() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as stop, termination_raised():
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.value.signum == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
