@@ -69,11 +69,14 @@ def _status(error: Exception) -> int:
 def _keep_failure(composed: DictConfig, error: Exception) -> None:
     """Say in the folder of the run that it failed, for what failed before the run was opened."""
     from sskd.config import read_config
+    from sskd.lock import is_held
     from sskd.status import write_failure
     from sskd.teachers import locate
 
     with contextlib.suppress(UserError):  # the error itself may be that there is no such folder
-        write_failure(locate(read_config(composed))[0], error)
+        folder, _ = locate(read_config(composed))
+        if not is_held(folder):
+            write_failure(folder, error)
 
 
 def run_command(main: Callable[[], object]) -> int:
@@ -87,7 +90,8 @@ def run_command(main: Callable[[], object]) -> int:
     try:
         main()
     except Interrupted as stop:
-        print(f"{stop}: the state is saved, the same command goes on from it", file=sys.stderr)
+        again = "the same command" + " without force=true" * ("force=true" in sys.argv)
+        print(f"{stop}: the state is saved, {again} goes on from it", file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
         return 130

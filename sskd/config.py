@@ -19,6 +19,7 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    TypeAdapter,
     ValidationError,
     create_model,
     field_validator,
@@ -161,7 +162,8 @@ def read_config(composed: DictConfig) -> Config:
             "train_student.py takes arch@teacher=NAME and arch@student=NAME"
         )
     if "teacher" in plain:
-        plain.pop("kd_weight", None)  # what it decides stands in the method's weights
+        # What it decides stands in the weights of those methods that it is for.
+        _check_kd_weight(plain.pop("kd_weight", 1.0))
     config = parse_config({"teacher": None, **plain})
     if not METHODS[config.method.name].needs_teacher:
         return config.model_copy(update={"teacher": None})
@@ -171,6 +173,14 @@ def read_config(composed: DictConfig) -> Config:
             "train_teacher.py trains a network alone"
         )
     return config
+
+
+def _check_kd_weight(weight: Any) -> None:
+    try:
+        TypeAdapter(NonNegative).validate_python(weight, strict=True)
+    except ValidationError as error:
+        told = error.errors()[0]["msg"].removeprefix("Input ")
+        raise UserError(f"kd_weight: {told} (got {weight!r})") from None
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:

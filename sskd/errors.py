@@ -26,8 +26,8 @@ class BusyError(UserError):
 class UnfinishedError(UserError):
     """Cells of a sweep have not finished, each of which has been told in a line of its own."""
 
-    def __init__(self, *, status: int) -> None:
-        super().__init__("not every cell has finished")
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
         self.status = status
 
 

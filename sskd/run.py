@@ -22,7 +22,7 @@ from sskd.errors import BusyError, UserError
 from sskd.identity import differing
 from sskd.lock import FolderLock, forget_lock
 from sskd.models import save_weights
-from sskd.status import write_failure, write_status
+from sskd.status import failed_in_this_sweep, write_failure, write_status
 from sskd.storage import leftovers, write_text, write_whole
 
 CONFIG = "config.yaml"
@@ -54,17 +54,20 @@ class Run:
 
         Raises:
             BusyError: another process is at work in it.
-            UserError: the folder cannot be written, or holds a run of another configuration.
+            UserError: the folder cannot be written, holds a run of another configuration, or the
+                process that was waited for has failed in the same sweep.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(wait=wait)
+            waited = self._lock.acquire(wait=wait)
         except OSError as error:
             raise UserError(
                 f"{self.folder}: cannot be written ({error.strerror}); "
                 "choose another folder with runs=FOLDER"
             ) from None
         try:
+            if waited and (reason := failed_in_this_sweep(self.folder)):
+                raise UserError(f"{self.folder}: failed in the process that had it: {reason}")
             self._take_up()
         except BaseException:
             self.close()
@@ -87,7 +90,7 @@ class Run:
 
     def _take_up(self) -> None:
         for path in leftovers(self.folder):
-            path.unlink()
+            path.unlink(missing_ok=True)  # a sweep that queues this run may be writing
         if any((self.folder / name).exists() for name in (LAST, RESULT)):
             self._refuse_other_config()
         else:

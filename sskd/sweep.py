@@ -7,6 +7,7 @@ import shlex
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from sskd.config import Config, read_config
 from sskd.errors import BusyError, UnfinishedError, UserError
 from sskd.identity import describe
 from sskd.interrupt import termination_raised
-from sskd.lock import is_held
-from sskd.run import Run, read_result
+from sskd.lock import FolderLock, is_held
+from sskd.run import Run, put_aside, read_result
 from sskd.status import SWEEP_VARIABLE, failed_in_this_sweep, read_status, write_status
 from sskd.teachers import find_teacher, locate
 
@@ -72,19 +73,23 @@ class Sweep:
         self.cells = list(cells.values())
 
     def begin(self) -> list[list[str]]:
-        """Mark the cells that have not finished as queued, and return their overrides."""
+        """Mark the cells that are to be launched as queued, and return their overrides."""
         os.environ[SWEEP_VARIABLE] = uuid.uuid4().hex  # launchers hand it on to their processes
         left = [cell for cell in self.cells if cell.config.force or not cell.has_finished()]
         for cell in left:
-            if not is_held(cell.folder):
-                cell.folder.mkdir(parents=True, exist_ok=True)
-                write_status(cell.folder, "queued", command=cell.command)
+            with suppress(BusyError):  # it is not this sweep's then
+                if cell.config.force:
+                    put_aside(cell.folder)
+                _queue(cell)
         done = len(self.cells) - len(left)
         print(f"{len(self.cells)} cells, {done} finished already", flush=True)
-        return [cell.overrides for cell in left]
+        # Put aside once: a job that comes back after preemption goes on.
+        return [[*cell.overrides, *(["force=false"] * cell.config.force)] for cell in left]
 
     def launch(self, left: list[list[str]], size: int | None, launcher: Callable[..., Any]) -> None:
         """Launch ``left``, at most ``size`` at once; a launcher that breaks down ends that."""
+        if size is not None and size < 1:
+            raise UserError(f"hydra.sweeper.max_batch_size={size}: should be at least 1, or null")
         size = size or max(len(left), 1)
         for first in range(0, len(left), size):
             try:
@@ -109,7 +114,17 @@ class Sweep:
             told = "another process is at work on it" if cell in busy else _reason(cell.folder)
             print(f"  {cell.folder}: {told}", file=sys.stderr, flush=True)
         if left:
-            raise UnfinishedError(status=(BusyError if left == busy else UserError).status)
+            raise UnfinishedError((BusyError if left == busy else UserError).status)
+
+
+def _queue(cell: Cell) -> None:
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(cell.folder)
+    lock.acquire()
+    try:
+        write_status(cell.folder, "queued", command=cell.command)
+    finally:
+        lock.release()
 
 
 def _is_left(folder: Path) -> bool:

@@ -80,6 +80,8 @@ MISTAKES = [
     (["method=crd", "method.momentum=2"], "method.momentum: should be less than or equal to 1"),
     (["method=ft", "+method.rte=1"], "did you mean 'method.rate'?"),
     (["method=ab", "+method.weights.ab=1"], "method.weights.ab: no such setting"),
+    (["kd_weight=-1", "method=at"], "kd_weight: should be greater than or equal to 0"),
+    (["kd_weight=abc", "method=sskd"], "kd_weight: should be a valid number"),
     (["optimizer.lr="], "optimizer.lr: should be a valid number"),
     (["optimizer.lr=${foo}"], "foo"),
     (["method="], "method"),

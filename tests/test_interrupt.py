@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +118,11 @@ def test_a_warning_that_nobody_handles_is_left_alone() -> None:
         assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
         signal.raise_signal(signal.SIGUSR1)
         assert signals.received is None
+
+
+def test_a_stop_can_be_handed_from_process_to_process() -> None:
+    stop = pickle.loads(pickle.dumps(Interrupted(signal.SIGTERM)))
+    assert (stop.signum, str(stop)) == (signal.SIGTERM, "stopped by SIGTERM")
 
 
 def test_a_launcher_hears_of_sigterm() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -177,6 +176,34 @@ def test_a_cell_of_another_process_is_named_and_not_a_failure(
     assert command(*TINY, "method=vanilla")[0] == 0
 
 
+def test_a_cell_that_fails_beside_its_old_result_has_not_finished(command: Command) -> None:
+    assert command("-m", *TINY, "method=vanilla,kd")[0] == 0
+    status, out, err = command("-m", *TINY, "method=vanilla,kd", "force=true", "device=cuda:9")
+    assert status == 1
+    assert "0 of 2 cells have finished" in out
+    assert err.count(": failed: device=cuda:9: there is no such device") == 2
+
+
+def test_force_begins_once_and_then_goes_on(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["-m", *TINY, "method=vanilla"]
+    assert command(*words)[0] == 0
+    (result,) = command.runs.rglob("result.json")
+    before = result.read_bytes()
+    launched: list[list[str]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Sweep, "launch", lambda self, left, *_: launched.extend(left))
+        assert command(*words, "force=true")[0] == 1
+    (old,) = result.parent.parent.glob(".old/*/result.json")
+    assert old.read_bytes() == before
+    # A job that is preempted and comes back is called with these words again.
+    assert launched[0][-1] == "force=false"
+    assert command(*launched[0])[0] == command(*launched[0])[0] == 0
+    assert result.exists()
+    assert len(list(result.parent.parent.glob(".old/*"))) == 1
+
+
 def test_a_result_that_is_not_this_cells_is_kept_and_told(command: Command) -> None:
     assert command("-m", *TINY, "method=vanilla", "seed=0,1")[0] == 0
     other, damaged = sorted(command.runs.rglob("result.json"))
@@ -229,24 +256,47 @@ def test_two_processes_share_a_sweep(tmp_path: Path) -> None:
     results = list((tmp_path / "shared").rglob("result.json"))
     assert len(results) == len(started) == 10 + 1 + 4  # the cells, the teacher, the first phases
     assert {process.returncode for process in both} <= {0, 75}
-    assert all(" starts in " in text for text in told)  # both had a share
+
+
+def wait_for_file(process: subprocess.Popen[str], runs: Path, pattern: str) -> Path:
+    """Return the first file that ``pattern`` matches under ``runs``, as soon as there is one."""
+    deadline = time.monotonic() + 300
+    while not (found := sorted(runs.glob(pattern))):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    return found[0]
 
 
 def test_a_sweep_that_is_killed_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     words = ("method=kd,sskd,ft", "checkpoint_minutes=1e-9")
     undisturbed = sweep_process(tmp_path / "whole", *words)
-    dice = random.Random(4)
-    for _ in range(3):
-        process = sweep_process(tmp_path / "killed", *words)
-        time.sleep(dice.uniform(4, 12))
+    killed = tmp_path / "killed"
+    # The teacher, the second student's first phase, and the third student in training.
+    for waited_for in (
+        "scratch/*/*/last.pt",
+        "phases/*/ss_head/*/last.pt",
+        "distill/*/ft/*/last.pt",
+    ):
+        process = sweep_process(killed, *words)
+        wait_for_file(process, killed, f"digits/{waited_for}")
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    last = sweep_process(tmp_path / "killed", *words)
+    last = sweep_process(killed, *words)
     text, _ = last.communicate()
     assert last.returncode == 0, text
     undisturbed.communicate()
     assert undisturbed.returncode == 0
-    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    assert outcome(killed) == outcome(tmp_path / "whole")
+
+
+def test_a_teacher_that_fails_is_not_tried_by_those_that_waited(tmp_path: Path) -> None:
+    runs, words = tmp_path / "runs", ("method=kd,at", "teacher.base_lr=1e30")
+    process = launched_on_two_processes(runs, *words)
+    text, _ = process.communicate()
+    assert process.returncode == 1
+    assert text.count("train: starts in ") == 1, text
+    assert "0 of 2 cells have finished" in text
 
 
 def launched_on_two_processes(runs: Path, *words: str) -> subprocess.Popen[str]:
@@ -268,10 +318,7 @@ def test_processes_train_cells_side_by_side_and_tell_what_failed(tmp_path: Path)
 def test_a_process_that_is_killed_is_named_and_its_cell_goes_on(tmp_path: Path) -> None:
     runs, words = tmp_path / "runs", ("method=vanilla", "seed=0,1", "schedule.epochs=20")
     process = launched_on_two_processes(runs, *words)
-    deadline = time.monotonic() + 120
-    while not (checkpoints := sorted(runs.rglob("last.pt"))) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    folder = checkpoints[0].parent
+    folder = wait_for_file(process, runs, "digits/scratch/*/*/last.pt").parent
     os.kill(read_status(folder)["pid"], signal.SIGKILL)
     text, _ = process.communicate()
     assert process.returncode == 1

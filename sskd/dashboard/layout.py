@@ -9,7 +9,15 @@ from typing import Any
 from wandb_workspaces import workspaces as ws
 from wandb_workspaces.reports import v2 as wr
 
-from sskd.dashboard.panels import MAX_RUNS, SUBJECTS, Panels, Subject, curve, first_phases
+from sskd.dashboard.panels import (
+    MAX_RUNS,
+    SUBJECTS,
+    Panels,
+    Subject,
+    curve,
+    first_phases,
+    of_last_stage,
+)
 from sskd.report.published import Published, published_for
 
 # Config keys in the form that W&B's own filters have.
@@ -104,7 +112,7 @@ def _section(scope: Scope, subject: Subject) -> list[Any]:
 def _failed_runs(scope: Scope) -> list[Any]:
     failed = ws.Metric("State").isin(FAILED_STATES)
     filters = ws.And(DATASET.isin([scope.dataset]), PAIR.isin(scope.names), failed)
-    keys = ["distill/loss", *(f"{phase}/loss" for phase in first_phases())]
+    keys = [*of_last_stage("loss"), *(f"{phase}/loss" for phase in first_phases())]
     loss = curve("Loss of the runs that failed", keys, None, x="Step")
     return [_grid("Failed runs", filters, [loss], hidden=False)]
 

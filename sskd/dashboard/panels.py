@@ -21,6 +21,9 @@ Grouping: TypeAlias = "wr.Config | None"
 RESULTS, COST, FAILED = "tables/results", "tables/cost", "tables/failed"
 GAINS = "plots/gain"
 
+# The last stage of a method with a teacher, and of a network alone.
+LAST_STAGES = ("distill", "train")
+
 MAX_RUNS = 1000  # W&B shows the first 10 otherwise
 _FULL = wr.Layout(w=24, h=12)
 
@@ -44,7 +47,7 @@ class Subject:
     folded: bool = True
 
 
-def curve(title: str, keys: list[str], grouping: Grouping, x: str = "distill/epoch") -> wr.LinePlot:
+def curve(title: str, keys: list[str], grouping: Grouping, x: str = "epoch") -> wr.LinePlot:
     """Return the mean of each group over its seeds, in a band of one standard deviation."""
     return wr.LinePlot(
         title=title,
@@ -102,18 +105,22 @@ def _top1_bars(grouping: Grouping) -> Panels:
 def _accuracy_curves(grouping: Grouping) -> Panels:
     return [
         curve("Top-1 on the test set (%)", ["test/top1"], grouping),
-        curve("Top-1 on the training batches (%)", ["distill/top1"], grouping),
-        curve("Learning rate", ["distill/lr"], grouping),
+        curve("Top-1 on the training batches (%)", of_last_stage("top1"), grouping),
+        curve("Learning rate", of_last_stage("lr"), grouping),
     ]
 
 
 def _losses(grouping: Grouping) -> Panels:
-    panels: Panels = [curve("Loss, all weighted terms together", ["distill/loss"], grouping)]
+    panels: Panels = [curve("Loss, all weighted terms together", of_last_stage("loss"), grouping)]
     # CE and KD are in most methods, so they compare; the other terms are of one method each.
-    for title, terms in (("CE", ["ce"]), ("KD", ["kd"]), ("Own terms", own_terms())):
+    terms = {
+        "CE": of_last_stage("{}/ce"),
+        "KD": ["distill/{}/kd"],
+        "Own terms": [f"distill/{{}}/{term}" for term in own_terms()],
+    }
+    for title, keys in terms.items():
         for kind, told in (("loss", ""), ("weighted", ", weighted")):
-            keys = [f"distill/{kind}/{term}" for term in terms]
-            panels.append(curve(f"{title}{told}", keys, grouping))
+            panels.append(curve(title + told, [key.format(kind) for key in keys], grouping))
     phases = [f"{phase}/loss" for phase in first_phases()]
     return [*panels, curve("Loss of the first phases", phases, grouping, x="Step")]
 
@@ -148,8 +155,13 @@ def _cost(grouping: Grouping) -> Panels:
         bars("Images a second, over the run", "images_per_second", grouping),
         bars("Peak memory (MiB)", "peak_memory_mib", grouping),
         bars("Hours of training", "hours", grouping),
-        curve("Images a second, by epoch", ["distill/images_per_second"], grouping),
+        curve("Images a second, by epoch", of_last_stage("images_per_second"), grouping),
     ]
+
+
+def of_last_stage(figure: str) -> list[str]:
+    """Return the keys of ``figure`` in the stage that is evaluated."""
+    return [f"{stage}/{figure}" for stage in LAST_STAGES]
 
 
 def own_terms() -> list[str]:
