@@ -267,7 +267,7 @@ def test_cells_wait_for_the_one_that_trains_their_teacher(cluster: Cluster, tmp_
     smoke = ("-cd", "sweeps", "-cn", "smoke", "method=kd,sskd", *few, "batch_size=16")
     sweep = Sweep(cluster, tmp_path / "runs", *smoke)
     status, out, err = sweep.end()
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, ""), err
     assert "2 of 2 cells have finished" in out
     logs = sweep.log(0) + sweep.log(1)
     assert logs.count("scratch/resnet14") >= 2
@@ -314,7 +314,7 @@ def test_a_cell_comes_back_and_goes_on_where_it_stopped(
     assert read_status(sweep.folder(0))["state"] == "stopped"
     cluster("scontrol", "update", f"JobId={sweep.job(0)}", "StartTime=now")  # SLURM waits minutes
     status, out, err = sweep.end()
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, ""), err
     assert "2 of 2 cells have finished" in out
     assert f"goes on in {sweep.folder(0)}, {stopped_at}/{EPOCHS} epochs" in sweep.log(0)
     assert outcome(sweep.runs) == outcome(undisturbed)
