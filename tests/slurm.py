@@ -233,8 +233,9 @@ class Sweep:
         (path,) = (self.runs / ".hydra/slurm").glob(f"*_{cell}")
         return path.name
 
-    def log(self, cell: int) -> str:
-        return (self.runs / f".hydra/slurm/{self.job(cell)}/{self.job(cell)}_0_log.out").read_text()
+    def log(self, cell: int, stream: str = "out") -> str:
+        job = self.job(cell)
+        return (self.runs / f".hydra/slurm/{job}/{job}_0_log.{stream}").read_text()
 
     def visible_gpus(self, cell: int) -> str:
         (told,) = {
@@ -312,7 +313,10 @@ def test_a_cell_comes_back_and_goes_on_where_it_stopped(
     assert cluster.jobs(sweep.runs, "%T")[0] == "PENDING"
     stopped_at, name = sweep.lines(0), (sweep.folder(0) / "wandb_id").read_text()
     assert read_status(sweep.folder(0))["state"] == "stopped"
-    cluster("scontrol", "update", f"JobId={sweep.job(0)}", "StartTime=now")  # SLURM waits minutes
+    # SLURM waits for minutes; at once, a job that is still ending would break its next start.
+    wait_for("end of its step", lambda: "task 0: " in sweep.log(0, "err"))
+    time.sleep(3)
+    cluster("scontrol", "update", f"JobId={sweep.job(0)}", "StartTime=now")
     status, out, err = sweep.end()
     assert (status, err) == (0, ""), err
     assert "2 of 2 cells have finished" in out
