@@ -44,7 +44,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     from sskd.pictures import save_views
     from sskd.results import summarise
     from sskd.run import Run, put_aside
-    from sskd.teachers import find_teacher, locate, missing_teacher, refuse_failed
+    from sskd.teachers import find_teacher, locate, missing_teacher
     from sskd.tracking import Tracker
 
     # ---- what is to be done, and where ----
@@ -52,7 +52,6 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     if missing := missing_teacher(config):
         refuse_misfits(config)  # before anyone trains a teacher for them
         if config.teacher and config.teacher.train:
-            refuse_failed(missing)
             train(missing, wait=True)
     found = find_teacher(config)
     folder, changed = locate(config)

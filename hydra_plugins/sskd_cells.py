@@ -22,8 +22,12 @@ class CellSweeper(BasicSweeper):
                 (after all have been).
         """
         # Importing torch takes seconds, which Hydra's search for plugins should not.
+        from sskd.errors import UserError
         from sskd.sweep import Sweep
 
+        size = self.max_batch_size
+        if size is not None and size < 1:
+            raise UserError(f"hydra.sweeper.max_batch_size={size}: should be at least 1, or null")
         assert self.hydra_context is not None
         assert self.launcher is not None
         loader = self.hydra_context.config_loader
@@ -32,5 +36,5 @@ class CellSweeper(BasicSweeper):
         )
         grid = self.split_arguments(overrides, max_batch_size=None)[0]
         sweep = Sweep(grid, compose=partial(loader.load_sweep_config, self.config))
-        sweep.launch(sweep.begin(), self.max_batch_size, self.launcher.launch)
+        sweep.launch(sweep.begin(), size, self.launcher.launch)
         sweep.end()

@@ -34,8 +34,8 @@ class FolderLock:
         self._folder = folder
         self._lease = _lease(folder)
 
-    def acquire(self, *, wait: bool = False) -> bool:
-        """Take the folder; return whether another process had to be waited for.
+    def acquire(self, *, wait: bool = False) -> None:
+        """Take the folder.
 
         Args:
             wait: wait for another process that has it, instead of an error.
@@ -45,10 +45,8 @@ class FolderLock:
         """
         try:
             self._lease.acquire(timeout=0)
-            return False
         except Timeout:
             self._acquire_from_another(wait)
-            return True
 
     def _acquire_from_another(self, wait: bool) -> None:
         if wait:
@@ -124,6 +122,6 @@ def _is_gone(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except PermissionError:
-        return False
+    except PermissionError:  # another user's
+        pass
     return False

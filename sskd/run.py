@@ -50,24 +50,25 @@ class Run:
         """Make the folder, or take it up where it stopped.
 
         Args:
-            wait: wait for another process that has it open, instead of an error.
+            wait: wait for another process that has it open, instead of an error: the run is one
+                that several cells of a sweep need, so what has failed in that is not tried again.
 
         Raises:
             BusyError: another process is at work in it.
-            UserError: the folder cannot be written, holds a run of another configuration, or the
-                process that was waited for has failed in the same sweep.
+            UserError: the folder cannot be written, holds a run of another configuration, or one
+                that is waited for has failed in this sweep.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            waited = self._lock.acquire(wait=wait)
+            self._lock.acquire(wait=wait)
         except OSError as error:
             raise UserError(
                 f"{self.folder}: cannot be written ({error.strerror}); "
                 "choose another folder with runs=FOLDER"
             ) from None
         try:
-            if waited and (reason := failed_in_this_sweep(self.folder)):
-                raise UserError(f"{self.folder}: failed in the process that had it: {reason}")
+            if wait:
+                self._refuse_failed()
             self._take_up()
         except BaseException:
             self.close()
@@ -87,6 +88,11 @@ class Run:
         if error is not None and not isinstance(error, BusyError):
             write_failure(self.folder, error)
         self.close()
+
+    def _refuse_failed(self) -> None:
+        if reason := failed_in_this_sweep(self.folder):
+            told = reason.removeprefix(f"{self.folder}: ")
+            raise UserError(f"{self.folder}: has failed in this sweep already: {told}")
 
     def _take_up(self) -> None:
         for path in leftovers(self.folder):

@@ -88,8 +88,6 @@ class Sweep:
 
     def launch(self, left: list[list[str]], size: int | None, launcher: Callable[..., Any]) -> None:
         """Launch ``left``, at most ``size`` at once; a launcher that breaks down ends that."""
-        if size is not None and size < 1:
-            raise UserError(f"hydra.sweeper.max_batch_size={size}: should be at least 1, or null")
         size = size or max(len(left), 1)
         for first in range(0, len(left), size):
             try:

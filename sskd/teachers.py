@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from sskd.identity import (
 )
 from sskd.models import find_checkpoint, load_weights, read_checkpoint, weights_digest
 from sskd.run import BEST, CONFIG, WEIGHTS, read_config_file, read_result
-from sskd.status import failed_in_this_sweep
 
 _FILES = {"best": BEST, "last": WEIGHTS}
 
@@ -42,13 +42,6 @@ def missing_teacher(config: Config) -> Config | None:
     return wanted if unfinished else None
 
 
-def refuse_failed(wanted: Config) -> None:
-    """Raise UserError if the teacher has failed in this sweep: it would fail again."""
-    folder = run_folder(wanted, difference(wanted))
-    if reason := failed_in_this_sweep(folder):
-        raise UserError(f"its teacher failed: {reason}")
-
-
 def find_teacher(config: Config) -> Teacher | None:
     """Return the teacher that ``config`` asks for, or None for a network alone.
 
@@ -59,7 +52,8 @@ def find_teacher(config: Config) -> Teacher | None:
         return None
     if config.teacher.checkpoint is not None:
         path = find_checkpoint(config.teacher.checkpoint, config.teacher.epoch)
-        return Teacher(path, weights_digest(read_checkpoint(path).state))
+        content = path.stat()
+        return Teacher(path, _digest(path, content.st_mtime_ns, content.st_size))
     wanted = teacher_config(config)
     folder = run_folder(wanted, difference(wanted))
     result = read_result(folder)
@@ -80,6 +74,11 @@ def find_teacher(config: Config) -> Teacher | None:
     if not isinstance(digest, dict) or epoch not in digest:
         raise UserError(f"{folder}: its result.json tells no digest; train it again, force=true")
     return Teacher(folder / _FILES[epoch], digest[epoch])
+
+
+@cache  # every cell of a pair asks, several times; another content is another question
+def _digest(path: Path, modified: int, size: int) -> str:
+    return weights_digest(read_checkpoint(path).state)
 
 
 def locate(config: Config) -> tuple[Path, dict[str, Any]]:

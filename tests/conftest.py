@@ -93,6 +93,7 @@ class Command:
 
     def __call__(self, *arguments: str, script: Any = train_student) -> tuple[int, str, str]:
         argv = [str(script.__file__), *arguments, f"runs={self.runs}"]
+        self._monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # a command before this one has set it
         self._monkeypatch.setattr(sys, "argv", argv)
         self._monkeypatch.chdir(CONF.parent)
         try:
@@ -105,5 +106,4 @@ class Command:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Command:
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     return Command(monkeypatch, capsys, tmp_path / "runs")

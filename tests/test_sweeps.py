@@ -155,7 +155,8 @@ def test_a_teacher_that_fails_is_tried_once_a_sweep(
         status, _, err = command("-m", *TINY, "method=kd,at")
     assert (status, steps()) == (1, 1)
     assert states(command.runs) == {"resnet14": "failed", "kd": "failed", "at": "failed"}
-    assert "its teacher failed: out of memory" in err
+    (teacher,) = command.runs.glob("digits/scratch/resnet14/*")
+    assert f"{teacher}: has failed in this sweep already: out of memory" in err
     assert command("-m", *TINY, "method=kd,at")[0] == 0
 
 
@@ -225,6 +226,19 @@ def test_a_mistake_in_one_cell_launches_none(command: Command) -> None:
     assert (status, err.count("\n")) == (1, 1)
     assert "optimizer.lr: should be greater than 0" in err
     assert not list(command.runs.rglob("status.json"))
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_of_no_cells_is_refused_before_anything_is_put_aside(
+    command: Command, size: int
+) -> None:
+    words = ["-m", *TINY, "method=vanilla"]
+    assert command(*words)[0] == 0
+    (result,) = command.runs.rglob("result.json")
+    status, _, err = command(*words, "force=true", f"hydra.sweeper.max_batch_size={size}")
+    assert (status, err.count("\n")) == (1, 1)
+    assert f"hydra.sweeper.max_batch_size={size}: should be at least 1, or null" in err
+    assert result.exists()
 
 
 def test_a_student_alone_of_two_pairs_is_one_cell(command: Command) -> None:

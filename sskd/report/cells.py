@@ -13,8 +13,8 @@ from sskd.lock import is_held
 from sskd.report import fields
 from sskd.report.metrics import MOST_EPOCHS, EpochLine, read_metrics
 from sskd.report.results import RESULT_FILE, find_files
+from sskd.status import STATUS
 
-STATUS_FILE = "status.json"
 CHECKPOINT_FILE = "last.pt"
 # In the order of the lists; interrupted is told here only: running, by a process that has died.
 STATES = ("running", "queued", "stopped", "interrupted", "failed", "finished")
@@ -51,7 +51,7 @@ def read_cells(root: Path, warn: Callable[[str], None]) -> list[Cell]:
     A folder without a status counts as finished where there is a result, and as stopped where
     there is a checkpoint. A damaged status is told to ``warn`` and taken for none.
     """
-    names = (STATUS_FILE, RESULT_FILE, CHECKPOINT_FILE)
+    names = (STATUS, RESULT_FILE, CHECKPOINT_FILE)
     folders = dict.fromkeys(path.parent for path in find_files(root, names, warn))
     cells = [cell for folder in folders for cell in _read_cell(folder, root, warn)]
     return sorted(cells, key=lambda cell: STATES.index(cell.state))
@@ -88,7 +88,7 @@ def _read_cell(folder: Path, root: Path, warn: Callable[[str], None]) -> Iterato
 
 
 def _read_status(folder: Path, warn: Callable[[str], None]) -> fields.Record:
-    path = folder / STATUS_FILE
+    path = folder / STATUS
     if not fields.is_plain_file(path):
         return {}
     try:

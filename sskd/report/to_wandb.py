@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import wandb
-from PIL import Image
 
-from sskd.report.figures import as_png, draw_figures
 from sskd.report.files import write_files
 from sskd.report.groups import Entry
 from sskd.report.report import Report
@@ -42,10 +40,10 @@ def log_report(
     run = open_run("auto", report.runs, "tables", project=project, entity=entity, job_type="report")
     with run:
         run.log({f"tables/{name}": table for name, table in _tables(report).items()})
-        run.log({f"plots/{kind}": pictures for kind, pictures in _plots(report, warn).items()})
         artifact = wandb.Artifact("tables", type="report")
         with tempfile.TemporaryDirectory() as folder:
-            write_files(report, f"{folder}/tables", "last", warn)
+            written = write_files(report, f"{folder}/tables", "last", warn)
+            run.log({f"plots/{kind}": pictures for kind, pictures in _plots(written).items()})
             artifact.add_dir(folder)
             run.log_artifact(artifact)
 
@@ -98,10 +96,12 @@ def _unfinished(report: Report) -> Iterator[list[Any]]:
         yield ["missing", " · ".join((*place, name)), None, None, None]
 
 
-def _plots(report: Report, warn: Callable[[str], None]) -> dict[str, list[wandb.Image]]:
+def _plots(written: Iterable[Path]) -> dict[str, list[wandb.Image]]:
     """Return the report's figures as pictures, by kind: gain, curves, losses."""
     plots: dict[str, list[wandb.Image]] = {}
-    for name, figure in draw_figures(report, warn).items():
-        picture = Image.open(io.BytesIO(as_png(figure)))
-        plots.setdefault(name.partition("-")[0], []).append(wandb.Image(picture, caption=name))
+    for path in written:
+        if path.suffix == ".png":
+            name = path.stem.removeprefix("tables-")
+            picture = wandb.Image(str(path), caption=name)
+            plots.setdefault(name.partition("-")[0], []).append(picture)
     return plots
