@@ -19,9 +19,13 @@ _SCALE = 3  # screen pixels a pixel: 32 are too small to look at
 
 
 def save_views(folder: Path, images: Images, config: Config, views: int) -> Path:
-    """Save ``views.png``: the views of the run's first images, a row an image; return its path."""
-    loader = Loader(images.train, images.mean, images.std, _ROWS, views)
-    loader.begin_epoch(derive_seed(config.seed, "picture"))
+    """Save ``views.png``: a few images' views, a row an image; return its path."""
+    seed = derive_seed(config.seed, "picture")
+    order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(seed))
+    # A loader copies all images that it is given, so it gets no more than the picture's.
+    few = images.train.take(order[:_ROWS].to(images.train.images.device))
+    loader = Loader(few, images.mean, images.std, _ROWS, views)
+    loader.begin_epoch(seed)
     mean = torch.tensor(images.mean)[:, None, None]
     std = torch.tensor(images.std)[:, None, None]
     pixels = (loader.next_batch().x.cpu() * std + mean).clamp(0, 1)

@@ -163,6 +163,17 @@ def test_the_three_choices_are_independent_of_each_other() -> None:
     assert choices[0] != choices[1] != choices[2] != choices[0]
 
 
+def test_a_mean_or_std_that_is_given_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = load_images(settings("digits"))
+    given = load_images(settings("digits", mean=[0.0, 0.2, 0.3]))
+    assert (given.mean, given.std) == ((0.0, 0.2, 0.3), own.std)
+    given = load_images(settings("digits", std=[0.1, 0.2, 0.3]))
+    assert (given.mean, given.std) == (own.mean, (0.1, 0.2, 0.3))
+    monkeypatch.delattr("sskd.data.channel_statistics")  # nothing is left to compute
+    given = load_images(settings("digits", mean=[0.0, 0.2, 0.3], std=[0.1, 0.2, 0.3]))
+    assert (given.mean, given.std) == ((0.0, 0.2, 0.3), (0.1, 0.2, 0.3))
+
+
 def test_channel_statistics_are_those_of_all_pixels() -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8, generator=generator)

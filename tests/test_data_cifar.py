@@ -1,14 +1,18 @@
-"""CIFAR: what is read, what is refused, and what is downloaded."""
+"""CIFAR: what is read, what is refused, what is downloaded, and what is kept."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import os
 import pickle
+import shutil
 import socket
 import threading
 import time
 import urllib.error
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load, save
 from torchvision.datasets import CIFAR10, CIFAR100, cifar
 
 from sskd.data import DatasetSettings, Images, load_images
@@ -197,15 +202,145 @@ def test_two_loads_at_once_download_once(
     assert socket.getdefaulttimeout() is None
 
 
+@pytest.fixture
+def cached_cifar(small_cifar: Path) -> tuple[Images, Path]:
+    """What the first load of a small CIFAR-100 returns, and the cache that it leaves."""
+    images = load_images(settings("cifar100", root=str(small_cifar)))
+    return images, small_cifar / "cifar-100-python.safetensors"
+
+
+def again(cache: Path) -> Images:
+    """Load once more, with the cache as it is."""
+    return load_images(settings("cifar100", root=str(cache.parent), download=False))
+
+
+def assert_same(images: Images, others: Images) -> None:
+    assert images.classes == others.classes
+    for split, other in ((images.train, others.train), (images.test, others.test)):
+        for ours, theirs in ((split.images, other.images), (split.labels, other.labels)):
+            assert ours.dtype == theirs.dtype
+            assert ours.is_contiguous()
+            assert torch.equal(ours, theirs)
+
+
+def test_a_second_load_needs_the_cache_alone(cached_cifar: tuple[Images, Path]) -> None:
+    images, cache = cached_cifar
+    shutil.rmtree(cache.parent / "cifar-100-python")
+    assert_same(again(cache), images)
+    cache.unlink()
+    assert "is not in" in refused("cifar100", root=str(cache.parent), download=False)
+
+
+def test_what_was_read_from_a_cache_outlives_it(cached_cifar: tuple[Images, Path]) -> None:
+    images, cache = cached_cifar
+    loaded = again(cache)
+    cache.write_bytes(bytes(cache.stat().st_size))
+    cache.unlink()
+    assert_same(loaded, images)
+    loaded.train.images.zero_()
+
+
+def change_one_pixel(content: bytes) -> bytes:
+    start = 8 + int.from_bytes(content[:8], "little")
+    return content[:start] + bytes([content[start] ^ 1]) + content[start + 1 :]
+
+
+def change_a_label(content: bytes) -> bytes:
+    """Write another label and keep the digest, as a file put there by someone else would."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    tensors = load(content)
+    tensors["train.labels"][0] += 1
+    return save(tensors, header["__metadata__"])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:-1],
+        lambda content: b"not safetensors" * 1000,
+        lambda content: content.replace(b"baby", b"bear"),
+        lambda content: save(load(content)),
+        lambda content: save(load(content), {"about": "[]"}),
+        lambda content: save({"weight": torch.ones(2)}, {"about": '{"classes": [], "sha256": ""}'}),
+        change_one_pixel,
+        change_a_label,
+    ],
+)
+def test_a_damaged_or_foreign_cache_is_made_anew(
+    damage: Callable[[bytes], bytes], cached_cifar: tuple[Images, Path]
+) -> None:
+    images, cache = cached_cifar
+    whole = cache.read_bytes()
+    cache.write_bytes(damage(whole))
+    assert cache.read_bytes() != whole
+    assert_same(again(cache), images)
+    assert cache.read_bytes() == whole
+
+
+def test_the_cache_of_other_published_files_is_not_used(
+    cached_cifar: tuple[Images, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, cache = cached_cifar
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", "0" * 32]])
+    assert "differs from the published file" in refused(
+        "cifar100", root=str(cache.parent), download=False
+    )
+
+
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("fails", ["open", "flush"])
+def test_a_cache_that_cannot_be_written_is_done_without(
+    error: int,
+    fails: str,
+    small_cifar: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(error, os.strerror(error))
+
+    opened = Path.open
+
+    def open_to_read(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        return refuse() if "w" in mode else opened(path, mode, *args, **kwargs)
+
+    if fails == "open":
+        monkeypatch.setattr(Path, "open", open_to_read)
+    else:
+        monkeypatch.setattr("sskd.storage.os.fsync", refuse)
+    images = load_images(settings("cifar100", root=str(small_cifar)))
+    assert len(images.train) == 6
+    assert [path.name for path in small_cifar.iterdir()] == ["cifar-100-python"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_folder_that_may_only_be_read_stays_as_it_is(small_cifar: Path) -> None:
+    small_cifar.chmod(0o555)
+    if os.access(small_cifar, os.W_OK):
+        pytest.skip("this user, root it seems, may write to any folder")
+    assert len(load_images(settings("cifar100", root=str(small_cifar))).train) == 6
+    assert [path.name for path in small_cifar.iterdir()] == ["cifar-100-python"]
+
+
 def test_another_size_of_cifar_is_refused() -> None:
     assert "dataset.size=32" in refused("cifar100", size=64)
 
 
 @pytest.fixture(scope="module")
-def real_cifar100() -> Images:
+def real_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the tests' own, with the real files in it."""
     if REAL is None:
         pytest.skip("SSKD_DATA names no folder that holds cifar-100-python")
-    return load_images(settings("cifar100", root=REAL, download=False, mean=None, std=None))
+    root = tmp_path_factory.mktemp("data")
+    (root / "cifar-100-python").symlink_to(Path(REAL).absolute() / "cifar-100-python")
+    return root
+
+
+@pytest.fixture(scope="module")
+def real_cifar100(real_root: Path) -> Images:
+    """What the first load returns."""
+    return load_images(settings("cifar100", root=str(real_root), mean=None, std=None))
 
 
 def test_cifar100_has_its_published_size(real_cifar100: Images) -> None:
@@ -217,14 +352,25 @@ def test_cifar100_has_its_published_size(real_cifar100: Images) -> None:
     assert real_cifar100.classes[:2] == ("apple", "aquarium_fish")
 
 
-def test_cifar100_is_torchvisions_pixel_by_pixel(real_cifar100: Images) -> None:
-    assert REAL is not None
-    theirs = CIFAR100(REAL, train=False)
+def test_cifar100_is_torchvisions_pixel_by_pixel(real_root: Path, real_cifar100: Images) -> None:
+    theirs = CIFAR100(real_root, train=False)
     for position in range(0, 10000, 97):
         image, label = theirs[position]
         ours = real_cifar100.test.images[position].permute(1, 2, 0).numpy()
         assert (ours == np.asarray(image)).all()
         assert real_cifar100.test.labels[position] == label
+
+
+def test_cifar100_from_its_cache_is_torchvisions_bit_for_bit(
+    real_root: Path, real_cifar100: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = CIFAR100(real_root, train=True), CIFAR100(real_root, train=False)
+    monkeypatch.setattr(CIFAR100, "__init__", no_download)
+    cached = again(real_root / "cifar-100-python.safetensors")
+    assert list(cached.classes) == theirs[0].classes
+    for ours, published in zip((cached.train, cached.test), theirs, strict=True):
+        assert (ours.images.permute(0, 2, 3, 1).numpy() == published.data).all()
+        assert ours.labels.tolist() == published.targets
 
 
 def test_cifar100s_own_statistics_are_near_those_of_the_published_recipe(

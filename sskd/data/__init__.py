@@ -34,7 +34,7 @@ def load_images(settings: DatasetSettings) -> Images:
     """
     classes, train, test = SOURCES[settings.source].load(settings)
     # Before any choice, so that a student of few images sees them as its teacher does.
-    mean, std = channel_statistics(train.images)
+    mean, std = _normalisation(settings, train)
     train, holdout = hold_out(train, classes, settings.holdout, settings.seed)
     train = keep_fraction(train, len(classes), settings.fraction, settings.seed)
     train = add_label_noise(train, len(classes), settings.label_noise, settings.seed)
@@ -44,6 +44,16 @@ def load_images(settings: DatasetSettings) -> Images:
         train=train,
         test=test,
         holdout=holdout,
-        mean=mean if settings.mean is None else tuple(settings.mean),
-        std=std if settings.std is None else tuple(settings.std),
+        mean=mean,
+        std=std,
     )
+
+
+def _normalisation(
+    settings: DatasetSettings, train: Split
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and the deviation that are given, else those of ``train``."""
+    if settings.mean is not None and settings.std is not None:
+        return tuple(settings.mean), tuple(settings.std)
+    mean, std = channel_statistics(train.images)
+    return tuple(settings.mean or mean), tuple(settings.std or std)

@@ -1,4 +1,7 @@
-"""CIFAR-100 and CIFAR-10: read by torchvision, after their digests were checked."""
+"""CIFAR-100 and CIFAR-10: read by torchvision, after their digests were checked.
+
+The first load leaves a cache beside the published files, from which later ones read.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from filelock import FileLock
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 
+from sskd.data.cache import read_cache, write_cache
 from sskd.data.images import Split
 from sskd.data.reading import Source, absolute, one_line, some
 from sskd.data.settings import DatasetSettings
@@ -39,8 +43,17 @@ def _cifar(dataset: type[CIFAR10], settings: DatasetSettings) -> Source:
             f"set dataset.size={CIFAR_SIZE}"
         )
     root = absolute(settings.root)
+    cache, published = root / f"{dataset.base_folder}.safetensors", _published(dataset)
+    source = read_cache(cache, published)
+    if source is None:
+        source = _read_published(dataset, root, settings.download)
+        write_cache(cache, published, source)
+    return source
+
+
+def _read_published(dataset: type[CIFAR10], root: Path, download: bool) -> Source:
     missing, differing = _compare_digests(dataset, root)
-    if settings.download and (missing or differing):
+    if download and (missing or differing):
         missing, differing = _download_once(dataset, root)
     home = root / dataset.base_folder
     if differing:
@@ -67,11 +80,16 @@ def _cifar_split(dataset: CIFAR10) -> Split:
     return Split(images, torch.tensor(dataset.targets))
 
 
+def _published(dataset: type[CIFAR10]) -> dict[str, str]:
+    """Return each published file's MD5 digest, by its name."""
+    meta = (dataset.meta["filename"], dataset.meta["md5"])
+    return dict([*dataset.train_list, *dataset.test_list, meta])
+
+
 def _compare_digests(dataset: type[CIFAR10], root: Path) -> tuple[list[str], list[str]]:
     """Return the names of the files that are missing, and of those not of the published digest."""
-    meta = (dataset.meta["filename"], dataset.meta["md5"])
     missing, differing = [], []
-    for name, md5 in [*dataset.train_list, *dataset.test_list, meta]:
+    for name, md5 in _published(dataset).items():
         path = root / dataset.base_folder / name
         try:
             if not path.exists():

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
@@ -33,6 +32,9 @@ def digits(settings: DatasetSettings) -> Source:
     The images are 8x8 with values 0 to 16 (Alpaydin and Kaynak, UCI, 1998), class by class
     in the order of scikit-learn's file.
     """
+    # Importing it takes half a second, which the other sources should not.
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     grey = F.interpolate(
         torch.from_numpy(data.images)[:, None], size=settings.size, mode="bilinear"
