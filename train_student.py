@@ -35,6 +35,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     Args:
         wait: wait for another process that is at work on the same run, instead of an error.
     """
+    from sskd.acceleration import fold_teacher
     from sskd.assembly import assemble, refuse_misfits
     from sskd.data import load_images
     from sskd.device import choose_device, place, reset_peak_memory
@@ -66,6 +67,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     method = assemble(config, images, found)
     student, teacher = method.student, method.teacher
     place(method, device)
+    fold_teacher(method, device)
 
     if config.force:
         put_aside(run.folder)

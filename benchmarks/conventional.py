@@ -158,7 +158,7 @@ class ConventionalCRD(Conventional):
         bound = (DIMENSION / 3) ** -0.5
         shape = count, DIMENSION
         self.banks = [torch.empty(shape, device=self.device).uniform_(-bound, bound) for _ in "12"]
-        self.normalisers: list[float | None] = [None, None]
+        self.normalisers = [0.0, 0.0]
         self.modules += self.embeddings
 
     def loss(self, x: Tensor, y: Tensor, index: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -183,7 +183,7 @@ class ConventionalCRD(Conventional):
         rows = self.banks[bank].index_select(0, index.flatten()).view(*index.shape, DIMENSION)
         scores = torch.bmm(rows, embedding[:, :, None])[:, :, 0].div(CONTRAST_TEMPERATURE).exp()
         count = len(self.banks[bank])
-        if self.normalisers[bank] is None:
+        if self.normalisers[bank] == 0:
             self.normalisers[bank] = scores.mean().item() * count
         scores = scores / self.normalisers[bank]
         noise = (index.shape[1] - 1) / count

@@ -27,11 +27,13 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from sskd import CONF
+from sskd.acceleration import compile_loss, fold_teacher
 from sskd.assembly import assemble
 from sskd.config import Config, read_config
-from sskd.data import Images, Loader, Split
+from sskd.data import Batch, Images, Loader, Split
 from sskd.device import choose_device, place
 from sskd.errors import UserError
+from sskd.meter import Meter
 from sskd.methods import METHODS
 from sskd.optimizers import build_optimizer
 from sskd.step import enter, take_step
@@ -87,6 +89,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=50_000, help="training images")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--compile", default="auto", help="as of the training commands")
     parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json as well")
     options = parser.parse_args()
     if options.rounds < 2:
@@ -109,11 +112,14 @@ def stages(pair: str, options: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 def composed(pair: str, method: str, options: argparse.Namespace) -> Config:
     """Return the run's configuration, with the recipe's settings but for the options."""
+    teacher, student = pair.split("-")
     overrides = [
-        f"pair={pair}",
+        f"arch@teacher={teacher}",
+        f"arch@student={student}",
         f"method={method}",
         f"batch_size={options.batch}",
         f"precision={options.precision}",
+        f"compile={options.compile}",
     ]
     with initialize_config_dir(str(CONF), version_base=None):
         return read_config(compose("student", overrides))
@@ -147,18 +153,32 @@ def stepper(
     config: Config, stage_name: str, images: Images, loader: Loader
 ) -> Callable[[], object]:
     """Return a function that takes one training step, its batch's augmentation included."""
-    method = assemble(config, images)
-    place(method, images.train.images.device)
-    stage = next(stage for stage in method.stages() if stage.name == stage_name)
-    enter(stage, method)
-    optimizer = build_optimizer(config.optimizer, stage.trains.parameters(), config.optimizer.lr)
+    learn = learner(config, stage_name, images)
 
     def step() -> None:
         if loader.position == loader.steps:
             loader.begin_epoch(0)
-        take_step(stage, optimizer, loader.next_batch(), config.precision)
+        learn(loader.next_batch())
 
     return step
+
+
+def learner(config: Config, stage_name: str, images: Images) -> Callable[[Batch], object]:
+    """Return a function that trains a stage on a batch, as the loop does."""
+    method = assemble(config, images)
+    place(method, images.train.images.device)
+    fold_teacher(method, images.train.images.device)
+    stage = next(stage for stage in method.stages() if stage.name == stage_name)
+    enter(stage, method)
+    fast = compile_loss(stage, config)
+    optimizer = build_optimizer(config.optimizer, stage.trains.parameters(), config.optimizer.lr)
+
+    meter = Meter()
+
+    def learn(batch: Batch) -> None:
+        meter.add(take_step(fast, optimizer, batch, config.precision), len(batch.y))
+
+    return learn
 
 
 def seconds(step: Callable[[], object], device: torch.device) -> float:

@@ -61,7 +61,7 @@ class TeacherSettings(ArchSettings):
     checkpoint: NonEmpty | None
     train: bool
     epochs: PositiveInt | None
-    precision: Literal["fp32", "bf16"] | None
+    precision: Literal["auto", "fp32", "bf16"] | None
     fraction: Annotated[float, Field(gt=0, le=1)]
     label_noise: Annotated[float, Field(ge=0, lt=1)]
 
@@ -98,11 +98,17 @@ class Config(Settings):
     wandb: WandbSettings
     seed: Seed
     batch_size: PositiveInt
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["auto", "fp32", "bf16"]
+    compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]
     device: str
     runs: NonEmpty
     force: bool
     checkpoint_minutes: PositiveFloat
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML and Hydra read it as false
 
     @field_validator("runs")
     @classmethod

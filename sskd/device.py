@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import os
 import re
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
 from sskd.errors import UserError
+
+# mallopt(3): M_MMAP_MAX, no block outside the heap; M_TRIM_THRESHOLD and M_TOP_PAD, in bytes.
+_MALLOC_OPTIONS = {-4: 0, -1: 2**31 - 1, -2: 2**26}
 
 _PLACES: list[FileLock] = []  # kept, for a lock that is forgotten is let go
 
@@ -41,7 +47,48 @@ def choose_device(name: str) -> torch.device:
         )
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
+    if device.type == "cpu":
+        _keep_freed_memory()
     return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """Return ``fp32`` or ``bf16``; ``auto`` is bf16 where ``device`` multiplies in it."""
+    if name != "auto":
+        return name
+    return "bf16" if _HAS_BF16.get(device.type, lambda: False)() else "fp32"
+
+
+def _cpu_has_bf16() -> bool:
+    known: Mapping[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # torch 2.10 and later tell
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
+_HAS_BF16: dict[str, Callable[[], bool]] = {
+    "cpu": _cpu_has_bf16,
+    "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+}
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Return the context in which networks compute in ``precision``, as ``choose_precision``."""
+    enabled = choose_precision(precision, device) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Let the C library keep the memory of tensors that are freed, for those of the next step.
+
+    By default glibc gives large blocks back to the system, which hands them out again filled
+    with zeros, page by page: a tenth of a step of SSKD (benchmarks/LOG.md).
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        set_option = ctypes.CDLL(None).mallopt
+        for option, value in _MALLOC_OPTIONS.items():
+            set_option(option, value)
 
 
 @functools.cache  # a process stays where it is

@@ -24,6 +24,7 @@ from sskd.nested import as_override, flatten
 _NOT_IDENTITY = (
     ("wandb",),
     ("device",),
+    ("compile",),
     ("runs",),
     ("force",),
     ("checkpoint_minutes",),

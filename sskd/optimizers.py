@@ -50,4 +50,5 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer that ``settings`` describe, for ``parameters``, at ``lr``."""
     own = settings.model_dump(exclude={"name", "lr"})
-    return OPTIMIZERS[settings.name].build(parameters, lr=lr, **own)
+    # One kernel for all parameters instead of several for each.
+    return OPTIMIZERS[settings.name].build(parameters, lr=lr, fused=True, **own)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sskd.data import Batch
+from sskd.device import autocast
 from sskd.methods import Stage
 
 
@@ -21,13 +22,13 @@ def take_step(
     """Train ``stage`` on one batch.
 
     Args:
-        precision: ``fp32``, or ``bf16`` for autocast of the networks.
+        precision: ``fp32``, ``bf16`` for autocast of the networks, or ``auto``.
 
     Returns:
         Figures on the device, scalars: ``loss``, each term as ``loss/<term>`` and
         ``weighted/<term>``, and the stage's metrics.
     """
-    with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with autocast(precision, batch.x.device):
         terms, metrics = stage.loss(batch)
     weighted = stage.weigh(terms)
     loss = torch.stack(list(weighted.values())).sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -130,12 +131,26 @@ def augment(images: Tensor, views: int, generator: torch.Generator) -> Tensor:
     if not 1 <= views <= QUARTER_TURNS:
         raise ValueError(f"views must be 1 to {QUARTER_TURNS}, not {views}")
     flip = torch.rand(len(images), generator=generator, device=images.device) < 0.5
-    flipped = torch.where(flip[:, None, None, None], images.flip(3), images)
-    crops = _crops(flipped.permute(0, 2, 3, 1), views, generator)
-    # A turned crop is the crop of the turned image at a turned offset, which is as uniform.
-    # Cropping first pads each image once instead of once a view.
-    turned = [torch.rot90(crop, turns, (1, 2)) for turns, crop in enumerate(crops.unbind(1))]
-    return torch.stack(turned, dim=1).permute(0, 1, 4, 2, 3)
+    pixels = images.permute(0, 2, 3, 1)
+    drawn = [pixels, pixels.flip(2)]
+    if views > 1:
+        turned = pixels.transpose(1, 2)
+        drawn += [turned, turned.flip(2)]
+    crops = _crops(torch.stack(drawn), _orientations(images.device)[:views, flip.long()], generator)
+    return crops.permute(0, 1, 4, 2, 3)
+
+
+@cache
+def _orientations(device: torch.device) -> Tensor:
+    """Return where a turned view's rows are found: int64 [turns, not flipped or flipped, 2].
+
+    The first number names one of four drawings of the image: as it is, flipped left to right,
+    transposed, transposed and then flipped. The second is 1 where the rows come from the bottom
+    up. So a view is turned by the choice of the rows that are copied anyway.
+    """
+    upright, half_turn = [(0, 0), (1, 0)], [(1, 1), (0, 1)]
+    quarter_turn, three_quarters = [(2, 1), (2, 0)], [(3, 0), (3, 1)]
+    return torch.tensor([upright, quarter_turn, half_turn, three_quarters], device=device)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -143,28 +158,36 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
     ``mean`` and ``std`` are [3, 1, 1], in units of [0, 1], on the images' device.
     """
-    pixels = images.to(torch.float32, memory_format=torch.channels_last)
-    return pixels.div_(255).sub_(mean).div_(std)
+    pixels = images.permute(0, 2, 3, 1)
+    # By rows of an image, not by pixels: three values are too few for a loop of their own.
+    rows = pixels.reshape(-1, pixels.shape[2] * pixels.shape[3]).float()
+    mean_row, std_row = (each.flatten().repeat(pixels.shape[2]) for each in (mean, std))
+    rows.div_(255).sub_(mean_row).div_(std_row)
+    return rows.view(pixels.shape).permute(0, 3, 1, 2)
 
 
-def _crops(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Cut ``count`` crops out of each padded image: uint8 [B, S, S, 3] to [B, count, S, S, 3].
+def _crops(drawn: Tensor, orientation: Tensor, generator: torch.Generator) -> Tensor:
+    """Cut a padded crop for each view: uint8 [B, views, S, S, 3].
 
-    In the batch's memory as one line, a row of a crop is a run of ``3 * S`` bytes; copying
-    such runs is what makes it fast on a CPU.
+    ``drawn`` is uint8 [drawings, B, S, S, 3]; ``orientation`` [views, B, 2] names the drawing,
+    and whether its rows are taken from the bottom up. In memory as one line, a row of a crop is
+    a run of ``3 * S`` bytes; copying such runs is what makes it fast on a CPU.
     """
-    batch, side, _, channels = images.shape
-    device = images.device
+    _, batch, side, _, channels = drawn.shape
+    device = drawn.device
     padded_side = side + 2 * PADDING
-    padded = F.pad(images, (0, 0, PADDING, PADDING, PADDING, PADDING)).contiguous()
+    padded = F.pad(drawn, (0, 0, PADDING, PADDING, PADDING, PADDING)).contiguous()
     runs = padded.flatten().unfold(0, side * channels, 1)
+    drawing, upwards = orientation.permute(2, 1, 0)[..., None]
     top, left = torch.randint(
-        2 * PADDING + 1, (2, batch, count, 1), generator=generator, device=device
+        2 * PADDING + 1, (2, *drawing.shape), generator=generator, device=device
     )
-    image = torch.arange(batch, device=device)[:, None, None]
-    row = image * padded_side + top + torch.arange(side, device=device)
+    image = drawing * batch + torch.arange(batch, device=device)[:, None, None]
+    line = torch.arange(side, device=device)
+    row = image * padded_side + top + torch.where(upwards > 0, side - 1 - line, line)
     starts = (row * padded_side + left) * channels
-    return runs.index_select(0, starts.flatten()).view(batch, count, side, side, channels)
+    crops = runs.index_select(0, starts.flatten())
+    return crops.view(batch, drawing.shape[1], side, side, channels)
 
 
 def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:

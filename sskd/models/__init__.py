@@ -10,6 +10,7 @@ from sskd.models.checkpoints import (
     weights_digest,
 )
 from sskd.models.features import Features
+from sskd.models.folding import fold_batch_norms
 from sskd.models.recognition import recognise
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Features",
     "build_model",
     "find_checkpoint",
+    "fold_batch_norms",
     "load_weights",
     "read_checkpoint",
     "recognise",

@@ -39,10 +39,10 @@ class InvertedResidual(nn.Module):
         self.conv = nn.Sequential(
             nn.Conv2d(in_channels, wide, 1, bias=False),
             nn.BatchNorm2d(wide),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(wide, wide, 3, stride, padding=1, groups=wide, bias=False),
             nn.BatchNorm2d(wide),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(wide, out_channels, 1, bias=False),
             nn.BatchNorm2d(out_channels),
         )
@@ -60,7 +60,7 @@ class MobileNetV2(nn.Module):
         self.conv1 = nn.Sequential(
             nn.Conv2d(3, STEM_CHANNELS, 3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(STEM_CHANNELS),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         )
         self.blocks = nn.ModuleList()
         channels = STEM_CHANNELS
@@ -72,7 +72,7 @@ class MobileNetV2(nn.Module):
         self.conv2 = nn.Sequential(
             nn.Conv2d(channels, LAST_CHANNELS, 1, bias=False),
             nn.BatchNorm2d(LAST_CHANNELS),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         )
         linear = nn.Linear(LAST_CHANNELS, num_classes)
         self.classifier = nn.Sequential(linear)

@@ -38,8 +38,9 @@ class ShuffleBlock(nn.Module):
         self.bn3 = nn.BatchNorm2d(provided)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(shuffle_channels(out, self.groups))))
+        out: Tensor = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(shuffle_channels(out, self.groups)))
+        out = F.relu(out, inplace=True)
         out = self.bn3(self.conv3(out))
         if self.downsamples:
             return torch.cat([out, F.avg_pool2d(x, 3, stride=2, padding=1)], dim=1)

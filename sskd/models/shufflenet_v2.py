@@ -37,7 +37,7 @@ class SplitBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         passed, out = x.chunk(2, dim=1)
-        out = F.relu(self.bn1(self.conv1(out)))
+        out = F.relu(self.bn1(self.conv1(out)), inplace=True)
         out = self.bn2(self.conv2(out))
         out = self.bn3(self.conv3(out))
         return torch.cat([passed, out], dim=1)
@@ -62,7 +62,7 @@ class DownBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         left = self.bn2(self.conv2(self.bn1(self.conv1(x))))
-        right = F.relu(self.bn3(self.conv3(x)))
+        right = F.relu(self.bn3(self.conv3(x)), inplace=True)
         right = self.bn5(self.conv5(self.bn4(self.conv4(right))))
         return torch.cat([left, right], dim=1)
 

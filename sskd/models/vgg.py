@@ -7,13 +7,19 @@ A stage is the map after its last ReLU; its pre-activation the last BatchNorm's 
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sskd.models.features import Features, initialise_convolutions
 
 WIDTHS = (64, 128, 256, 512, 512)
 # Up to this size the published networks leave out the pooling in front of the last block.
 SMALL_IMAGE = 32
+
+
+@fx.wrap  # tracing a network keeps this choice for the moment when there is an image
+def pool_large(stage: Tensor, image: Tensor) -> Tensor:
+    """Max-pool ``stage`` to half its size if ``image`` is larger than 32x32."""
+    return F.max_pool2d(stage, 2) if image.shape[-1] > SMALL_IMAGE else stage
 
 
 class VGG(nn.Module):
@@ -46,7 +52,7 @@ class VGG(nn.Module):
         stage2 = F.relu(preact2)
         preact3 = self.block3(F.max_pool2d(stage2, 2))
         stage3 = F.relu(preact3)
-        preact4 = self.block4(F.max_pool2d(stage3, 2) if x.shape[-1] > SMALL_IMAGE else stage3)
+        preact4 = self.block4(pool_large(stage3, x))
         stage4 = F.relu(preact4)
         pooled = stage4.mean(dim=(2, 3))
         stages, preacts = (stage1, stage2, stage3, stage4), (preact1, preact2, preact3, preact4)
@@ -58,6 +64,6 @@ def _block(convolutions: int, in_channels: int, out_channels: int) -> nn.Sequent
     layers: list[nn.Module] = []
     for _ in range(convolutions):
         convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        layers += [convolution, nn.BatchNorm2d(out_channels), nn.ReLU()]
+        layers += [convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
         in_channels = out_channels
     return nn.Sequential(*layers[:-1])

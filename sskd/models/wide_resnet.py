@@ -32,7 +32,7 @@ class WideBlock(nn.Module):
         """Return the sum, and the output of ``bn1`` on ``x``."""
         normalised = self.bn1(x)
         active = F.relu(normalised)
-        residual = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        residual = self.conv2(F.relu(self.bn2(self.conv1(active)), inplace=True))
         # A shortcut of its own starts behind the ReLU, the identity in front of the BatchNorm.
         shortcut = x if self.convShortcut is None else self.convShortcut(active)
         return shortcut + residual, normalised

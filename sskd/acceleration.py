@@ -1,0 +1,49 @@
+"""What makes a step faster and leaves what it computes as it is, but for rounding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from sskd.config import Config
+from sskd.data import Batch
+from sskd.device import place
+from sskd.errors import UserError
+from sskd.methods import Method, Stage, Step
+from sskd.models import fold_batch_norms
+
+
+def fold_teacher(method: Method, device: torch.device) -> None:
+    """Give ``method`` a teacher, if it has one, that computes the same in fewer operations."""
+    if method.needs_teacher:
+        method.teacher = fold_batch_norms(method.teacher).requires_grad_(False)
+        place(method.teacher, device)
+
+
+def compile_loss(stage: Stage, config: Config) -> Stage:
+    """Return ``stage`` with its loss compiled by ``torch.compile``, if ``config`` asks for that.
+
+    Networks, method and losses are one graph, for full batches: the epoch's last one, which may
+    be smaller, is computed as it is written, for compiling again costs more than a step an epoch.
+    ``auto`` compiles where it has been measured to pay, which so far is nowhere: on a CPU the
+    step becomes slower, and no GPU has been timed (benchmarks/LOG.md).
+    """
+    if config.compile in ("auto", "off"):
+        return stage
+    compiled = torch.compile(stage.loss, dynamic=False, mode=config.compile)
+
+    def loss(batch: Batch) -> Step:
+        if len(batch.y) < config.batch_size:
+            return stage.loss(batch)
+        try:
+            step: Step = compiled(batch)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"compile={config.compile}: stage {stage.name} cannot be compiled here "
+                f"({reason}); use compile=off"
+            ) from error
+        return step
+
+    return replace(stage, loss=loss)
