@@ -65,9 +65,9 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     reset_peak_memory(device)
     images = load_images(config.dataset).to(device)
     method = assemble(config, images, found)
-    student, teacher = method.student, method.teacher
     place(method, device)
     fold_teacher(method, device)
+    student, teacher = method.student, method.teacher
 
     if config.force:
         put_aside(run.folder)

@@ -34,7 +34,7 @@ class Samples(Dataset):
 
     def __init__(self, images: Images, *, train: bool) -> None:
         split = images.train if train else images.test
-        self.pixels = split.images.permute(0, 2, 3, 1).cpu().numpy()
+        self.pixels = split.images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         self.labels: list[int] = split.labels.tolist()
         side = images.image_size
         self.to_tensor = transforms.Compose(
@@ -94,10 +94,11 @@ class Conventional:
         workers: int,
     ) -> None:
         self.device = images.train.images.device
-        self.student = student.to(self.device).train()
-        self.teacher = teacher.to(self.device).eval()
+        self.student, self.teacher = student.to(self.device), teacher.to(self.device)
         self.modules = [self.student]
         self.prepare(images)
+        self.teacher.eval()
+        self.student.train()  # last, for a network alone is its own teacher here
         parameters = [each for module in self.modules for each in module.parameters()]
         self.optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
         self.loader = loader_of(self.samples(images, train=True), batch_size, workers)
@@ -153,7 +154,6 @@ class ConventionalCRD(Conventional):
         count = len(images.train)
         both = (self.student, self.teacher)
         widths = [features_of(each, images).pooled.shape[1] for each in both]
-        self.student.train()
         self.embeddings = [nn.Linear(width, DIMENSION).to(self.device) for width in widths]
         bound = (DIMENSION / 3) ** -0.5
         shape = count, DIMENSION
@@ -209,7 +209,6 @@ class ConventionalSSKD(Conventional):
             ProjectionHead(features_of(each, images).pooled.shape[1]).to(self.device)
             for each in (self.student, self.teacher)
         )
-        self.student.train()
         self.student_head, self.teacher_head = student, teacher
         self.modules.append(student)
 
@@ -250,6 +249,14 @@ CONVENTIONAL: dict[str, type[Conventional]] = {
     "crd": ConventionalCRD,
     "sskd": ConventionalSSKD,
 }
+
+
+def opponents_device(name: str) -> torch.device:
+    """Return the device called ``name``, with what such code sets: cuDNN's benchmark."""
+    torch.backends.cudnn.benchmark = True
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def soft(logits: Tensor, target: Tensor, temperature: float) -> Tensor:

@@ -230,13 +230,16 @@ HEADER = """\
 
 def title(pair: str, options: argparse.Namespace) -> str:
     """Return what was measured, in words."""
+    return f"**{pair}**, batch {options.batch}, {options.precision}, {described(options)}"
+
+
+def described(options: argparse.Namespace) -> str:
+    """Return where something was measured, in words."""
     device = choose_device(options.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
-    return (
-        f"**{pair}**, batch {options.batch}, {options.precision}, {device.type} ({where}), "
-        f"{threads}torch {torch.__version__}"
-    )
+    compiled = f"compile={options.compile}, torch {torch.__version__}"
+    return f"{device.type} ({where}), {threads}{compiled}"
 
 
 def row(cost: Cost, base: Cost) -> str:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from benchmarks.ceiling import count_work, flop_share, measure_hardware, roofline_share
 from benchmarks.conventional import (
@@ -41,9 +42,11 @@ from benchmarks.conventional import (
     Samples,
     evaluate,
     loader_of,
+    opponents_device,
 )
-from benchmarks.methods import composed, learner, noise, peak_memory, synchronise
-from sskd.data import Batch, Images, Loader
+from benchmarks.methods import composed, described, learner, noise, peak_memory, synchronise
+from sskd.config import Config
+from sskd.data import Batch, Images, Loader, Split
 from sskd.device import choose_device, place
 from sskd.evaluation import accuracy, predict
 from sskd.methods import METHODS
@@ -51,7 +54,6 @@ from sskd.models import build_model
 
 EVALUATED = 10_000
 VIEWS = METHODS["sskd"].views
-WORKS = ("teacher", "kd", "sskd", "crd", "views", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,12 @@ class Row:
 
 @dataclass
 class Pipeline:
-    """``draw`` gets a batch, ``learn`` does the rest; ``ahead`` steps may have been drawn."""
+    """``draw`` gets a batch, ``learn`` does the rest; a round's first ``warmup`` do not count."""
 
     draw: Callable[[], Any]
     learn: Callable[[Any], object]
     device: torch.device
-    ahead: int = 0
+    warmup: int = 1
 
     def step(self) -> None:
         """Draw a batch and learn it."""
@@ -118,23 +120,21 @@ _here: list[Pipeline] = []
 
 def begin(work: str, pair: str, precision: str | None, options: argparse.Namespace) -> None:
     """Make this process's pipeline: the suite's in ``precision``, or without one the other."""
-    device = choose_device(options.device)
-    if work == "views":
-        torch.set_num_threads(1)
+    name = "cpu" if work == "views" else options.device
+    # Choosing a CPU the suite's way sets its memory up, which the other must not profit from.
+    device = choose_device(name) if precision else opponents_device(name)
     images = noise(options.images, device)
     tested = images.train.take(torch.arange(min(options.images, EVALUATED), device=device))
     images = replace(images, test=tested)
-    if precision is None:
-        _here.append(conventional(work, pair, images, options))
-    else:
-        own = argparse.Namespace(**{**vars(options), "precision": precision})
-        _here.append(suite(work, pair, images, own))
+    ours, theirs = BUILDERS[work]
+    own = argparse.Namespace(**{**vars(options), "precision": precision})
+    _here.append((ours if precision else theirs)(work, pair, images, own))
 
 
 def run_round(steps: int) -> float:
     """Return the seconds a step, over ``steps`` of them."""
     (pipeline,) = _here
-    for _ in range(1 + pipeline.ahead):
+    for _ in range(pipeline.warmup):
         pipeline.step()
     synchronise(pipeline.device)
     started = time.perf_counter()
@@ -147,7 +147,7 @@ def run_round(steps: int) -> float:
 def tell_more(steps: int) -> tuple[float, float]:
     """Return the share of the time that goes into getting data, and the peak memory in MiB."""
     (pipeline,) = _here
-    for _ in range(pipeline.ahead):
+    for _ in range(pipeline.warmup):
         pipeline.step()
     drawing = learning = 0.0
     for _ in range(steps):
@@ -159,7 +159,7 @@ def tell_more(steps: int) -> tuple[float, float]:
         synchronise(pipeline.device)
         drawing += drawn - started
         learning += time.perf_counter() - drawn
-    memory = peak_memory(pipeline.device) + _workers_memory()
+    memory = peak_memory(pipeline.device, after=pipeline.step) + _workers_memory()
     return drawing / (drawing + learning), memory
 
 
@@ -172,19 +172,102 @@ def tell_ceiling(precision: str, seconds: float) -> tuple[float, float]:
 
 
 def _workers_memory() -> float:
-    """Return what the worker processes keep in memory, in MiB, what they share counted once."""
+    """Return what the worker processes keep in memory for themselves alone, in MiB."""
     total = 0
     for children in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
         for child in children.read_text().split():
             lines = Path(f"/proc/{child}/smaps_rollup").read_text().splitlines()
-            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("Private"))
     return total / 1024
 
 
-def suite(work: str, pair: str, images: Images, options: argparse.Namespace) -> Pipeline:
-    """Return the suite's pipeline."""
-    device = images.train.images.device
-    views = 1 if work == "teacher" else METHODS[work].views if work in METHODS else VIEWS
+# ---- the works: how the suite does each, and how the conventional pipeline does ----
+
+
+def suite_step(work: str, pair: str, images: Images, options: argparse.Namespace) -> Pipeline:
+    """A step of a method."""
+    return _training(composed(pair, work, options), "distill", METHODS[work].views, images, options)
+
+
+def suite_teacher(_: str, pair: str, images: Images, options: argparse.Namespace) -> Pipeline:
+    """A step of the pair's first network alone."""
+    teacher, _ = pair.split("-")
+    config = composed(f"{teacher}-{teacher}", "vanilla", options)
+    return _training(config, "train", 1, images, options)
+
+
+def suite_views(_: str, pair: str, images: Images, options: argparse.Namespace) -> Pipeline:
+    """Four views of each image, by one thread."""
+    torch.set_num_threads(1)
+    return Pipeline(_drawing(images, VIEWS, options), lambda batch: None, _device(images))
+
+
+def suite_evaluation(_: str, pair: str, images: Images, options: argparse.Namespace) -> Pipeline:
+    """The accuracy on the test images."""
+    network = build_model(pair.split("-")[0], images.num_classes)
+    place(network, _device(images))
+
+    def score(split: Split) -> float:
+        return accuracy(predict(network, split, images), split.labels)
+
+    return Pipeline(lambda: images.test, score, _device(images), warmup=0)
+
+
+def conventional_step(
+    work: str, pair: str, images: Images, options: argparse.Namespace
+) -> Pipeline:
+    """A step of a method, or of the first network alone."""
+    teacher, student = (build_model(name, images.num_classes) for name in pair.split("-"))
+    kind = CONVENTIONAL.get(work)
+    if kind is None:
+        kind, student = Conventional, teacher
+    side = kind(student, teacher, images, options.batch, options.workers)
+    return Pipeline(side.draw, side.learn, _device(images), warmup=1 + 2 * options.workers)
+
+
+def conventional_views(_: str, pair: str, images: Images, options: argparse.Namespace) -> Pipeline:
+    """Four views of each image, one image after the other, by one thread."""
+    torch.set_num_threads(1)
+    samples = RotatedSamples(images, train=True)
+
+    def draw() -> Tensor:
+        chosen = torch.randint(len(samples), (options.batch,)).tolist()
+        return torch.stack([samples[position][0] for position in chosen])
+
+    return Pipeline(draw, lambda batch: None, _device(images))
+
+
+def conventional_evaluation(
+    _: str, pair: str, images: Images, options: argparse.Namespace
+) -> Pipeline:
+    """The accuracy on the test images, from workers, with a copy to the host a batch."""
+    network = build_model(pair.split("-")[0], images.num_classes).to(_device(images))
+    loader = loader_of(Samples(images, train=False), options.batch, options.workers)
+
+    def score(batches: DataLoader) -> float:
+        return evaluate(network, batches, _device(images))
+
+    return Pipeline(lambda: loader, score, _device(images), warmup=0)
+
+
+Build = Callable[[str, str, Images, argparse.Namespace], Pipeline]
+BUILDERS: dict[str, tuple[Build, Build]] = {
+    "teacher": (suite_teacher, conventional_step),
+    **dict.fromkeys(("kd", "sskd", "crd"), (suite_step, conventional_step)),
+    "views": (suite_views, conventional_views),
+    "evaluation": (suite_evaluation, conventional_evaluation),
+}
+
+
+def _training(
+    config: Config, stage: str, views: int, images: Images, options: argparse.Namespace
+) -> Pipeline:
+    return Pipeline(
+        _drawing(images, views, options), learner(config, stage, images), _device(images)
+    )
+
+
+def _drawing(images: Images, views: int, options: argparse.Namespace) -> Callable[[], Batch]:
     loader = Loader(images.train, images.mean, images.std, options.batch, views)
 
     def draw() -> Batch:
@@ -192,41 +275,11 @@ def suite(work: str, pair: str, images: Images, options: argparse.Namespace) -> 
             loader.begin_epoch(0)
         return loader.next_batch()
 
-    teacher, _ = pair.split("-")
-    if work == "evaluation":
-        network = build_model(teacher, images.num_classes)
-        place(network, device)
-        return Pipeline(
-            lambda: images.test,
-            lambda split: accuracy(predict(network, split, images), split.labels),
-            device,
-        )
-    if work == "teacher":
-        config = composed(f"{teacher}-{teacher}", "vanilla", options)
-        return Pipeline(draw, learner(config, "train", images), device)
-    if work == "views":
-        return Pipeline(draw, lambda batch: None, device)
-    return Pipeline(draw, learner(composed(pair, work, options), "distill", images), device)
+    return draw
 
 
-def conventional(work: str, pair: str, images: Images, options: argparse.Namespace) -> Pipeline:
-    """Return the conventional pipeline."""
-    device = images.train.images.device
-    teacher, student = (build_model(name, images.num_classes) for name in pair.split("-"))
-    if work == "views":
-        samples = RotatedSamples(images, train=True)
-        chosen = iter(lambda: torch.randint(len(samples), (options.batch,)).tolist(), None)
-        return Pipeline(
-            lambda: torch.stack([samples[i][0] for i in next(chosen)]), lambda batch: None, device
-        )
-    if work == "evaluation":
-        network = teacher.to(device)
-        loader = loader_of(Samples(images, train=False), options.batch, options.workers)
-        return Pipeline(lambda: loader, lambda every: evaluate(network, every, device), device)
-    kind = CONVENTIONAL.get(work, Conventional)
-    trained = teacher if work == "teacher" else student
-    side = kind(trained, teacher, images, options.batch, options.workers)
-    return Pipeline(side.draw, side.learn, device, ahead=2 * options.workers)
+def _device(images: Images) -> torch.device:
+    return images.train.images.device
 
 
 # ---- the processes' turns ----
@@ -254,7 +307,9 @@ def compare(work: str, pair: str, options: argparse.Namespace) -> list[Row]:
         for precision, process in turns.items():
             data, memory = process.submit(tell_more, steps).result()
             shares: tuple[float | None, float | None] = (None, None)
-            if precision and work in (*METHODS, "teacher"):
+            # A compiled step has operations of its own, of which the count would know nothing.
+            trains = work in (*METHODS, "teacher")
+            if precision and trains and options.compile in ("auto", "off"):
                 middle = statistics.median(rounds[precision])
                 shares = process.submit(tell_ceiling, precision, middle).result()
             sides[precision] = Side(rounds[precision], size, data, memory, *shares)
@@ -270,9 +325,9 @@ def main() -> None:
         for row in compare(work, options.crd_pair if work == "crd" else options.pair, options):
             rows.append(row)
             print(tell(row), flush=True)
+            if options.out:
+                write(options, rows)
     print("\n" + "\n".join(ceilings(rows)))
-    if options.out:
-        write(options, rows)
 
 
 def parse_options() -> argparse.Namespace:
@@ -280,7 +335,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS))
+    parser.add_argument("--works", nargs="+", choices=BUILDERS, default=list(BUILDERS))
     parser.add_argument("--pair", default="wrn_40_2-wrn_16_2", metavar="TEACHER-STUDENT")
     parser.add_argument("--crd-pair", default="resnet56-resnet20", metavar="TEACHER-STUDENT")
     parser.add_argument("--batch", type=int, default=64, help="images a step")
@@ -294,6 +349,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json as well")
     options = parser.parse_args()
     options.precisions = options.precisions or ["fp32", "bf16"]
+    options.device = str(choose_device(options.device))  # one for all processes
     return options
 
 
@@ -308,13 +364,8 @@ CEILING_HEADER = """\
 
 def title(options: argparse.Namespace) -> str:
     """Return what was measured, in words."""
-    device = choose_device(options.device)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
-    return (
-        f"Batch {options.batch}, {device.type} ({where}), {threads}{options.workers} workers of "
-        f"the conventional pipeline, compile={options.compile}, torch {torch.__version__}"
-    )
+    workers = f"{options.workers} workers of the conventional pipeline"
+    return f"Batch {options.batch}, {described(options)}, {workers}"
 
 
 def tell(row: Row) -> str:

@@ -26,12 +26,15 @@ def compile_loss(stage: Stage, config: Config) -> Stage:
 
     Networks, method and losses are one graph, for full batches: the epoch's last one, which may
     be smaller, is computed as it is written, for compiling again costs more than a step an epoch.
-    ``auto`` compiles where it has been measured to pay, which so far is nowhere: on a CPU the
-    step becomes slower, and no GPU has been timed (benchmarks/LOG.md).
+    ``auto`` compiles where it has been measured to pay, which so far is nowhere: on a CPU it
+    does not, and no GPU has been timed (benchmarks/LOG.md). Random draws are those of PyTorch's
+    own generators either way.
     """
     if config.compile in ("auto", "off"):
         return stage
-    compiled = torch.compile(stage.loss, dynamic=False, mode=config.compile)
+    torch.compiler.reset()  # of a cell before this one, which counts against a limit
+    options = {**torch._inductor.list_mode_options(config.compile), "fallback_random": True}
+    compiled = torch.compile(stage.loss, dynamic=False, options=options)
 
     def loss(batch: Batch) -> Step:
         if len(batch.y) < config.batch_size:

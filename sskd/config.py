@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from sskd.data import SOURCES, DatasetSettings
+from sskd.device import best_precision
 from sskd.errors import UserError, nearest
 from sskd.methods import METHODS, Method
 from sskd.models import ARCHITECTURES
@@ -61,7 +62,7 @@ class TeacherSettings(ArchSettings):
     checkpoint: NonEmpty | None
     train: bool
     epochs: PositiveInt | None
-    precision: Literal["auto", "fp32", "bf16"] | None
+    precision: Literal["fp32", "bf16"] | None
     fraction: Annotated[float, Field(gt=0, le=1)]
     label_noise: Annotated[float, Field(ge=0, lt=1)]
 
@@ -99,7 +100,7 @@ class Config(Settings):
     seed: Seed
     batch_size: PositiveInt
     precision: Literal["auto", "fp32", "bf16"]
-    compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]
+    compile: Literal["auto", "off", "default"]
     device: str
     runs: NonEmpty
     force: bool
@@ -191,6 +192,8 @@ def _check_kd_weight(weight: Any) -> None:
 
 def parse_config(values: Mapping[str, Any]) -> Config:
     """Return the typed configuration of plain ``values``; raise UserError where they are wrong."""
+    if values.get("precision") == "auto":  # decides what is computed: part of a run's identity
+        values = {**values, "precision": best_precision(str(values.get("device")))}
     source = _choice(values, "dataset", SOURCES, "source")
     model = config_model(values)
     try:

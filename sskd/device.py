@@ -52,17 +52,16 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_precision(name: str, device: torch.device) -> str:
-    """Return ``fp32`` or ``bf16``; ``auto`` is bf16 where ``device`` multiplies in it."""
-    if name != "auto":
-        return name
-    return "bf16" if _HAS_BF16.get(device.type, lambda: False)() else "fp32"
+def best_precision(device: str) -> str:
+    """Return ``bf16`` if the device of that name multiplies in it, else ``fp32``."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return "bf16" if _HAS_BF16.get(device.partition(":")[0], lambda: False)() else "fp32"
 
 
 def _cpu_has_bf16() -> bool:
-    known: Mapping[str, Any] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # torch 2.10 and later tell
+    tell = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.10 and later have it
+    known: Mapping[str, Any] = tell()
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
@@ -70,12 +69,6 @@ _HAS_BF16: dict[str, Callable[[], bool]] = {
     "cpu": _cpu_has_bf16,
     "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
 }
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Return the context in which networks compute in ``precision``, as ``choose_precision``."""
-    enabled = choose_precision(precision, device) == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 @functools.cache
@@ -123,6 +116,8 @@ def reset_peak_memory(device: torch.device) -> None:
     """Begin a new measurement of ``peak_memory``: an earlier run of a sweep may have had more."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)  # what is kept though it is free
     with contextlib.suppress(OSError):  # elsewhere than on Linux
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
 

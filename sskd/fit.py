@@ -14,7 +14,6 @@ from torch import nn
 from sskd.acceleration import compile_loss
 from sskd.config import Config
 from sskd.data import Batch, Images, Loader
-from sskd.device import choose_precision
 from sskd.errors import UserError
 from sskd.evaluation import accuracy, predict
 from sskd.interrupt import StopSignals
@@ -84,7 +83,6 @@ class Fit:
 
     def __post_init__(self) -> None:
         self._device = self.images.train.images.device
-        self._precision = choose_precision(self.config.precision, self._device)
         self._fast = compile_loss(self.stage, self.config)
         self.schedule = stage_schedule(self.stage, self.config)
         images, size, views = self.images, self.config.batch_size, self.stage.views
@@ -140,7 +138,7 @@ class Fit:
         return figures
 
     def _step(self, batch: Batch) -> None:
-        figures = take_step(self._fast, self.optimizer, batch, self._precision)
+        figures = take_step(self._fast, self.optimizer, batch, self.config.precision)
         self.meter.add(figures, len(batch.y))
         self.progress.advance(len(batch.y))
 
@@ -216,7 +214,6 @@ class Fit:
             "loader": self.loader.state_dict(),
             "generators": generator_states(self._device),
             "device": self._device.type,
-            "precision": self._precision,
         }
         if self.evaluated is not None:
             state["model"] = self.evaluated.state_dict()
@@ -224,13 +221,6 @@ class Fit:
         self._saved = time.monotonic()
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        before = state.get("precision", self._precision)
-        if before != self._precision:
-            raise UserError(
-                f"{self.run.folder}: was begun in {before}, and precision=auto is "
-                f"{self._precision} on this device; go on on one like the first, or start afresh "
-                "with force=true"
-            )
         load_own_state(self.saved_module, state["module"])
         self.position = Position(**state["position"])
         self.optimizer.load_state_dict(state["optimizer"])

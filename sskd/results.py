@@ -15,7 +15,7 @@ from torch import nn
 import sskd
 from sskd.config import Config
 from sskd.data import Images
-from sskd.device import choose_precision, peak_memory
+from sskd.device import peak_memory
 from sskd.evaluation import accuracy, agreement, mean_kl, predict
 from sskd.fit import Position
 from sskd.models import read_checkpoint, weights_digest
@@ -64,7 +64,8 @@ def summarise(
             "last": weights_digest(student),
             "best": weights_digest(read_checkpoint(run.folder / BEST).state),
         },
-        "precision": choose_precision(config.precision, images.train.images.device),
+        "precision": config.precision,
+        "compile": config.compile,
         **_circumstances(images),
     }
     if teacher is not None:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from sskd.data import Batch
-from sskd.device import autocast
 from sskd.methods import Stage
 
 
@@ -22,13 +21,13 @@ def take_step(
     """Train ``stage`` on one batch.
 
     Args:
-        precision: ``fp32``, ``bf16`` for autocast of the networks, or ``auto``.
+        precision: ``fp32``, or ``bf16`` for autocast of the networks.
 
     Returns:
         Figures on the device, scalars: ``loss``, each term as ``loss/<term>`` and
         ``weighted/<term>``, and the stage's metrics.
     """
-    with autocast(precision, batch.x.device):
+    with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=precision == "bf16"):
         terms, metrics = stage.loss(batch)
     weighted = stage.weigh(terms)
     loss = torch.stack(list(weighted.values())).sum()

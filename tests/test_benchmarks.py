@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.conventional import CONVENTIONAL, ConventionalSSKD, kept, soft
+from benchmarks.methods import noise
+from sskd.methods.kd import kd_loss
+from sskd.methods.sskd import keep_rows, similarity
+from sskd.models import build_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,3 +36,62 @@ def test_the_cost_of_methods_is_a_table_and_figures(tmp_path: Path) -> None:
     assert [line for line in table.splitlines() if line] == [
         line for line in done.stdout.splitlines() if line
     ]
+
+
+def test_throughput_is_two_tables_and_figures(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.throughput",
+        "--works",
+        "kd",
+        "views",
+        "evaluation",
+    ]
+    small = ["--pair", "resnet14-resnet8", "--batch", "4", "--rounds", "2", "--steps", "1"]
+    more = ["--images", "24", "--workers", "1", "--precisions", "fp32", "--device", "cpu"]
+    out = ["--out", str(tmp_path / "new" / "throughput")]
+    done = subprocess.run([*command, *small, *more, *out], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "new" / "throughput.json").read_text())["rows"]
+    assert [row["work"] for row in rows] == ["kd", "views", "evaluation"]
+    for row in rows:
+        for side in (row["ours"], row["theirs"]):
+            assert len(side["rounds"]) == 2
+            assert min(side["rounds"]) > 0
+            assert 0 <= side["data_share"] <= 1
+    assert rows[0]["ours"]["flop_share"] > 0
+    text = (tmp_path / "new" / "throughput.md").read_text()
+    assert text.count("| kd |") == 2
+    assert text.count("| views |") == 1
+
+
+@pytest.mark.parametrize("method", sorted(CONVENTIONAL))
+def test_a_conventional_step_trains_every_parameter(method: str) -> None:
+    images = noise(40, torch.device("cpu"))
+    student, teacher = (build_model(name, images.num_classes) for name in ("resnet8", "resnet14"))
+    side = CONVENTIONAL[method](student, teacher, images, 4, 0)
+    before = [parameter.detach().clone() for parameter in side.student.parameters()]
+    batch = side.draw()
+    side.learn(batch)
+    assert all(map(math.isfinite, side.last))
+    changed = zip(before, side.student.parameters(), strict=True)
+    assert all(not torch.equal(old, new) for old, new in changed)
+
+
+def test_the_conventional_choice_of_rows_is_the_suites() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(60, 20, generator=generator)
+    target = torch.randint(20, (60,), generator=generator)
+    for ratio in (0.0, 0.5, 1.0):
+        ours = keep_rows(scores, target, ratio)
+        theirs = kept(scores, target, ratio)
+        assert len(theirs) == ours.sum()
+        ranks = (scores > scores.gather(1, target[:, None])).sum(1)
+        assert sorted(ranks[theirs].tolist()) == sorted(ranks[ours].tolist())
+    views = torch.randn(12, 5, generator=generator)
+    normal = torch.arange(12) % 4 == 0
+    found = ConventionalSSKD.similarity(views, normal)
+    torch.testing.assert_close(found, similarity(views[~normal], views[normal]))
+    logits, teacher = torch.randn(2, 6, 9, generator=generator)
+    torch.testing.assert_close(soft(logits, teacher, 4.0), kd_loss(logits, teacher, 4.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from collections import Counter
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sskd.device import peak_memory, reset_peak_memory
+from sskd.device import best_precision, peak_memory, reset_peak_memory
 
 # A process that sees three GPUs, tells which it chooses, and then lives until it is told to end.
 CHOOSES = """
@@ -67,3 +68,40 @@ def test_processes_spread_over_the_gpus(tmp_path: Path, monkeypatch: pytest.Monk
     for process in processes:
         process.kill()
         process.wait()
+
+
+# Page faults of a tensor of 64 MiB that is made and freed, again and again.
+FAULTS = """
+import resource, sys, torch
+from sskd.device import choose_device
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10
+usual = faults()
+choose_device("cpu")
+faults()
+print(usual, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
+def test_freed_memory_is_used_again() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
+    )
+    usual, kept = map(float, done.stdout.split())
+    assert kept < usual / 10  # usual are 16,384 pages of 4 KiB, fewer where they are larger
+
+
+def test_the_best_precision_is_what_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for capabilities, expected in (({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c, raising=False)
+        assert best_precision("cpu") == best_precision("auto") == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has, **_: has)
+        assert best_precision("cuda:1") == best_precision("auto") == expected
+    assert best_precision("mps") == "fp32"

@@ -34,7 +34,7 @@ from sskd.methods import METHODS, build_method
 from sskd.models import build_model, load_weights, weights_digest
 from sskd.phases import phase_settings
 from sskd.run import Run
-from sskd.teachers import Teacher
+from sskd.teachers import Teacher, locate
 from train_student import train
 
 TIMES = {"seconds", "images_per_second", "date", "peak_memory_mib"}
@@ -534,6 +534,19 @@ def test_bf16_trains_and_resumes(
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
     (path,) = (tmp_path / "whole/digits/distill").rglob("model.safetensors")
     assert load_file(path)["fc.weight"].dtype == torch.float32
+
+
+def test_a_run_of_automatic_precision_is_one_of_that_precision(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*SMALL, "method=sskd", "precision=auto"]
+    for capabilities, precision in (({"avx512_bf16": True}, "bf16"), ({}, "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c, raising=False)
+        config, named = composed(*words), composed(*words, f"precision={precision}")
+        assert config.precision == precision
+        assert train(config)["precision"] == precision
+        assert locate(config) == locate(named)  # the teacher, of the same precision, included
+        assert train(named)["precision"] == precision
 
 
 def test_a_half_precision_teacher_is_that_of_its_float32_weights(

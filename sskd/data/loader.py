@@ -7,7 +7,6 @@ from functools import cache
 from typing import NamedTuple, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sskd.data.images import Split
@@ -131,13 +130,27 @@ def augment(images: Tensor, views: int, generator: torch.Generator) -> Tensor:
     if not 1 <= views <= QUARTER_TURNS:
         raise ValueError(f"views must be 1 to {QUARTER_TURNS}, not {views}")
     flip = torch.rand(len(images), generator=generator, device=images.device) < 0.5
-    pixels = images.permute(0, 2, 3, 1)
-    drawn = [pixels, pixels.flip(2)]
-    if views > 1:
-        turned = pixels.transpose(1, 2)
-        drawn += [turned, turned.flip(2)]
-    crops = _crops(torch.stack(drawn), _orientations(images.device)[:views, flip.long()], generator)
+    orientation = _orientations(images.device)[:views, flip.long()]
+    crops = _crops(_drawings(images.permute(0, 2, 3, 1), views), orientation, generator)
     return crops.permute(0, 1, 4, 2, 3)
+
+
+def _drawings(pixels: Tensor, views: int) -> Tensor:
+    """Return what ``_orientations`` chooses from, padded: uint8 [2 or 4, B, S + 8, S + 8, 3].
+
+    ``pixels`` is uint8 [B, S, S, 3].
+    """
+    batch, side, _, channels = pixels.shape
+    padded_side = side + 2 * PADDING
+    shape = (2 if views == 1 else 4, batch, padded_side, padded_side, channels)
+    padded = torch.zeros(shape, dtype=pixels.dtype, device=pixels.device)
+    inner = padded[:, :, PADDING:-PADDING, PADDING:-PADDING]
+    inner[0] = pixels
+    inner[1] = pixels.flip(2)
+    if views > 1:
+        inner[2] = pixels.transpose(1, 2)
+        inner[3] = inner[2].flip(2)
+    return padded
 
 
 @cache
@@ -166,17 +179,15 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return rows.view(pixels.shape).permute(0, 3, 1, 2)
 
 
-def _crops(drawn: Tensor, orientation: Tensor, generator: torch.Generator) -> Tensor:
-    """Cut a padded crop for each view: uint8 [B, views, S, S, 3].
+def _crops(padded: Tensor, orientation: Tensor, generator: torch.Generator) -> Tensor:
+    """Cut a crop for each view: uint8 [B, views, S, S, 3].
 
-    ``drawn`` is uint8 [drawings, B, S, S, 3]; ``orientation`` [views, B, 2] names the drawing,
-    and whether its rows are taken from the bottom up. In memory as one line, a row of a crop is
-    a run of ``3 * S`` bytes; copying such runs is what makes it fast on a CPU.
+    ``padded`` is uint8 [drawings, B, S + 8, S + 8, 3]; ``orientation`` [views, B, 2] names the
+    drawing, and whether its rows are taken from the bottom up. In memory as one line, a row of a
+    crop is a run of ``3 * S`` bytes; copying such runs is what makes it fast on a CPU.
     """
-    _, batch, side, _, channels = drawn.shape
-    device = drawn.device
-    padded_side = side + 2 * PADDING
-    padded = F.pad(drawn, (0, 0, PADDING, PADDING, PADDING, PADDING)).contiguous()
+    _, batch, padded_side, _, channels = padded.shape
+    side, device = padded_side - 2 * PADDING, padded.device
     runs = padded.flatten().unfold(0, side * channels, 1)
     drawing, upwards = orientation.permute(2, 1, 0)[..., None]
     top, left = torch.randint(

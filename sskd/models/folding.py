@@ -13,8 +13,9 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
     in front of it takes into its weights and bias (Jacob et al., CVPR 2018, section 3.2). Where
     something else sees the convolution's own output, both stay. All features agree to rounding.
 
-    ``network`` is not changed; layers that are not folded are shared with it. A network whose
-    forward cannot be traced, because it chooses by what an image holds, is returned as it is.
+    ``network`` is put in eval mode and else not changed; layers that are not folded are shared.
+    One whose forward cannot be traced, because it chooses by what an image holds, is returned
+    as it is.
     """
     network.eval()
     try:
