@@ -8,8 +8,12 @@ other round: steps that do not count, until what workers have drawn ahead is use
 round's steps as fast as they come. The ratio is the median over the rounds, with the smallest and
 the largest. The images are noise, as many and as large as CIFAR-100's.
 
+The conventional pipeline evaluates in batches of the training's size, as such code does, the suite
+in batches of 500. On a CPU its workers share the cores with the step.
+
 The second table tells which share of the hardware's ceiling the suite's steps reach, of matrix
-products alone and of the op-by-op roofline (benchmarks/ceiling), measured in the same processes.
+products alone and of the op-by-op roofline (benchmarks/ceiling), measured in the same processes. The third
+has the hours of a run of the published length.
 
 works: teacher, the first network of the pair alone; kd, sskd, crd, the pair by a method; views,
 four views of each image drawn and augmented by one thread; evaluation of 10,000 images.
@@ -53,6 +57,7 @@ from sskd.methods import METHODS
 from sskd.models import build_model
 
 EVALUATED = 10_000
+CELL = 240 * 50_000  # images of a run of the published length
 VIEWS = METHODS["sskd"].views
 
 
@@ -327,7 +332,7 @@ def main() -> None:
             print(tell(row), flush=True)
             if options.out:
                 write(options, rows)
-    print("\n" + "\n".join(ceilings(rows)))
+    print("\n" + "\n".join([*ceilings(rows), "", *hours(rows)]))
 
 
 def parse_options() -> argparse.Namespace:
@@ -357,6 +362,9 @@ HEADER = """\
 | work | pair | precision | conventional, images/s | suite, images/s | ratio | its range | \
 data, conventional | data, suite | MiB, conventional | MiB, suite |
 |---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"""
+HOURS_HEADER = """\
+| 240 epochs of 50,000 images | pair | precision | conventional, hours | suite, hours |
+|---|---|---|--:|--:|"""
 CEILING_HEADER = """\
 | work | pair | precision | ms a step | of the matrix-product rate | of the op-by-op roofline |
 |---|---|---|--:|--:|--:|"""
@@ -395,9 +403,20 @@ def ceilings(rows: list[Row]) -> list[str]:
     return lines
 
 
+def hours(rows: list[Row]) -> list[str]:
+    """Return the third table's lines: a cell of the published length, evaluation aside."""
+    lines = HOURS_HEADER.splitlines()
+    for row in rows:
+        if row.work in (*METHODS, "teacher"):
+            told = " | ".join(f"{CELL / side.rate / 3600:,.1f}" for side in (row.theirs, row.ours))
+            lines.append(f"| {row.work} | {row.pair} | {row.precision} | {told} |")
+    return lines
+
+
 def write(options: argparse.Namespace, rows: list[Row]) -> None:
     """Write the tables as markdown and every figure as JSON."""
-    lines = [title(options), "", *HEADER.splitlines(), *map(tell, rows), "", *ceilings(rows)]
+    lines = [title(options), "", *HEADER.splitlines(), *map(tell, rows)]
+    lines += ["", *ceilings(rows), "", *hours(rows)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
     told = {key: value for key, value in vars(options).items() if key != "out"}

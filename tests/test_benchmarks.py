@@ -54,7 +54,7 @@ def test_throughput_is_two_tables_and_figures(tmp_path: Path) -> None:
     done = subprocess.run([*command, *small, *more, *out], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "new" / "throughput.json").read_text())["rows"]
-    assert [row["work"] for row in rows] == ["kd", "views", "evaluation"]
+    assert [row["work"] for row in rows] == ["kd", "evaluation"]
     for row in rows:
         for side in (row["ours"], row["theirs"]):
             assert len(side["rounds"]) == 2
@@ -62,8 +62,8 @@ def test_throughput_is_two_tables_and_figures(tmp_path: Path) -> None:
             assert 0 <= side["data_share"] <= 1
     assert rows[0]["ours"]["flop_share"] > 0
     text = (tmp_path / "new" / "throughput.md").read_text()
-    assert text.count("| kd |") == 2
-    assert text.count("| views |") == 1
+    assert text.count("| kd |") == 3
+    assert text.count("| evaluation |") == 1
 
 
 @pytest.mark.parametrize("method", sorted(CONVENTIONAL))
