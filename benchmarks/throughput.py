@@ -9,11 +9,11 @@ round's steps as fast as they come. The ratio is the median over the rounds, wit
 the largest. The images are noise, as many and as large as CIFAR-100's.
 
 The conventional pipeline evaluates in batches of the training's size, as such code does, the suite
-in batches of 500. On a CPU its workers share the cores with the step.
+on a CPU in batches of 64. On a CPU the workers share the cores with the step.
 
 The second table tells which share of the hardware's ceiling the suite's steps reach, of matrix
-products alone and of the op-by-op roofline (benchmarks/ceiling), measured in the same processes. The third
-has the hours of a run of the published length.
+products alone and of the op-by-op roofline (benchmarks/ceiling), measured in the same processes.
+The third has the hours of a run of the published length.
 
 works: teacher, the first network of the pair alone; kd, sskd, crd, the pair by a method; views,
 four views of each image drawn and augmented by one thread; evaluation of 10,000 images.
