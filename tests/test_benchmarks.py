@@ -45,7 +45,6 @@ def test_throughput_is_two_tables_and_figures(tmp_path: Path) -> None:
         "benchmarks.throughput",
         "--works",
         "kd",
-        "views",
         "evaluation",
     ]
     small = ["--pair", "resnet14-resnet8", "--batch", "4", "--rounds", "2", "--steps", "1"]
@@ -95,3 +94,15 @@ def test_the_conventional_choice_of_rows_is_the_suites() -> None:
     torch.testing.assert_close(found, similarity(views[~normal], views[normal]))
     logits, teacher = torch.randn(2, 6, 9, generator=generator)
     torch.testing.assert_close(soft(logits, teacher, 4.0), kd_loss(logits, teacher, 4.0))
+
+
+def test_scale_is_two_tables(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.scale", "--pair", "resnet14-resnet8"]
+    small = ["--batches", "2", "4", "--cells", "1", "2", "--seconds", "0.1", "--images", "20"]
+    out = ["--device", "cpu", "--out", str(tmp_path / "scale")]
+    done = subprocess.run([*command, *small, *out], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    scales = json.loads((tmp_path / "scale.json").read_text())["scales"]
+    assert [(each["batch"], each["cells"]) for each in scales] == [(2, 1), (4, 1), (2, 1), (2, 2)]
+    assert all(each["images_per_second"] > 0 and each["memory"] > 0 for each in scales)
+    assert (tmp_path / "scale.md").read_text() == done.stdout
