@@ -86,15 +86,20 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--batch", type=int, default=64, help="images a step")
     parser.add_argument("--rounds", type=int, default=30, help="pairs of steps")
-    parser.add_argument("--images", type=int, default=50_000, help="training images")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--compile", default="auto", help="as of the training commands")
-    parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json as well")
+    add_shared_options(parser)
     options = parser.parse_args()
     if options.rounds < 2:
         parser.error("--rounds must be at least 2")
     return options
+
+
+def add_shared_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every benchmark has."""
+    parser.add_argument("--images", type=int, default=50_000, help="training images")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--compile", default="auto", help="as of the training commands")
+    parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json as well")
 
 
 def stages(pair: str, options: argparse.Namespace) -> Iterator[tuple[str, str]]:
@@ -153,14 +158,19 @@ def stepper(
     config: Config, stage_name: str, images: Images, loader: Loader
 ) -> Callable[[], object]:
     """Return a function that takes one training step, its batch's augmentation included."""
-    learn = learner(config, stage_name, images)
+    draw, learn = drawer(loader), learner(config, stage_name, images)
+    return lambda: learn(draw())
 
-    def step() -> None:
+
+def drawer(loader: Loader) -> Callable[[], Batch]:
+    """Return a function that draws the next batch, epoch after epoch."""
+
+    def draw() -> Batch:
         if loader.position == loader.steps:
             loader.begin_epoch(0)
-        learn(loader.next_batch())
+        return loader.next_batch()
 
-    return step
+    return draw
 
 
 def learner(config: Config, stage_name: str, images: Images) -> Callable[[Batch], object]:
@@ -172,7 +182,6 @@ def learner(config: Config, stage_name: str, images: Images) -> Callable[[Batch]
     enter(stage, method)
     fast = compile_loss(stage, config)
     optimizer = build_optimizer(config.optimizer, stage.trains.parameters(), config.optimizer.lr)
-
     meter = Meter()
 
     def learn(batch: Batch) -> None:

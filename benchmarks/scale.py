@@ -18,11 +18,18 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 
-from benchmarks.methods import composed, described, noise, peak_memory, stepper, synchronise
+from benchmarks.methods import (
+    add_shared_options,
+    composed,
+    described,
+    noise,
+    peak_memory,
+    stepper,
+    synchronise,
+)
 from sskd.data import Loader
 from sskd.device import choose_device
 from sskd.methods import METHODS
@@ -68,11 +75,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[64, 128, 256, 512, 1024])
     parser.add_argument("--cells", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--seconds", type=float, default=10, help="of each measurement")
-    parser.add_argument("--images", type=int, default=50_000, help="training images")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
-    parser.add_argument("--compile", default="auto", help="as of the training commands")
-    parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json as well")
+    add_shared_options(parser)
     options = parser.parse_args()
     options.device = str(choose_device(options.device))  # one for all processes
     return options

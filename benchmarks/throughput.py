@@ -48,7 +48,16 @@ from benchmarks.conventional import (
     loader_of,
     opponents_device,
 )
-from benchmarks.methods import composed, described, learner, noise, peak_memory, synchronise
+from benchmarks.methods import (
+    add_shared_options,
+    composed,
+    described,
+    drawer,
+    learner,
+    noise,
+    peak_memory,
+    synchronise,
+)
 from sskd.config import Config
 from sskd.data import Batch, Images, Loader, Split
 from sskd.device import choose_device, place
@@ -273,14 +282,7 @@ def _training(
 
 
 def _drawing(images: Images, views: int, options: argparse.Namespace) -> Callable[[], Batch]:
-    loader = Loader(images.train, images.mean, images.std, options.batch, views)
-
-    def draw() -> Batch:
-        if loader.position == loader.steps:
-            loader.begin_epoch(0)
-        return loader.next_batch()
-
-    return draw
+    return drawer(Loader(images.train, images.mean, images.std, options.batch, views))
 
 
 def _device(images: Images) -> torch.device:
@@ -347,11 +349,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], metavar="PRECISION")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="of a round")
-    parser.add_argument("--images", type=int, default=50_000, help="training images")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8))
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    parser.add_argument("--compile", default="auto", help="as of the training commands")
-    parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json as well")
+    add_shared_options(parser)
     options = parser.parse_args()
     options.precisions = options.precisions or ["fp32", "bf16"]
     options.device = str(choose_device(options.device))  # one for all processes
