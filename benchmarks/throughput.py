@@ -293,7 +293,7 @@ def _device(images: Images) -> torch.device:
 
 
 def compare(work: str, pair: str, options: argparse.Namespace) -> list[Row]:
-    """Return a row for each precision."""
+    """Return a row for each precision, with the shares of the ceiling if the options want them."""
     precisions: list[str | None] = [None, *options.precisions]
     if work in ("views", "evaluation"):  # the one is uint8, the other always float32
         precisions = [None, "fp32"]
@@ -316,7 +316,7 @@ def compare(work: str, pair: str, options: argparse.Namespace) -> list[Row]:
             shares: tuple[float | None, float | None] = (None, None)
             # A compiled step has operations of its own, of which the count would know nothing.
             trains = work in (*METHODS, "teacher")
-            if precision and trains and options.compile in ("auto", "off"):
+            if options.ceiling and precision and trains and options.compile in ("auto", "off"):
                 middle = statistics.median(rounds[precision])
                 shares = process.submit(tell_ceiling, precision, middle).result()
             sides[precision] = Side(rounds[precision], size, data, memory, *shares)
@@ -344,16 +344,27 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--works", nargs="+", choices=BUILDERS, default=list(BUILDERS))
     parser.add_argument("--pair", default="wrn_40_2-wrn_16_2", metavar="TEACHER-STUDENT")
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], metavar="PRECISION")
+    add_turns(parser, rounds=5, steps=4)
+    add_shared_options(parser)
+    options = resolve(parser.parse_args())
+    options.precisions = options.precisions or ["fp32", "bf16"]
+    options.ceiling = True
+    return options
+
+
+def add_turns(parser: argparse.ArgumentParser, rounds: int, steps: int) -> None:
+    """Add the options of ``compare``, with defaults for its ``rounds`` and their ``steps``."""
     parser.add_argument("--crd-pair", default="resnet56-resnet20", metavar="TEACHER-STUDENT")
     parser.add_argument("--batch", type=int, default=64, help="images a step")
-    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], metavar="PRECISION")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="of a round")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--steps", type=int, default=steps, help="of a round")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8))
-    add_shared_options(parser)
-    options = parser.parse_args()
-    options.precisions = options.precisions or ["fp32", "bf16"]
-    options.device = str(choose_device(options.device))  # one for all processes
+
+
+def resolve(options: argparse.Namespace) -> argparse.Namespace:
+    """Return ``options`` with one device for all processes."""
+    options.device = str(choose_device(options.device))
     return options
 
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import Compose, random_images
+from test_run import SMALL
 from torch import Tensor, nn
 
 from sskd.acceleration import compile_loss, fold_teacher
 from sskd.assembly import assemble
 from sskd.data import Batch, Loader
 from sskd.device import place
+from sskd.errors import UserError
 from sskd.evaluation import predict
 from sskd.methods import METHODS, Method, Stage, Step
 from sskd.models import ARCHITECTURES, Features, build_model, fold_batch_norms
 from sskd.step import enter, take_step
+from train_student import train
 
 CPU = torch.device("cpu")
 # wide ResNets keep the BatchNorms that a sum or the returned stem stands in front of
@@ -212,3 +217,37 @@ def test_only_full_batches_are_compiled(composed: Compose, monkeypatch: pytest.M
     assert compiled == [8]
     for choice in ("auto", "off"):
         assert compile_loss(stages[-1], composed(f"compile={choice}")) is stages[-1]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_learns_what_a_plain_one_does(composed: Compose, tmp_path: Path) -> None:
+    small = [item for item in SMALL if not item.startswith("schedule")]
+    words = [*small, "schedule.epochs=1", "method=kd", "precision=bf16"]
+    losses: list[float] = []
+    for choice in ("off", "default"):
+        runs = tmp_path / choice
+        if losses:  # the same teacher: how it was compiled is no part of what a run is
+            shutil.copytree(tmp_path / "off/digits/scratch", runs / "digits/scratch")
+        result = train(composed(*words, f"compile={choice}", f"runs={runs}"))
+        assert result["compile"] == choice
+        (path,) = (runs / "digits/distill").rglob("metrics.jsonl")
+        losses.append(json.loads(path.read_text())["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    assert losses[1] != losses[0]  # rounded otherwise, so it was compiled
+
+
+def test_a_loss_that_cannot_be_compiled_is_told_in_a_line(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, stages, batch = made(composed, "kd", "resnet8-resnet8")
+
+    def refuse(_: Batch) -> Step:
+        raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nwas found")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: refuse)
+    stage = compile_loss(stages[-1], composed("compile=default", "batch_size=8"))
+    told = (
+        r"compile=default: stage distill cannot .* \(no C\+\+ compiler was found\); use compile=off"
+    )
+    with pytest.raises(UserError, match=told):
+        stage.loss(batch)

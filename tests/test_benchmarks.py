@@ -106,3 +106,20 @@ def test_scale_is_two_tables(tmp_path: Path) -> None:
     assert [(each["batch"], each["cells"]) for each in scales] == [(2, 1), (4, 1), (2, 1), (2, 2)]
     assert all(each["images_per_second"] > 0 and each["memory"] > 0 for each in scales)
     assert (tmp_path / "scale.md").read_text() == done.stdout
+
+
+def test_the_grid_is_hours_of_every_pair(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.grid", "--pairs", "resnet14-resnet8"]
+    small = ["--crd-pair", "resnet14-resnet8", "--batch", "4", "--images", "24", "--workers", "1"]
+    out = ["--device", "cpu", "--out", str(tmp_path / "grid")]
+    done = subprocess.run([*command, *small, *out], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "grid.json").read_text())
+    (pair,) = found["seconds"]
+    hours = [
+        12e6 / 3600 * (10 * kd + sskd + crd)  # 240 epochs of 50,000 images; CRD's beside its KD
+        for kd, sskd, crd in zip(pair["kd"], pair["sskd"], found["crd"], strict=True)
+    ]
+    last = (tmp_path / "grid.md").read_text().splitlines()[-1]
+    assert "**11 distillations**" in last
+    assert [cell.strip(" *") for cell in last.split("|")[-4:-1]] == [f"{h:,.0f}" for h in hours]
