@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slurm lint lock clean
+.PHONY: demo test test-slurm torture lint lock clean
 
 # A teacher, the student alone, KD and SSKD on the embedded digits, then the table.
 demo: $(READY)
@@ -20,6 +20,10 @@ test: $(READY)
 # Sweeps on a real SLURM, which is installed, started and stopped again on this machine: Debian, root.
 test-slurm: $(READY)
 	$(BIN)/python -m pytest tests/slurm.py
+
+# Hundreds of kills, power failures and full disks; prints a row of the table for each.
+torture: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/torture.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -43,7 +43,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     from sskd.identity import describe
     from sskd.phases import share_phase
     from sskd.pictures import save_views
-    from sskd.results import summarise
+    from sskd.results import last_top1, summarise
     from sskd.run import Run, put_aside
     from sskd.teachers import find_teacher, locate, missing_teacher
     from sskd.tracking import Tracker
@@ -57,8 +57,8 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     found = find_teacher(config)
     folder, changed = locate(config)
     run = Run(folder, describe(config, found.digest if found else None))
-    if not config.force and (result := run.finished()):
-        print(f"{run.folder}: finished already, last top-1 {result['top1']['last']:.2f}")
+    if not config.force and (result := run.finished()) is not None:
+        print(f"{run.folder}: finished already, last top-1 {last_top1(result, run.folder):.2f}")
         return result
 
     # ---- data, networks, method ----
@@ -72,14 +72,15 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     if config.force:
         put_aside(run.folder)
     with run.open(wait=wait):
-        if result := run.finished():  # by the process that was waited for
+        if (result := run.finished()) is not None:  # by the process that was waited for
             return result
 
         # ---- training, stage by stage, on from the last checkpoint ----
-        state = run.checkpoint()
         stages = list(method.stages())
-        run.plan({stage.name: stage_schedule(stage, config).epochs for stage in stages})
-        first = [stage.name for stage in stages].index(state["stage"]) if state else 0
+        epochs = {stage.name: stage_schedule(stage, config).epochs for stage in stages}
+        state = run.checkpoint(epochs)
+        run.plan(epochs)
+        first = list(epochs).index(state["stage"]) if state else 0
         with Tracker(run, config) as tracker:
             tracker.picture("views", save_views(run.folder, images, config, method.views))
             for line in run.metrics:

@@ -5,6 +5,7 @@ Hydra takes plugins from the package ``hydra_plugins`` only; what a cell is, ``s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -28,6 +29,11 @@ class CellSweeper(BasicSweeper):
         size = self.max_batch_size
         if size is not None and size < 1:
             raise UserError(f"hydra.sweeper.max_batch_size={size}: should be at least 1, or null")
+        if not isinstance(self.params, Mapping | None):
+            raise UserError(
+                f"hydra.sweeper.params: should be a mapping of settings to their values, such as "
+                f"'seed: 0,1,2' (got {self.params!r})"
+            )
         assert self.hydra_context is not None
         assert self.launcher is not None
         loader = self.hydra_context.config_loader

@@ -5,13 +5,18 @@ Importing this costs nothing: the commands answer ``--help`` before torch is loa
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import errno
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -22,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sskd import CONF
 from sskd.errors import BusyError, UnfinishedError, UserError, nearest
-from sskd.interrupt import Interrupted, warnings_passed_on
+from sskd.interrupt import Interrupted, termination_raised, warnings_passed_on
 from sskd.nested import flatten
 
 # For the folder that Hydra makes for a sweep; a run's own is expanded with its configuration.
@@ -30,7 +35,10 @@ OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 # Besides our own: what Hydra finds wrong in a configuration, and a full or forbidden disk.
-_USER_CAN_MEND = (UserError, CompactHydraException, OmegaConfBaseException, OSError)
+_USER_CAN_MEND = (UserError, CompactHydraException, OmegaConfBaseException, OSError, yaml.YAMLError)
+# Where Hydra reads files. It takes for granted that they are text and that their defaults are
+# lists, and lets any exception out where they are not.
+_COMPOSES = ("hydra._internal.config_", "hydra._internal.defaults_list")
 
 # Launchers that come with an extra.
 _PLUGINS = ("hydra/launcher/joblib", "hydra/launcher/submitit_slurm")
@@ -44,7 +52,7 @@ def run_job(job: Callable[[DictConfig], object], composed: DictConfig) -> None:
     launcher, and callbacks are not told of some of it.
     """
     try:
-        with warnings_passed_on():
+        with warnings_passed_on(), termination_raised():
             job(composed)
     except Exception as error:
         expected = isinstance(error, _USER_CAN_MEND)
@@ -94,6 +102,8 @@ def run_command(main: Callable[[], object]) -> int:
         print(f"{stop}: the state is saved, {again} goes on from it", file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
+        if "wandb" in sys.modules:
+            _end_at_once(130)  # else W&B might wait for its server
         return 130
     except UnfinishedError as error:
         return error.status
@@ -102,13 +112,44 @@ def run_command(main: Callable[[], object]) -> int:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
         return _status(error)
+    except Exception as error:
+        if asked_for_traceback or not _came_up_in_composing(error):
+            raise
+        cause = "cannot be composed (" + " ".join(str(error).split()) + ")"
+        told = "its defaults lead back to itself" if isinstance(error, RecursionError) else cause
+        print(f"error: {_primary_file()}: {told}", file=sys.stderr)
+        return UserError.status
     return 0
+
+
+def _came_up_in_composing(error: Exception) -> bool:
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__", "").startswith(_COMPOSES) for frame in frames)
+
+
+def _primary_file() -> Path:
+    """Return the file that the command line has composed: a sweep's, or the command's own."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd", default=CONF, type=Path)
+    parser.add_argument("--config-name", "-cn", default=Path(sys.argv[0]).stem.split("_")[-1])
+    given, _ = parser.parse_known_args()
+    return Path(given.config_dir, f"{given.config_name.removesuffix('.yaml')}.yaml")
+
+
+def _end_at_once(status: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def explain(error: Exception) -> str:
     """Return a complaint about a configuration in one line, with the nearest right name."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, OSError) and error.filename:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        told = f"{error.filename}: {error.strerror}"
+        return told + "; free some space there, and the same command goes on" * full
     missing = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
     if missing in _PLUGINS:
         return f"{missing} is not installed; pip install '.[cluster]' does that"
@@ -124,8 +165,13 @@ def explain(error: Exception) -> str:
     if unknown:
         key = unknown.group(1)
         return f"{key}: no such setting{nearest(key, _known_settings())}"
+    if isinstance(error, yaml.YAMLError):
+        return f"not YAML that can be read: {' '.join(str(error).split())}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read as KEY=VALUE ({str(error).splitlines()[0]})"
+    if "No match in the defaults list" in str(error):
+        told = " ".join(str(error).split("To append to your")[0].split())
+        return f"{told} (a sweep's file begins with 'defaults: [student]')"
     # Hydra advises to add with + what it does not know; the next check would refuse that.
     causes = [str(error).split("To append to your")[0]]
     if isinstance(error.__cause__, OmegaConfBaseException):

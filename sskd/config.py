@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -32,6 +31,7 @@ from sskd.errors import UserError, nearest
 from sskd.methods import METHODS, Method
 from sskd.models import ARCHITECTURES
 from sskd.optimizers import OPTIMIZERS
+from sskd.paths import expanded
 from sskd.settings import NonEmpty, NonNegative, Positive, Settings, Share
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -114,7 +114,7 @@ class Config(Settings):
     @field_validator("runs")
     @classmethod
     def _expanded(cls, runs: str) -> str:
-        return str(Path(runs).expanduser())
+        return str(expanded(runs))
 
 
 def method_settings(name: str) -> type[BaseModel]:

@@ -16,6 +16,9 @@ class UserError(Exception):
 
     status = 1
 
+    def __str__(self) -> str:
+        return printable(super().__str__())  # names in files may hold anything
+
 
 class BusyError(UserError):
     """Another process is at work on the run, so that this one leaves it alone."""
@@ -29,6 +32,11 @@ class UnfinishedError(UserError):
     def __init__(self, status: int) -> None:
         super().__init__(status)
         self.status = status
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with a question mark for each sign that a terminal should not be sent."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

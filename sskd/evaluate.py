@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except CompactHydraException as error:
+    except (CompactHydraException, OSError) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 1
     return 0

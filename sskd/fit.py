@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -221,18 +222,33 @@ class Fit:
         self._saved = time.monotonic()
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        load_own_state(self.saved_module, state["module"])
-        self.position = Position(**state["position"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if not self.position.mid_epoch:
-            self._save_if_best()
-            return  # every epoch begins with seeds of its own
-        if state["device"] != self._device.type:
+        with self._foreign_refused():
+            position, device = Position(**state["position"]), str(state["device"])
+        if position.mid_epoch and device != self._device.type:
             raise UserError(
                 f"{self.run.folder}: stands in mid-epoch, where random numbers of "
-                f"'{state['device']}' cannot go on on '{self._device.type}'; "
-                f"use device={state['device']}, or start afresh with force=true"
+                f"'{device}' cannot go on on '{self._device.type}'; "
+                f"use device={device}, or start afresh with force=true"
             )
-        self.meter.load_state_dict(state["meter"], self._device)
-        self.loader.load_state_dict(state["loader"])
-        restore_generator_states(state["generators"], self._device)
+        with self._foreign_refused():
+            load_own_state(self.saved_module, state["module"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if position.mid_epoch:  # every epoch begins with seeds of its own
+                self.meter.load_state_dict(state["meter"], self._device)
+                self.loader.load_state_dict(state["loader"])
+                restore_generator_states(state["generators"], self._device)
+        self.position = position
+        if not position.mid_epoch:
+            self._save_if_best()
+
+    @contextmanager
+    def _foreign_refused(self) -> Iterator[None]:
+        """Tell in a line that a checkpoint which is whole is another program's."""
+        try:
+            yield
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            told = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+            raise UserError(
+                f"{self.run.folder}: its checkpoint is not one of this run ({told}); "
+                "start afresh with force=true"
+            ) from error

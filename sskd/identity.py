@@ -45,6 +45,8 @@ def identity(values: Mapping[str, Any]) -> dict[str, Any]:
         node = decisive
         for parent in parents:
             node = node.get(parent) or {}
+            if not isinstance(node, dict):  # in the file of a folder that somebody has damaged
+                node = {}
         node.pop(last, None)
     return decisive
 

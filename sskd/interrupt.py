@@ -65,16 +65,24 @@ class StopSignals:
 
 @contextmanager
 def termination_raised() -> Iterator[None]:
-    """Raise Interrupted where SIGTERM comes, so that a launcher ends the processes it has begun."""
+    """Raise Interrupted where SIGTERM comes outside of training, so that all is ended in order.
+
+    A launcher ends the processes that it has begun, a run closes its folder and its W&B run. A
+    handler that is there already, as a scheduler's, stays.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise Interrupted(signum)
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

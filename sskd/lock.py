@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
 
-from sskd.errors import BusyError
+from sskd.errors import BusyError, UserError
 
 _FILE = ".lease"
 # Every process that looks at a folder must agree on it. A node that dies leaves its cells to
@@ -65,15 +65,22 @@ class FolderLock:
         self._lease.release()
 
     def check(self) -> None:
-        """Raise BusyError if the folder has become another's, as after a long standstill.
+        """Ask, before anything is written into the folder, whether it is still this process's.
 
-        Whoever writes into the folder asks before.
+        Raises:
+            BusyError: it has become another's, as after a long standstill.
+            UserError: it was removed.
         """
+        if not self._folder.is_dir():
+            raise UserError(
+                f"{self._folder}: was removed while this process was at work in it; the same "
+                "command starts it afresh"
+            )
         owner = self._lease.owner
         if self._lease.compromise is not None or not owner or owner.token != self._lease.token:
             raise BusyError(
                 f"{self._folder}: was lost to {_holder(self._folder)}, because this process stood "
-                f"still for more than {DURATION:.0f} seconds or the folder was removed"
+                f"still for more than {DURATION:.0f} seconds"
             )
 
 

@@ -8,14 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from sskd.config import Config
 from sskd.data import Images
+from sskd.errors import UserError
 from sskd.fit import Fit, stage_schedule
 from sskd.identity import describe, identity
 from sskd.methods import Stage
+from sskd.models import weights_digest
 from sskd.run import WEIGHTS, Run
 from sskd.teachers import Teacher
 
@@ -32,16 +35,33 @@ def share_phase(
     settings = phase_settings(stage, config, teacher)
     folder = phase_folder(config, settings)
     with Run(folder, settings).open(wait=True) as run:
-        if run.finished() is None:
-            state = run.checkpoint()
+        result = run.finished()
+        if result is None:
+            state = run.checkpoint([stage.name])
             run.plan({stage.name: stage_schedule(stage, config).epochs})
             position = Fit(stage, method, stage.trains, images, run, config).train(state)
-            result = {"kind": "phase", "stage": stage.name, "seconds": position.seconds}
-            run.finish(stage.trains, result)
+            digest = weights_digest(stage.trains)
+            told = {"kind": "phase", "stage": stage.name, "seconds": position.seconds}
+            run.finish(stage.trains, {**told, "digest": digest})
         else:
             print(f"{folder}: reused")
-        stage.trains.load_state_dict(load_file(folder / WEIGHTS))
+            _load_result(stage.trains, folder / WEIGHTS, result.get("digest"))
         return run.read_metrics()
+
+
+def _load_result(module: nn.Module, path: Path, digest: object) -> None:
+    """Load what a finished phase has left; ``digest`` is None in results that tell none."""
+    try:
+        state = load_file(path)
+        whole = digest in (None, weights_digest(state))
+        module.load_state_dict(state)
+    except (OSError, SafetensorError, RuntimeError):
+        whole = False
+    if not whole:
+        raise UserError(
+            f"{path}: is damaged; remove the folder {path.parent}, and the same command trains "
+            "the phase again"
+        )
 
 
 def phase_settings(stage: Stage, config: Config, teacher: Teacher) -> dict[str, Any]:

@@ -16,10 +16,11 @@ import sskd
 from sskd.config import Config
 from sskd.data import Images
 from sskd.device import peak_memory
+from sskd.errors import UserError
 from sskd.evaluation import accuracy, agreement, mean_kl, predict
 from sskd.fit import Position
-from sskd.models import read_checkpoint, weights_digest
-from sskd.run import BEST, Run
+from sskd.models import weights_digest
+from sskd.run import RESULT, Run
 
 
 def summarise(
@@ -37,6 +38,7 @@ def summarise(
     agreement is in percent, the divergence in nats.
     """
     logits = predict(student, images.test, images)
+    best = run.load_best(position.best_epoch)
     last = accuracy(logits, images.test.labels)
     result: dict[str, Any] = {
         "kind": "distill" if config.teacher else "scratch",
@@ -62,7 +64,7 @@ def summarise(
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
         "digest": {
             "last": weights_digest(student),
-            "best": weights_digest(read_checkpoint(run.folder / BEST).state),
+            "best": None if best is None else weights_digest(best),
         },
         "precision": config.precision,
         "compile": config.compile,
@@ -74,6 +76,16 @@ def summarise(
         result["agreement"] = agreement(logits, teacher_logits)
         result["kl"] = mean_kl(logits, teacher_logits)
     return result
+
+
+def last_top1(result: Mapping[str, Any], folder: Path) -> float:
+    """Return the last top-1 of a ``result`` that was read in ``folder``; UserError for none."""
+    try:
+        return float(result["top1"]["last"])
+    except (LookupError, TypeError, ValueError):
+        raise UserError(
+            f"{folder / RESULT}: tells no accuracy; start afresh with force=true"
+        ) from None
 
 
 def _holdout(run: Run) -> dict[str, float] | None:

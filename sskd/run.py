@@ -1,33 +1,36 @@
 """A run's folder: its configuration, metrics, checkpoints and result.
 
 The folder is the run's identity. What stands in it is written whole or not at all, so a run
-may be killed at any moment; the next start of the same command goes on from ``last.pt``.
+may be killed at any moment; the next start of the same command goes on from ``last.pt``, or from
+``previous.pt``, the checkpoint before it, where that is damaged.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import nn
+from torch import Tensor, nn
 
 from sskd.errors import BusyError, UserError
 from sskd.identity import differing
 from sskd.lock import FolderLock, forget_lock
 from sskd.models import save_weights
+from sskd.sealed import DamagedError, load_sealed, save_sealed
 from sskd.status import failed_in_this_sweep, write_failure, write_status
-from sskd.storage import leftovers, write_text, write_whole
+from sskd.storage import append_line, leftovers, make_folder, write_text
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 LAST = "last.pt"
+PREVIOUS = "previous.pt"
 BEST = "best.pt"
 WEIGHTS = "model.safetensors"
 RESULT = "result.json"
@@ -44,6 +47,7 @@ class Run:
         self.folder = folder
         self.config = config
         self.metrics: list[dict[str, Any]] = []
+        self._metrics_digest = hashlib.sha256()
         self._lock = FolderLock(folder)
 
     def open(self, *, wait: bool = False) -> Self:
@@ -59,7 +63,7 @@ class Run:
                 that is waited for has failed in this sweep.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             self._lock.acquire(wait=wait)
         except OSError as error:
             raise UserError(
@@ -95,9 +99,15 @@ class Run:
             raise UserError(f"{self.folder}: has failed in this sweep already: {told}")
 
     def _take_up(self) -> None:
+        for path in self.folder.iterdir():
+            if path.is_symlink():  # a stranger's folder must not lead what is written elsewhere
+                raise UserError(
+                    f"{path}: is a symbolic link, but a run keeps its files in its own folder; "
+                    "put the file itself there"
+                )
         for path in leftovers(self.folder):
             path.unlink(missing_ok=True)  # a sweep that queues this run may be writing
-        if any((self.folder / name).exists() for name in (LAST, RESULT)):
+        if any((self.folder / name).exists() for name in (LAST, PREVIOUS, RESULT)):
             self._refuse_other_config()
         else:
             text = OmegaConf.to_yaml(OmegaConf.create(dict(self.config)))
@@ -128,59 +138,93 @@ class Run:
             self._refuse_other_config()
         return result
 
-    def checkpoint(self) -> dict[str, Any] | None:
+    def checkpoint(self, stages: Collection[str]) -> dict[str, Any] | None:
         """Return what ``save`` last wrote, on the CPU; ``metrics`` are cut back to that moment.
 
-        Returns None, and no metrics, where nothing was saved.
-        """
-        if not (self.folder / LAST).exists():
-            self._set_metrics([])
-            return None
-        try:
-            state: dict[str, Any] = torch.load(
-                self.folder / LAST, map_location="cpu", weights_only=True
-            )
-            lines = self.read_metrics(state["lines"])
-            if len(lines) < state["lines"]:
-                raise ValueError(f"{METRICS} is too short")
-        except PermissionError:  # says nothing about what the files hold
-            raise
-        except Exception as error:  # torch has a dozen types of error for a damaged file
-            raise UserError(
-                f"{self.folder}: {LAST} or {METRICS} is damaged ({type(error).__name__}); "
-                "remove this folder to start afresh"
-            ) from error
-        self._set_metrics(lines)
-        return state
+        Where that is damaged it is the checkpoint before, with a warning. Returns None, and no
+        metrics, where nothing was saved.
 
-    def _set_metrics(self, lines: list[dict[str, Any]]) -> None:
-        self.metrics = lines
-        write_text(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+        Args:
+            stages: the names of those that the run has; the checkpoint stands in one of them.
+
+        Raises:
+            UserError: no checkpoint is whole, or the metrics are not.
+        """
+        damage = ""
+        for path in (self.folder / name for name in (LAST, PREVIOUS)):
+            if not path.exists():
+                continue
+            try:
+                state = load_sealed(path)
+                if state.get("stage") not in stages:
+                    raise DamagedError(f"it stands in stage '{state.get('stage')}'")
+                lines = self._lines_of(state)
+            except DamagedError as error:
+                damage = damage or f"{self.folder}: {path.name} is damaged: {error}"
+                continue
+            if damage:
+                print(f"warning: {damage}; goes on from {path.name}", file=sys.stderr, flush=True)
+                path.replace(self.folder / LAST)  # else the next one would take its place
+            self._set_metrics(lines)
+            return state
+        if damage:
+            raise UserError(f"{damage}; remove this folder to start afresh")
+        self._set_metrics([])
+        return None
+
+    def _lines_of(self, state: Mapping[str, Any]) -> list[str]:
+        """Return the lines of ``metrics.jsonl`` that were there when ``state`` was saved."""
+        count, digest = state.get("lines"), state.get("metrics_digest")
+        if not isinstance(count, int):
+            raise DamagedError("it is not a run's checkpoint")
+        lines = (self.folder / METRICS).read_bytes().splitlines(keepends=True)[:count]
+        # Checkpoints of versions that kept no digest have only the number to go by.
+        if len(lines) < count or digest not in (None, hashlib.sha256(b"".join(lines)).hexdigest()):
+            raise DamagedError(f"{METRICS} does not fit it")
+        return [line.decode() for line in lines]
+
+    def _set_metrics(self, lines: list[str]) -> None:
+        self.metrics = [json.loads(line) for line in lines]
+        text = "".join(lines)
+        self._metrics_digest = hashlib.sha256(text.encode())
+        write_text(self.folder / METRICS, text)
 
     def read_metrics(self, count: int | None = None) -> list[dict[str, Any]]:
         """Return the first ``count`` lines of ``metrics.jsonl``, or all."""
         lines = (self.folder / METRICS).read_text().splitlines()[:count]
         return [json.loads(line) for line in lines]
 
-    def log(self, line: dict[str, Any]) -> None:
+    def log(self, figures: dict[str, Any]) -> None:
         """Add one line, an epoch's figures, to ``metrics.jsonl``."""
         self._lock.check()
-        self.metrics.append(line)
-        with (self.folder / METRICS).open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        line = json.dumps(figures)
+        append_line(self.folder / METRICS, line)
+        self._metrics_digest.update(f"{line}\n".encode())
+        self.metrics.append(figures)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write ``last.pt``: all that is needed to go on from here."""
+        """Write ``last.pt``: all that is needed to go on from here; the one before it is kept."""
         self._lock.check()
-        whole = {**state, "lines": len(self.metrics)}
-        write_whole(self.folder / LAST, lambda stream: torch.save(whole, stream))
+        told = {"lines": len(self.metrics), "metrics_digest": self._metrics_digest.hexdigest()}
+        save_sealed(self.folder / LAST, {**state, **told}, keep=self.folder / PREVIOUS)
 
     def save_best(self, model: nn.Module, epoch: int, accuracy: float) -> None:
         """Write ``best.pt``: the network's weights at its best epoch, in the published layout."""
         state = {"model": model.state_dict(), "epoch": epoch, "accuracy": accuracy}
-        write_whole(self.folder / BEST, lambda stream: torch.save(state, stream))
+        save_sealed(self.folder / BEST, state)
+
+    def load_best(self, epoch: int) -> dict[str, Tensor] | None:
+        """Return the weights of the best ``epoch``; None, with a warning, where they are lost."""
+        try:
+            best = load_sealed(self.folder / BEST)
+            if best.get("epoch") != epoch:
+                raise DamagedError(f"it is of epoch {best.get('epoch')}")
+        except (DamagedError, OSError) as error:
+            told = f"warning: {self.folder}: the weights of epoch {epoch}, the best, are lost"
+            print(f"{told}: {BEST}: {error}", file=sys.stderr, flush=True)
+            return None
+        weights: dict[str, Tensor] = best["model"]
+        return weights
 
     def finish(self, model: nn.Module, result: Mapping[str, Any]) -> None:
         """Write ``model``'s weights and nothing else's, and then the result.
@@ -192,6 +236,7 @@ class Run:
         about = {key: result[key] for key in told if key in result}
         save_weights(self.folder / WEIGHTS, model, about)
         write_text(self.folder / RESULT, json.dumps(dict(result), indent=2) + "\n")
+        (self.folder / PREVIOUS).unlink(missing_ok=True)
         write_status(self.folder, "finished")
 
 

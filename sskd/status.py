@@ -44,7 +44,7 @@ def read_status(folder: Path) -> Mapping[str, Any]:
     """Return what ``folder``'s status.json says; nothing where it is missing or damaged."""
     try:
         status = json.loads((folder / STATUS).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return status if isinstance(status, dict) else {}
 

@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_whole(
+    path: Path, write: Callable[[BinaryIO], object], *, keep: Path | None = None
+) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then put it in ``path``'s place.
 
     After a crash at any moment ``path`` holds either its old content or all of the new. What a
     killed process leaves is found by ``leftovers``.
+
+    Args:
+        keep: where the old content goes; a crash in between leaves it there, and no ``path``.
+
+    Raises:
+        OSError: with ``path`` as its ``filename``.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -20,10 +28,43 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
+        if keep is not None and path.exists():
+            path.replace(keep)
         temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add ``line`` to ``path`` and wait until the disk has it; a crash may leave a part of it.
+
+    Raises:
+        OSError: with ``path`` as its ``filename``.
+    """
+    try:
+        with path.open("a") as stream:
+            stream.write(f"{line}\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder ``path``, and those above it, so that a power failure does not undo it."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the disk has the names of the files in ``path``."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

@@ -71,8 +71,11 @@ def find_teacher(config: Config) -> Teacher | None:
         )
     epoch = config.teacher.epoch
     digest = result.get("digest")
-    if not isinstance(digest, dict) or epoch not in digest:
-        raise UserError(f"{folder}: its result.json tells no digest; train it again, force=true")
+    if not isinstance(digest, dict) or not isinstance(digest.get(epoch), str):
+        raise UserError(
+            f"{folder}: its result.json tells no digest of the {epoch} epoch's weights; take the "
+            f"other epoch's with teacher.epoch, or train it again with force=true"
+        )
     return Teacher(folder / _FILES[epoch], digest[epoch])
 
 

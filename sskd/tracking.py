@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,13 +32,20 @@ class Tracker:
         self._config = config
         self._name = str(run.folder.relative_to(config.runs))
         self._lines = 0
+        self._lost = False
+        self._pictures: dict[str, Path] = {}
+        self._result: Mapping[str, Any] = {}
 
     def __enter__(self) -> Self:
+        self._wandb = self._open(self._config.wandb.mode)
+        return self
+
+    def _open(self, mode: str) -> wandb.Run:
         config = self._config
         arch, method = config.student.name, config.method.name
         pair = f"{config.teacher.name}-{arch}" if config.teacher else arch
-        self._wandb = open_run(
-            config.wandb.mode,
+        return open_run(
+            mode,
             self._run.folder,
             self._name,
             project=config.wandb.project,
@@ -48,19 +55,41 @@ class Tracker:
             tags=[config.dataset.name, *config.wandb.tags],
             config={**self._run.config, "pair": pair, "variant": self._variant()},
         )
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is KeyboardInterrupt:
+            return  # a second Ctrl-C: nobody waits for a server any more
         try:
             if kind is not None and issubclass(kind, Interrupted):
                 self._wandb.mark_preempting()  # it will come back: "preempted", not "failed"
             self._wandb.finish(exit_code=0 if kind is None else 1)
-            if kind is None:
-                return
+        except TimeoutError:
+            print(f"W&B did not answer; `wandb sync {self._sync_folder}` sends the rest later")
         except Exception as lost:  # must not take the place of what has ended the run
-            _tell(lost)
+            self._lose(lost)
+        if kind is None and not self._lost:
+            return
         with contextlib.suppress(Exception):
             wandb.teardown()  # else a later run, or the end of this process, would wait for it
+        if kind is None:
+            self._keep_offline()
+
+    @property
+    def _sync_folder(self) -> Path:
+        return Path(self._wandb.dir).parent
+
+    def _keep_offline(self) -> None:
+        """Write all of a finished run to the disk again: what W&B's process had is lost with it."""
+        self._lost, self._lines = False, 0
+        self._wandb = self._open("offline")
+        for name, path in self._pictures.items():
+            self.picture(name, path)
+        for line in self._run.metrics:
+            self.log(line)
+        self.summarise(self._result)
+        self._send(self._wandb.finish)
+        if not self._lost:
+            print(f"W&B: `wandb sync {self._sync_folder}` sends this run")
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Log the next line of ``metrics.jsonl``; its number is W&B's step.
@@ -76,16 +105,16 @@ class Tracker:
         if "test/top1" in line:  # of the last stage, whatever its name
             figures["epoch"] = line["epoch"]
         self._lines += 1
-        with _going_on_without_it():
-            self._wandb.log(figures, step=self._lines)
+        self._send(lambda: self._wandb.log(figures, step=self._lines))
 
     def picture(self, name: str, path: Path) -> None:
         """Show the picture in ``path``."""
-        with _going_on_without_it():
-            self._wandb.log({name: wandb.Image(str(path))}, step=0)
+        self._pictures[name] = path
+        self._send(lambda: self._wandb.log({name: wandb.Image(str(path))}, step=0))
 
     def summarise(self, result: Mapping[str, Any]) -> None:
         """Show the result in the run's row of a table."""
+        self._result = result
         top1 = result["top1"]
         summary = {
             "last/top1": top1["last"],
@@ -94,8 +123,7 @@ class Tracker:
             "hours": result["seconds"] / 3600,
             **{name: result[name] for name in _SUMMARISED if result[name] is not None},
         }
-        with _going_on_without_it():
-            self._wandb.summary.update(summary)
+        self._send(lambda: self._wandb.summary.update(summary))
 
     def _variant(self) -> str:
         """Return the method and what differs from its recipe: its seeds share it, no other run."""
@@ -106,15 +134,16 @@ class Tracker:
         told = ", ".join(as_override(key, value) for key, value in sorted(changed.items()))
         return f"{config.method.name} ({told})" if told else config.method.name
 
+    def _send(self, action: Callable[[], object]) -> None:
+        """Do ``action`` unless W&B's own process has ended: SLURM stops all of a job at once."""
+        if self._lost:
+            return
+        try:
+            action()
+        except ConnectionError as lost:
+            self._lose(lost)
 
-@contextlib.contextmanager
-def _going_on_without_it() -> Iterator[None]:
-    """Go on where W&B's own process has ended: SLURM stops every process of a job at once."""
-    try:
-        yield
-    except ConnectionError as lost:
-        _tell(lost)
-
-
-def _tell(lost: Exception) -> None:
-    print(f"W&B has stopped ({type(lost).__name__}); it gets the rest when the run comes back")
+    def _lose(self, lost: Exception) -> None:
+        if not self._lost:
+            print(f"W&B has stopped ({type(lost).__name__}); the run goes on without it")
+        self._lost = True

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import uuid
 from pathlib import Path
 from typing import Any
 
+import requests
 import wandb
 
 from sskd.errors import UserError
 from sskd.storage import write_text
 
 _ID = "wandb_id"
+_ANSWER_TIMEOUT = 10  # seconds
 _INIT_TIMEOUT = 20  # seconds; after that a run without a network is an offline one
+# Seconds; what a server has not taken by then is left for `wandb sync`.
+_FINISH_TIMEOUT = float(os.environ.get("WANDB_FINISH_TIMEOUT", 60))
 
 
 def open_run(mode: str, folder: Path, name: str, **arguments: Any) -> wandb.Run:
@@ -45,7 +50,13 @@ def open_run(mode: str, folder: Path, name: str, **arguments: Any) -> wandb.Run:
 
 
 def _init(mode: str, arguments: dict[str, Any]) -> wandb.Run:
-    settings = wandb.Settings(init_timeout=_INIT_TIMEOUT, console="off", silent=True)
+    settings = wandb.Settings(
+        init_timeout=_INIT_TIMEOUT,
+        finish_timeout=_FINISH_TIMEOUT,
+        finish_timeout_raises=True,
+        console="off",
+        silent=True,
+    )
     return wandb.init(mode=mode, settings=settings, **arguments)  # type: ignore[arg-type]
 
 
@@ -58,10 +69,22 @@ def choose_mode(mode: str) -> str:
         mode = os.environ.get("WANDB_MODE", "auto")
     if mode not in ("auto", "online"):
         return mode
-    if wandb.login(prompt=False):
+    if wandb.login(prompt=False, verify=False):
+        _require_answer(wandb.setup().settings.base_url)
+        wandb.login(prompt=False)  # now the key is verified
         return "online"
     print("W&B: no login, so this run is kept offline; `wandb sync` sends it later")
     return "offline"
+
+
+def _require_answer(url: str) -> None:
+    """Raise ``wandb.Error`` where nobody answers at ``url``: W&B itself may wait for minutes."""
+    try:
+        requests.head(url, timeout=_ANSWER_TIMEOUT)
+    except (requests.exceptions.SSLError, requests.exceptions.ProxyError):
+        pass  # W&B may know better
+    except requests.RequestException as error:
+        raise wandb.Error(f"{url} does not answer: {type(error).__name__}") from None
 
 
 def run_id(folder: Path, name: str) -> str:
@@ -71,7 +94,7 @@ def run_id(folder: Path, name: str) -> str:
     or one started afresh, gets an id of its own.
     """
     path = folder / _ID
-    if not path.exists():
+    if not path.exists() or not re.fullmatch("[0-9a-f]{16}", path.read_text(errors="replace")):
         text = f"{name} {uuid.uuid4()}"
         write_text(path, hashlib.sha256(text.encode()).hexdigest()[:16])
     return path.read_text()

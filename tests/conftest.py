@@ -107,3 +107,10 @@ class Command:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Command:
     return Command(monkeypatch, capsys, tmp_path / "runs")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from breaking import Undisturbed
+
+    return Undisturbed(tmp_path_factory.mktemp("undisturbed"))

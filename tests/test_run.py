@@ -22,7 +22,7 @@ import sskd.assembly
 import sskd.fit
 import sskd.models.checkpoints
 import sskd.pictures
-import sskd.run
+import sskd.sealed
 import sskd.storage
 from sskd.assembly import assemble
 from sskd.config import Config
@@ -34,6 +34,7 @@ from sskd.methods import METHODS, build_method
 from sskd.models import build_model, load_weights, weights_digest
 from sskd.phases import phase_settings
 from sskd.run import Run
+from sskd.sealed import load_sealed, save_sealed
 from sskd.teachers import Teacher, locate
 from train_student import train
 
@@ -372,16 +373,16 @@ def test_a_crash_at_any_write_loses_nothing(
     left = 0
 
     def count(write: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*given: Any) -> Any:
+        def counted(*given: Any, **named: Any) -> Any:
             nonlocal left
             left -= 1
             if left == 0:
                 raise CrashError
-            return write(*given)
+            return write(*given, **named)
 
         return counted
 
-    for module in (sskd.storage, sskd.run, sskd.pictures, sskd.models.checkpoints):
+    for module in (sskd.storage, sskd.sealed, sskd.pictures, sskd.models.checkpoints):
         monkeypatch.setattr(module, "write_whole", count(sskd.storage.write_whole))
     monkeypatch.setattr(Run, "log", count(Run.log))
     broken = composed(*arguments, f"runs={tmp_path / 'broken'}")
@@ -435,28 +436,113 @@ def test_a_lost_best_epoch_is_made_up_for(
     assert all(torch.equal(best["model"][name], value) for name, value in first_epoch.items())
 
 
-@pytest.mark.parametrize("damage", ["last.pt", "metrics.jsonl", "a line short"])
+def stopped(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *words: str
+) -> tuple[Config, Path]:
+    """Stop SSKD in the second epoch of its head phase, which is a run that others share."""
+    config = composed(*SMALL, "method=sskd", "method.ss_head.epochs=0.7", *words)
+    with monkeypatch.context() as patch:
+        at_step(patch, TEACHER_STEPS + 5 + 2, crash)
+        with pytest.raises(CrashError):
+            train(config)
+    (folder,) = (path.parent for path in (tmp_path / "runs").glob("digits/phases/*/*/*/last.pt"))
+    return config, folder
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty", "foreign", "removed"])
+def test_where_the_last_checkpoint_is_damaged_the_one_before_it_serves(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, damage: str
+) -> None:
+    train(
+        composed(*SMALL, "method=sskd", "method.ss_head.epochs=0.7", f"runs={tmp_path / 'whole'}")
+    )
+    config, folder = stopped(composed, tmp_path, monkeypatch, "checkpoint_minutes=1e-9")
+    last, whole = folder / "last.pt", (folder / "last.pt").read_bytes()
+    middle = len(whole) // 2
+    if damage == "removed":  # between the two renames
+        last.unlink()
+    elif damage == "foreign":
+        torch.save({"some": "thing"}, last)
+    else:
+        changed = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+        last.write_bytes({"cut": whole[:-500], "changed": changed, "empty": b""}[damage])
+    capsys.readouterr()
+    train(config)
+    told = capsys.readouterr().err
+    warned = f"warning: {folder}: last.pt is damaged: " in told
+    assert warned == (damage != "removed")
+    assert ("its checksum differs" in told) == (damage == "changed")
+    assert outcome(tmp_path / "runs") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["both", "metrics", "a line short"])
 def test_a_damaged_run_is_named_with_the_folder_to_remove(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     """Also where it is the first phase that is damaged, which force=true would not reach."""
-    config = composed(*SMALL, "method=sskd", "checkpoint_minutes=1e-9")
-    with monkeypatch.context() as patch:
-        at_step(patch, TEACHER_STEPS + 2, crash)
-        with pytest.raises(CrashError):
-            train(config)
-    (folder,) = (path.parent for path in (tmp_path / "runs").glob("digits/phases/*/*/*/last.pt"))
-    if damage == "last.pt":
-        (folder / damage).write_bytes((folder / damage).read_bytes()[:1000])
+    config, folder = stopped(composed, tmp_path, monkeypatch, "checkpoint_minutes=1e-9")
+    metrics = folder / "metrics.jsonl"
+    if damage == "both":
+        for name in ("last.pt", "previous.pt"):
+            (folder / name).write_bytes((folder / name).read_bytes()[:1000])
+    elif damage == "metrics":
+        metrics.write_text(metrics.read_text().replace("0.", "1."))
     else:
-        text = "" if damage == "a line short" else "{"
-        (folder / "metrics.jsonl").write_text(text)
-        state = torch.load(folder / "last.pt", weights_only=True)
-        torch.save(state | {"lines": 1}, folder / "last.pt")
-    with pytest.raises(UserError, match=f"{folder}: last.pt or .* is damaged .*remove this folder"):
+        metrics.write_text("")
+    told = "last.pt is damaged" if damage == "both" else "metrics.jsonl does not fit it"
+    with pytest.raises(UserError, match=rf"{folder}: .*{told}.*; remove this folder to start"):
         train(config)
     shutil.rmtree(folder)
     train(config)
+
+
+def test_a_best_epoch_whose_weights_are_damaged_costs_no_result(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sskd.fit.Fit, "_save_if_best", lambda self: damage_best(self.run.folder))
+    with pytest.raises(UserError, match=r"no digest of the best epoch's weights; .*teacher\.epoch"):
+        train(composed(*SMALL, "method=kd"))
+    assert "the best, are lost: best.pt: it cannot be read" in capsys.readouterr().err
+    (path,) = (tmp_path / "runs").rglob("result.json")
+    digest = json.loads(path.read_text())["digest"]
+    assert digest["best"] is None
+    assert train(composed(*SMALL, "method=kd", "teacher.epoch=last"))["teacher_top1"]
+
+
+def damage_best(folder: Path) -> None:
+    (folder / "best.pt").write_bytes(b"PK")
+
+
+def test_a_shared_phase_that_is_damaged_is_named(composed: Compose, tmp_path: Path) -> None:
+    train(composed(*SMALL, "method=sskd"))
+    (path,) = (tmp_path / "runs").glob("digits/phases/*/*/*/model.safetensors")
+    whole = path.read_bytes()
+    for content in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:100]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{path}: is damaged; remove the folder"):
+            train(composed(*SMALL, "method=sskd", "method.weights.tf=1"))
+
+
+@pytest.mark.parametrize("content", [{"position": {"era": 1}}, {"position": 3}, {"module": {}}])
+def test_a_checkpoint_of_something_else_is_refused(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: dict[str, Any]
+) -> None:
+    config, folder = stopped(composed, tmp_path, monkeypatch, "checkpoint_minutes=1e-9")
+    state = load_sealed(folder / "last.pt")
+    save_sealed(folder / "last.pt", {**state, **content})
+    with pytest.raises(UserError, match=rf"{folder}: its checkpoint is not one of this run"):
+        train(config)
+
+
+def test_a_run_keeps_its_files_in_its_own_folder(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, folder = stopped(composed, tmp_path, monkeypatch)
+    elsewhere = tmp_path / "elsewhere"
+    (folder / "metrics.jsonl").rename(elsewhere)
+    (folder / "metrics.jsonl").symlink_to(elsewhere)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: is a symbolic link"):
+        train(config)
 
 
 def test_a_checkpoint_of_another_device_goes_on_from_an_epochs_end_only(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+from operator import methodcaller
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 
-from sskd.storage import leftovers, write_text, write_whole
+from sskd.storage import leftovers, make_folder, write_text, write_whole
 
 
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path) -> None:
@@ -16,10 +18,11 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path) -> None:
 
     def fail(stream: BinaryIO) -> None:
         stream.write(b"new" * 10_000)
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(OSError, match="no space left") as error:
         write_whole(path, fail)
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(path))
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
     write_text(path, "new")
@@ -30,3 +33,19 @@ def test_what_a_killed_process_left_is_found_and_nothing_else(tmp_path: Path) ->
     for name in (".last.pt.123.part", "last.pt", ".lock", "views.part"):
         (tmp_path / name).write_text("")
     assert [path.name for path in leftovers(tmp_path)] == [".last.pt.123.part"]
+
+
+def test_what_was_there_before_can_be_kept(tmp_path: Path) -> None:
+    path, kept = tmp_path / "last.pt", tmp_path / "previous.pt"
+    for content in (b"one", b"two", b"three"):
+        write_whole(path, methodcaller("write", content), keep=kept)
+    assert (path.read_text(), kept.read_text()) == ("three", "two")
+
+
+def test_a_folder_is_made_with_those_above_it(tmp_path: Path) -> None:
+    for _ in range(2):
+        make_folder(tmp_path / "a" / "b" / "c")
+        assert (tmp_path / "a" / "b" / "c").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        make_folder(tmp_path / "file" / "d")

@@ -15,6 +15,7 @@ import wandb
 from conftest import Compose
 from test_run import SMALL, CrashError, at_step, crash
 
+import sskd.wandb_runs
 from sskd import CONF
 from sskd.config import Config
 from sskd.identity import describe, difference, run_folder
@@ -191,11 +192,12 @@ def test_the_mode_is_the_users_then_the_environments_then_the_logins(
     asked: list[bool] = []
     answers: list[bool] = []
 
-    def login(prompt: bool) -> bool:
+    def login(prompt: bool, verify: bool = True) -> bool:
         asked.append(prompt)
         return answers[-1]
 
     monkeypatch.setattr(wandb, "login", login)
+    monkeypatch.setattr(sskd.wandb_runs, "_require_answer", lambda url: None)
     monkeypatch.setenv("WANDB_MODE", "dryrun")
     assert choose_mode("auto") == "dryrun"
     assert choose_mode("disabled") == "disabled"
@@ -233,7 +235,8 @@ def test_a_run_that_cannot_reach_wandb_goes_on_offline(
         return original(**arguments)
 
     monkeypatch.setattr(wandb, "init", unreachable)
-    monkeypatch.setattr(wandb, "login", lambda prompt: True)
+    monkeypatch.setattr(wandb, "login", lambda prompt, verify=True: True)
+    monkeypatch.setattr(sskd.wandb_runs, "_require_answer", lambda url: None)
     train(composed(*SMALL, "method=vanilla", "wandb.mode=online"))
     assert "W&B cannot be used online (no route to host)" in capsys.readouterr().out
     assert len(offline_runs(tmp_path / "runs")) == 1

@@ -11,8 +11,10 @@ from sskd.data.images import (
     keep_fraction,
 )
 from sskd.data.loader import Batch, Loader, plain
+from sskd.data.reading import flaw
 from sskd.data.settings import DatasetSettings
 from sskd.data.sources import SOURCES
+from sskd.errors import UserError
 
 __all__ = [
     "SOURCES",
@@ -32,7 +34,13 @@ def load_images(settings: DatasetSettings) -> Images:
     ``mean`` and ``std`` that are not given are those of all training images.
     Raises UserError for files that are missing or broken.
     """
-    classes, train, test = SOURCES[settings.source].load(settings)
+    source = SOURCES[settings.source].load(settings)
+    if told := flaw(source):
+        raise UserError(
+            f"dataset={settings.source}, {settings.root}: {told}; give a folder of whole files "
+            "with dataset.root=FOLDER"
+        )
+    classes, train, test = source
     # Before any choice, so that a student of few images sees them as its teacher does.
     mean, std = _normalisation(settings, train)
     train, holdout = hold_out(train, classes, settings.holdout, settings.seed)

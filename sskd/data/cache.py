@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sskd.data.images import Split
-from sskd.data.reading import Source
+from sskd.data.reading import Source, flaw
 from sskd.storage import write_whole
 
 ABOUT = "about"
@@ -46,7 +46,7 @@ def read_cache(path: Path, published: Mapping[str, str]) -> Source | None:
     # Whatever is wrong with the file, the published ones are read in its place.
     except (OSError, SafetensorError, ValueError, TypeError, LookupError):
         return None
-    return source if whole else None
+    return source if whole and flaw(source) is None else None
 
 
 def write_cache(path: Path, published: Mapping[str, str], source: Source) -> None:

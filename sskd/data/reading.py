@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sskd.data.images import Split
+from sskd.paths import expanded
 
 
 class Source(NamedTuple):
@@ -16,8 +17,20 @@ class Source(NamedTuple):
     test: Split
 
 
+def flaw(source: Source) -> str | None:
+    """Return what makes ``source`` unfit for training, in words; None where nothing does."""
+    for name, split in (("training", source.train), ("test", source.test)):
+        if len(split) == 0:
+            return f"has no {name} images"
+        low, high = (int(found) for found in split.labels.aminmax())
+        if low < 0 or high >= len(source.classes):
+            wrong = low if low < 0 else high
+            return f"has a {name} image of class {wrong}, and {len(source.classes)} classes from 0"
+    return None
+
+
 def absolute(root: str) -> Path:
-    return Path(root).expanduser().absolute()
+    return expanded(root).absolute()
 
 
 def some(names: list[str], most: int = 5) -> str:

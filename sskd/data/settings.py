@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
+from sskd.paths import expanded
 from sskd.settings import NonEmpty, Positive, Settings
 
 Mean = Annotated[float, Field(allow_inf_nan=False)]
@@ -43,5 +43,5 @@ class DatasetSettings(Settings):
     @classmethod
     def _name_after_root(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("name", "") is None:
-            return values | {"name": Path(str(values.get("root"))).expanduser().absolute().name}
+            return values | {"name": expanded(str(values.get("root"))).absolute().name}
         return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -108,9 +109,18 @@ def _list_folder(path: Path) -> ImageFolder:
             "train/CLASS and test/CLASS"
         )
     try:
+        _refuse_loops(path)
         return ImageFolder(path)
     except OSError as error:
         raise UserError(f"{path}: {one_line(error)}") from error
+
+
+def _refuse_loops(path: Path) -> None:
+    """Raise UserError for a link to a folder that it lies in: its images would be read again."""
+    for parent, folders, _ in os.walk(path, followlinks=True):
+        for link in (Path(parent, name) for name in folders):
+            if link.is_symlink() and link.parent.resolve().is_relative_to(link.resolve()):
+                raise UserError(f"{link}: is a link to a folder that it lies in; remove it")
 
 
 def _read_folder(listing: ImageFolder, size: int) -> Split:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from sskd.errors import UserError
 from sskd.models.recognition import recognise, tensor_shapes
 from sskd.models.safe_load import load_torch_file, unreadable
+from sskd.paths import expanded
 from sskd.storage import write_whole
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -24,6 +26,14 @@ SUFFIXES = (".pth", ".pt", ".safetensors")
 STATE_KEYS = ("model", "state_dict")
 ACCURACY_KEYS = ("accuracy", "acc", "best_acc")
 ABOUT = "about"
+# What networks are made of. A file may hold other tensors (sparse, quantised, complex, in 4 bits),
+# which most operations do not take.
+NUMBERS = frozenset(
+    {
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
+    }
+)
 # SSKD's MobileNetV2 has its classifier bare, the CRD benchmark's inside a Sequential.
 BARE_CLASSIFIER = {
     "classifier.weight": "classifier.0.weight",
@@ -51,7 +61,7 @@ def find_checkpoint(path: str | Path, epoch: str = "best") -> Path:
     Looked for is a file with ``epoch`` (``best`` or ``last``) in its name, in the folder itself
     or else in its ``ckpt`` folder. Raises ``UserError`` where there is none, or more than one.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_dir():
         _require_file(path)
         return path
@@ -77,7 +87,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises ``UserError`` where the file is missing, damaged, without weights, or asks for code.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a checkpoint; name the file in it")
     _require_file(path)
@@ -88,13 +98,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             f"{path} holds no state dict, neither by itself nor under "
             f"'model' or 'state_dict' (found: {found})"
         )
+    _refuse_odd_tensors(raw, path)
     state = _own_tensors(raw)
     accuracy = next((facts[key] for key in ACCURACY_KEYS if key in facts), None)
     epoch = facts.get("epoch")
     try:
         return Checkpoint(
             state=state,
-            accuracy=None if accuracy is None else float(accuracy),
+            accuracy=None if accuracy is None else _finite(accuracy),
             epoch=None if epoch is None else int(epoch),
             path=path,
         )
@@ -113,6 +124,11 @@ def load_weights(model: nn.Module, path: str | Path) -> Checkpoint:
     if tensor_shapes(checkpoint.state) != tensor_shapes(own_state):
         raise UserError(_explain_mismatch(checkpoint, own_state))
     for name, tensor in checkpoint.state.items():
+        if own_state[name].is_floating_point() and not tensor.is_floating_point():
+            raise UserError(
+                f"{checkpoint.path} holds whole numbers ({tensor.dtype}) in '{name}', where "
+                "weights should be; fetch or train it again"
+            )
         if not tensor.isfinite().all():
             raise UserError(f"{checkpoint.path} holds values that are not finite, in '{name}'")
     model.load_state_dict(checkpoint.state)
@@ -158,7 +174,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return state, about if isinstance(about, dict) else {}
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: permission denied") from error
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise unreadable(path) from error
 
 
@@ -177,6 +193,29 @@ def _is_state_dict(raw: dict[Any, Any]) -> bool:
     return bool(raw) and all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in raw.items()
     )
+
+
+def _refuse_odd_tensors(raw: dict[str, Tensor], path: Path) -> None:
+    for name, tensor in raw.items():
+        plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.dtype not in NUMBERS:
+            raise UserError(
+                f"{path} holds '{name}' as no plain numbers ({tensor.dtype}, {tensor.layout}, on "
+                f"'{tensor.device.type}'); save it as an ordinary tensor"
+            )
+        # Views may show a few values as terabytes, which a copy of them would take.
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(
+                f"{path} holds fewer values for '{name}' than its shape {tuple(tensor.shape)} "
+                "says; save it as an ordinary tensor"
+            )
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"it says {number}")
+    return number
 
 
 def _own_tensors(raw: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,34 +3,62 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import pickle
 import pickletools
 import re
+import struct
+import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sskd.errors import UserError
 
+# NumPy's scalars in a file: their type's name, and how struct reads one.
+_SCALARS = {"f2": "e", "f4": "f", "f8": "d", "i4": "i", "i8": "q"}
+
+
+class _Dtype:
+    """What a file's ``numpy.dtype`` becomes.
+
+    NumPy's own takes any state that a file gives it, and some of them crash the process.
+    """
+
+    def __init__(self, name: str, *_: object) -> None:
+        self.code = _SCALARS[name]
+
+    def __setstate__(self, state: tuple[object, ...]) -> None:
+        version, order, *rest = state
+        if version != 3 or order not in ("<", ">") or rest != [None, None, None, -1, -1, 0]:
+            raise pickle.UnpicklingError(f"not the state of a plain number's type: {state}")
+        self.code = f"{order}{self.code}"
+
+
+def _scalar(dtype: _Dtype, data: bytes) -> Any:
+    return struct.unpack(dtype.code, data)[0]
+
+
 # The published files hold an argparse.Namespace and accuracies as NumPy scalars, whose
 # constructor has had two names. Nothing else is allowed.
-_NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 _ALLOWED_GLOBALS: list[Any] = [
     argparse.Namespace,
-    np.dtype,
-    np.dtypes.Float16DType,
-    np.dtypes.Float32DType,
-    np.dtypes.Float64DType,
-    np.dtypes.Int32DType,
-    np.dtypes.Int64DType,
-    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
-    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+    (_Dtype, "numpy.dtype"),
+    (_scalar, "numpy.core.multiarray.scalar"),
+    (_scalar, "numpy._core.multiarray.scalar"),
 ]
+# Torch does not compress what it writes; a file that someone packed again hardly shrinks. Small
+# files that would fill the memory do.
+_MOST_EXPANSION = 10
+# Torch looks through its own messages, which hold names of the file, in a time that grows with the
+# square of their length: minutes for 300,000 signs.
+_LONGEST = 10_000
+_LEGACY_PICKLES = 5  # in a row, in front of the tensors' bytes, which may look like anything
 
 
 def load_torch_file(path: Path) -> Any:
@@ -39,8 +67,13 @@ def load_torch_file(path: Path) -> Any:
     Raises ``UserError`` where the file is damaged, or asks for anything else to be built.
     """
     try:
-        with torch.serialization.safe_globals(_ALLOWED_GLOBALS):
+        refuse_traps(path)
+        # A warning, of another protocol for one, would only tell what is told in an error's line.
+        with torch.serialization.safe_globals(_ALLOWED_GLOBALS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: permission denied") from error
     except Exception as error:  # torch has a dozen types of error for a damaged file
@@ -48,9 +81,31 @@ def load_torch_file(path: Path) -> Any:
         if not wanted:
             raise unreadable(path) from error
         raise UserError(
-            f"{path} asks for code, which weights do not need: {', '.join(wanted)}; "
+            f"{path} asks for code, which weights do not need: {', '.join(wanted[:5])}; "
             "it was refused without being run"
         ) from error
+
+
+def refuse_traps(path: Path) -> None:
+    """Raise UserError for a torch file that would fill the memory or take hours to refuse."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(part.file_size for part in archive.infolist())
+        if unpacked > _MOST_EXPANSION * path.stat().st_size:
+            raise UserError(
+                f"{path} would unpack to {unpacked >> 20} MiB, far more than its own size, which "
+                "no checkpoint does; fetch it again from where it is published"
+            )
+    pickles = 0
+    for opcode, argument in _instructions(io.BytesIO(_pickled_bytes(path))):
+        if isinstance(argument, str | bytes) and len(argument) > _LONGEST:
+            raise UserError(
+                f"{path} holds a name or a text of {len(argument)} signs, which no checkpoint "
+                "does; fetch it again from where it is published"
+            )
+        pickles += opcode == "STOP"
+        if pickles == _LEGACY_PICKLES:
+            break
 
 
 def unreadable(path: Path) -> UserError:
@@ -67,7 +122,8 @@ def _refused_globals(path: Path, error: Exception) -> list[str]:
         return [named[1]]
     # torch gives up at the first instruction of a newer pickle protocol, before any name.
     if isinstance(error, pickle.UnpicklingError) and "Unsupported operand" in str(error):
-        return _imports(path)
+        with contextlib.suppress(OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error):
+            return _imports(path)
     return []
 
 

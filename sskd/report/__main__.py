@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from sskd.errors import UserError
-from sskd.report.fields import printable
+from sskd.errors import UserError, printable
 from sskd.report.files import write_files
 from sskd.report.render import render_text
 from sskd.report.report import Report, read_report
@@ -59,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (head, a pager) has seen enough: what is left to flush at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        _complain("error", f"{error.filename or arguments.runs}: {error.strerror}")
+        return 1
     return 0
 
 

@@ -9,6 +9,7 @@ from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
+from sskd.errors import printable
 from sskd.lock import is_held
 from sskd.report import fields
 from sskd.report.metrics import MOST_EPOCHS, EpochLine, read_metrics
@@ -42,7 +43,7 @@ class Cell:
     @property
     def name(self) -> str:
         """The folder as people read it."""
-        return fields.printable(str(self.folder))
+        return printable(str(self.folder))
 
 
 def read_cells(root: Path, warn: Callable[[str], None]) -> list[Cell]:

@@ -7,6 +7,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+from sskd.errors import printable
+
 Record = dict[str, object]
 
 
@@ -75,11 +77,6 @@ def told(record: Record, key: str) -> str | None:
     if not isinstance(value, str) or not value.strip():
         return None
     return printable(" ".join(value.split()))
-
-
-def printable(text: str) -> str:
-    """Return ``text`` with a question mark for each sign that a terminal should not be sent."""
-    return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 def moment(record: Record, key: str) -> datetime | None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 
+from sskd.errors import UserError
 from sskd.report.results import Result, Settings, without_digest
 
 Pair = tuple[str, str]
 TEACHER_ROW = "teacher"
 STUDENT_ROW = "student"
+COLUMNS = ("table", "teacher", "student", "row", "top1")
 # What a setting may hold beside the recipe without being another experiment.
 COMPARABLE = frozenset({"precision"})
 
@@ -106,8 +109,7 @@ def published_for(dataset: str) -> tuple[Published, ...]:
 
 
 def _load(source: Source) -> Published:
-    with resources.files(__package__).joinpath(source.file).open(encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
+    lines = _read_lines(source)
     tables: dict[str, dict[Pair, None]] = {}
     top1: dict[tuple[str, str, str], float] = {}
     alone: dict[str, float] = {}
@@ -132,3 +134,35 @@ def _load(source: Source) -> Published:
         },
         notes=source.notes,
     )
+
+
+def _read_lines(source: Source) -> list[dict[str, str]]:
+    """Return the figures of the source's file.
+
+    Raises UserError, with the line's number, where one is damaged.
+    """
+    path = resources.files(__package__).joinpath(source.file)
+    lines: dict[tuple[str, str, str], dict[str, str]] = {}
+    number = 0
+    try:
+        rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline=""), strict=True)
+        for number, row in enumerate(rows, start=1):
+            if number == 1:
+                _require(tuple(row) == COLUMNS, f"should be {','.join(COLUMNS)}")
+                continue
+            _require(len(row) == len(COLUMNS), f"has {len(row)} columns, not {len(COLUMNS)}")
+            line = dict(zip(COLUMNS, row, strict=True))
+            _require(all(row), f"has no {next((key for key in COLUMNS if not line[key]), '')}")
+            _require(0 < float(line["top1"]) <= 100, f"top1 is {line['top1']}, not from 0 to 100")
+            cell = (line["teacher"], line["student"], line["row"])
+            _require(cell not in lines, f"{', '.join(cell)} has a figure already")
+            lines[cell] = line
+        _require(bool(lines), "has no figures")
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path}, line {number}: {error}; install the package again") from None
+    return list(lines.values())
+
+
+def _require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise ValueError(otherwise)

@@ -1,0 +1,78 @@
+"""Torch files that carry their own digest, so that damage shows before anything is made of them.
+
+A torch file is a zip archive. The SHA-256 of its bytes stands in the comment that such an archive
+may end with, so that every reader of torch files opens it as before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from sskd.models.safe_load import refuse_traps
+from sskd.storage import write_whole
+
+_MARK = b"sha256 "
+_COMMENT = len(_MARK) + 2 * hashlib.sha256().digest_size
+_LENGTH = 2  # bytes in front of a comment that tell how long it is, little-endian
+_END = b"PK\5\6"  # begins the last 22 bytes of an archive without a comment
+
+
+class DamagedError(Exception):
+    """A file is not what was written; the message says how that shows."""
+
+
+def save_sealed(path: Path, content: Mapping[str, Any], *, keep: Path | None = None) -> None:
+    """Write ``content`` to ``path`` as ``torch.save`` does, sealed, whole or not at all.
+
+    ``keep`` is as in ``sskd.storage.write_whole``.
+    """
+    archive = io.BytesIO()
+    torch.save(dict(content), archive)
+    data = archive.getbuffer()
+
+    def write(stream: BinaryIO) -> None:
+        stream.write(data[:-_LENGTH])
+        stream.write(seal(data))
+
+    write_whole(path, write, keep=keep)
+
+
+def load_sealed(path: Path) -> dict[str, Any]:
+    """Return what ``save_sealed`` wrote, on the CPU; nothing but tensors and plain values.
+
+    A torch file without a seal, of a version that had none, is read as well.
+
+    Raises:
+        DamagedError: the bytes are not those that were written, or no such file's.
+        OSError: the file cannot be read, which says nothing about what it holds.
+    """
+    data = path.read_bytes()
+    if data[-_COMMENT:].startswith(_MARK):
+        archive = data[: -_COMMENT - _LENGTH]
+        if data[len(archive) :] != seal(archive + bytes(_LENGTH)):
+            raise DamagedError("its checksum differs")
+    elif not (data[-22:].startswith(_END) and data.endswith(bytes(_LENGTH))):
+        raise DamagedError("it cannot be read (its end is missing)")
+    try:
+        refuse_traps(path)
+        with warnings.catch_warnings():  # of what ends in an error anyway
+            warnings.simplefilter("ignore")
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has a dozen types of error for a damaged file
+        raise DamagedError(f"it cannot be read ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise DamagedError(f"it holds a {type(content).__name__}")
+    return content
+
+
+def seal(archive: bytes | memoryview) -> bytes:
+    """Return what takes the place of the last bytes of ``archive``, the length of no comment."""
+    comment = _MARK + hashlib.sha256(archive).hexdigest().encode()
+    return len(comment).to_bytes(_LENGTH, "little") + comment

@@ -1,0 +1,95 @@
+"""What becomes of a cell that is broken, held against one that was left alone."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from faults import Attempt, Fault
+from test_run import outcome
+
+
+@dataclass
+class Undisturbed:
+    """Each cell's outcome, moments and seconds, found out once."""
+
+    root: Path
+    _known: dict[str, tuple[dict[str, Any], int, float]] = field(default_factory=dict)
+
+    def _of(self, cell: str) -> tuple[dict[str, Any], int, float]:
+        if cell not in self._known:
+            runs, started = self.root / cell, time.monotonic()
+            attempt = Attempt(cell, runs, fault=Fault("undisturbed", 0, runs))
+            assert attempt.end(after=300) == 0, attempt.told
+            seconds = time.monotonic() - started
+            self._known[cell] = outcome(runs), attempt.moments, seconds
+        return self._known[cell]
+
+    def outcome(self, cell: str) -> dict[str, Any]:
+        """Return all that a cell leaves, times aside."""
+        return self._of(cell)[0]
+
+    def moments(self, cell: str) -> int:
+        """Return at how many moments a cell changes files."""
+        return self._of(cell)[1]
+
+    def seconds(self, cell: str) -> float:
+        """Return how long a cell takes."""
+        return self._of(cell)[2]
+
+
+def broken(undisturbed: Undisturbed, cell: str, act: str, number: int, folder: Path) -> Path:
+    """Break ``cell`` at its ``number``-th moment; return its folder of runs as that leaves it."""
+    folder.mkdir()
+    runs = folder / "runs"
+    attempt = Attempt(cell, runs, fault=Fault(act, number, runs, seed=number))
+    status = attempt.end(after=300)
+    if act == "disk full":
+        if status != 0:  # at the very end nothing more has to be written
+            assert status == 1, attempt.told
+            assert "No space left on device" in refused(attempt)
+    else:
+        assert status == -9, attempt.told
+    return runs
+
+
+def refused(attempt: Attempt) -> str:
+    """Return the one line with which a process gave up."""
+    told = [line for line in attempt.told if line and not line.startswith("moments ")]
+    assert not any("Traceback" in line for line in told), told
+    (line,) = (line for line in told if line.startswith("error: "))
+    return line
+
+
+def ends_undisturbed(undisturbed: Undisturbed, cell: str, runs: Path) -> None:
+    """Run ``cell`` to its end, and hold what it leaves against the undisturbed one, bit for bit."""
+    attempt = Attempt(cell, runs)
+    status = attempt.end(after=300)
+    assert status == 0, (status, attempt.told)
+    assert outcome(runs) == undisturbed.outcome(cell)
+    # Who is killed when all is done, while telling so, leaves a little text behind.
+    assert all(".status.json." in path.name for path in runs.rglob(".*.part"))
+
+
+def killed_at_random(
+    undisturbed: Undisturbed, cell: str, kills: int, folder: Path
+) -> tuple[int, int]:
+    """Kill ``cell`` at random moments, ``kills`` times at least, each time starting it again.
+
+    A run that comes to its end is held against the undisturbed one, and another begins. Returns
+    the kills and the runs.
+    """
+    chance, done, ends = random.Random(cell), 0, 0
+    while done < kills:
+        runs, status = folder / str(ends), -9
+        while status == -9:
+            attempt = Attempt(cell, runs)
+            status = attempt.end(after=chance.uniform(0, undisturbed.seconds(cell)))
+            done += status == -9
+        assert status == 0, attempt.told
+        assert outcome(runs) == undisturbed.outcome(cell)
+        ends += 1
+    return done, ends

@@ -1,0 +1,275 @@
+"""Processes that train a cell and are broken on purpose, at a moment of one's choice.
+
+A server process imports everything once and forks; so a start takes a fraction of a second, and a
+cell can be broken at each of the moments at which it touches the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+SMALL = (
+    "dataset=digits", "dataset.fraction=0.05", "teacher.fraction=0.05", "schedule.epochs=3",
+    "batch_size=16", "arch@teacher=resnet14", "arch@student=resnet8", "teacher.train=true",
+)  # fmt: skip
+# Every kind of stage: none but the student's, banks in the state, a phase of its own before it,
+# one that is shared by students; the teacher comes with each.
+CELLS = {
+    "alone": (*SMALL, "method=vanilla"),
+    **{name: (*SMALL, f"method={name}") for name in ("kd", "crd", "ab", "ft", "sskd")},
+}
+
+Act = str  # what happens at the moment: one of ACTS
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``act`` happens at the ``number``-th moment, from 1, at which files under ``root`` change.
+
+    ``seed`` decides what a power failure takes.
+    """
+
+    act: Act
+    number: int
+    root: Path
+    seed: int = 0
+
+
+class Torn:
+    """A stream whose every write is two, with a moment in between."""
+
+    def __init__(self, stream: Any, moment: Callable[[], None]) -> None:
+        self._stream, self._moment = stream, moment
+
+    def write(self, data: Any) -> int:
+        half = len(data) // 2
+        self._stream.write(data[:half])
+        self._stream.flush()
+        self._moment()
+        self._stream.write(data[half:])
+        return len(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __enter__(self) -> Torn:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+
+@dataclass
+class Disk:
+    """What this process does to files under a fault's root, moment by moment."""
+
+    fault: Fault
+    moments: int = 0
+    full: bool = False
+    watching: bool = True
+    written: set[str] = field(default_factory=set)  # and not synced
+    renamed: list[tuple[str, str, str | None]] = field(default_factory=list)
+
+    def watch(self) -> None:
+        """Watch everything that this process does from now on."""
+        sys.addaudithook(self._audit)
+        sync, opened = os.fsync, Path.open
+
+        def fsync(descriptor: int) -> None:
+            path = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+            if self._is_ours(path):
+                self._moment(grows=True)
+                self._synced(path)
+            sync(descriptor)
+
+        def open_torn(path: Path, mode: str = "r", *more: Any, **named: Any) -> Any:
+            stream = opened(path, mode, *more, **named)
+            if mode not in ("wb", "a") or not self._is_ours(str(path)):
+                return stream
+            self.written.add(str(path))
+            return Torn(stream, lambda: self._moment(grows=True))
+
+        os.fsync = fsync  # type: ignore[assignment]
+        Path.open = open_torn  # type: ignore[assignment, method-assign]
+
+    def _is_ours(self, path: object) -> bool:
+        return self.watching and str(path).startswith(f"{self.fault.root}/")
+
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            creates = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if creates and self._is_ours(path):
+                self._moment(grows=True)
+        elif event in ("os.rename", "os.remove", "os.mkdir") and self._is_ours(arguments[0]):
+            self._moment(grows=event == "os.mkdir")
+            if event == "os.rename":
+                self._remember(str(arguments[0]), str(arguments[1]))
+
+    def _moment(self, grows: bool) -> None:
+        self.moments += 1
+        if self.moments == self.fault.number:
+            ACTS[self.fault.act](self)
+        if self.full and grows:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _remember(self, source: str, target: str) -> None:
+        """Keep what a rename will replace, as a disk does until it has written the new name."""
+        with self.not_watching():
+            shadow = None
+            if Path(target).is_file():
+                shadow = f"{target}.{self.moments}.shadow"
+                os.link(target, shadow)
+            self.renamed.append((source, target, shadow))
+
+    def _synced(self, path: str) -> None:
+        self.written.discard(path)
+        if Path(path).is_dir():
+            with self.not_watching():
+                here = [each for each in self.renamed if Path(each[1]).parent == Path(path)]
+                for each in here:
+                    self.renamed.remove(each)
+                    if each[2]:
+                        Path(each[2]).unlink()
+
+    @contextlib.contextmanager
+    def not_watching(self) -> Iterator[None]:
+        self.watching = False
+        try:
+            yield
+        finally:
+            self.watching = True
+
+    def kill(self) -> None:
+        """End the process here and now."""
+        self._clear_shadows()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def lose_power(self) -> None:
+        """End the process, and lose what the disk was not asked to keep.
+
+        Of files that were not synced a random beginning stays, of renames in a folder that was
+        not synced the first few.
+        """
+        chance = random.Random(self.fault.seed)
+        self.watching = False
+        for path in self.written:
+            if Path(path).is_file():
+                os.truncate(path, chance.randint(0, Path(path).stat().st_size))
+        for source, target, shadow in reversed(
+            self.renamed[chance.randint(0, len(self.renamed)) :]
+        ):
+            if not Path(target).exists():  # it was removed since
+                continue
+            Path(target).rename(source)
+            if shadow:
+                Path(shadow).rename(target)
+        self.kill()
+
+    def fill(self) -> None:
+        """Let the disk be full from now on."""
+        self.full = True
+
+    def tell(self) -> None:
+        """Do nothing: the moments are only counted."""
+
+    def _clear_shadows(self) -> None:
+        self.watching = False
+        for shadow in self.fault.root.rglob("*.shadow"):
+            shadow.unlink()
+
+
+ACTS: dict[Act, Callable[[Disk], None]] = {
+    "killed": Disk.kill,
+    "power failure": Disk.lose_power,
+    "disk full": Disk.fill,
+    "undisturbed": Disk.tell,
+}
+
+
+def _train(overrides: tuple[str, ...], fault: Fault | None, told: Any) -> None:
+    """Train a cell, in a process of its own; send what it was told and its moments."""
+    import torch
+
+    import train_student
+    from sskd.cli import run_command
+
+    torch.set_num_threads(1)
+    os.environ["WANDB_MODE"] = "disabled"
+    os.environ["HYDRA_FULL_ERROR"] = "0"
+    sys.argv = [str(train_student.__file__), *overrides]
+    log = Path(told)
+    disk = Disk(fault) if fault else None
+    with log.open("w") as stream, contextlib.redirect_stdout(stream):
+        with contextlib.redirect_stderr(stream):
+            if disk:
+                disk.watch()
+            try:
+                status = run_command(train_student.main)
+            except SystemExit as stop:
+                status = int(stop.code or 0)
+            except BaseException:
+                traceback.print_exc()
+                status = 70  # EX_SOFTWARE: a traceback, which no fault may end in
+        if disk:
+            stream.write(f"\nmoments {disk.moments}\n")
+    os._exit(status)
+
+
+_context = get_context("forkserver")
+_context.set_forkserver_preload(["train_student", "sskd.fit", "sskd.assembly", "sskd.tracking",
+    "sskd.results", "sskd.phases", "sskd.acceleration", "sklearn.datasets"])  # fmt: skip
+
+
+class Attempt:
+    """A process that trains ``cell`` under ``runs``, broken by ``fault``."""
+
+    def __init__(
+        self, cell: str, runs: Path, *more: str, fault: Fault | None = None, log: Path | None = None
+    ) -> None:
+        self.log = log or runs.with_name(f"{runs.name}.log")
+        overrides = (*CELLS[cell], *more, f"runs={runs}")
+        self._process = _context.Process(target=_train, args=(overrides, fault, str(self.log)))
+        self._process.start()
+
+    def end(self, after: float | None = None) -> int:
+        """Wait for the process, kill it ``after`` seconds if it lives, return its exit status."""
+        self._process.join(after)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        status = self._process.exitcode
+        assert status is not None
+        return status
+
+    def is_alive(self) -> bool:
+        """Return whether the process is still at work."""
+        return self._process.is_alive()
+
+    def send(self, signum: int) -> None:
+        """Send a signal, if there is anyone to get it."""
+        pid = self._process.pid
+        assert pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)
+
+    @property
+    def told(self) -> list[str]:
+        """What the process printed, line by line."""
+        return self.log.read_text().splitlines()
+
+    @property
+    def moments(self) -> int:
+        """At how many moments it changed files."""
+        return int(self.told[-1].removeprefix("moments "))
