@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slurm torture lint lock clean
+.PHONY: demo test test-slurm torture fuzz soak lint lock clean
 
 # A teacher, the student alone, KD and SSKD on the embedded digits, then the table.
 demo: $(READY)
@@ -24,6 +24,15 @@ test-slurm: $(READY)
 # Hundreds of kills, power failures and full disks; prints a row of the table for each.
 torture: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/torture.py
+
+# Ten minutes of damaged checkpoints, results and run folders: no crash, no hang, no code run.
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz.py --minutes 10
+
+# 500 cells in one process, and one run of 20,000 epochs.
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py cells --cells 500
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py epochs --epochs 20000
 
 lint: $(READY)
 	$(BIN)/ruff check .
