@@ -243,8 +243,11 @@ class Run:
 def read_config_file(path: Path) -> dict[str, Any]:
     """Return the configuration that a run's folder was made with; UserError if it is not one."""
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("it has aliases, which can grow without bound")  # ours has none
+        config = OmegaConf.to_container(OmegaConf.create(text))
+    except (OSError, OmegaConfBaseException, ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: is not a run's configuration; start afresh with force=true")
@@ -258,7 +261,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         result = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         result = None
     if not isinstance(result, dict):
         raise UserError(f"{path}: is not a result; start afresh with force=true")

@@ -725,6 +725,18 @@ RUNS: dict[str, tuple[Maker, str]] = {
         "config.yaml: cannot be read (could not determine a constructor for the tag",
     ),
     "a list for a configuration": (damage("config.yaml", "- 1"), "is not a run's configuration"),
+    "a configuration of brackets": (
+        damage("config.yaml", "[" * 3000 + "]" * 3000),
+        "config.yaml: cannot be read (",
+    ),
+    "a configuration that explodes": (
+        damage("config.yaml", "a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n"),
+        "config.yaml: cannot be read (it has aliases",
+    ),
+    "a result of brackets": (
+        damage("result.json", "[" * 100_000 + "]" * 100_000),
+        "result.json: is not a result",
+    ),
     "an empty configuration": (damage("config.yaml", ""), "holds a run of another configuration: "),
     "a configuration of lists": (
         damage("config.yaml", "teacher: [1]\nstudent: 3\ndataset: null"),

@@ -96,16 +96,25 @@ def refuse_traps(path: Path) -> None:
                 f"{path} would unpack to {unpacked >> 20} MiB, far more than its own size, which "
                 "no checkpoint does; fetch it again from where it is published"
             )
-    pickles = 0
-    for opcode, argument in _instructions(io.BytesIO(_pickled_bytes(path))):
-        if isinstance(argument, str | bytes) and len(argument) > _LONGEST:
-            raise UserError(
-                f"{path} holds a name or a text of {len(argument)} signs, which no checkpoint "
-                "does; fetch it again from where it is published"
-            )
-        pickles += opcode == "STOP"
-        if pickles == _LEGACY_PICKLES:
-            break
+    stream = io.BytesIO(_pickled_bytes(path))
+    for _ in range(_LEGACY_PICKLES):
+        _refuse_long_words(stream, path)
+
+
+def _refuse_long_words(stream: io.BytesIO, path: Path) -> None:
+    """Raise UserError where the next pickle in ``stream`` holds one, or breaks off."""
+    started = False
+    try:
+        for _, argument, _ in pickletools.genops(stream):
+            started = True
+            if isinstance(argument, str | bytes) and len(argument) > _LONGEST:
+                raise UserError(
+                    f"{path} holds a name or a text of {len(argument)} signs, which no checkpoint "
+                    "does; fetch it again from where it is published"
+                )
+    except ValueError as error:  # the end of the file, or bytes that are no instruction
+        if started:
+            raise unreadable(path) from error
 
 
 def unreadable(path: Path) -> UserError:
