@@ -78,7 +78,8 @@ class Disk:
     moments: int = 0
     full: bool = False
     watching: bool = True
-    written: set[str] = field(default_factory=set)  # and not synced
+    # How long each file that is not synced was when it last was.
+    written: dict[str, int] = field(default_factory=dict)
     renamed: list[tuple[str, str, str | None]] = field(default_factory=list)
 
     def watch(self) -> None:
@@ -94,10 +95,11 @@ class Disk:
             sync(descriptor)
 
         def open_torn(path: Path, mode: str = "r", *more: Any, **named: Any) -> Any:
+            before = path.stat().st_size if mode == "a" and path.exists() else 0
             stream = opened(path, mode, *more, **named)
             if mode not in ("wb", "a") or not self._is_ours(str(path)):
                 return stream
-            self.written.add(str(path))
+            self.written.setdefault(str(path), before)
             return Torn(stream, lambda: self._moment(grows=True))
 
         os.fsync = fsync  # type: ignore[assignment]
@@ -134,7 +136,7 @@ class Disk:
             self.renamed.append((source, target, shadow))
 
     def _synced(self, path: str) -> None:
-        self.written.discard(path)
+        self.written.pop(path, None)
         if Path(path).is_dir():
             with self.not_watching():
                 here = [each for each in self.renamed if Path(each[1]).parent == Path(path)]
@@ -159,14 +161,14 @@ class Disk:
     def lose_power(self) -> None:
         """End the process, and lose what the disk was not asked to keep.
 
-        Of files that were not synced a random beginning stays, of renames in a folder that was
-        not synced the first few.
+        Of what was written since a file's last sync a random beginning stays, of the renames since
+        a folder's last sync the first few.
         """
         chance = random.Random(self.fault.seed)
         self.watching = False
-        for path in self.written:
+        for path, synced in self.written.items():
             if Path(path).is_file():
-                os.truncate(path, chance.randint(0, Path(path).stat().st_size))
+                os.truncate(path, chance.randint(synced, Path(path).stat().st_size))
         for source, target, shadow in reversed(
             self.renamed[chance.randint(0, len(self.renamed)) :]
         ):
