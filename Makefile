@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slurm torture fuzz soak lint lock clean
+.PHONY: demo test test-oldest test-newest test-slurm torture fuzz soak lint lock clean
 
 # A teacher, the student alone, KD and SSKD on the embedded digits, then the table.
 demo: $(READY)
@@ -16,6 +16,20 @@ demo: $(READY)
 # that holds cifar-100-python, and SSKD_TEACHERS one of published checkpoints (tests/conftest.py).
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# The same with the oldest versions that pyproject.toml admits, and with the newest, Hydra's and
+# OmegaConf's release candidates among them (the launchers of a cluster need Hydra 1.3).
+test-oldest: $(READY)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-oldest
+	$(BIN)/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct \
+	  --extra dev --extra cluster -r pyproject.toml
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto
+
+test-newest: $(READY)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-newest
+	$(BIN)/uv pip install --quiet --python .venv-newest/bin/python --upgrade \
+	  --extra dev -r pyproject.toml 'hydra-core>=1.4.0rc1' 'omegaconf>=2.4.0rc1'
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n auto
 
 # Sweeps on a real SLURM, which is installed, started and stopped again on this machine: Debian, root.
 test-slurm: $(READY)
@@ -45,7 +59,7 @@ lock: $(READY)
 	  --no-header --no-annotate --no-emit-index-url pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV) demo smoke .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest demo smoke soak .mypy_cache .pytest_cache .ruff_cache
 
 $(READY): requirements.lock
 	$(PYTHON) -m venv $(VENV)

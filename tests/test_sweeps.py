@@ -314,6 +314,7 @@ def test_a_teacher_that_fails_is_not_tried_by_those_that_waited(tmp_path: Path) 
 
 
 def launched_on_two_processes(runs: Path, *words: str) -> subprocess.Popen[str]:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     return sweep_process(runs, "hydra/launcher=processes", "hydra.launcher.n_jobs=2", *words)
 
 
