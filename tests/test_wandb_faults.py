@@ -28,6 +28,7 @@ def reporting_run(url: str, runs: Path, *more: str) -> subprocess.Popen[str]:
         "WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online",
         "WANDB_FINISH_TIMEOUT": "5",
     }  # fmt: skip
+    environment.pop("WANDB_SERVICE", None)  # of a test that was W&B's client in this process
     words = ["train_teacher.py", "arch=resnet8", "dataset=digits", "dataset.fraction=0.05"]
     words += [f"schedule.epochs={EPOCHS}", f"runs={runs}", *more]
     return subprocess.Popen(
