@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -196,22 +197,23 @@ class Run:
 
     def log(self, figures: dict[str, Any]) -> None:
         """Add one line, an epoch's figures, to ``metrics.jsonl``."""
-        self._lock.check()
         line = json.dumps(figures)
-        append_line(self.folder / METRICS, line)
+        with self._writing():
+            append_line(self.folder / METRICS, line)
         self._metrics_digest.update(f"{line}\n".encode())
         self.metrics.append(figures)
 
     def save(self, state: dict[str, Any]) -> None:
         """Write ``last.pt``: all that is needed to go on from here; the one before it is kept."""
-        self._lock.check()
         told = {"lines": len(self.metrics), "metrics_digest": self._metrics_digest.hexdigest()}
-        save_sealed(self.folder / LAST, {**state, **told}, keep=self.folder / PREVIOUS)
+        with self._writing():
+            save_sealed(self.folder / LAST, {**state, **told}, keep=self.folder / PREVIOUS)
 
     def save_best(self, model: nn.Module, epoch: int, accuracy: float) -> None:
         """Write ``best.pt``: the network's weights at its best epoch, in the published layout."""
         state = {"model": model.state_dict(), "epoch": epoch, "accuracy": accuracy}
-        save_sealed(self.folder / BEST, state)
+        with self._writing():
+            save_sealed(self.folder / BEST, state)
 
     def load_best(self, epoch: int) -> dict[str, Tensor] | None:
         """Return the weights of the best ``epoch``; None, with a warning, where they are lost."""
@@ -231,13 +233,23 @@ class Run:
 
         The result marks the run finished, so it comes last.
         """
-        self._lock.check()
         told = ("kind", "dataset", "student", "method", "seed", "epoch", "accuracy")
         about = {key: result[key] for key in told if key in result}
-        save_weights(self.folder / WEIGHTS, model, about)
-        write_text(self.folder / RESULT, json.dumps(dict(result), indent=2) + "\n")
-        (self.folder / PREVIOUS).unlink(missing_ok=True)
-        write_status(self.folder, "finished")
+        with self._writing():
+            save_weights(self.folder / WEIGHTS, model, about)
+            write_text(self.folder / RESULT, json.dumps(dict(result), indent=2) + "\n")
+            (self.folder / PREVIOUS).unlink(missing_ok=True)
+            write_status(self.folder, "finished")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Ask before and after a write that finds no folder whether the run is still ours."""
+        self._lock.check()
+        try:
+            yield
+        except FileNotFoundError:
+            self._lock.check()  # the folder may have been removed in the meantime
+            raise
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,16 +25,15 @@ def write_whole(
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with temporary.open("wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if keep is not None and path.exists():
-            path.replace(keep)
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        with _named(path):
+            with temporary.open("wb") as stream:
+                write(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            if keep is not None and path.exists():
+                path.replace(keep)
+            temporary.replace(path)
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -44,12 +44,20 @@ def append_line(path: Path, line: str) -> None:
     Raises:
         OSError: with ``path`` as its ``filename``.
     """
+    with _named(path), path.open("a") as stream:
+        stream.write(f"{line}\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let an error of the system tell ``path``: a full disk's, for one, names no file."""
     try:
-        with path.open("a") as stream:
-            stream.write(f"{line}\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield
     except OSError as error:
+        if error.errno is None:
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 

@@ -74,7 +74,7 @@ def find_teacher(config: Config) -> Teacher | None:
     if not isinstance(digest, dict) or not isinstance(digest.get(epoch), str):
         raise UserError(
             f"{folder}: its result.json tells no digest of the {epoch} epoch's weights; take the "
-            f"other epoch's with teacher.epoch, or train it again with force=true"
+            "other epoch's with teacher.epoch, or train it again with force=true"
         )
     return Teacher(folder / _FILES[epoch], digest[epoch])
 

@@ -30,17 +30,17 @@ CELLS = {
     **{name: (*SMALL, f"method={name}") for name in ("kd", "crd", "ab", "ft", "sskd")},
 }
 
-Act = str  # what happens at the moment: one of ACTS
-
 
 @dataclass(frozen=True)
 class Fault:
-    """``act`` happens at the ``number``-th moment, from 1, at which files under ``root`` change.
+    """``act``, one of ``ACTS``, happens at a moment at which files under ``root`` change.
+
+    It is the ``number``-th such moment, from 1.
 
     ``seed`` decides what a power failure takes.
     """
 
-    act: Act
+    act: str
     number: int
     root: Path
     seed: int = 0
@@ -134,6 +134,9 @@ class Disk:
                 shadow = f"{target}.{self.moments}.shadow"
                 os.link(target, shadow)
             self.renamed.append((source, target, shadow))
+            self.written.pop(target, None)
+            if source in self.written:  # a new name does not bring the bytes to the disk
+                self.written[target] = self.written.pop(source)
 
     def _synced(self, path: str) -> None:
         self.written.pop(path, None)
@@ -192,7 +195,7 @@ class Disk:
             shadow.unlink()
 
 
-ACTS: dict[Act, Callable[[Disk], None]] = {
+ACTS: dict[str, Callable[[Disk], None]] = {
     "killed": Disk.kill,
     "power failure": Disk.lose_power,
     "disk full": Disk.fill,

@@ -793,18 +793,24 @@ def copied(finished: Path, runs: Path) -> Path:
     return result.parent
 
 
-@pytest.mark.parametrize("kind", RUNS)
-def test_the_folder_of_a_run(command: Command, finished: Path, kind: str) -> None:
-    change, told = RUNS[kind]
+def is_refused(
+    command: Command, finished: Path, words: tuple[str, ...], change: Maker, told: str
+) -> None:
+    """Run a command on a changed copy of the finished run; it says one line and leaves all."""
     folder = copied(finished, command.runs)
     change(folder)
     before = content(command.runs)
     with in_time():
-        status, out, err = command(*ALONE)
+        status, out, err = command(*words)
     assert (status, out, err.count("\n")) == (1, "", 1), err
     assert str(folder) in err
     assert told in err
     assert content(command.runs) == before
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_the_folder_of_a_run(command: Command, finished: Path, kind: str) -> None:
+    is_refused(command, finished, ALONE, *RUNS[kind])
     assert not list(command.runs.rglob("canary"))
 
 
@@ -830,16 +836,7 @@ TEACHERS: dict[str, tuple[Maker, str]] = {
 
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_the_folder_of_a_teacher(command: Command, finished: Path, kind: str) -> None:
-    change, told = TEACHERS[kind]
-    folder = copied(finished, command.runs)
-    change(folder)
-    before = content(command.runs)
-    with in_time():
-        status, out, err = command(*TAUGHT)
-    assert (status, out, err.count("\n")) == (1, "", 1), err
-    assert str(folder) in err
-    assert told in err
-    assert content(command.runs) == before
+    is_refused(command, finished, TAUGHT, *TEACHERS[kind])
 
 
 def test_a_status_that_is_garbage_stops_nothing(command: Command, finished: Path) -> None:

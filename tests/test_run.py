@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Compose
+from faults import SMALL
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -39,10 +40,6 @@ from sskd.teachers import Teacher, locate
 from train_student import train
 
 TIMES = {"seconds", "images_per_second", "date", "peak_memory_mib"}
-SMALL = (
-    "dataset=digits", "dataset.fraction=0.05", "teacher.fraction=0.05", "schedule.epochs=3",
-    "batch_size=16", "arch@teacher=resnet14", "arch@student=resnet8", "teacher.train=true",
-)  # fmt: skip
 
 TEACHER_STEPS = 6  # 70 images in batches of the recipe's 64, three times
 
@@ -472,6 +469,7 @@ def test_where_the_last_checkpoint_is_damaged_the_one_before_it_serves(
     warned = f"warning: {folder}: last.pt is damaged: " in told
     assert warned == (damage != "removed")
     assert ("its checksum differs" in told) == (damage == "changed")
+    assert not list((tmp_path / "runs").rglob("previous.pt"))  # nothing goes on from it any more
     assert outcome(tmp_path / "runs") == outcome(tmp_path / "whole")
 
 

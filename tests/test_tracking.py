@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -184,6 +185,14 @@ def test_ids_belong_to_their_folder(tmp_path: Path) -> None:
     first = run_id(tmp_path / "a", "cifar100/scratch/vgg8/seed0")
     assert first == run_id(tmp_path / "a", "cifar100/scratch/vgg8/seed0")
     assert first != run_id(tmp_path / "b", "cifar100/scratch/vgg8/seed0")
+
+
+@pytest.mark.parametrize("content", [b"../../elsewhere", b"", b"\xff", b"0123456789abcdef\n/x"])
+def test_an_id_that_is_not_ours_is_replaced(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "wandb_id").write_bytes(content)
+    made = run_id(tmp_path, "cifar100/scratch/vgg8/seed0")
+    assert re.fullmatch("[0-9a-f]{16}", made)
+    assert (tmp_path / "wandb_id").read_text() == made
 
 
 def test_the_mode_is_the_users_then_the_environments_then_the_logins(

@@ -21,7 +21,7 @@ WORKERS = 3
 
 
 @pytest.fixture
-def tell(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Iterator[list[str]]:
+def tell(capsys: pytest.CaptureFixture[str]) -> Iterator[list[str]]:
     """Collect what was done; print it as a row at the end."""
     told: list[str] = []
     started = time.monotonic()
