@@ -53,7 +53,8 @@ class FolderLock:
             print(f"{self._folder}: waiting for {_holder(self._folder)}", flush=True)
             self._lease.acquire()
             return
-        silent = _seconds_since_heartbeat(self._folder) > _QUIET
+        # A heartbeat in the future tells as little as an old one: a clock has jumped.
+        silent = abs(_seconds_since_heartbeat(self._folder)) > _QUIET
         try:  # a holder on another node is dead only when it has been silent while one watched
             self._lease.acquire(timeout=DURATION + HEARTBEAT if silent else 0)
         except Timeout:

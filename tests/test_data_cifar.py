@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import http.server
+import io
 import json
 import os
 import pickle
 import shutil
 import socket
+import subprocess
+import sys
+import tarfile
 import threading
 import time
 import urllib.error
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +28,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load, save
-from torchvision.datasets import CIFAR10, CIFAR100, cifar
+from stand_in import wait_until
+from torchvision.datasets import CIFAR10, CIFAR100
 
+import sskd.data.cifar
 from sskd.data import DatasetSettings, Images, load_images
 from sskd.errors import UserError
 
@@ -78,7 +87,7 @@ def no_download(*args: Any, **kwargs: Any) -> None:
 
 
 def test_cifar_is_read_pixel_by_pixel(small_cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cifar, "download_and_extract_archive", no_download)
+    monkeypatch.setattr(sskd.data.cifar, "download_and_extract_archive", no_download)
     images = load_images(settings("cifar100", root=str(small_cifar)))
     raw = pickle.loads((small_cifar / "cifar-100-python" / "train").read_bytes())
     assert images.train.images.flatten(1).numpy().tolist() == raw["data"].tolist()
@@ -108,7 +117,7 @@ def test_the_place_is_told_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_file_cut_short_is_named_and_left_alone(
     broken: str, download: bool, small_cifar: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cifar, "download_and_extract_archive", no_download)
+    monkeypatch.setattr(sskd.data.cifar, "download_and_extract_archive", no_download)
     path = small_cifar / "cifar-100-python" / broken
     path.write_bytes(path.read_bytes()[:-20])
     before = path.read_bytes()
@@ -156,7 +165,7 @@ def test_a_failed_download_is_one_line(
         assert socket.getdefaulttimeout() == 30
         raise failure
 
-    monkeypatch.setattr(cifar, "download_and_extract_archive", fail)
+    monkeypatch.setattr(sskd.data.cifar, "download_and_extract_archive", fail)
     message = refused("cifar10", root=str(tmp_path / "new"), download=True)
     assert CIFAR10.url in message
     assert str(tmp_path / "new") in message
@@ -171,35 +180,110 @@ def test_a_root_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     assert str(tmp_path / "file" / "below") in message
 
 
-def test_two_loads_at_once_download_once(
-    small_cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+LOADS = """
+import json, sys
+from torchvision.datasets import CIFAR100
+from sskd.data import DatasetSettings, load_images
+told = json.loads(sys.argv[1])
+for name, value in told["published"].items():
+    setattr(CIFAR100, name, value)
+print(len(load_images(DatasetSettings(**told["settings"])).train), flush=True)
+"""
+
+
+class Archive(http.server.BaseHTTPRequestHandler):
+    """Sends an archive, its first half first, and the rest once it ``goes_on``."""
+
+    content: bytes
+    goes_on: threading.Event
+    asked: Counter[str]
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+        if self.headers["Method"] == "HEAD":  # torchvision's way to ask for redirections
+            return
+        self.asked[self.path] += 1
+        half = len(self.content) // 2
+        self.wfile.write(self.content[:half])
+        self.wfile.flush()
+        self.goes_on.wait(60)
+        with suppress(OSError):  # who asked may be dead
+            self.wfile.write(self.content[half:])
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def served(small_cifar: Path) -> Iterator[tuple[type[Archive], dict[str, Any]]]:
+    """A server of the small CIFAR-100, and what torchvision has to take for published."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        archive.add(small_cifar / CIFAR100.base_folder, CIFAR100.base_folder)
+    content = packed.getvalue()
+    attributes = {"content": content, "goes_on": threading.Event(), "asked": Counter()}
+    handler: type[Archive] = type("Handler", (Archive,), attributes)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield (
+            handler,
+            {
+                "url": f"http://127.0.0.1:{server.server_address[1]}/archive",
+                "tgz_md5": hashlib.md5(content, usedforsecurity=False).hexdigest(),
+                "train_list": CIFAR100.train_list,
+                "test_list": CIFAR100.test_list,
+                "meta": CIFAR100.meta,
+            },
+        )
+        handler.goes_on.set()
+        server.shutdown()
+
+
+def start_to_load(root: Path, published: dict[str, Any]) -> subprocess.Popen[str]:
+    """Start a process that downloads the small CIFAR-100 into ``root`` and loads it."""
+    told = {"published": published, "settings": settings("cifar100", root=str(root)).model_dump()}
+    return subprocess.Popen(
+        [sys.executable, "-c", LOADS, json.dumps(told)],
+        cwd=CONF.parent.parent, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_processes_that_load_at_once_download_once(
+    served: tuple[type[Archive], dict[str, Any]], tmp_path: Path
 ) -> None:
-    downloads = []
+    server, published = served
+    root = tmp_path / "new"
+    loads = [start_to_load(root, published) for _ in range(2)]
+    wait_until(lambda: server.asked)
+    assert not (root / CIFAR100.base_folder).exists()
+    time.sleep(0.5)  # the other comes to the same point
+    server.goes_on.set()
+    assert [load.communicate(timeout=60)[0] for load in loads] == ["6\n", "6\n"]
+    assert server.asked.total() == 1
+    assert sorted(path.name for path in (root / CIFAR100.base_folder).iterdir()) == [
+        "meta", "test", "train",
+    ]  # fmt: skip
 
-    def download(url: str, root: str, **kwargs: Any) -> None:
-        downloads.append(url)
-        target = Path(root) / "cifar-100-python"
-        target.mkdir()
-        for file in (small_cifar / "cifar-100-python").iterdir():
-            (target / file.name).write_bytes(file.read_bytes()[:10])
-            time.sleep(0.1)
-            (target / file.name).write_bytes(file.read_bytes())
 
-    monkeypatch.setattr(cifar, "download_and_extract_archive", download)
-    loaded: list[Images] = []
-
-    def load() -> None:
-        loaded.append(load_images(settings("cifar100", root=str(tmp_path / "new"))))
-
-    threads = [threading.Thread(target=load) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.15)
-    for thread in threads:
-        thread.join()
-    assert downloads == [CIFAR100.url]
-    assert [len(images.train) for images in loaded] == [6, 6]
-    assert socket.getdefaulttimeout() is None
+def test_a_download_that_was_killed_leaves_nothing_half_written(
+    served: tuple[type[Archive], dict[str, Any]], tmp_path: Path
+) -> None:
+    server, published = served
+    root = tmp_path / "new"
+    killed = start_to_load(root, published)
+    wait_until(lambda: server.asked)
+    time.sleep(0.2)
+    killed.kill()
+    killed.communicate()
+    part = root / f".{CIFAR100.base_folder}.part" / CIFAR100.base_folder
+    part.mkdir(parents=True)
+    (part / "train").write_bytes(b"what another left that was killed while it unpacked")
+    server.goes_on.set()
+    load = start_to_load(root, published)
+    assert load.communicate(timeout=60)[0] == "6\n"
+    assert not part.parent.exists()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ The first load leaves a cache beside the published files, from which later ones 
 
 from __future__ import annotations
 
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
 from sskd.data.cache import read_cache, write_cache
 from sskd.data.images import Split
@@ -109,7 +110,7 @@ def _download_once(dataset: type[CIFAR10], root: Path) -> tuple[list[str], list[
             # Another process may have brought the files while this one waited.
             missing, differing = _compare_digests(dataset, root)
             if missing and not differing:
-                dataset(root, download=True)
+                _download(dataset, root, missing)
                 missing, differing = _compare_digests(dataset, root)
     except (OSError, RuntimeError, HTTPException) as error:
         raise UserError(
@@ -118,6 +119,18 @@ def _download_once(dataset: type[CIFAR10], root: Path) -> tuple[list[str], list[
             f"{dataset.base_folder}"
         ) from error
     return missing, differing
+
+
+def _download(dataset: type[CIFAR10], root: Path, names: list[str]) -> None:
+    """Bring the files ``names`` into ``root``, each whole, whenever the process is killed."""
+    part, home = root / f".{dataset.base_folder}.part", root / dataset.base_folder
+    download_and_extract_archive(
+        dataset.url, root, part, filename=dataset.filename, md5=dataset.tgz_md5
+    )
+    home.mkdir(exist_ok=True)
+    for name in names:
+        (part / dataset.base_folder / name).replace(home / name)
+    shutil.rmtree(part)
 
 
 @contextmanager
