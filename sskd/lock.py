@@ -42,10 +42,12 @@ class FolderLock:
 
         Raises:
             BusyError: another process, on this node or another, is at work in it.
+            OSError: the folder cannot be written.
         """
         try:
             self._lease.acquire(timeout=0)
         except Timeout:
+            os.utime(self._folder)  # where nothing can be written a dead holder's lease stays
             self._acquire_from_another(wait)
 
     def _acquire_from_another(self, wait: bool) -> None:

@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -44,6 +45,9 @@ class Fault:
     number: int
     root: Path
     seed: int = 0
+
+
+YEAR = 365 * 24 * 3600.0
 
 
 class Torn:
@@ -186,6 +190,17 @@ class Disk:
         """Let the disk be full from now on."""
         self.full = True
 
+    def shift_clock(self) -> None:
+        """Let the clock jump by a year, on at odd moments and back at even ones.
+
+        What the lease was stamped with jumps along, as it does when the clock is the server's.
+        """
+        clock, shift = time.time, YEAR if self.fault.number % 2 else -YEAR
+        time.time = lambda: clock() + shift
+        with self.not_watching():
+            for lease in self.fault.root.rglob(".lease"):
+                os.utime(lease, (time.time(),) * 2)
+
     def tell(self) -> None:
         """Do nothing: the moments are only counted."""
 
@@ -199,6 +214,7 @@ ACTS: dict[str, Callable[[Disk], None]] = {
     "killed": Disk.kill,
     "power failure": Disk.lose_power,
     "disk full": Disk.fill,
+    "clock jumps": Disk.shift_clock,
     "undisturbed": Disk.tell,
 }
 

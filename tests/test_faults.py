@@ -5,12 +5,16 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from breaking import Undisturbed, broken, ends_undisturbed, killed_at_random, refused
 from faults import Attempt
+from stand_in import wait_until
+from test_run import outcome
 
 pytestmark = pytest.mark.usefixtures("undisturbed")
 
@@ -42,6 +46,59 @@ def test_a_full_disk_is_one_line_and_costs_nothing(
     for number in random.Random(2).sample(range(1, last), 5):
         runs = broken(undisturbed, cell, "disk full", number, tmp_path / str(number))
         ends_undisturbed(undisturbed, cell, runs)
+
+
+def test_a_clock_that_jumps_changes_nothing(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    last = undisturbed.moments("kd")
+    for number in (last // 3, last // 3 + 1):  # on, and back
+        runs = broken(undisturbed, "kd", "clock jumps", number, tmp_path / str(number))
+        ends_undisturbed(undisturbed, "kd", runs)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    try:
+        mount("-t", "tmpfs", "-o", "size=64K", "tmpfs", str(disk))
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a file system can be mounted by root only")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def mount(*words: str) -> None:
+    subprocess.run(["mount", *words], check=True, capture_output=True)
+
+
+def test_a_small_disk_that_is_full(undisturbed: Undisturbed, small_disk: Path) -> None:
+    runs, size, refusals = small_disk / "runs", 64, 0
+    while True:
+        attempt = Attempt("alone", runs, log=small_disk.with_name("log"))
+        if attempt.end(after=60) == 0:
+            break
+        assert "No space left on device" in refused(attempt)
+        refusals, size = refusals + 1, int(size * 1.4)
+        mount("-o", f"remount,size={size}K", str(small_disk))
+    assert refusals > 5
+    assert outcome(runs) == undisturbed.outcome("alone")
+
+
+def test_a_disk_that_becomes_read_only(undisturbed: Undisturbed, small_disk: Path) -> None:
+    disk, runs, log = str(small_disk), small_disk / "runs", small_disk.with_name("log")
+    mount("-o", "remount,size=100M", disk)
+    attempt = Attempt("alone", runs, log=log)
+    wait_until(lambda: list(runs.rglob("last.pt")))
+    mount("--bind", disk, disk)  # over the one where the lease is open, which would refuse
+    mount("-o", "remount,bind,ro", disk)
+    assert attempt.end(after=60) == 1
+    assert "Read-only file system" in refused(attempt)
+    attempt = Attempt("alone", runs, log=log)
+    assert attempt.end(after=60) == 1
+    assert "cannot be written (Read-only file system); choose another" in refused(attempt)
+    subprocess.run(["umount", "--lazy", disk], check=True)
+    ends_undisturbed(undisturbed, "alone", runs)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

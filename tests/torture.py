@@ -31,7 +31,7 @@ def tell(capsys: pytest.CaptureFixture[str]) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("act", ["killed", "power failure", "disk full"])
+@pytest.mark.parametrize("act", ["killed", "power failure", "disk full", "clock jumps"])
 def test_moments_at_which_files_change(
     undisturbed: Undisturbed, tmp_path: Path, cell: str, act: str, tell: list[str]
 ) -> None:
