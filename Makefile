@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-oldest test-newest test-slurm torture fuzz soak lint lock clean
+.PHONY: demo test test-oldest test-newest test-slurm coverage torture fuzz soak lint lock clean
 
 # A teacher, the student alone, KD and SSKD on the embedded digits, then the table.
 demo: $(READY)
@@ -35,6 +35,10 @@ test-newest: $(READY)
 test-slurm: $(READY)
 	$(BIN)/python -m pytest tests/slurm.py
 
+# What the tests run of the suite's own code, in their processes' processes too, and what they do not.
+coverage: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov --cov-report=term-missing:skip-covered
+
 # Hundreds of kills, power failures and full disks; prints a row of the table for each.
 torture: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/torture.py
@@ -59,7 +63,7 @@ lock: $(READY)
 	  --no-header --no-annotate --no-emit-index-url pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest demo smoke soak .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest demo smoke soak .coverage* .mypy_cache .pytest_cache .ruff_cache
 
 $(READY): requirements.lock
 	$(PYTHON) -m venv $(VENV)

@@ -8,8 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+
+# Hydra's own launcher keeps each cell's configuration until its batch has ended.
+_IN_ONE_PROCESS = 20
 
 
 class CellSweeper(BasicSweeper):
@@ -29,6 +33,8 @@ class CellSweeper(BasicSweeper):
         size = self.max_batch_size
         if size is not None and size < 1:
             raise UserError(f"hydra.sweeper.max_batch_size={size}: should be at least 1, or null")
+        if size is None and isinstance(self.launcher, BasicLauncher):
+            size = _IN_ONE_PROCESS
         if not isinstance(self.params, Mapping | None):
             raise UserError(
                 f"hydra.sweeper.params: should be a mapping of settings to their values, such as "
