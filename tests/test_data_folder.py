@@ -12,15 +12,21 @@ import yaml
 from PIL import Image, ImageDraw
 
 from sskd.data import DatasetSettings, Images, load_images
+from sskd.data.sources import folder_fingerprint
 from sskd.errors import UserError
 
 CONF = Path(__file__).parent.parent / "conf" / "dataset"
 
 
-def load(root: Path, size: int = 32) -> Images:
-    """Load the folder with the settings of the real YAML."""
+def settings(root: Path, size: int = 32) -> DatasetSettings:
+    """Return the settings of the real YAML for the folder."""
     shown: dict[str, Any] = yaml.safe_load((CONF / "folder.yaml").read_text())
-    return load_images(DatasetSettings(**{**shown, "root": str(root), "size": size}))
+    return DatasetSettings(**{**shown, "root": str(root), "size": size})
+
+
+def load(root: Path, size: int = 32) -> Images:
+    """Load the folder."""
+    return load_images(settings(root, size))
 
 
 def refused(root: Path) -> str:
@@ -78,6 +84,17 @@ def test_a_folders_photograph_is_turned_upright(tmp_path: Path) -> None:
     image = load(root).test.images[0]
     assert image[:, :14].max() == 0
     assert image[:, -14:].min() == 255
+
+
+def test_the_images_of_a_linked_class_count_too(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "root")
+    (root / "train" / "dog").rename(tmp_path / "dogs")
+    (root / "train" / "dog").symlink_to(tmp_path / "dogs")
+    assert load(root).train.labels.tolist() == [0] * 6 + [1]
+    before = folder_fingerprint(settings(root))
+    Image.new("RGB", (32, 32)).save(tmp_path / "dogs" / "c.png")
+    assert load(root).train.labels.tolist() == [0] * 6 + [1, 1]
+    assert folder_fingerprint(settings(root)) != before
 
 
 def test_one_class_is_enough(tmp_path: Path) -> None:

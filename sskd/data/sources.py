@@ -80,10 +80,15 @@ def folder_fingerprint(settings: DatasetSettings) -> str | None:
     It tells two folders of one name apart, and a folder before and after images were added.
     """
     root = absolute(settings.root)
+    paths = [
+        Path(folder, name)
+        for part in ("train", "test")
+        for folder, _, names in os.walk(root / part, followlinks=True)  # as they are read
+        for name in names
+    ]
     digest = hashlib.sha256()
-    for path in sorted(path for part in ("train", "test") for path in (root / part).rglob("*")):
-        if path.is_file():
-            digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
+    for path in sorted(path for path in paths if path.is_file()):
+        digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
     return digest.hexdigest()
 
 
