@@ -101,7 +101,13 @@ class Loader:
         }
 
     def load_state_dict(self, state: LoaderState) -> None:
-        """Go on where ``state`` was taken, bit for bit."""
+        """Go on where ``state`` was taken, bit for bit.
+
+        Raises:
+            ValueError: it was taken of other data, where it would lie outside of the epoch.
+        """
+        if not 0 <= state["position"] <= self.steps:
+            raise ValueError(f"step {state['position']} of {self.steps}")
         self.begin_epoch(state["seed"])
         self._position = state["position"]
         self._generator.set_state(state["generator"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -80,15 +80,11 @@ def folder_fingerprint(settings: DatasetSettings) -> str | None:
     It tells two folders of one name apart, and a folder before and after images were added.
     """
     root = absolute(settings.root)
-    paths = [
-        Path(folder, name)
-        for part in ("train", "test")
-        for folder, _, names in os.walk(root / part, followlinks=True)  # as they are read
-        for name in names
-    ]
+    paths = [path for part in ("train", "test") for path in _paths(root / part)]
     digest = hashlib.sha256()
     for path in sorted(path for path in paths if path.is_file()):
-        digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
+        line = f"{path.relative_to(root)} {path.stat().st_size}\n"
+        digest.update(os.fsencode(line))  # a name may be of another encoding than text
     return digest.hexdigest()
 
 
@@ -114,18 +110,32 @@ def _list_folder(path: Path) -> ImageFolder:
             "train/CLASS and test/CLASS"
         )
     try:
-        _refuse_loops(path)
+        list(_paths(path))
         return ImageFolder(path)
     except OSError as error:
         raise UserError(f"{path}: {one_line(error)}") from error
 
 
-def _refuse_loops(path: Path) -> None:
-    """Raise UserError for a link to a folder that it lies in: its images would be read again."""
-    for parent, folders, _ in os.walk(path, followlinks=True):
-        for link in (Path(parent, name) for name in folders):
-            if link.is_symlink() and link.parent.resolve().is_relative_to(link.resolve()):
-                raise UserError(f"{link}: is a link to a folder that it lies in; remove it")
+def _paths(root: Path) -> Iterator[Path]:
+    """Yield all that lies below ``root`` and is no folder; links are followed, as ImageFolder does.
+
+    Raises:
+        UserError: two names lead to one folder. Its images would count twice, and a few links
+            that lead back are as good as folders without end.
+    """
+    seen: dict[tuple[int, int], Path] = {}
+    folders = [root] if root.is_dir() else []
+    while folders:
+        folder = folders.pop()
+        status = folder.stat()
+        first = seen.setdefault((status.st_dev, status.st_ino), folder)
+        if first != folder:
+            raise UserError(f"{folder}: is the same folder as {first}; remove the link")
+        for path in sorted(folder.iterdir()):
+            if path.is_dir():
+                folders.append(path)
+            else:
+                yield path
 
 
 def _read_folder(listing: ImageFolder, size: int) -> Split:
@@ -142,6 +152,8 @@ def _read_folder(listing: ImageFolder, size: int) -> Split:
 def _read_image(path: str, size: int) -> Tensor:
     """Read an image upright, scaled to cover a square and cut to it: uint8 [3, size, size]."""
     try:
+        if not Path(path).is_file():  # a pipe would wait for ever
+            raise ValueError("it is no file")
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits a channel; convert it to 8")
