@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sskd import CONF
-from sskd.errors import BusyError, UnfinishedError, UserError, nearest
+from sskd.errors import BusyError, UnfinishedError, UserError, nearest, printable
 from sskd.interrupt import Interrupted, termination_raised, warnings_passed_on
 from sskd.nested import flatten
 
@@ -144,11 +144,15 @@ def _end_at_once(status: int) -> NoReturn:
 
 def explain(error: Exception) -> str:
     """Return a complaint about a configuration in one line, with the nearest right name."""
+    return printable(_explained(error))
+
+
+def _explained(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.filename:
+    if isinstance(error, OSError) and error.strerror:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        told = f"{error.filename}: {error.strerror}"
+        told = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         return told + "; free some space there, and the same command goes on" * full
     missing = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
     if missing in _PLUGINS:

@@ -81,19 +81,36 @@ def evaluate(checkpoint: str, arch: str | None, device: str, overrides: Sequence
 
 
 def _dataset_of_run(checkpoint: Path) -> list[str]:
-    """Return overrides that choose the dataset of the run that ``checkpoint`` lies in, if any."""
-    from sskd.run import CONFIG, read_config_file
+    """Return overrides that choose the dataset of the run that ``checkpoint`` lies in, if any.
+
+    The run may be a stranger's, so nothing is downloaded to where it says, and nothing resolved.
+
+    Raises:
+        UserError: its config.yaml chooses no dataset of this suite.
+    """
+    from sskd.data import SOURCES, DatasetSettings
+    from sskd.run_files import CONFIG
+    from sskd.run_folder import read_config_file
 
     path = checkpoint.parent / CONFIG
     if not path.exists():
         return []
     dataset = read_config_file(path).get("dataset")
-    if not isinstance(dataset, dict):
+    if not isinstance(dataset, dict) or dataset.get("source") not in list(SOURCES):
         raise UserError(f"{path}: names no dataset; it is not a run's configuration")
-    source = dataset.get("source")
-    settings = {key: value for key, value in dataset.items() if key != "digest"}
+    settings = {key: value for key, value in dataset.items() if key not in ("digest", "download")}
+    for key, value in settings.items():
+        if key not in DatasetSettings.model_fields or not _is_plain(value):
+            raise UserError(f"{path}: dataset.{key} is not a setting of a run's dataset")
     own = [as_override(f"dataset.{key}", value) for key, value in settings.items()]
-    return [f"dataset={source}", *own]
+    return [f"dataset={dataset['source']}", "dataset.download=false", *own]
+
+
+def _is_plain(value: object) -> bool:
+    """Return whether ``value`` stands for itself, and is no interpolation."""
+    parts = value if isinstance(value, list) else [value]
+    plain = all(part is None or isinstance(part, bool | int | float | str) for part in parts)
+    return plain and "${" not in str(value)
 
 
 if __name__ == "__main__":

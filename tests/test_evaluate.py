@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import Compose
 from test_run import SMALL
 
+import sskd.data.cifar
 from sskd import evaluate
 from sskd.models import build_model
 from train_student import train
@@ -55,3 +58,45 @@ def test_mistakes_are_one_line(
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert told in captured.err
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "an interpolation": ({"root": "${oc.env:HOME}"}, "dataset.root is not a setting of a run's"),
+    "an interpolation in a list": ({"mean": ["${seed}", 0, 0]}, "dataset.mean is not a setting"),
+    "bytes": ({"name": b"data"}, "dataset.name is not a setting of a run's"),
+    "a mapping": ({"name": {"a": 1}}, "dataset.name is not a setting of a run's"),
+    "signs of a terminal": ({"\x1b[2Jname": 1}, "dataset.?[2Jname is not a setting of a run's"),
+    "no such dataset": ({"source": "digits,dataset.root=x"}, "names no dataset"),
+    "a list for a dataset": ({"source": ["digits"]}, "names no dataset"),
+    "a name that leads elsewhere": ({"name": "../up"}, "dataset.name: may have letters"),
+    "words of a command line": ({"name": "x' runs=y"}, "dataset.name: may have letters"),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_strangers_configuration_is_read_as_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    changes, told = CONFIGS[kind]
+    torch.save({"state_dict": build_model("resnet8", 10).state_dict()}, tmp_path / "best.pt")
+    dataset = {"source": "digits", **changes}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"dataset": dataset}))
+    assert evaluate.main([str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert told in err
+
+
+def test_a_strangers_configuration_downloads_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*_: object, **__: object) -> None:
+        raise AssertionError("nothing may be downloaded here")
+
+    monkeypatch.setattr(sskd.data.cifar, "download_and_extract_archive", download)
+    torch.save({"state_dict": build_model("resnet8", 100).state_dict()}, tmp_path / "best.pt")
+    dataset = {"source": "cifar100", "root": str(tmp_path / "victim"), "download": True}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"dataset": dataset}))
+    assert evaluate.main([str(tmp_path)]) == 1
+    assert "dataset.download=true where there is a network" in capsys.readouterr().err
+    assert not (tmp_path / "victim").exists()
