@@ -6,11 +6,12 @@ Nothing here needs PyTorch, so that the report can ask who is at work.
 from __future__ import annotations
 
 import os
-import socket
+import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
-from filelock import SoftFileLease, Timeout
+from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from sskd.errors import BusyError, UserError
 
@@ -34,33 +35,43 @@ class FolderLock:
         self._folder = folder
         self._lease = _lease(folder)
 
-    def acquire(self, *, wait: bool = False) -> None:
+    def acquire(self, *, wait: bool = False, watch: bool = True) -> None:
         """Take the folder.
 
         Args:
             wait: wait for another process that has it, instead of an error.
+            watch: watch, for the time of a lease, a holder that has not been heard of and may
+                have died with its node, instead of an error.
 
         Raises:
             BusyError: another process, on this node or another, is at work in it.
+            UserError: what stands there is no lock of this version.
             OSError: the folder cannot be written.
         """
         try:
             self._lease.acquire(timeout=0)
         except Timeout:
             os.utime(self._folder)  # where nothing can be written a dead holder's lease stays
-            self._acquire_from_another(wait)
+            self._acquire_from_another(wait, watch)
+        except LeaseSettingsMismatch:
+            raise UserError(
+                f"{self._folder / _FILE}: is not a lock of this version; where nobody is at work "
+                "there, remove it"
+            ) from None
 
-    def _acquire_from_another(self, wait: bool) -> None:
+    def _acquire_from_another(self, wait: bool, watch: bool) -> None:
         if wait:
             print(f"{self._folder}: waiting for {_holder(self._folder)}", flush=True)
             self._lease.acquire()
             return
         # A heartbeat in the future tells as little as an old one: a clock has jumped.
         silent = abs(_seconds_since_heartbeat(self._folder)) > _QUIET
+        told = _holder(self._folder)
+        if silent and watch:
+            print(f"{self._folder}: watching whether {told} has died", flush=True)
         try:  # a holder on another node is dead only when it has been silent while one watched
-            self._lease.acquire(timeout=DURATION + HEARTBEAT if silent else 0)
+            self._lease.acquire(timeout=DURATION + HEARTBEAT if silent and watch else 0)
         except Timeout:
-            told = _holder(self._folder)
             raise BusyError(f"{self._folder}: {told} is working on this run") from None
 
     def release(self) -> None:
@@ -92,7 +103,7 @@ def is_held(folder: Path) -> bool:
     owner = _lease(folder).owner
     if owner is None or _seconds_since_heartbeat(folder) > DURATION:
         return False
-    return not (_on_this_node(owner.hostname) and _is_gone(owner.pid))
+    return not (owner.hostname == _own_node() and _is_gone(owner.pid))
 
 
 def forget_lock(folder: Path) -> None:
@@ -123,8 +134,18 @@ def _holder(folder: Path) -> str:
     return f"another process ({owner.pid} on {owner.hostname.partition('?')[0]})"
 
 
-def _on_this_node(hostname: str) -> bool:
-    return hostname.partition("?")[0] == socket.gethostname()
+@cache
+def _own_node() -> str:
+    """Return what a lease of this process tells of the node: its name, and a container's mark.
+
+    A process number of another container is another process here, or none.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        lease = _lease(Path(folder))
+        with lease:
+            owner = lease.owner
+    assert owner is not None
+    return owner.hostname
 
 
 def _is_gone(pid: int) -> bool:

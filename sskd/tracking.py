@@ -14,7 +14,7 @@ from sskd.identity import difference
 from sskd.interrupt import Interrupted
 from sskd.nested import as_override
 from sskd.run import Run
-from sskd.wandb_runs import open_run
+from sskd.wandb_runs import open_run, sync_folder, sync_later
 
 # Figures about the student as a whole; the others are named after their stage.
 _UNPREFIXED = ("test/", "holdout/", "best/")
@@ -64,7 +64,7 @@ class Tracker:
                 self._wandb.mark_preempting()  # it will come back: "preempted", not "failed"
             self._wandb.finish(exit_code=0 if kind is None else 1)
         except TimeoutError:
-            print(f"W&B did not answer; `wandb sync {self._sync_folder}` sends the rest later")
+            print(sync_later(self._wandb))
         except Exception as lost:  # must not take the place of what has ended the run
             self._lose(lost)
         if kind is None and not self._lost:
@@ -74,22 +74,20 @@ class Tracker:
         if kind is None:
             self._keep_offline()
 
-    @property
-    def _sync_folder(self) -> Path:
-        return Path(self._wandb.dir).parent
-
     def _keep_offline(self) -> None:
         """Write all of a finished run to the disk again: what W&B's process had is lost with it."""
         self._lost, self._lines = False, 0
-        self._wandb = self._open("offline")
-        for name, path in self._pictures.items():
-            self.picture(name, path)
-        for line in self._run.metrics:
-            self.log(line)
-        self.summarise(self._result)
-        self._send(self._wandb.finish)
-        if not self._lost:
-            print(f"W&B: `wandb sync {self._sync_folder}` sends this run")
+        try:
+            self._wandb = self._open("offline")
+            for name, path in self._pictures.items():
+                self.picture(name, path)
+            for line in self._run.metrics:
+                self.log(line)
+            self.summarise(self._result)
+            self._wandb.finish()
+            print(f"W&B: `wandb sync {sync_folder(self._wandb)}` sends this run")
+        except Exception as error:  # the run itself has finished
+            print(f"W&B: this run is not kept for it ({' '.join(str(error).split())})")
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Log the next line of ``metrics.jsonl``; its number is W&B's step.
@@ -140,7 +138,7 @@ class Tracker:
             return
         try:
             action()
-        except ConnectionError as lost:
+        except (OSError, wandb.Error) as lost:  # of a connection, most of all
             self._lose(lost)
 
     def _lose(self, lost: Exception) -> None:

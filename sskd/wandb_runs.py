@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -13,13 +14,12 @@ import requests
 import wandb
 
 from sskd.errors import UserError
-from sskd.storage import write_text
+from sskd.storage import is_plain_file, write_text
 
 _ID = "wandb_id"
 _ANSWER_TIMEOUT = 10  # seconds
 _INIT_TIMEOUT = 20  # seconds; after that a run without a network is an offline one
-# Seconds; what a server has not taken by then is left for `wandb sync`.
-_FINISH_TIMEOUT = float(os.environ.get("WANDB_FINISH_TIMEOUT", 60))
+_FINISH_TIMEOUT = "60"  # seconds; what a server has not taken by then is left for `wandb sync`
 
 
 def open_run(mode: str, folder: Path, name: str, **arguments: Any) -> wandb.Run:
@@ -38,10 +38,11 @@ def open_run(mode: str, folder: Path, name: str, **arguments: Any) -> wandb.Run:
         if mode == "online":
             print(f"W&B: {run.url}")
         return run
-    except (wandb.Error, ValueError) as error:
+    except (wandb.Error, ValueError, OSError) as error:
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
         print(f"W&B cannot be used online ({told}); this run stays offline")
-        wandb.teardown()
+        with contextlib.suppress(Exception):
+            wandb.teardown()
     try:
         return _init("offline", arguments)
     except Exception as error:  # of W&B's own process there are more than it declares
@@ -52,12 +53,31 @@ def open_run(mode: str, folder: Path, name: str, **arguments: Any) -> wandb.Run:
 def _init(mode: str, arguments: dict[str, Any]) -> wandb.Run:
     settings = wandb.Settings(
         init_timeout=_INIT_TIMEOUT,
-        finish_timeout=_FINISH_TIMEOUT,
+        finish_timeout=finish_timeout(),
         finish_timeout_raises=True,
         console="off",
         silent=True,
     )
     return wandb.init(mode=mode, settings=settings, **arguments)  # type: ignore[arg-type]
+
+
+def finish_timeout() -> float:
+    """Return how many seconds a finished run waits for W&B's server."""
+    given = os.environ.get("WANDB_FINISH_TIMEOUT", _FINISH_TIMEOUT)
+    try:
+        return float(given)
+    except ValueError:
+        raise UserError(f"WANDB_FINISH_TIMEOUT={given}: should be a number of seconds") from None
+
+
+def sync_folder(run: wandb.Run) -> Path:
+    """Return the folder of ``run`` that ``wandb sync`` sends."""
+    return Path(run.dir).parent
+
+
+def sync_later(run: wandb.Run) -> str:
+    """Return the line for a server that has not taken all of ``run`` in time."""
+    return f"W&B did not answer; `wandb sync {sync_folder(run)}` sends the rest later"
 
 
 def choose_mode(mode: str) -> str:
@@ -94,7 +114,8 @@ def run_id(folder: Path, name: str) -> str:
     or one started afresh, gets an id of its own.
     """
     path = folder / _ID
-    if not path.exists() or not re.fullmatch("[0-9a-f]{16}", path.read_text(errors="replace")):
+    known = path.read_text(errors="replace") if is_plain_file(path) else ""
+    if not re.fullmatch("[0-9a-f]{16}", known):
         text = f"{name} {uuid.uuid4()}"
         write_text(path, hashlib.sha256(text.encode()).hexdigest()[:16])
     return path.read_text()

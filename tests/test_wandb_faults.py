@@ -34,6 +34,7 @@ def reporting_run(url: str, runs: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *words], cwd=CONF.parent, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's job ignores it
     )  # fmt: skip
 
 

@@ -16,8 +16,9 @@ from sskd.errors import UserError, printable
 from sskd.report.files import write_files
 from sskd.report.render import render_text
 from sskd.report.report import Report, read_report
-from sskd.report.results import RESULT_FILE, Epoch
+from sskd.report.results import Epoch
 from sskd.report.status import count_states, render_status
+from sskd.run_files import RESULT
 
 DESCRIPTION = """\
 Show what all finished runs reached, in the layout of the published tables: one
@@ -69,18 +70,19 @@ def _show(arguments: argparse.Namespace) -> None:
     report = read_report(Path(arguments.runs), warn)
     if not (report.cells if arguments.status else report.results):
         raise UserError(
-            f"no finished run: no readable {RESULT_FILE} under '{arguments.runs}'; train a network"
+            f"no finished run: no readable {RESULT} under '{arguments.runs}'; train a network"
             " with 'python train_teacher.py dataset=digits arch=resnet20', or name the folder of"
             " the runs: 'python -m sskd.report RUNS'"
         )
     written = _write(report, arguments, warn)
-    if arguments.wandb is not None:
-        _log(report, arguments.wandb, warn)
     print(_status(report) if arguments.status else _tables(report, arguments), end="")
     if not arguments.status and report.unfinished():
         print(f"\n{count_states(report.cells)} (--status lists them)")
     if written:
         print(f"\n{written}", end="")
+    if arguments.wandb is not None:
+        sys.stdout.flush()
+        _log(report, arguments.wandb, warn)
 
 
 def _watch(arguments: argparse.Namespace) -> None:

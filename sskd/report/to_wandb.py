@@ -13,7 +13,7 @@ from sskd.report.files import write_files
 from sskd.report.groups import Entry
 from sskd.report.report import Report
 from sskd.report.rows import display_name
-from sskd.wandb_runs import open_run
+from sskd.wandb_runs import open_run, sync_later
 
 # What sets a row of the table of results apart; see ``sskd.report.groups.Entry``.
 PLACE = ("dataset", "setting", "table", "teacher", "student", "row")
@@ -38,14 +38,21 @@ def log_report(
     ``plots/`` pictures of each kind, and the files of ``write_files`` as the artifact ``tables``.
     """
     run = open_run("auto", report.runs, "tables", project=project, entity=entity, job_type="report")
-    with run:
-        run.log({f"tables/{name}": table for name, table in _tables(report).items()})
-        artifact = wandb.Artifact("tables", type="report")
-        with tempfile.TemporaryDirectory() as folder:
-            written = write_files(report, f"{folder}/tables", "last", warn)
-            run.log({f"plots/{kind}": pictures for kind, pictures in _plots(written).items()})
-            artifact.add_dir(folder)
-            run.log_artifact(artifact)
+    try:
+        with run:
+            _log(run, report, warn)
+    except TimeoutError:
+        print(sync_later(run))
+
+
+def _log(run: wandb.Run, report: Report, warn: Callable[[str], None]) -> None:
+    run.log({f"tables/{name}": table for name, table in _tables(report).items()})
+    artifact = wandb.Artifact("tables", type="report")
+    with tempfile.TemporaryDirectory() as folder:
+        written = write_files(report, f"{folder}/tables", "last", warn)
+        run.log({f"plots/{kind}": pictures for kind, pictures in _plots(written).items()})
+        artifact.add_dir(folder)
+        run.log_artifact(artifact)
 
 
 def _tables(report: Report) -> dict[str, wandb.Table]:
