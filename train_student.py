@@ -44,7 +44,9 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     from sskd.phases import share_phase
     from sskd.pictures import save_views
     from sskd.results import last_top1, summarise
-    from sskd.run import Run, put_aside
+    from sskd.run import Run
+    from sskd.run_folder import put_aside
+    from sskd.status import forced_in_this_sweep
     from sskd.teachers import find_teacher, locate, missing_teacher
     from sskd.tracking import Tracker
 
@@ -57,7 +59,8 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     found = find_teacher(config)
     folder, changed = locate(config)
     run = Run(folder, describe(config, found.digest if found else None))
-    if not config.force and (result := run.finished()) is not None:
+    force = config.force and not forced_in_this_sweep(folder)  # a job that comes back goes on
+    if not force and (result := run.finished()) is not None:
         print(f"{run.folder}: finished already, last top-1 {last_top1(result, run.folder):.2f}")
         return result
 
@@ -69,7 +72,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     fold_teacher(method, device)
     student, teacher = method.student, method.teacher
 
-    if config.force:
+    if force:
         put_aside(run.folder)
     with run.open(wait=wait):
         if (result := run.finished()) is not None:  # by the process that was waited for

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+import torch
 from torch import nn
 
 from sskd.acceleration import compile_loss
@@ -47,6 +48,15 @@ class Position:
     images: int = 0
     best_top1: float = -math.inf
     best_epoch: int = 0
+
+
+def read_position(values: Mapping[str, Any]) -> Position:
+    """Return the position that a checkpoint tells; raise TypeError where it tells none."""
+    position = Position(**values)
+    for name, value in vars(Position()).items():
+        if type(getattr(position, name)) is not type(value):
+            raise TypeError(f"{name} is {getattr(position, name)!r}")
+    return position
 
 
 def stage_schedule(stage: Stage, config: Config) -> Schedule:
@@ -136,6 +146,7 @@ class Fit:
                 signals.raise_if_received()
         figures = self._finite_figures()  # waits for the device: the time is the whole epoch's
         position.epoch_seconds = time.monotonic() - started
+        self._refuse_lost_weights()  # by the last step, whose loss was computed before it
         return figures
 
     def _step(self, batch: Batch) -> None:
@@ -149,7 +160,7 @@ class Fit:
         return in_mid_epoch and (due or signals.received is not None)
 
     def _end_epoch(self, figures: Mapping[str, float]) -> None:
-        position = self.position
+        position, accuracies = self.position, self._evaluate()
         position.epoch += 1
         position.mid_epoch = False
         position.seconds += position.epoch_seconds
@@ -160,7 +171,7 @@ class Fit:
             "epoch": position.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
             **figures,
-            **self._evaluate(),
+            **accuracies,
             "images_per_second": round(rate, 2),
             "seconds": round(position.epoch_seconds, 3),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -172,15 +183,18 @@ class Fit:
         self.progress.epoch(position.epoch, line)
 
     def _evaluate(self) -> dict[str, float]:
+        """Return the accuracies at the end of the epoch that is about to be counted."""
         if self.evaluated is None:
             return {}
         position, images, figures = self.position, self.images, {}
         for name, split in (("test", images.test), ("holdout", images.holdout)):
             if split is not None:
                 logits = predict(self.evaluated, split, images)
+                if not logits.isfinite().all():
+                    raise self._not_finite(f"logits of {name} images are")
                 figures[f"{name}/top1"] = accuracy(logits, split.labels)
         if figures["test/top1"] > position.best_top1:
-            position.best_top1, position.best_epoch = figures["test/top1"], position.epoch
+            position.best_top1, position.best_epoch = figures["test/top1"], position.epoch + 1
         return figures | {"best/top1": position.best_top1}
 
     def _save_if_best(self) -> None:
@@ -197,15 +211,24 @@ class Fit:
         figures = self.meter.read()
         for name, value in figures.items():
             if name.startswith("loss/") and not math.isfinite(value):
-                raise UserError(
-                    f"{self.run.folder}: stage {self.stage.name}, epoch "
-                    f"{self.position.epoch + 1}: the term '{name.removeprefix('loss/')}' is not "
-                    f"finite ({value}); try a smaller optimizer.lr, or precision=fp32"
-                )
+                term = name.removeprefix("loss/")
+                raise self._not_finite(f"the term '{term}' is", f" ({value})")
         return figures
+
+    def _refuse_lost_weights(self) -> None:
+        parameters = list(self.stage.trains.parameters())
+        if not torch.stack([parameter.isfinite().all() for parameter in parameters]).all():
+            raise self._not_finite("weights are")
+
+    def _not_finite(self, what: str, details: str = "") -> UserError:
+        return UserError(
+            f"{self.run.folder}: stage {self.stage.name}, epoch {self.position.epoch + 1}: {what} "
+            f"not finite{details}; try a smaller optimizer.lr, or precision=fp32"
+        )
 
     def _save(self) -> None:
         self._finite_figures()  # nothing that has gone astray is worth going on from
+        self._refuse_lost_weights()
         state = {
             "stage": self.stage.name,
             "position": vars(self.position),
@@ -223,7 +246,7 @@ class Fit:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         with self._foreign_refused():
-            position, device = Position(**state["position"]), str(state["device"])
+            position, device = read_position(state["position"]), str(state["device"])
         if position.mid_epoch and device != self._device.type:
             raise UserError(
                 f"{self.run.folder}: stands in mid-epoch, where random numbers of "
@@ -246,6 +269,8 @@ class Fit:
         """Tell in a line that a checkpoint which is whole is another program's."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             told = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
             raise UserError(

@@ -19,6 +19,7 @@ from sskd import CONF
 from sskd.config import ArchSettings, Config, parse_config, read_config
 from sskd.data import SOURCES
 from sskd.nested import as_override, flatten
+from sskd.paths import below
 
 # What may change between two starts of one run without changing what it computes.
 _NOT_IDENTITY = (
@@ -93,17 +94,20 @@ def run_folder(config: Config, changed: Mapping[str, Any]) -> Path:
     ``<dataset>/scratch/<arch>/seed<k>`` or ``<dataset>/distill/<teacher>-<student>/<method>/
     seed<k>``, with 8 hex digits of ``changed``, if there is any, so that two configurations
     never share a folder.
+
+    Raises:
+        UserError: it is a symbolic link, or lies in one below ``config.runs``.
     """
-    parent = Path(config.runs, config.dataset.name)
     if config.teacher is None:
-        parent = parent / "scratch" / config.student.name
+        what = ["scratch", config.student.name]
     else:
         pair = f"{config.teacher.name}-{config.student.name}"
-        parent = parent / "distill" / pair / config.method.name
-    if not changed:
-        return parent / f"seed{config.seed}"
-    text = json.dumps(changed, sort_keys=True)
-    return parent / f"seed{config.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        what = ["distill", pair, config.method.name]
+    name = f"seed{config.seed}"
+    if changed:
+        text = json.dumps(changed, sort_keys=True)
+        name += f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return below(Path(config.runs), config.dataset.name, *what, name)
 
 
 def teacher_config(config: Config) -> Config:

@@ -7,6 +7,23 @@ from pathlib import Path
 from sskd.errors import UserError
 
 
+def below(folder: Path, *parts: str) -> Path:
+    """Return the path ``parts`` below ``folder``, which itself may be a link.
+
+    Raises:
+        UserError: one of ``parts`` is a symbolic link, which may lead elsewhere.
+    """
+    path = folder
+    for part in parts:
+        path = path / part
+        if path.is_symlink():
+            raise UserError(
+                f"{path}: is a symbolic link, which may lead out of {folder}; put the folder "
+                "itself there, or name the other place with runs=FOLDER"
+            )
+    return path
+
+
 def expanded(path: str | Path) -> Path:
     """Return ``path`` with the home folder that a leading ``~`` stands for."""
     try:

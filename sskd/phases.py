@@ -19,7 +19,9 @@ from sskd.fit import Fit, stage_schedule
 from sskd.identity import describe, identity
 from sskd.methods import Stage
 from sskd.models import weights_digest
-from sskd.run import WEIGHTS, Run
+from sskd.paths import below
+from sskd.run import Run
+from sskd.run_files import WEIGHTS
 from sskd.teachers import Teacher
 
 
@@ -86,5 +88,5 @@ def phase_folder(config: Config, settings: dict[str, Any]) -> Path:
     """Return where the result of the teacher-only phase with these ``settings`` lies."""
     assert config.teacher is not None
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    phases = Path(config.runs, config.dataset.name, "phases")
-    return phases / config.teacher.name / settings["phase"] / f"seed{config.seed}-{digest}"
+    what = ["phases", config.teacher.name, settings["phase"], f"seed{config.seed}-{digest}"]
+    return below(Path(config.runs), config.dataset.name, *what)

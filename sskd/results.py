@@ -20,7 +20,8 @@ from sskd.errors import UserError
 from sskd.evaluation import accuracy, agreement, mean_kl, predict
 from sskd.fit import Position
 from sskd.models import weights_digest
-from sskd.run import RESULT, Run
+from sskd.run import Run
+from sskd.run_files import RESULT
 
 
 def summarise(

@@ -10,31 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from sskd.errors import BusyError, UserError
 from sskd.identity import differing
-from sskd.lock import FolderLock, forget_lock
+from sskd.lock import FolderLock
 from sskd.models import save_weights
+from sskd.run_files import BEST, CONFIG, DAMAGED, LAST, METRICS, PREVIOUS, RESULT, WEIGHTS
+from sskd.run_folder import read_config_file, read_result
 from sskd.sealed import DamagedError, load_sealed, save_sealed
 from sskd.status import failed_in_this_sweep, write_failure, write_status
-from sskd.storage import append_line, leftovers, make_folder, write_text
-
-CONFIG = "config.yaml"
-METRICS = "metrics.jsonl"
-LAST = "last.pt"
-PREVIOUS = "previous.pt"
-BEST = "best.pt"
-WEIGHTS = "model.safetensors"
-RESULT = "result.json"
+from sskd.storage import append_line, is_plain_file, leftovers, make_folder, write_text, write_whole
 
 
 class Run:
@@ -101,9 +94,11 @@ class Run:
 
     def _take_up(self) -> None:
         for path in self.folder.iterdir():
-            if path.is_symlink():  # a stranger's folder must not lead what is written elsewhere
+            if not is_plain_file(path) and (path.is_symlink() or not path.is_dir()):
+                # A stranger's folder must not lead what is written elsewhere, or keep it waiting.
+                kind = "symbolic link" if path.is_symlink() else "pipe or a device"
                 raise UserError(
-                    f"{path}: is a symbolic link, but a run keeps its files in its own folder; "
+                    f"{path}: is a {kind}, but a run keeps its files in its own folder; "
                     "put the file itself there"
                 )
         for path in leftovers(self.folder):
@@ -151,49 +146,60 @@ class Run:
         Raises:
             UserError: no checkpoint is whole, or the metrics are not.
         """
-        damage = ""
-        for path in (self.folder / name for name in (LAST, PREVIOUS)):
+        last, previous, damage = self.folder / LAST, self.folder / PREVIOUS, ""
+        for path in (last, previous):
             if not path.exists():
                 continue
             try:
                 state = load_sealed(path)
-                if state.get("stage") not in stages:
-                    raise DamagedError(f"it stands in stage '{state.get('stage')}'")
-                lines = self._lines_of(state)
+                if not isinstance(state.get("stage"), str) or state["stage"] not in stages:
+                    raise DamagedError(path.name, f"it stands in stage '{state.get('stage')}'")
+                lines, figures = self._lines_of(state)
             except DamagedError as error:
-                damage = damage or f"{self.folder}: {path.name} is damaged: {error}"
+                damage = damage or f"{self.folder}: {error}"
                 continue
             if damage:
                 print(f"warning: {damage}; goes on from {path.name}", file=sys.stderr, flush=True)
-                path.replace(self.folder / LAST)  # else the next one would take its place
-            self._set_metrics(lines)
+                if last.exists():
+                    last.replace(self.folder / DAMAGED)  # for whoever wants to look into it
+                path.replace(last)  # else the next one would take its place
+            self._set_metrics(lines, figures)
             return state
         if damage:
-            raise UserError(f"{damage}; remove this folder to start afresh")
-        self._set_metrics([])
+            raise UserError(f"{damage}; put back a copy, or remove this folder to start afresh")
+        self._set_metrics([], [])
         return None
 
-    def _lines_of(self, state: Mapping[str, Any]) -> list[str]:
-        """Return the lines of ``metrics.jsonl`` that were there when ``state`` was saved."""
+    def _lines_of(self, state: Mapping[str, Any]) -> tuple[list[bytes], list[dict[str, Any]]]:
+        """Return the lines of ``metrics.jsonl`` of when ``state`` was saved, and what they say."""
         count, digest = state.get("lines"), state.get("metrics_digest")
         if not isinstance(count, int):
-            raise DamagedError("it is not a run's checkpoint")
-        lines = (self.folder / METRICS).read_bytes().splitlines(keepends=True)[:count]
+            raise DamagedError(LAST, "it is not a run's checkpoint")
+        path = self.folder / METRICS
+        lines = path.read_bytes().splitlines(keepends=True)[:count] if path.exists() else []
         # Checkpoints of versions that kept no digest have only the number to go by.
         if len(lines) < count or digest not in (None, hashlib.sha256(b"".join(lines)).hexdigest()):
-            raise DamagedError(f"{METRICS} does not fit it")
-        return [line.decode() for line in lines]
+            raise DamagedError(METRICS, "lines of it were changed or lost")
+        return lines, _figures(lines)
 
-    def _set_metrics(self, lines: list[str]) -> None:
-        self.metrics = [json.loads(line) for line in lines]
-        text = "".join(lines)
-        self._metrics_digest = hashlib.sha256(text.encode())
-        write_text(self.folder / METRICS, text)
+    def _set_metrics(self, lines: list[bytes], figures: list[dict[str, Any]]) -> None:
+        self.metrics = figures
+        self._metrics_digest = hashlib.sha256(b"".join(lines))
+        write_whole(self.folder / METRICS, methodcaller("writelines", lines))
 
-    def read_metrics(self, count: int | None = None) -> list[dict[str, Any]]:
-        """Return the first ``count`` lines of ``metrics.jsonl``, or all."""
-        lines = (self.folder / METRICS).read_text().splitlines()[:count]
-        return [json.loads(line) for line in lines]
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return all lines of ``metrics.jsonl`` of a run that has finished.
+
+        Raises:
+            UserError: they are damaged.
+        """
+        path = self.folder / METRICS
+        try:
+            return _figures(path.read_bytes().splitlines())
+        except (DamagedError, OSError) as error:
+            raise UserError(
+                f"{self.folder}: {error}; remove this folder, and the same command makes it anew"
+            ) from None
 
     def log(self, figures: dict[str, Any]) -> None:
         """Add one line, an epoch's figures, to ``metrics.jsonl``."""
@@ -220,10 +226,12 @@ class Run:
         try:
             best = load_sealed(self.folder / BEST)
             if best.get("epoch") != epoch:
-                raise DamagedError(f"it is of epoch {best.get('epoch')}")
+                raise DamagedError(BEST, f"it is of epoch {best.get('epoch')}")
+            if not isinstance(best.get("model"), dict):
+                raise DamagedError(BEST, "it holds no weights")
         except (DamagedError, OSError) as error:
             told = f"warning: {self.folder}: the weights of epoch {epoch}, the best, are lost"
-            print(f"{told}: {BEST}: {error}", file=sys.stderr, flush=True)
+            print(f"{told}: {error}", file=sys.stderr, flush=True)
             return None
         weights: dict[str, Tensor] = best["model"]
         return weights
@@ -252,54 +260,12 @@ class Run:
             raise
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
-    """Return the configuration that a run's folder was made with; UserError if it is not one."""
+def _figures(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """Return what lines of ``metrics.jsonl`` say; raise DamagedError where that is nothing."""
     try:
-        text = path.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("it has aliases, which can grow without bound")  # ours has none
-        config = OmegaConf.to_container(OmegaConf.create(text))
-    except (OSError, OmegaConfBaseException, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: is not a run's configuration; start afresh with force=true")
-    return {str(key): value for key, value in config.items()}
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """Return the result of the run in ``folder``, or None where none has finished."""
-    path = folder / RESULT
-    if not path.exists():
-        return None
-    try:
-        result = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        result = None
-    if not isinstance(result, dict):
-        raise UserError(f"{path}: is not a result; start afresh with force=true")
-    return result
-
-
-def put_aside(folder: Path) -> None:
-    """Move a run's folder into ``.old/`` beside it, so that a new run can take its place."""
-    if not folder.exists():
-        return
-    old = folder.parent / ".old"
-    lock = FolderLock(folder)
-    try:
-        lock.acquire()
-        old.mkdir(exist_ok=True)
-        target = old / f"{folder.name}-{_last_put_aside(folder) + 1}"
-        folder.rename(target)
-        forget_lock(target)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be moved to {old} ({error.strerror})") from None
-    finally:
-        lock.release()
-
-
-def _last_put_aside(folder: Path) -> int:
-    """Return the number of the latest run that was put aside from ``folder``, or 0."""
-    names = [path.name for path in (folder.parent / ".old").glob(f"{folder.name}-*")]
-    numbers = [name.removeprefix(f"{folder.name}-") for name in names]
-    return max((int(number) for number in numbers if number.isdigit()), default=0)
+        figures = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(METRICS, type(error).__name__) from None
+    if not all(isinstance(line, dict) and isinstance(line.get("stage"), str) for line in figures):
+        raise DamagedError(METRICS, "a line is no epoch's")
+    return figures

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from sskd.errors import UserError
 from sskd.models.safe_load import refuse_traps
 from sskd.storage import write_whole
 
@@ -25,7 +26,10 @@ _END = b"PK\5\6"  # begins the last 22 bytes of an archive without a comment
 
 
 class DamagedError(Exception):
-    """A file is not what was written; the message says how that shows."""
+    """The file ``name`` is not what was written; the message says how that shows."""
+
+    def __init__(self, name: str, how: str) -> None:
+        super().__init__(f"{name} is damaged: {how}")
 
 
 def save_sealed(path: Path, content: Mapping[str, Any], *, keep: Path | None = None) -> None:
@@ -51,24 +55,28 @@ def load_sealed(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedError: the bytes are not those that were written, or no such file's.
-        OSError: the file cannot be read, which says nothing about what it holds.
+        OSError, MemoryError: the file cannot be read, which says nothing about what it holds.
     """
     data = path.read_bytes()
     if data[-_COMMENT:].startswith(_MARK):
         archive = data[: -_COMMENT - _LENGTH]
         if data[len(archive) :] != seal(archive + bytes(_LENGTH)):
-            raise DamagedError("its checksum differs")
+            raise DamagedError(path.name, "its checksum differs")
     elif not (data[-22:].startswith(_END) and data.endswith(bytes(_LENGTH))):
-        raise DamagedError("it cannot be read (its end is missing)")
+        raise DamagedError(path.name, "it cannot be read (its end is missing)")
     try:
-        refuse_traps(path)
+        refuse_traps(io.BytesIO(data), path)
         with warnings.catch_warnings():  # of what ends in an error anyway
             warnings.simplefilter("ignore")
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except UserError as error:
+        raise DamagedError(path.name, str(error)) from error
     except Exception as error:  # torch has a dozen types of error for a damaged file
-        raise DamagedError(f"it cannot be read ({type(error).__name__})") from error
+        raise DamagedError(path.name, f"it cannot be read ({type(error).__name__})") from error
     if not isinstance(content, dict):
-        raise DamagedError(f"it holds a {type(content).__name__}")
+        raise DamagedError(path.name, "it is not a run's")
     return content
 
 

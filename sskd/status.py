@@ -15,14 +15,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from sskd.storage import write_text
+from sskd.storage import is_plain_file, write_text
 
 STATUS = "status.json"
 SWEEP_VARIABLE = "SSKD_SWEEP"  # in the environment of a sweep's processes: which sweep it is
 State = Literal["queued", "running", "stopped", "failed", "finished"]
 
 # What stays true when a run goes from one state to the next.
-_KEPT = ("command", "epochs")
+_KEPT = ("command", "epochs", "forced")
 
 
 def write_status(folder: Path, state: State, **details: Any) -> None:
@@ -33,7 +33,7 @@ def write_status(folder: Path, state: State, **details: Any) -> None:
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "sweep": os.environ.get(SWEEP_VARIABLE) or None,
+        "sweep": current_sweep(),
         **{key: before[key] for key in _KEPT if key in before},
         **details,
     }
@@ -42,8 +42,9 @@ def write_status(folder: Path, state: State, **details: Any) -> None:
 
 def read_status(folder: Path) -> Mapping[str, Any]:
     """Return what ``folder``'s status.json says; nothing where it is missing or damaged."""
+    path = folder / STATUS
     try:
-        status = json.loads((folder / STATUS).read_text())
+        status = json.loads(path.read_text()) if is_plain_file(path) else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return status if isinstance(status, dict) else {}
@@ -63,8 +64,19 @@ def write_failure(folder: Path, error: BaseException) -> None:
             write_status(folder, "stopped")
 
 
+def current_sweep() -> str | None:
+    """Return the name of the sweep that this process belongs to, if it belongs to one."""
+    return os.environ.get(SWEEP_VARIABLE) or None
+
+
+def forced_in_this_sweep(folder: Path) -> bool:
+    """Return whether the run in ``folder`` was begun afresh by the sweep of this process."""
+    sweep = current_sweep()
+    return sweep is not None and read_status(folder).get("forced") == sweep
+
+
 def failed_in_this_sweep(folder: Path) -> str | None:
     """Return why the run in ``folder`` failed in the sweep that this process belongs to, if so."""
-    status, sweep = read_status(folder), os.environ.get(SWEEP_VARIABLE)
+    status, sweep = read_status(folder), current_sweep()
     failed_here = sweep and status.get("sweep") == sweep and status.get("state") == "failed"
     return str(status.get("error")) if failed_here else None

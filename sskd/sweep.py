@@ -20,8 +20,15 @@ from sskd.errors import BusyError, UnfinishedError, UserError
 from sskd.identity import describe
 from sskd.interrupt import termination_raised
 from sskd.lock import FolderLock, is_held
-from sskd.run import Run, put_aside, read_result
-from sskd.status import SWEEP_VARIABLE, failed_in_this_sweep, read_status, write_status
+from sskd.run import Run
+from sskd.run_folder import read_result
+from sskd.status import (
+    SWEEP_VARIABLE,
+    failed_in_this_sweep,
+    forced_in_this_sweep,
+    read_status,
+    write_status,
+)
 from sskd.teachers import find_teacher, locate
 
 Overrides = Sequence[str]
@@ -78,13 +85,10 @@ class Sweep:
         left = [cell for cell in self.cells if cell.config.force or not cell.has_finished()]
         for cell in left:
             with suppress(BusyError):  # it is not this sweep's then
-                if cell.config.force:
-                    put_aside(cell.folder)
                 _queue(cell)
         done = len(self.cells) - len(left)
         print(f"{len(self.cells)} cells, {done} finished already", flush=True)
-        # Put aside once: a job that comes back after preemption goes on.
-        return [[*cell.overrides, *(["force=false"] * cell.config.force)] for cell in left]
+        return [cell.overrides for cell in left]
 
     def launch(self, left: list[list[str]], size: int | None, launcher: Callable[..., Any]) -> None:
         """Launch ``left``, at most ``size`` at once; a launcher that breaks down ends that."""
@@ -104,7 +108,7 @@ class Sweep:
             UnfinishedError: some have not; its status is BusyError's where other processes are at
                 work on all of these.
         """
-        left = [cell for cell in self.cells if _is_left(cell.folder)]
+        left = [cell for cell in self.cells if _is_left(cell)]
         done = len(self.cells) - len(left)
         print(f"{done} of {len(self.cells)} cells have finished", flush=True)
         busy = [cell for cell in left if is_held(cell.folder)]
@@ -118,19 +122,21 @@ class Sweep:
 def _queue(cell: Cell) -> None:
     cell.folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(cell.folder)
-    lock.acquire()
+    lock.acquire(watch=False)  # whoever may have died there is its own job's concern
     try:
         write_status(cell.folder, "queued", command=cell.command)
     finally:
         lock.release()
 
 
-def _is_left(folder: Path) -> bool:
+def _is_left(cell: Cell) -> bool:
     """Return whether the run has failed or has no result; an old one may lie where it failed."""
-    if failed_in_this_sweep(folder) is not None:
+    if failed_in_this_sweep(cell.folder) is not None:
+        return True
+    if cell.config.force and not forced_in_this_sweep(cell.folder):
         return True
     try:
-        return read_result(folder) is None
+        return read_result(cell.folder) is None
     except UserError:
         return True
 

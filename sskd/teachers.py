@@ -20,7 +20,8 @@ from sskd.identity import (
     training_command,
 )
 from sskd.models import find_checkpoint, load_weights, read_checkpoint, weights_digest
-from sskd.run import BEST, CONFIG, WEIGHTS, read_config_file, read_result
+from sskd.run_files import BEST, CONFIG, WEIGHTS
+from sskd.run_folder import read_config_file, read_result
 
 _FILES = {"best": BEST, "last": WEIGHTS}
 

@@ -68,7 +68,7 @@ def read(path: Path) -> str:
     from sskd.errors import UserError
     from sskd.identity import differing
     from sskd.models import read_checkpoint
-    from sskd.run import read_config_file, read_result
+    from sskd.run_folder import read_config_file, read_result
     from sskd.sealed import DamagedError, load_sealed
 
     try:

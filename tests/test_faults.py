@@ -65,7 +65,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("a file system can be mounted by root only")
     yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
+    while disk.is_mount():  # a test that failed may have left one over the other
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def mount(*words: str) -> None:
@@ -111,9 +112,10 @@ def test_a_signal_at_any_moment_ends_with_its_status(
         time.sleep(chance.uniform(0.3, 1.5 * undisturbed.seconds("alone")))
         attempt.send(signum)
         status = attempt.end(after=60)
-        assert status in (0, 128 + signum), attempt.told
+        # A process that has not begun yet ends by the signal itself.
+        assert status in (0, 128 + signum, -signum), attempt.told
         assert not any("Traceback" in line for line in attempt.told)
-        stopped += status != 0
+        stopped += status == 128 + signum
         if status == 0 and stopped:
             break
         if status == 0:  # it had ended before the signal came

@@ -21,7 +21,9 @@ from sskd.interrupt import (
     termination_raised,
     warnings_passed_on,
 )
-from sskd.run import CONFIG, Run, read_config_file
+from sskd.run import Run
+from sskd.run_files import CONFIG
+from sskd.run_folder import read_config_file
 from train_student import train
 
 SIGNALS = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)

@@ -487,8 +487,8 @@ def test_a_damaged_run_is_named_with_the_folder_to_remove(
         metrics.write_text(metrics.read_text().replace("0.", "1."))
     else:
         metrics.write_text("")
-    told = "last.pt is damaged" if damage == "both" else "metrics.jsonl does not fit it"
-    with pytest.raises(UserError, match=rf"{folder}: .*{told}.*; remove this folder to start"):
+    name = "last.pt" if damage == "both" else "metrics.jsonl"
+    with pytest.raises(UserError, match=rf"{folder}: {name} is damaged: .*; put back a copy, or r"):
         train(config)
     shutil.rmtree(folder)
     train(config)
@@ -500,7 +500,7 @@ def test_a_best_epoch_whose_weights_are_damaged_costs_no_result(
     monkeypatch.setattr(sskd.fit.Fit, "_save_if_best", lambda self: damage_best(self.run.folder))
     with pytest.raises(UserError, match=r"no digest of the best epoch's weights; .*teacher\.epoch"):
         train(composed(*SMALL, "method=kd"))
-    assert "the best, are lost: best.pt: it cannot be read" in capsys.readouterr().err
+    assert "the best, are lost: best.pt is damaged: it cannot" in capsys.readouterr().err
     (path,) = (tmp_path / "runs").rglob("result.json")
     digest = json.loads(path.read_text())["digest"]
     assert digest["best"] is None
@@ -519,17 +519,45 @@ def test_a_shared_phase_that_is_damaged_is_named(composed: Compose, tmp_path: Pa
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"{path}: is damaged; remove the folder"):
             train(composed(*SMALL, "method=sskd", "method.weights.tf=1"))
+    path.write_bytes(whole)
+    for text in ("{", "[1]\n", '{"stage": 3}\n'):
+        path.with_name("metrics.jsonl").write_text(text)
+        with pytest.raises(UserError, match=rf"{path.parent}: metrics.jsonl is damaged: .*; rem"):
+            train(composed(*SMALL, "method=sskd", "method.weights.tf=1"))
 
 
-@pytest.mark.parametrize("content", [{"position": {"era": 1}}, {"position": 3}, {"module": {}}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"position": {"era": 1}},
+        {"position": {"epoch": "a"}},
+        {"position": 3},
+        {"module": {}},
+        {"loader": {"position": 10**6}},
+    ],
+)
 def test_a_checkpoint_of_something_else_is_refused(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: dict[str, Any]
 ) -> None:
     config, folder = stopped(composed, tmp_path, monkeypatch, "checkpoint_minutes=1e-9")
     state = load_sealed(folder / "last.pt")
+    assert state["position"]["mid_epoch"]
+    if "loader" in content:
+        content = {"loader": {**state["loader"], **content["loader"]}}
     save_sealed(folder / "last.pt", {**state, **content})
     with pytest.raises(UserError, match=rf"{folder}: its checkpoint is not one of this run"):
         train(config)
+
+
+@pytest.mark.parametrize("stage", [[1], {"a": 1}, 3, "elsewhere"])
+def test_a_checkpoint_of_no_stage_is_damaged(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, stage: Any
+) -> None:
+    config, folder = stopped(composed, tmp_path, monkeypatch, "checkpoint_minutes=1e-9")
+    save_sealed(folder / "last.pt", {**load_sealed(folder / "last.pt"), "stage": stage})
+    train(config)
+    assert f"warning: {folder}: last.pt is damaged: it stands in stage" in capsys.readouterr().err
+    assert load_sealed(folder / "damaged.pt")["stage"] == stage
 
 
 def test_a_run_keeps_its_files_in_its_own_folder(
@@ -541,6 +569,48 @@ def test_a_run_keeps_its_files_in_its_own_folder(
     (folder / "metrics.jsonl").symlink_to(elsewhere)
     with pytest.raises(UserError, match=r"metrics\.jsonl: is a symbolic link"):
         train(config)
+    (folder / "metrics.jsonl").unlink()
+    os.mkfifo(folder / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: is a pipe or a device"):
+        train(config)
+
+
+@pytest.mark.parametrize("above", [0, 1, 2, 3])
+def test_a_link_below_the_folder_of_runs_is_not_followed(
+    composed: Compose, tmp_path: Path, above: int
+) -> None:
+    config = composed(*SMALL, "method=vanilla")
+    folder, _ = locate(config)
+    link = [folder, *folder.parents][above]
+    link.parent.mkdir(parents=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / ".last.pt.1.part").write_text("precious")
+    link.symlink_to(elsewhere)
+    with pytest.raises(UserError, match=rf"{link}: is a symbolic link, which may lead out of"):
+        train(config)
+    assert [path.name for path in elsewhere.iterdir()] == [".last.pt.1.part"]
+
+
+def test_the_folder_of_runs_may_be_a_link(composed: Compose, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "elsewhere")
+    train(composed(*SMALL, "method=vanilla"))
+    assert list((tmp_path / "elsewhere").rglob("result.json"))
+    (tmp_path / "elsewhere/digits/scratch/resnet8/.old").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"\.old: is a symbolic link"):
+        train(composed(*SMALL, "method=vanilla", "force=true"))
+
+
+@pytest.mark.parametrize(("lr", "lost"), [("1e300", "weights"), ("1e38", "logits of test images")])
+def test_what_an_epochs_last_step_loses_is_told(
+    composed: Compose, tmp_path: Path, lr: str, lost: str
+) -> None:
+    """There is no loss after it that would show it."""
+    words = ("batch_size=1000", f"optimizer.lr={lr}", "schedule.epochs=1")
+    with pytest.raises(UserError, match=rf"stage train, epoch 1: {lost} are not finite; try"):
+        train(composed(*SMALL, "method=vanilla", *words))
+    assert not list((tmp_path / "runs").rglob("last.pt"))
 
 
 def test_a_checkpoint_of_another_device_goes_on_from_an_epochs_end_only(

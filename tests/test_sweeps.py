@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 from conftest import Command, Compose
-from test_run import SMALL, at_step, outcome
+from test_run import SMALL, CrashError, at_step, crash, outcome
 
 import train_student
 import train_teacher
 from sskd.identity import difference, recipe
 from sskd.lock import FolderLock
-from sskd.status import read_status
+from sskd.status import SWEEP_VARIABLE, read_status
 from sskd.sweep import Sweep
 from sskd.teachers import locate
 
@@ -183,26 +183,38 @@ def test_a_cell_that_fails_beside_its_old_result_has_not_finished(command: Comma
     assert status == 1
     assert "0 of 2 cells have finished" in out
     assert err.count(": failed: device=cuda:9: there is no such device") == 2
+    assert len(list(command.runs.glob("digits/*/*/**/result.json"))) == 3  # all are where they were
 
 
 def test_force_begins_once_and_then_goes_on(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["-m", *TINY, "method=vanilla"]
+    words = ["-m", *TINY, "method=vanilla", "checkpoint_minutes=1e-9"]
     assert command(*words)[0] == 0
     (result,) = command.runs.rglob("result.json")
     before = result.read_bytes()
     launched: list[list[str]] = []
     with monkeypatch.context() as patch:
         patch.setattr(Sweep, "launch", lambda self, left, *_: launched.extend(left))
-        assert command(*words, "force=true")[0] == 1
+        status, out, _ = command(*words, "force=true")
+    assert (status, result.read_bytes()) == (1, before)  # no job has begun
+    assert "0 of 1 cells have finished" in out
+    queued = read_status(result.parent)
+    # A job that is preempted and comes back is called with these words again.
+    with monkeypatch.context() as patch:
+        patch.setenv(SWEEP_VARIABLE, queued["sweep"])
+        with monkeypatch.context() as crashing:
+            at_step(crashing, 3, crash)
+            with pytest.raises(CrashError):
+                command(*launched[0])
+        steps = at_step(patch, 0, crash)
+        assert command(*launched[0])[0] == 0
+        assert steps() == 3  # of five; the third was not saved
+        assert command(*launched[0])[0] == 0
     (old,) = result.parent.parent.glob(".old/*/result.json")
     assert old.read_bytes() == before
-    # A job that is preempted and comes back is called with these words again.
-    assert launched[0][-1] == "force=false"
-    assert command(*launched[0])[0] == command(*launched[0])[0] == 0
-    assert result.exists()
-    assert len(list(result.parent.parent.glob(".old/*"))) == 1
+    assert result.read_bytes() != before
+    assert read_status(result.parent)["command"] == queued["command"]
 
 
 def test_a_result_that_is_not_this_cells_is_kept_and_told(command: Command) -> None:

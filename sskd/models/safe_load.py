@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -67,7 +67,8 @@ def load_torch_file(path: Path) -> Any:
     Raises ``UserError`` where the file is damaged, or asks for anything else to be built.
     """
     try:
-        refuse_traps(path)
+        with path.open("rb") as stream:
+            refuse_traps(stream, path)
         # A warning, of another protocol for one, would only tell what is told in an error's line.
         with torch.serialization.safe_globals(_ALLOWED_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -86,17 +87,20 @@ def load_torch_file(path: Path) -> Any:
         ) from error
 
 
-def refuse_traps(path: Path) -> None:
-    """Raise UserError for a torch file that would fill the memory or take hours to refuse."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
+def refuse_traps(file: BinaryIO, path: Path) -> None:
+    """Raise UserError for a torch file that would fill the memory or take hours to refuse.
+
+    ``path`` is what the error calls ``file``.
+    """
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
             unpacked = sum(part.file_size for part in archive.infolist())
-        if unpacked > _MOST_EXPANSION * path.stat().st_size:
+        if unpacked > _MOST_EXPANSION * file.seek(0, io.SEEK_END):
             raise UserError(
                 f"{path} would unpack to {unpacked >> 20} MiB, far more than its own size, which "
                 "no checkpoint does; fetch it again from where it is published"
             )
-    stream = io.BytesIO(_pickled_bytes(path))
+    stream = io.BytesIO(_pickled_bytes(file))
     for _ in range(_LEGACY_PICKLES):
         _refuse_long_words(stream, path)
 
@@ -140,7 +144,9 @@ def _imports(path: Path) -> list[str]:
     """List the names that the file's pickles import, by parsing them."""
     names: dict[str, None] = {}
     strings: list[str] = []
-    for opcode, argument in _instructions(io.BytesIO(_pickled_bytes(path))):
+    with path.open("rb") as file:
+        pickled = _pickled_bytes(file)
+    for opcode, argument in _instructions(io.BytesIO(pickled)):
         if opcode == "STACK_GLOBAL":
             names[".".join(strings[-2:])] = None
         elif opcode in ("GLOBAL", "INST"):
@@ -160,8 +166,9 @@ def _instructions(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
         return
 
 
-def _pickled_bytes(path: Path) -> bytes:
-    if not zipfile.is_zipfile(path):
-        return path.read_bytes()
-    with zipfile.ZipFile(path) as archive:
+def _pickled_bytes(file: BinaryIO) -> bytes:
+    if not zipfile.is_zipfile(file):
+        file.seek(0)
+        return file.read()
+    with zipfile.ZipFile(file) as archive:
         return b"".join(archive.read(n) for n in archive.namelist() if n.endswith("data.pkl"))

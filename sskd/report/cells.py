@@ -13,10 +13,11 @@ from sskd.errors import printable
 from sskd.lock import is_held
 from sskd.report import fields
 from sskd.report.metrics import MOST_EPOCHS, EpochLine, read_metrics
-from sskd.report.results import RESULT_FILE, find_files
+from sskd.report.results import find_files
+from sskd.run_files import LAST, RESULT
 from sskd.status import STATUS
+from sskd.storage import is_plain_file
 
-CHECKPOINT_FILE = "last.pt"
 # In the order of the lists; interrupted is told here only: running, by a process that has died.
 STATES = ("running", "queued", "stopped", "interrupted", "failed", "finished")
 
@@ -52,7 +53,7 @@ def read_cells(root: Path, warn: Callable[[str], None]) -> list[Cell]:
     A folder without a status counts as finished where there is a result, and as stopped where
     there is a checkpoint. A damaged status is told to ``warn`` and taken for none.
     """
-    names = (STATUS, RESULT_FILE, CHECKPOINT_FILE)
+    names = (STATUS, RESULT, LAST)
     folders = dict.fromkeys(path.parent for path in find_files(root, names, warn))
     cells = [cell for folder in folders for cell in _read_cell(folder, root, warn)]
     return sorted(cells, key=lambda cell: STATES.index(cell.state))
@@ -60,11 +61,11 @@ def read_cells(root: Path, warn: Callable[[str], None]) -> list[Cell]:
 
 def _read_cell(folder: Path, root: Path, warn: Callable[[str], None]) -> Iterator[Cell]:
     name = folder.relative_to(root)
-    if fields.is_plain_file(folder / RESULT_FILE):
+    if is_plain_file(folder / RESULT):
         yield Cell(name, "finished")
         return
     status = _read_status(folder, warn)
-    if not status and not fields.is_plain_file(folder / CHECKPOINT_FILE):
+    if not status and not is_plain_file(folder / LAST):
         return
     state = str(status.get("state", "stopped"))
     if state == "running" and not is_held(folder):
@@ -90,7 +91,7 @@ def _read_cell(folder: Path, root: Path, warn: Callable[[str], None]) -> Iterato
 
 def _read_status(folder: Path, warn: Callable[[str], None]) -> fields.Record:
     path = folder / STATUS
-    if not fields.is_plain_file(path):
+    if not is_plain_file(path):
         return {}
     try:
         status = fields.parse_object(path.read_text(encoding="utf-8"))

@@ -5,16 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 
 from sskd.errors import printable
 
 Record = dict[str, object]
-
-
-def is_plain_file(path: Path) -> bool:
-    """Return whether ``path`` is a file, no link, and no pipe, which would wait for ever."""
-    return path.is_file() and not path.is_symlink()
 
 
 def parse_object(text: str) -> Record:

@@ -9,8 +9,9 @@ from datetime import datetime
 from pathlib import Path
 
 from sskd.report import fields
+from sskd.run_files import METRICS
+from sskd.storage import is_plain_file
 
-METRICS_FILE = "metrics.jsonl"
 TEST_TOP1 = "test/top1"
 LOSS, WEIGHTED = "loss/", "weighted/"
 LARGEST = 1e30
@@ -41,8 +42,8 @@ def read_metrics(folder: Path, warn: Callable[[str], None]) -> list[EpochLine]:
 
     Lines that are no epoch's are told to ``warn`` in one line and left out.
     """
-    path = folder / METRICS_FILE
-    if not fields.is_plain_file(path):
+    path = folder / METRICS
+    if not is_plain_file(path):
         return []
     try:
         lines = path.read_bytes().splitlines()

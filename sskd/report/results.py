@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from sskd.report import fields
+from sskd.run_files import RESULT
+from sskd.storage import is_plain_file
 
 Epoch = Literal["last", "best"]
 Settings = tuple[tuple[str, str], ...]
 
-RESULT_FILE = "result.json"
 DIGEST = "teacher.digest"
 # What differs under these keys belongs to one row of a table; all else is the table's setting.
 ROW_KEYS = ("teacher.", "method.")
@@ -78,7 +79,7 @@ def read_results(root: Path, warn: Callable[[str], None]) -> list[Result]:
     """
     found: dict[tuple[object, ...], Path] = {}
     results = []
-    for path in find_files(root, [RESULT_FILE], warn):
+    for path in find_files(root, [RESULT], warn):
         try:
             result = parse_result(path.read_text(encoding="utf-8"), path.parent)
         except (OSError, ValueError) as error:
@@ -103,7 +104,7 @@ def find_files(root: Path, names: Iterable[str], warn: Callable[[str], None]) ->
     for folder, subfolders, files in os.walk(root, onerror=lambda error: warn(str(error))):
         subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
         for path in (Path(folder, name) for name in names if name in files):
-            if fields.is_plain_file(path):
+            if is_plain_file(path):
                 yield path
 
 

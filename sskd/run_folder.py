@@ -1,0 +1,79 @@
+"""What stands in the folder of a run that is not open here, and how it makes way for another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sskd.errors import UserError
+from sskd.lock import FolderLock, forget_lock
+from sskd.run_files import RESULT
+from sskd.status import current_sweep, read_status, write_status
+from sskd.storage import is_plain_file, make_folder
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Return the configuration that a run's folder was made with; UserError if it is not one."""
+    try:
+        if not is_plain_file(path):
+            raise ValueError("it is no file" if path.exists() else "it is missing")
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("it has aliases, which can grow without bound")  # ours has none
+        config = OmegaConf.to_container(OmegaConf.create(text))
+    except (OSError, OmegaConfBaseException, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: is not a run's configuration; start afresh with force=true")
+    return {str(key): value for key, value in config.items()}
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """Return the result of the run in ``folder``, or None where none has finished."""
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text()) if is_plain_file(path) else None
+    except (OSError, ValueError, RecursionError):
+        result = None
+    if not isinstance(result, dict):
+        raise UserError(f"{path}: is not a result; start afresh with force=true")
+    return result
+
+
+def put_aside(folder: Path) -> None:
+    """Move a run's folder into ``.old/`` beside it, and begin a new one in its place.
+
+    Its status tells which sweep did that, so that a job that comes back goes on with it.
+    """
+    old, status = folder.parent / ".old", read_status(folder)
+    lock = FolderLock(folder)
+    try:
+        if folder.exists():
+            lock.acquire()
+            if old.is_symlink():
+                raise UserError(f"{old}: is a symbolic link; put the folder itself there")
+            old.mkdir(exist_ok=True)
+            target = old / f"{folder.name}-{_last_put_aside(folder) + 1}"
+            folder.rename(target)
+            forget_lock(target)
+        make_folder(folder)
+        told = {"command": status["command"]} if "command" in status else {}
+        write_status(folder, "queued", forced=current_sweep(), **told)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be moved to {old} ({error.strerror})") from None
+    finally:
+        lock.release()
+
+
+def _last_put_aside(folder: Path) -> int:
+    """Return the number of the latest run that was put aside from ``folder``, or 0."""
+    names = [path.name for path in (folder.parent / ".old").glob(f"{folder.name}-*")]
+    numbers = [name.removeprefix(f"{folder.name}-") for name in names]
+    return max((int(number) for number in numbers if number.isdigit()), default=0)
