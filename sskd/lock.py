@@ -91,10 +91,15 @@ class FolderLock:
                 "command starts it afresh"
             )
         owner = self._lease.owner
-        if self._lease.compromise is not None or not owner or owner.token != self._lease.token:
+        if owner and owner.token != self._lease.token:
             raise BusyError(
                 f"{self._folder}: was lost to {_holder(self._folder)}, because this process stood "
                 f"still for more than {DURATION:.0f} seconds"
+            )
+        if owner is None or self._lease.compromise is not None:
+            raise BusyError(
+                f"{self._folder / _FILE}: was removed, or could not be renewed for {DURATION:.0f} "
+                "seconds; the same command goes on"
             )
 
 

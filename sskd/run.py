@@ -83,7 +83,8 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, *_: object
     ) -> None:
-        if error is not None and not isinstance(error, BusyError):
+        ended = (self.folder / RESULT).exists()  # what comes after it is no failure of the run
+        if error is not None and not isinstance(error, BusyError) and not ended:
             write_failure(self.folder, error)
         self.close()
 

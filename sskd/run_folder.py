@@ -14,7 +14,7 @@ from sskd.errors import UserError
 from sskd.lock import FolderLock, forget_lock
 from sskd.run_files import RESULT
 from sskd.status import current_sweep, read_status, write_status
-from sskd.storage import is_plain_file, make_folder
+from sskd.storage import is_plain_file, make_folder, sync_folder
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -59,9 +59,11 @@ def put_aside(folder: Path) -> None:
             lock.acquire()
             if old.is_symlink():
                 raise UserError(f"{old}: is a symbolic link; put the folder itself there")
-            old.mkdir(exist_ok=True)
+            make_folder(old)
             target = old / f"{folder.name}-{_last_put_aside(folder) + 1}"
             folder.rename(target)
+            sync_folder(old)
+            sync_folder(folder.parent)
             forget_lock(target)
         make_folder(folder)
         told = {"command": status["command"]} if "command" in status else {}

@@ -29,6 +29,7 @@ from sskd.status import (
     read_status,
     write_status,
 )
+from sskd.storage import make_folder
 from sskd.teachers import find_teacher, locate
 
 Overrides = Sequence[str]
@@ -120,7 +121,7 @@ class Sweep:
 
 
 def _queue(cell: Cell) -> None:
-    cell.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(cell.folder)
     lock = FolderLock(cell.folder)
     lock.acquire(watch=False)  # whoever may have died there is its own job's concern
     try:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from faults import Attempt, Fault
 from test_run import outcome
+
+from sskd.sealed import DamagedError, load_sealed
 
 
 @dataclass
@@ -54,6 +57,26 @@ def broken(undisturbed: Undisturbed, cell: str, act: str, number: int, folder: P
     else:
         assert status == (0 if act == "clock jumps" else -9), attempt.told
     return runs
+
+
+def saved(runs: Path) -> dict[str, int]:
+    """Return of how many epochs, all stages together, each run's newest whole checkpoint is."""
+    found: dict[str, int] = {}
+    for path in [*runs.rglob("last.pt"), *runs.rglob("previous.pt")]:
+        with suppress(DamagedError):
+            name = str(path.parent.relative_to(runs))
+            found[name] = max(found.get(name, 0), load_sealed(path)["lines"])
+    return found
+
+
+def costs_an_epoch_at_most(cell: str, number: int, after_power: Path, folder: Path) -> None:
+    """Hold what a power failure has left against what a kill at the same moment leaves."""
+    folder.mkdir()
+    killed = Attempt(cell, folder / "runs", fault=Fault("killed", number, folder / "runs"))
+    assert killed.end(after=300) == -9, killed.told
+    left = saved(after_power)
+    for name, epochs in saved(folder / "runs").items():
+        assert left.get(name, 0) >= epochs - 1, (name, epochs, left)
 
 
 def refused(attempt: Attempt) -> str:

@@ -10,12 +10,14 @@ import contextlib
 import errno
 import os
 import random
+import shutil
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,18 @@ class Torn:
         self._stream.close()
 
 
+@dataclass(frozen=True)
+class Change:
+    """A name that was made, changed or removed in ``folder``, and how a disk forgets that.
+
+    ``shadow`` is another name of what stood there before.
+    """
+
+    folder: Path
+    undo: Callable[[], object]
+    shadow: Path | None
+
+
 @dataclass
 class Disk:
     """What this process does to files under a fault's root, moment by moment."""
@@ -84,7 +98,8 @@ class Disk:
     watching: bool = True
     # How long each file that is not synced was when it last was.
     written: dict[str, int] = field(default_factory=dict)
-    renamed: list[tuple[str, str, str | None]] = field(default_factory=list)
+    # What became of names, in its order, that folders not synced since may lose again.
+    names: list[Change] = field(default_factory=list)
 
     def watch(self) -> None:
         """Watch everything that this process does from now on."""
@@ -95,8 +110,8 @@ class Disk:
             path = str(Path(f"/proc/self/fd/{descriptor}").readlink())
             if self._is_ours(path):
                 self._moment(grows=True)
-                self._synced(path)
             sync(descriptor)
+            self._synced(path)  # the folder that holds the root among them
 
         def open_torn(path: Path, mode: str = "r", *more: Any, **named: Any) -> Any:
             before = path.stat().st_size if mode == "a" and path.exists() else 0
@@ -110,7 +125,7 @@ class Disk:
         Path.open = open_torn  # type: ignore[assignment, method-assign]
 
     def _is_ours(self, path: object) -> bool:
-        return self.watching and str(path).startswith(f"{self.fault.root}/")
+        return self.watching and f"{path}/".startswith(f"{self.fault.root}/")
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
@@ -118,10 +133,10 @@ class Disk:
             creates = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
             if creates and self._is_ours(path):
                 self._moment(grows=True)
-        elif event in ("os.rename", "os.remove", "os.mkdir") and self._is_ours(arguments[0]):
+        elif event in REMEMBERED and self._is_ours(arguments[0]):
             self._moment(grows=event == "os.mkdir")
-            if event == "os.rename":
-                self._remember(str(arguments[0]), str(arguments[1]))
+            with self.not_watching():
+                REMEMBERED[event](self, *map(Path, arguments[: 2 if event == "os.rename" else 1]))
 
     def _moment(self, grows: bool) -> None:
         self.moments += 1
@@ -130,27 +145,47 @@ class Disk:
         if self.full and grows:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _remember(self, source: str, target: str) -> None:
+    def remember_rename(self, source: Path, target: Path) -> None:
         """Keep what a rename will replace, as a disk does until it has written the new name."""
-        with self.not_watching():
-            shadow = None
-            if Path(target).is_file():
-                shadow = f"{target}.{self.moments}.shadow"
-                os.link(target, shadow)
-            self.renamed.append((source, target, shadow))
-            self.written.pop(target, None)
-            if source in self.written:  # a new name does not bring the bytes to the disk
-                self.written[target] = self.written.pop(source)
+        shadow = self._shadow(target)
+
+        def undo() -> None:
+            if target.exists():  # else it was removed since
+                target.rename(source)
+            if shadow:
+                shadow.rename(target)
+
+        self.names.append(Change(target.parent, undo, shadow))
+        self.written.pop(str(target), None)
+        if str(source) in self.written:  # a new name does not bring the bytes to the disk
+            self.written[str(target)] = self.written.pop(str(source))
+
+    def remember_removal(self, path: Path) -> None:
+        """Keep what is about to be removed."""
+        shadow = self._shadow(path)
+        if shadow:
+            self.names.append(Change(path.parent, lambda: shadow.rename(path), shadow))
+
+    def remember_folder(self, path: Path) -> None:
+        """Keep in mind that a folder is about to be made."""
+        if not path.exists():
+            undo = partial(shutil.rmtree, path, ignore_errors=True)
+            self.names.append(Change(path.parent, undo, None))
+
+    def _shadow(self, path: Path) -> Path | None:
+        if not path.is_file():
+            return None
+        shadow = path.with_name(f"{path.name}.{self.moments}.shadow")
+        os.link(path, shadow)
+        return shadow
 
     def _synced(self, path: str) -> None:
         self.written.pop(path, None)
-        if Path(path).is_dir():
-            with self.not_watching():
-                here = [each for each in self.renamed if Path(each[1]).parent == Path(path)]
-                for each in here:
-                    self.renamed.remove(each)
-                    if each[2]:
-                        Path(each[2]).unlink()
+        with self.not_watching():
+            for change in [change for change in self.names if change.folder == Path(path)]:
+                self.names.remove(change)
+                if change.shadow:
+                    change.shadow.unlink()
 
     @contextlib.contextmanager
     def not_watching(self) -> Iterator[None]:
@@ -168,22 +203,16 @@ class Disk:
     def lose_power(self) -> None:
         """End the process, and lose what the disk was not asked to keep.
 
-        Of what was written since a file's last sync a random beginning stays, of the renames since
-        a folder's last sync the first few.
+        Of what was written since a file's last sync a random beginning stays, of the names made,
+        changed and removed since their folder's last sync the first few.
         """
         chance = random.Random(self.fault.seed)
         self.watching = False
         for path, synced in self.written.items():
             if Path(path).is_file():
                 os.truncate(path, chance.randint(synced, Path(path).stat().st_size))
-        for source, target, shadow in reversed(
-            self.renamed[chance.randint(0, len(self.renamed)) :]
-        ):
-            if not Path(target).exists():  # it was removed since
-                continue
-            Path(target).rename(source)
-            if shadow:
-                Path(shadow).rename(target)
+        for change in reversed(self.names[chance.randint(0, len(self.names)) :]):
+            change.undo()
         self.kill()
 
     def fill(self) -> None:
@@ -210,6 +239,11 @@ class Disk:
             shadow.unlink()
 
 
+REMEMBERED: dict[str, Callable[..., None]] = {
+    "os.rename": Disk.remember_rename,
+    "os.remove": Disk.remember_removal,
+    "os.mkdir": Disk.remember_folder,
+}
 ACTS: dict[str, Callable[[Disk], None]] = {
     "killed": Disk.kill,
     "power failure": Disk.lose_power,

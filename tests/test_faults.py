@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from breaking import Undisturbed, broken, ends_undisturbed, killed_at_random, refused
+from breaking import (
+    Undisturbed,
+    broken,
+    costs_an_epoch_at_most,
+    ends_undisturbed,
+    killed_at_random,
+    refused,
+)
 from faults import Attempt
 from stand_in import wait_until
 from test_run import outcome
@@ -27,6 +34,8 @@ def test_a_cell_that_is_broken_anywhere_ends_like_an_undisturbed_one(
     last = undisturbed.moments(cell)
     for number in random.Random(f"{cell} {act}").sample(range(1, last), 5):
         runs = broken(undisturbed, cell, act, number, tmp_path / str(number))
+        if act == "power failure":
+            costs_an_epoch_at_most(cell, number, runs, tmp_path / f"{number} killed")
         ends_undisturbed(undisturbed, cell, runs)
 
 
@@ -83,6 +92,21 @@ def test_a_small_disk_that_is_full(undisturbed: Undisturbed, small_disk: Path) -
         refusals, size = refusals + 1, int(size * 1.4)
         mount("-o", f"remount,size={size}K", str(small_disk))
     assert refusals > 5
+    assert outcome(runs) == undisturbed.outcome("alone")
+
+
+def test_a_small_disk_that_is_full_of_wandbs_files(
+    undisturbed: Undisturbed, small_disk: Path
+) -> None:
+    """W&B's own process writes there too, and may die of it."""
+    runs, size, status = small_disk / "runs", 64, 1
+    while status:
+        attempt = Attempt("alone", runs, "wandb.mode=offline", log=small_disk.with_name("log"))
+        status = attempt.end(after=120)
+        assert status in (0, 1), attempt.told
+        assert not any("Traceback" in line for line in attempt.told), attempt.told
+        size *= 2
+        mount("-o", f"remount,size={size}K", str(small_disk))
     assert outcome(runs) == undisturbed.outcome("alone")
 
 

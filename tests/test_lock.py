@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from filelock import SoftFileLease
 
 import sskd.lock
-from sskd.errors import BusyError
+from sskd.errors import BusyError, UserError
 from sskd.lock import FolderLock, is_held
 
 HOLDS = """
@@ -101,6 +102,50 @@ def test_a_node_that_died_is_followed_after_the_lease(
     lock.acquire()
     assert time.monotonic() - started >= 2  # a clock says nothing; it was watched
     lock.release()
+
+
+def test_a_holder_whose_lock_was_removed_knows(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    (tmp_path / ".lease").unlink()
+    with pytest.raises(BusyError, match=r"\.lease: was removed, or could not be renewed"):
+        lock.check()
+    lock.release()
+
+
+def test_what_is_no_lock_of_this_version_is_told(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    text = (tmp_path / ".lease").read_text()
+    lock.release()
+    (tmp_path / ".lease").write_text(text.replace("120.0", "7.0"))
+    with pytest.raises(UserError, match=r"\.lease: is not a lock of this version"):
+        FolderLock(tmp_path).acquire()
+
+
+def test_a_process_of_another_container_is_not_looked_for_here(
+    tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
+    """Its number is another process's here, or none's."""
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert not is_held(tmp_path)
+    name = re.search(r"^host=(.*)$", (tmp_path / ".lease").read_text(), re.M)
+    assert name is not None
+    text = (tmp_path / ".lease").read_text()
+    (tmp_path / ".lease").write_text(text.replace(name[1], f"{name[1]}?pidns-f0000001"))
+    assert is_held(tmp_path)
+
+
+def test_a_silent_holder_is_not_watched_where_others_would_wait_for_it(
+    tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
+    holder.send_signal(signal.SIGSTOP)
+    from_another_node(tmp_path, heard_of=100)
+    started = time.monotonic()
+    with pytest.raises(BusyError, match="on elsewhere"):
+        FolderLock(tmp_path).acquire(watch=False)
+    assert time.monotonic() - started < 5
 
 
 def test_a_holder_that_lost_its_folder_knows(tmp_path: Path) -> None:

@@ -12,7 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from breaking import Undisturbed, broken, ends_undisturbed, killed_at_random
+from breaking import (
+    Undisturbed,
+    broken,
+    costs_an_epoch_at_most,
+    ends_undisturbed,
+    killed_at_random,
+)
 from faults import CELLS, Attempt
 from stand_in import StandIn, wait_until
 from test_run import outcome
@@ -45,6 +51,8 @@ def test_moments_at_which_files_change(
     chosen = sorted({round(1 + (last - 1) * part / MOMENTS) for part in range(MOMENTS + 1)})
     for number in chosen:
         runs = broken(undisturbed, cell, act, number, tmp_path / str(number))
+        if act == "power failure":
+            costs_an_epoch_at_most(cell, number, runs, tmp_path / f"{number} killed")
         ends_undisturbed(undisturbed, cell, runs)
     told = f"{act} at {len(chosen)} of its {last} changes of files"
     tell += [cell, told, f"{len(chosen)} times", "nothing"]

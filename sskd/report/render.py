@@ -98,6 +98,7 @@ def _csv_cell(value: str | float | None) -> str | float:
     if value is None:
         return ""
     if isinstance(value, str):
-        # Spreadsheets run a cell that begins so as a formula; the apostrophe makes it text.
-        return f"'{value}" if value.lstrip().startswith(("=", "+", "-", "@")) else value
+        # Spreadsheets run a cell that begins so as a formula; the apostrophe makes it text. Where
+        # lists are separated by semicolons a cell begins behind one too.
+        return re.sub(r"(^|[;\t])(?=\s*[=+\-@])", r"\1'", value)
     return round(value, 4)
