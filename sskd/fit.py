@@ -21,7 +21,7 @@ from sskd.evaluation import accuracy, predict
 from sskd.interrupt import StopSignals
 from sskd.meter import Meter
 from sskd.methods import Stage, load_own_state, own_state
-from sskd.optimizers import build_optimizer
+from sskd.optimizers import build_optimizer, load_optimizer
 from sskd.progress import Progress
 from sskd.run import Run
 from sskd.schedule import Schedule
@@ -255,7 +255,7 @@ class Fit:
             )
         with self._foreign_refused():
             load_own_state(self.saved_module, state["module"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
             if position.mid_epoch:  # every epoch begins with seeds of its own
                 self.meter.load_state_dict(state["meter"], self._device)
                 self.loader.load_state_dict(state["loader"])

@@ -35,6 +35,14 @@ class Meter:
         return {"images": self.images, "names": self._names, "sums": self._sums}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on from ``state`` on ``device``."""
-        self.images, self._names = state["images"], state["names"]
-        self._sums = state["sums"].to(device)
+        """Go on from ``state`` on ``device``.
+
+        Raises:
+            ValueError: it is no meter's.
+        """
+        images, names, sums = state["images"], state["names"], state["sums"]
+        if not isinstance(images, int) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{images!r} images, figures called {names!r}")
+        if sums.shape != (len(names),):
+            raise ValueError(f"{len(names)} figures of the shape {tuple(sums.shape)}")
+        self.images, self._names, self._sums = images, list(names), sums.to(device)

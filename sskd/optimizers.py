@@ -52,3 +52,21 @@ def build_optimizer(
     own = settings.model_dump(exclude={"name", "lr"})
     # One kernel for all parameters instead of several for each.
     return OPTIMIZERS[settings.name].build(parameters, lr=lr, fused=True, **own)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Let ``optimizer`` go on from ``state``, which PyTorch itself takes with hardly a look.
+
+    Raises:
+        ValueError: it is the state of another kind of optimizer, or of other parameters.
+    """
+    settings = [{**group, "params": None} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for own, group in zip(settings, optimizer.param_groups, strict=True):
+        for name, value in own.items():
+            if name != "params" and type(group.get(name, value)) is not type(value):
+                raise ValueError(f"the optimizer's {name} is {group[name]!r}")
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if not isinstance(value, torch.Tensor) or value.shape not in (parameter.shape, ()):
+                raise ValueError(f"{name} does not fit its parameter")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from contextlib import suppress
@@ -10,9 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from faults import Attempt, Fault
-from test_run import outcome
 
 from sskd.sealed import DamagedError, load_sealed
+
+TIMES = {"seconds", "images_per_second", "date", "peak_memory_mib"}
+
+
+def outcome(runs: Path) -> dict[str, Any]:
+    """Return all that must not depend on how often a run was stopped: weights, metrics, results."""
+    found: dict[str, Any] = {}
+    for path in sorted(runs.rglob("*")):
+        name = str(path.relative_to(runs))
+        if path.name == "metrics.jsonl":
+            found[name] = [without_times(json.loads(line)) for line in path.open()]
+        elif path.name == "result.json":
+            found[name] = without_times(json.loads(path.read_text()))
+        elif path.name in ("model.safetensors", "best.pt", "views.png"):
+            found[name] = path.read_bytes()
+    return found
+
+
+def without_times(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in TIMES}
 
 
 @dataclass

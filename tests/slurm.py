@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_run import SMALL, outcome
+from breaking import outcome
+from test_run import SMALL
 from test_tracking import history, offline_runs
 
 from sskd import CONF

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+from sskd import CONF
+
 HANGS = 600.0  # seconds without an answer
+EPOCHS = 6  # of a run that reports to it
+KEY = "0" * 40
 
 BUCKET: dict[str, Any] = {
     "id": "QnVja2V0", "name": "run", "displayName": "run", "description": "", "config": "{}",
@@ -126,3 +135,19 @@ def wait_until(condition: Any, seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def reporting_run(url: str, runs: Path, *more: str) -> subprocess.Popen[str]:
+    """Start a run that is to report to the server at ``url``."""
+    environment = os.environ | {
+        "WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online",
+        "WANDB_FINISH_TIMEOUT": "5",
+    }  # fmt: skip
+    environment.pop("WANDB_SERVICE", None)  # of a test that was W&B's client in this process
+    words = ["train_teacher.py", "arch=resnet8", "dataset=digits", "dataset.fraction=0.05"]
+    words += [f"schedule.epochs={EPOCHS}", f"runs={runs}", *more]
+    return subprocess.Popen(
+        [sys.executable, *words], cwd=CONF.parent, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's job ignores it
+    )  # fmt: skip

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from breaking import outcome
 from conftest import Command, Compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
-from test_run import SMALL, outcome
+from test_run import SMALL
 
 import sskd.fit
 import train_student

@@ -17,11 +17,11 @@ from breaking import (
     costs_an_epoch_at_most,
     ends_undisturbed,
     killed_at_random,
+    outcome,
     refused,
 )
 from faults import Attempt
 from stand_in import wait_until
-from test_run import outcome
 
 pytestmark = pytest.mark.usefixtures("undisturbed")
 

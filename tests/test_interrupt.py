@@ -11,8 +11,9 @@ from types import FrameType
 
 import pytest
 import torch
+from breaking import outcome
 from conftest import Compose
-from test_run import SMALL, at_step, outcome
+from test_run import SMALL, at_step
 
 from sskd.errors import UserError
 from sskd.interrupt import (

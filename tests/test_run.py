@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -13,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from breaking import outcome
 from conftest import Compose
+from damage import change_value
 from faults import SMALL
 from PIL import Image
 from safetensors.torch import load_file
@@ -39,31 +42,12 @@ from sskd.sealed import load_sealed, save_sealed
 from sskd.teachers import Teacher, locate
 from train_student import train
 
-TIMES = {"seconds", "images_per_second", "date", "peak_memory_mib"}
-
+CHANGES = 25
 TEACHER_STEPS = 6  # 70 images in batches of the recipe's 64, three times
 
 
 class CrashError(Exception):
     """Stands for whatever ends a process without a word."""
-
-
-def outcome(runs: Path) -> dict[str, Any]:
-    """Return all that must not depend on how often a run was stopped: weights, metrics, results."""
-    found: dict[str, Any] = {}
-    for path in sorted(runs.rglob("*")):
-        name = str(path.relative_to(runs))
-        if path.name == "metrics.jsonl":
-            found[name] = [without_times(json.loads(line)) for line in path.open()]
-        elif path.name == "result.json":
-            found[name] = without_times(json.loads(path.read_text()))
-        elif path.name in ("model.safetensors", "best.pt", "views.png"):
-            found[name] = path.read_bytes()
-    return found
-
-
-def without_times(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in TIMES}
 
 
 def at_step(
@@ -547,6 +531,32 @@ def test_a_checkpoint_of_something_else_is_refused(
     save_sealed(folder / "last.pt", {**state, **content})
     with pytest.raises(UserError, match=rf"{folder}: its checkpoint is not one of this run"):
         train(config)
+
+
+def test_a_checkpoint_changed_anywhere_is_refused_in_a_line_or_goes_on(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By somebody who seals it again; what it says may be nonsense, but runs into nothing."""
+    config = composed(*SMALL, "method=kd", "checkpoint_minutes=1e-9")
+    with monkeypatch.context() as patch:
+        at_step(patch, TEACHER_STEPS + 7, crash)
+        with pytest.raises(CrashError):
+            train(config)
+    (folder,) = (path.parent for path in (tmp_path / "runs").rglob("previous.pt"))
+    shutil.copytree(folder, tmp_path / "whole")
+    state, told = load_sealed(folder / "last.pt"), ""
+    for number in range(CHANGES):
+        chance = random.Random(number)
+        key = chance.choice(list(state))
+        save_sealed(folder / "last.pt", {**state, key: change_value(state[key], chance)})
+        try:
+            train(config)
+        except UserError as error:
+            told += f"{error}\n"
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "whole", folder)
+    assert 0 < told.count("\n") < CHANGES
+    assert all(line.isprintable() for line in told.splitlines())
 
 
 @pytest.mark.parametrize("stage", [[1], {"a": 1}, 3, "elsewhere"])

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from breaking import outcome
 from conftest import Command, Compose
-from test_run import SMALL, CrashError, at_step, crash, outcome
+from test_run import SMALL, CrashError, at_step, crash
 
 import train_student
 import train_teacher

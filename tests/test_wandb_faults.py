@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from stand_in import StandIn, wait_until
+from stand_in import EPOCHS, StandIn, reporting_run, wait_until
 from test_tracking import history
 
-from sskd import CONF
-
-EPOCHS = 6
-KEY = "0" * 40
 OFFLINE = "W&B cannot be used online"
 LATER = "W&B did not answer; `wandb sync"
-
-
-def reporting_run(url: str, runs: Path, *more: str) -> subprocess.Popen[str]:
-    """Start a run that is to report to the server at ``url``."""
-    environment = os.environ | {
-        "WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online",
-        "WANDB_FINISH_TIMEOUT": "5",
-    }  # fmt: skip
-    environment.pop("WANDB_SERVICE", None)  # of a test that was W&B's client in this process
-    words = ["train_teacher.py", "arch=resnet8", "dataset=digits", "dataset.fraction=0.05"]
-    words += [f"schedule.epochs={EPOCHS}", f"runs={runs}", *more]
-    return subprocess.Popen(
-        [sys.executable, *words], cwd=CONF.parent, env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's job ignores it
-    )  # fmt: skip
 
 
 def ends_well(run: subprocess.Popen[str], runs: Path) -> str:

@@ -18,11 +18,10 @@ from breaking import (
     costs_an_epoch_at_most,
     ends_undisturbed,
     killed_at_random,
+    outcome,
 )
 from faults import CELLS, Attempt
-from stand_in import StandIn, wait_until
-from test_run import outcome
-from test_wandb_faults import reporting_run
+from stand_in import StandIn, reporting_run, wait_until
 
 PAIRS = 5  # of a run that reports to W&B and one that does not
 SLOWDOWN = 1.05  # at most

@@ -106,7 +106,7 @@ class Loader:
         Raises:
             ValueError: it was taken of other data, where it would lie outside of the epoch.
         """
-        if not 0 <= state["position"] <= self.steps:
+        if not isinstance(state["position"], int) or not 0 <= state["position"] <= self.steps:
             raise ValueError(f"step {state['position']} of {self.steps}")
         self.begin_epoch(state["seed"])
         self._position = state["position"]
