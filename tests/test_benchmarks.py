@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import SMALL
 
 from benchmarks.conventional import CONVENTIONAL, ConventionalSSKD, kept, soft
 from benchmarks.methods import noise
@@ -63,6 +64,20 @@ def test_throughput_is_two_tables_and_figures(tmp_path: Path) -> None:
     text = (tmp_path / "new" / "throughput.md").read_text()
     assert text.count("| kd |") == 3
     assert text.count("| evaluation |") == 1
+
+
+def test_a_short_run_is_told_with_the_fast_path_and_without(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.fast_path", "method=kd,sskd", *SMALL),
+            *("schedule.epochs=2", "wandb.mode=disabled", "--runs", str(tmp_path)),
+        ],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    rows = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert [row[1] for row in rows] == ["distill", "distill", "ss_head", "distill", "distill"]
+    for _, _, _, fast, plain, *_ in rows:
+        assert float(fast) == pytest.approx(float(plain), rel=1e-2)
 
 
 @pytest.mark.parametrize("method", sorted(CONVENTIONAL))
