@@ -64,9 +64,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     optimizer.load_state_dict(state)
     for own, group in zip(settings, optimizer.param_groups, strict=True):
         for name, value in own.items():
-            if name != "params" and type(group.get(name, value)) is not type(value):
+            if name != "params" and _kind(group.get(name, value)) != _kind(value):
                 raise ValueError(f"the optimizer's {name} is {group[name]!r}")
     for parameter, kept in optimizer.state.items():
         for name, value in kept.items():
             if not isinstance(value, torch.Tensor) or value.shape not in (parameter.shape, ()):
                 raise ValueError(f"{name} does not fit its parameter")
+
+
+def _kind(value: object) -> str:
+    """Return what sort of setting ``value`` is; None is a flag that PyTorch chooses itself."""
+    if value is None or isinstance(value, bool):
+        return "flag"
+    return "number" if isinstance(value, int | float) else type(value).__name__

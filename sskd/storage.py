@@ -63,12 +63,17 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder ``path``, and those above it, so that a power failure does not undo it."""
+    """Make the folder ``path``, and those above it, so that a power failure does not undo it.
+
+    Raises:
+        OSError: with ``path`` as its ``filename``.
+    """
     if path.is_dir():
         return
-    make_folder(path.parent)
-    path.mkdir(exist_ok=True)
-    sync_folder(path.parent)
+    with _named(path):
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:
