@@ -21,6 +21,9 @@ from sskd.errors import UserError
 
 # mallopt(3): M_MMAP_MAX, no block outside the heap; M_TRIM_THRESHOLD and M_TOP_PAD, in bytes.
 _MALLOC_OPTIONS = {-4: 0, -1: 2**31 - 1, -2: 2**26}
+_HEAP = 3 * 2**29  # bytes, less than M_TRIM_THRESHOLD, so that they stay the heap's
+_LARGE_PAGE = 2**21  # bytes
+_MADV_HUGEPAGE = 14  # madvise(2)
 
 _PLACES: list[FileLock] = []  # kept, for a lock that is forgotten is let go
 
@@ -82,6 +85,25 @@ def _keep_freed_memory() -> None:
         set_option = ctypes.CDLL(None).mallopt
         for option, value in _MALLOC_OPTIONS.items():
             set_option(option, value)
+    _ask_for_large_pages()
+
+
+def _ask_for_large_pages() -> None:
+    """Let the heap that tensors will take stand on pages of 2 MiB, where Linux has such.
+
+    A step of SSKD or KD then takes some 5 % less (benchmarks/LOG.md). Nothing is taken before it
+    is used.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        library = ctypes.CDLL(None)
+        allocate, advise = library.malloc, library.madvise
+        allocate.restype, allocate.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        library.free.argtypes = [ctypes.c_void_p]
+        advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        if block := allocate(_HEAP):
+            first = -(-block // _LARGE_PAGE) * _LARGE_PAGE
+            advise(first, _HEAP - _LARGE_PAGE, _MADV_HUGEPAGE)
+            library.free(block)
 
 
 @functools.cache  # a process stays where it is
@@ -118,6 +140,8 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)  # what is kept though it is free
+    if device.type == "cpu":
+        _ask_for_large_pages()  # for what comes in the place of what was trimmed
     with contextlib.suppress(OSError):  # elsewhere than on Linux
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
 

@@ -43,6 +43,31 @@ def test_the_peak_on_a_cpu_is_that_since_the_reset() -> None:
     assert again == pytest.approx(small, rel=0.1)
 
 
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="there are none"
+)
+def test_tensors_on_a_cpu_stand_on_large_pages() -> None:
+    """Also after the memory of an earlier run was given back."""
+    program = """
+import re, torch
+from pathlib import Path
+from sskd.device import choose_device, reset_peak_memory
+device = choose_device("cpu")
+for _ in range(2):
+    reset_peak_memory(device)
+    tensor = torch.ones(2**27)
+    told = Path("/proc/self/smaps_rollup").read_text()
+    print(re.search(r"AnonHugePages: +([0-9]+) kB", told)[1])
+    del tensor
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(int(size) > 2**18 for size in done.stdout.split()), "half of 512 MiB, in KiB"
+
+
 def test_processes_spread_over_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
 

@@ -38,6 +38,7 @@ def test_a_runs_folder_is_evaluated_on_its_own_dataset(
     [
         (["nowhere.pth"], "no checkpoint at nowhere.pth"),
         (["FILE", "--arch", "resnet20"], "holds a resnet8 with 10 classes, not a resnet20"),
+        (["OTHER"], "is no architecture of this suite; name it with --arch NAME"),
         (["FILE", "--arch", "resnet9"], "did you mean 'resnet8'"),
         (["FILE", "dataset=digit"], "did you mean 'digits'"),
         (["FILE", "dataset.fractoin=1"], "did you mean 'dataset.fraction'"),
@@ -49,7 +50,9 @@ def test_mistakes_are_one_line(
 ) -> None:
     path = tmp_path / "net.pth"
     torch.save({"state_dict": build_model("resnet8", 10).state_dict(), "acc": 1.0}, path)
-    given = [str(path) if item == "FILE" else item for item in arguments]
+    torch.save({"state_dict": torch.nn.Linear(2, 2).state_dict()}, tmp_path / "other.pth")
+    files = {"FILE": str(path), "OTHER": str(tmp_path / "other.pth")}
+    given = [files.get(item, item) for item in arguments]
     if not any(item.startswith("dataset=") for item in given):
         given.append("dataset=digits")
     assert evaluate.main(given) == 1

@@ -491,6 +491,18 @@ def test_a_best_epoch_whose_weights_are_damaged_costs_no_result(
     assert train(composed(*SMALL, "method=kd", "teacher.epoch=last"))["teacher_top1"]
 
 
+@pytest.mark.parametrize(
+    ("content", "how"),
+    [({"epoch": 2, "model": {}}, "it is of epoch 2"), ({"epoch": 3}, "it holds no weights")],
+)
+def test_another_epochs_weights_are_not_taken_for_the_best(
+    tmp_path: Path, capsys: Any, content: dict[str, Any], how: str
+) -> None:
+    save_sealed(tmp_path / "best.pt", content)
+    assert Run(tmp_path, {}).load_best(3) is None
+    assert f"of epoch 3, the best, are lost: best.pt is damaged: {how}" in capsys.readouterr().err
+
+
 def damage_best(folder: Path) -> None:
     (folder / "best.pt").write_bytes(b"PK")
 

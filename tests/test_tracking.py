@@ -16,12 +16,15 @@ import wandb
 from conftest import Compose
 from test_run import SMALL, CrashError, at_step, crash
 
+import sskd.tracking
 import sskd.wandb_runs
 from sskd import CONF
 from sskd.config import Config
+from sskd.errors import UserError
 from sskd.identity import describe, difference, run_folder
 from sskd.interrupt import Interrupted
 from sskd.run import Run
+from sskd.status import read_status
 from sskd.tracking import Tracker
 from sskd.wandb_runs import choose_mode, run_id
 from train_student import train
@@ -249,3 +252,35 @@ def test_a_run_that_cannot_reach_wandb_goes_on_offline(
     train(composed(*SMALL, "method=vanilla", "wandb.mode=online"))
     assert "W&B cannot be used online (no route to host)" in capsys.readouterr().out
     assert len(offline_runs(tmp_path / "runs")) == 1
+
+
+def test_a_finished_run_that_wandb_cannot_keep_is_a_finished_run(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Its process dies, and cannot be started again."""
+    monkeypatch.delenv("WANDB_MODE")
+    opened = sskd.tracking.open_run
+
+    def lost(*_: Any, **__: Any) -> None:
+        raise ConnectionResetError("gone")
+
+    def once(mode: str, *arguments: Any, **named: Any) -> wandb.Run:
+        run = opened(mode, *arguments, **named)
+        monkeypatch.setattr(run, "log", lost)
+        monkeypatch.setattr(sskd.tracking, "open_run", lost)
+        return run
+
+    monkeypatch.setattr(sskd.tracking, "open_run", once)
+    train(composed(*SMALL, "method=vanilla"))
+    told = capsys.readouterr().out
+    assert told.count("W&B has stopped (ConnectionResetError)") == 1
+    assert "W&B: this run is not kept for it (gone)" in told
+    (folder,) = (path.parent for path in (tmp_path / "runs").rglob("result.json"))
+    assert read_status(folder)["state"] == "finished"
+
+
+def test_a_time_that_is_no_number_is_told(composed: Compose, monkeypatch: Any) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "soon")
+    with pytest.raises(UserError, match="WANDB_FINISH_TIMEOUT=soon: should be a number of sec"):
+        train(composed(*SMALL, "method=vanilla"))

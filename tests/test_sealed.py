@@ -1,0 +1,76 @@
+"""Torch files that carry their own digest: what is told apart, and what is not called damage."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sskd.sealed import DamagedError, load_sealed, save_sealed, seal
+
+
+class Foreign:
+    """What no checkpoint holds."""
+
+
+def sealed(content: object) -> bytes:
+    """Return the bytes of a sealed file of any ``content``."""
+    archive = io.BytesIO()
+    torch.save(content, archive)
+    return archive.getvalue()[:-2] + seal(archive.getvalue())
+
+
+def bomb() -> bytes:
+    """Return a sealed file of 100 KB that would unpack to 100 MB."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("bomb/data.pkl", bytes(10**8))
+    return archive.getvalue()[:-2] + seal(archive.getvalue())
+
+
+def test_what_was_written_is_read_by_every_reader_of_torch_files(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    save_sealed(path, {"weights": torch.arange(3.0), "epoch": 2})
+    for content in (load_sealed(path), torch.load(path, weights_only=True)):
+        assert content["epoch"] == 2
+        assert torch.equal(content["weights"], torch.arange(3.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "how"),
+    [
+        (lambda: sealed({"a": Foreign()}), r"cannot be read \(UnpicklingError\)"),
+        (lambda: sealed([1]), "is not a run's"),
+        (lambda: sealed({"a": "x" * 20_000}), "a text of 20000 signs"),
+        (bomb, "would unpack to 95 MiB"),
+        (lambda: sealed({"a": 1})[:-1] + b"?", "its checksum differs"),
+        (lambda: sealed({"a": 1})[:300], "its end is missing"),
+    ],
+)
+def test_what_is_no_runs_is_named(tmp_path: Path, make: Callable[[], bytes], how: str) -> None:
+    path = tmp_path / "last.pt"
+    path.write_bytes(make())
+    with pytest.raises(DamagedError, match=rf"^last\.pt is damaged: .*{how}"):
+        load_sealed(path)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error")])
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    path = tmp_path / "last.pt"
+    save_sealed(path, {"epoch": 2})
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    if isinstance(error, OSError):
+        monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(type(error)):
+        load_sealed(path)
