@@ -16,6 +16,8 @@ from sskd.run_files import RESULT
 from sskd.status import current_sweep, read_status, write_status
 from sskd.storage import is_plain_file, make_folder, sync_folder
 
+_DEEPEST = 50  # levels; a configuration has five
+
 
 def read_config_file(path: Path) -> dict[str, Any]:
     """Return the configuration that a run's folder was made with; UserError if it is not one."""
@@ -23,14 +25,27 @@ def read_config_file(path: Path) -> dict[str, Any]:
         if not is_plain_file(path):
             raise ValueError("it is no file" if path.exists() else "it is missing")
         text = path.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("it has aliases, which can grow without bound")  # ours has none
+        _refuse_odd_yaml(text)
         config = OmegaConf.to_container(OmegaConf.create(text))
     except (OSError, OmegaConfBaseException, ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: is not a run's configuration; start afresh with force=true")
     return {str(key): value for key, value in config.items()}
+
+
+def _refuse_odd_yaml(text: str) -> None:
+    """Raise ValueError for what no run writes, and would take without bound, or break, a reader."""
+    depth = 0
+    for event in yaml.parse(text):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it has aliases, which can grow without bound")
+        if isinstance(event, yaml.ScalarEvent) and depth == 0:
+            raise ValueError("it is a single value")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ValueError("it is nested too deeply")
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

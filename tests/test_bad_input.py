@@ -766,8 +766,12 @@ RUNS: dict[str, tuple[Maker, str]] = {
     ),
     "a list for a configuration": (damage("config.yaml", "- 1"), "is not a run's configuration"),
     "a configuration of brackets": (
-        damage("config.yaml", "[" * 3000 + "]" * 3000),
-        "config.yaml: cannot be read (",
+        damage("config.yaml", "[" * 10**6),
+        "config.yaml: cannot be read (it is nested too deeply)",
+    ),
+    "a number for a configuration": (
+        damage("config.yaml", "1e308"),
+        "config.yaml: cannot be read (it is a single value)",
     ),
     "a configuration that explodes": (
         damage("config.yaml", "a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n"),
