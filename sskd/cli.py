@@ -98,8 +98,7 @@ def run_command(main: Callable[[], object]) -> int:
     try:
         main()
     except Interrupted as stop:
-        again = "the same command" + " without force=true" * ("force=true" in sys.argv)
-        print(f"{stop}: the state is saved, {again} goes on from it", file=sys.stderr)
+        print(f"{stop}: the state is saved, {_again()} goes on from it", file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
         if "wandb" in sys.modules:
@@ -142,6 +141,10 @@ def _end_at_once(status: int) -> NoReturn:
     os._exit(status)
 
 
+def _again() -> str:
+    return "the same command" + " without force=true" * ("force=true" in sys.argv)
+
+
 def explain(error: Exception) -> str:
     """Return a complaint about a configuration in one line, with the nearest right name."""
     return printable(_explained(error))
@@ -153,7 +156,7 @@ def _explained(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         told = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        return told + "; free some space there, and the same command goes on" * full
+        return told + f"; free some space there, and {_again()} goes on" * full
     missing = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
     if missing in _PLUGINS:
         return f"{missing} is not installed; pip install '.[cluster]' does that"

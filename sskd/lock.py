@@ -99,7 +99,7 @@ class FolderLock:
         if owner is None or self._lease.compromise is not None:
             raise BusyError(
                 f"{self._folder / _FILE}: was removed, or could not be renewed for {DURATION:.0f} "
-                "seconds; the same command goes on"
+                "seconds, so that another process may work here"
             )
 
 
@@ -143,12 +143,14 @@ def _holder(folder: Path) -> str:
 def _own_node() -> str:
     """Return what a lease of this process tells of the node: its name, and a container's mark.
 
-    A process number of another container is another process here, or none.
+    A process number of another container is another process here, or none. Where that cannot be
+    found out it is nobody's, and heartbeats alone tell.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        lease = _lease(Path(folder))
-        with lease:
+    try:
+        with tempfile.TemporaryDirectory() as folder, _lease(Path(folder)) as lease:
             owner = lease.owner
+    except OSError:
+        return ""
     assert owner is not None
     return owner.hostname
 

@@ -27,7 +27,7 @@ from sskd.run_files import BEST, CONFIG, DAMAGED, LAST, METRICS, PREVIOUS, RESUL
 from sskd.run_folder import read_config_file, read_result
 from sskd.sealed import DamagedError, load_sealed, save_sealed
 from sskd.status import failed_in_this_sweep, write_failure, write_status
-from sskd.storage import append_line, is_plain_file, leftovers, make_folder, write_text, write_whole
+from sskd.storage import append_line, leftovers, make_folder, write_text, write_whole
 
 
 class Run:
@@ -95,7 +95,8 @@ class Run:
 
     def _take_up(self) -> None:
         for path in self.folder.iterdir():
-            if not is_plain_file(path) and (path.is_symlink() or not path.is_dir()):
+            odd = path.exists() and not path.is_file() and not path.is_dir()
+            if path.is_symlink() or odd:
                 # A stranger's folder must not lead what is written elsewhere, or keep it waiting.
                 kind = "symbolic link" if path.is_symlink() else "pipe or a device"
                 raise UserError(

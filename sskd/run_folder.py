@@ -12,8 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sskd.errors import UserError
 from sskd.lock import FolderLock, forget_lock
-from sskd.run_files import RESULT
-from sskd.status import current_sweep, read_status, write_status
+from sskd.run_files import CONFIG, LAST, PREVIOUS, RESULT
+from sskd.status import current_sweep, forced_in, read_status, write_status
 from sskd.storage import is_plain_file, make_folder, sync_folder
 
 _DEEPEST = 50  # levels; a configuration has five
@@ -65,24 +65,35 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 def put_aside(folder: Path) -> None:
     """Move a run's folder into ``.old/`` beside it, and begin a new one in its place.
 
-    Its status tells which sweep did that, so that a job that comes back goes on with it.
+    Its status tells which sweeps did that, so that a job that comes back goes on with it. A
+    folder in which nothing but a status stands is left where it is.
+
+    Raises:
+        UserError: it cannot be moved.
+        OSError: the new one cannot be written.
     """
-    old, status = folder.parent / ".old", read_status(folder)
-    lock = FolderLock(folder)
+    status = read_status(folder)
+    if any((folder / name).exists() for name in (CONFIG, LAST, PREVIOUS, RESULT)):
+        _move_to_old(folder)
+    make_folder(folder)
+    told = {"command": status["command"]} if "command" in status else {}
+    sweep = current_sweep()
+    forced = [*forced_in(status), *([sweep] if sweep else [])]
+    write_status(folder, "queued", forced=forced, **told)
+
+
+def _move_to_old(folder: Path) -> None:
+    old, lock = folder.parent / ".old", FolderLock(folder)
     try:
-        if folder.exists():
-            lock.acquire()
-            if old.is_symlink():
-                raise UserError(f"{old}: is a symbolic link; put the folder itself there")
-            make_folder(old)
-            target = old / f"{folder.name}-{_last_put_aside(folder) + 1}"
-            folder.rename(target)
-            sync_folder(old)
-            sync_folder(folder.parent)
-            forget_lock(target)
-        make_folder(folder)
-        told = {"command": status["command"]} if "command" in status else {}
-        write_status(folder, "queued", forced=current_sweep(), **told)
+        lock.acquire()
+        if old.is_symlink():
+            raise UserError(f"{old}: is a symbolic link; put the folder itself there")
+        make_folder(old)
+        target = old / f"{folder.name}-{_last_put_aside(folder) + 1}"
+        folder.rename(target)
+        sync_folder(old)
+        sync_folder(folder.parent)
+        forget_lock(target)
     except OSError as error:
         raise UserError(f"{folder}: cannot be moved to {old} ({error.strerror})") from None
     finally:

@@ -6,8 +6,10 @@ may end with, so that every reader of torch files opens it as before.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,8 +57,16 @@ def load_sealed(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedError: the bytes are not those that were written, or no such file's.
-        OSError, MemoryError: the file cannot be read, which says nothing about what it holds.
+        OSError: the file cannot be read, for lack of memory perhaps, which says nothing about
+            what it holds.
     """
+    try:
+        return _load(path)
+    except MemoryError:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(path)) from None
+
+
+def _load(path: Path) -> dict[str, Any]:
     data = path.read_bytes()
     if data[-_COMMENT:].startswith(_MARK):
         archive = data[: -_COMMENT - _LENGTH]

@@ -27,7 +27,7 @@ _KEPT = ("command", "epochs", "forced")
 
 def write_status(folder: Path, state: State, **details: Any) -> None:
     """Say what the run in ``folder`` is doing, since when, and which process says so."""
-    before = read_status(folder)
+    before = _read(folder)
     status = {
         "state": state,
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -42,10 +42,18 @@ def write_status(folder: Path, state: State, **details: Any) -> None:
 
 def read_status(folder: Path) -> Mapping[str, Any]:
     """Return what ``folder``'s status.json says; nothing where it is missing or damaged."""
+    try:
+        return _read(folder)
+    except OSError:
+        return {}
+
+
+def _read(folder: Path) -> Mapping[str, Any]:
+    """Return the same; raise OSError where it is there and cannot be read at this moment."""
     path = folder / STATUS
     try:
         status = json.loads(path.read_text()) if is_plain_file(path) else {}
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return status if isinstance(status, dict) else {}
 
@@ -70,9 +78,19 @@ def current_sweep() -> str | None:
 
 
 def forced_in_this_sweep(folder: Path) -> bool:
-    """Return whether the run in ``folder`` was begun afresh by the sweep of this process."""
+    """Return whether the run in ``folder`` was begun afresh by the sweep of this process.
+
+    Raises:
+        OSError: its status cannot be read; a wrong no would begin it once more.
+    """
     sweep = current_sweep()
-    return sweep is not None and read_status(folder).get("forced") == sweep
+    return sweep is not None and sweep in forced_in(_read(folder))
+
+
+def forced_in(status: Mapping[str, Any]) -> list[str]:
+    """Return the sweeps that have begun a run afresh, as its status tells."""
+    told = status.get("forced")
+    return [str(sweep) for sweep in told] if isinstance(told, list) else []
 
 
 def failed_in_this_sweep(folder: Path) -> str | None:

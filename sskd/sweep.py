@@ -85,7 +85,7 @@ class Sweep:
         os.environ[SWEEP_VARIABLE] = uuid.uuid4().hex  # launchers hand it on to their processes
         left = [cell for cell in self.cells if cell.config.force or not cell.has_finished()]
         for cell in left:
-            with suppress(BusyError):  # it is not this sweep's then
+            with suppress(UserError):  # it is not this sweep's then, or its own job tells
                 _queue(cell)
         done = len(self.cells) - len(left)
         print(f"{len(self.cells)} cells, {done} finished already", flush=True)
@@ -114,7 +114,7 @@ class Sweep:
         print(f"{done} of {len(self.cells)} cells have finished", flush=True)
         busy = [cell for cell in left if is_held(cell.folder)]
         for cell in left:
-            told = "another process is at work on it" if cell in busy else _reason(cell.folder)
+            told = "another process is at work on it" if cell in busy else _reason(cell)
             print(f"  {cell.folder}: {told}", file=sys.stderr, flush=True)
         if left:
             raise UnfinishedError((BusyError if left == busy else UserError).status)
@@ -142,13 +142,14 @@ def _is_left(cell: Cell) -> bool:
         return True
 
 
-def _reason(folder: Path) -> str:
-    """Return why the run in ``folder`` has not finished."""
-    status = read_status(folder)
+def _reason(cell: Cell) -> str:
+    """Return why the run of ``cell`` has not finished."""
+    status = read_status(cell.folder)
     if status.get("state") == "failed":
-        return "failed: " + str(status.get("error")).removeprefix(f"{folder}: ")
+        return "failed: " + str(status.get("error")).removeprefix(f"{cell.folder}: ")
+    again = "the same command" + " without force=true" * cell.config.force
     if status.get("state") == "running":
-        return "was killed; the same command goes on from its last checkpoint"
+        return f"was killed; {again} goes on from its last checkpoint"
     return f"{status.get('state', 'not begun')}; the same command does it"
 
 

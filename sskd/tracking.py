@@ -85,9 +85,10 @@ class Tracker:
                 self.log(line)
             self.summarise(self._result)
             self._wandb.finish()
-            print(f"W&B: `wandb sync {sync_folder(self._wandb)}` sends this run")
         except Exception as error:  # the run itself has finished
-            print(f"W&B: this run is not kept for it ({' '.join(str(error).split())})")
+            self._lose(error)
+        kept = f"W&B: `wandb sync {sync_folder(self._wandb)}` sends this run"
+        print("W&B: this run is not kept for it" if self._lost else kept)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Log the next line of ``metrics.jsonl``; its number is W&B's step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -39,6 +40,7 @@ from sskd.models import build_model, load_weights, weights_digest
 from sskd.phases import phase_settings
 from sskd.run import Run
 from sskd.sealed import load_sealed, save_sealed
+from sskd.status import SWEEP_VARIABLE, forced_in_this_sweep
 from sskd.teachers import Teacher, locate
 from train_student import train
 
@@ -288,6 +290,39 @@ def test_force_starts_afresh_and_keeps_the_old_run(composed: Compose, tmp_path: 
     after = outcome(tmp_path / "runs")
     assert len(after) == 3 * len(before)
     assert sorted({path.split("/")[-2][-2:] for path in after if ".old" in path}) == ["-1", "-2"]
+
+
+def test_a_run_is_begun_afresh_once_by_each_sweep(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs of two sweeps that come back in turns do not put each other's progress aside."""
+    config = composed(*SMALL, "method=vanilla", "force=true", "schedule.epochs=1")
+    folder, _ = locate(config)
+    for count, sweep in ((0, "one"), (1, "two"), (1, "one"), (1, "two")):
+        monkeypatch.setenv(SWEEP_VARIABLE, sweep)
+        train(config)
+        assert len(list(folder.parent.glob(".old/*"))) == count
+
+    def stale(*_: Any, **__: Any) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    with pytest.raises(OSError, match="Stale"):
+        forced_in_this_sweep(folder)
+
+
+def test_a_file_that_goes_while_a_run_opens_is_no_pipe(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of another process that tried to take the same folder."""
+    listed = Path.iterdir
+
+    def and_one_more(path: Path) -> Any:
+        yield path / ".lease.break.1.2"
+        yield from listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", and_one_more)
+    train(composed(*SMALL, "method=vanilla", "schedule.epochs=1"))
 
 
 def test_a_folder_of_another_configuration_is_refused_by_key(

@@ -273,8 +273,8 @@ def test_a_finished_run_that_wandb_cannot_keep_is_a_finished_run(
     monkeypatch.setattr(sskd.tracking, "open_run", once)
     train(composed(*SMALL, "method=vanilla"))
     told = capsys.readouterr().out
-    assert told.count("W&B has stopped (ConnectionResetError)") == 1
-    assert "W&B: this run is not kept for it (gone)" in told
+    assert told.count("W&B has stopped (ConnectionResetError)") == 2
+    assert "W&B: this run is not kept for it" in told
     (folder,) = (path.parent for path in (tmp_path / "runs").rglob("result.json"))
     assert read_status(folder)["state"] == "finished"
 

@@ -129,7 +129,7 @@ def _paths(root: Path) -> Iterator[Path]:
         folder = folders.pop()
         status = folder.stat()
         first = seen.setdefault((status.st_dev, status.st_ino), folder)
-        if first != folder:
+        if first != folder and status.st_ino:  # some systems number no folder
             raise UserError(f"{folder}: is the same folder as {first}; remove the link")
         for path in sorted(folder.iterdir()):
             if path.is_dir():
