@@ -13,7 +13,6 @@ and keeps the runs in ``--runs``.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from sskd import CONF
 from sskd.config import read_config
 from sskd.errors import UserError
 from sskd.optimizers import OPTIMIZERS
-from sskd.run_files import METRICS
+from sskd.run import Run
 from sskd.teachers import locate
 from train_student import train
 
@@ -64,7 +63,7 @@ def run(overrides: list[str], runs: Path) -> list[dict[str, Any]]:
     with redirect_stdout(sys.stderr):
         train(config)
     folder, _ = locate(config)
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    return Run(folder, {}).read_metrics()
 
 
 def compare(method: str, overrides: list[str], runs: Path) -> Iterator[str]:

@@ -142,11 +142,11 @@ class Fit:
             if self._is_time_to_save(signals):
                 position.mid_epoch = True
                 position.epoch_seconds = time.monotonic() - started
+                self._sound_figures()
                 self._save()
                 signals.raise_if_received()
-        figures = self._finite_figures()  # waits for the device: the time is the whole epoch's
+        figures = self._sound_figures()  # waits for the device: the time is the whole epoch's
         position.epoch_seconds = time.monotonic() - started
-        self._refuse_lost_weights()  # by the last step, whose loss was computed before it
         return figures
 
     def _step(self, batch: Batch) -> None:
@@ -215,10 +215,14 @@ class Fit:
                 raise self._not_finite(f"the term '{term}' is", f" ({value})")
         return figures
 
-    def _refuse_lost_weights(self) -> None:
+    def _sound_figures(self) -> dict[str, float]:
+        """Return the figures so far; nothing that has gone astray is worth going on from."""
+        figures = self._finite_figures()
+        # The last step may have lost the weights; its loss was computed before.
         parameters = list(self.stage.trains.parameters())
         if not torch.stack([parameter.isfinite().all() for parameter in parameters]).all():
             raise self._not_finite("weights are")
+        return figures
 
     def _not_finite(self, what: str, details: str = "") -> UserError:
         return UserError(
@@ -227,8 +231,6 @@ class Fit:
         )
 
     def _save(self) -> None:
-        self._finite_figures()  # nothing that has gone astray is worth going on from
-        self._refuse_lost_weights()
         state = {
             "stage": self.stage.name,
             "position": vars(self.position),

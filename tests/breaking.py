@@ -117,6 +117,14 @@ def ends_undisturbed(undisturbed: Undisturbed, cell: str, runs: Path) -> None:
     assert all(".status.json." in path.name for path in runs.rglob(".*.part"))
 
 
+def survives(undisturbed: Undisturbed, cell: str, act: str, number: int, folder: Path) -> None:
+    """Break ``cell`` at its ``number``-th moment, and see it go on to the end from what is left."""
+    runs = broken(undisturbed, cell, act, number, folder)
+    if act == "power failure":
+        costs_an_epoch_at_most(cell, number, runs, folder / "killed")
+    ends_undisturbed(undisturbed, cell, runs)
+
+
 def killed_at_random(
     undisturbed: Undisturbed, cell: str, kills: int, folder: Path
 ) -> tuple[int, int]:

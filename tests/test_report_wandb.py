@@ -11,6 +11,7 @@ import pytest
 from report_runs import never, put_alone, put_run, put_status
 from test_tracking import inspect, offline_runs
 
+import sskd.report.to_wandb
 from sskd.report.__main__ import main
 from sskd.report.report import read_report
 from sskd.report.to_wandb import log_report
@@ -78,3 +79,17 @@ def test_a_second_report_is_the_same_run(runs: Path) -> None:
         log_report(read_report(runs, never), "sskd", None, never)
     ids = {path.stem for path in offline_runs(runs)}
     assert len(ids) == 1
+
+
+def test_a_server_that_does_not_take_the_report_in_time_costs_no_table(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_late(*_: Any) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(sskd.report.to_wandb, "_log", too_late)
+    assert main([str(runs), "--wandb"]) == 0
+    out, err = capsys.readouterr()
+    assert "error" not in err
+    told = out.index("W&B did not answer; `wandb sync ")
+    assert out.index("KD") < told

@@ -29,6 +29,7 @@ import sskd.models.checkpoints
 import sskd.pictures
 import sskd.sealed
 import sskd.storage
+import sskd.tracking
 from sskd.assembly import assemble
 from sskd.config import Config
 from sskd.data import Batch, Images, load_images, plain
@@ -40,7 +41,7 @@ from sskd.models import build_model, load_weights, weights_digest
 from sskd.phases import phase_settings
 from sskd.run import Run
 from sskd.sealed import load_sealed, save_sealed
-from sskd.status import SWEEP_VARIABLE, forced_in_this_sweep
+from sskd.status import SWEEP_VARIABLE, forced_in_this_sweep, read_status
 from sskd.teachers import Teacher, locate
 from train_student import train
 
@@ -309,6 +310,21 @@ def test_a_run_is_begun_afresh_once_by_each_sweep(
     monkeypatch.setattr(Path, "read_text", stale)
     with pytest.raises(OSError, match="Stale"):
         forced_in_this_sweep(folder)
+
+
+def test_a_signal_after_the_result_leaves_a_run_finished(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while W&B's server is waited for."""
+
+    def stop(*_: Any) -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(sskd.tracking.Tracker, "__exit__", stop)
+    with pytest.raises(Interrupted):
+        train(composed(*SMALL, "method=vanilla", "schedule.epochs=1"))
+    (folder,) = (path.parent for path in (tmp_path / "runs").rglob("result.json"))
+    assert read_status(folder)["state"] == "finished"
 
 
 def test_a_file_that_goes_while_a_run_opens_is_no_pipe(

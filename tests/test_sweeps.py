@@ -254,6 +254,22 @@ def test_a_batch_of_no_cells_is_refused_before_anything_is_put_aside(
     assert result.exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [((), 20), (("hydra.sweeper.max_batch_size=3",), 3), (("hydra/launcher=processes",), None)],
+)
+def test_cells_that_share_a_process_are_launched_in_batches(
+    command: Command, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], size: int | None
+) -> None:
+    """Hydra's launcher holds on to each cell until its batch has ended."""
+    if any("launcher" in word for word in words):
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    sizes: list[int | None] = []
+    monkeypatch.setattr(Sweep, "launch", lambda self, left, size, launcher: sizes.append(size))
+    command("-m", *TINY, "method=vanilla", *words)
+    assert sizes == [size]
+
+
 def test_a_student_alone_of_two_pairs_is_one_cell(command: Command) -> None:
     words = [word for word in TINY if "arch@teacher" not in word]
     status, out, _ = command("-m", *words, "arch@teacher=resnet14,resnet20", "method=vanilla")

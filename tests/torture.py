@@ -12,14 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from breaking import (
-    Undisturbed,
-    broken,
-    costs_an_epoch_at_most,
-    ends_undisturbed,
-    killed_at_random,
-    outcome,
-)
+from breaking import Undisturbed, killed_at_random, outcome, survives
 from faults import CELLS, Attempt
 from stand_in import StandIn, reporting_run, wait_until
 
@@ -49,10 +42,7 @@ def test_moments_at_which_files_change(
     last = undisturbed.moments(cell)
     chosen = sorted({round(1 + (last - 1) * part / MOMENTS) for part in range(MOMENTS + 1)})
     for number in chosen:
-        runs = broken(undisturbed, cell, act, number, tmp_path / str(number))
-        if act == "power failure":
-            costs_an_epoch_at_most(cell, number, runs, tmp_path / f"{number} killed")
-        ends_undisturbed(undisturbed, cell, runs)
+        survives(undisturbed, cell, act, number, tmp_path / str(number))
     told = f"{act} at {len(chosen)} of its {last} changes of files"
     tell += [cell, told, f"{len(chosen)} times", "nothing"]
 

@@ -131,11 +131,12 @@ def _paths(root: Path) -> Iterator[Path]:
         first = seen.setdefault((status.st_dev, status.st_ino), folder)
         if first != folder and status.st_ino:  # some systems number no folder
             raise UserError(f"{folder}: is the same folder as {first}; remove the link")
-        for path in sorted(folder.iterdir()):
-            if path.is_dir():
-                folders.append(path)
-            else:
-                yield path
+        with os.scandir(folder) as entries:  # which mostly knows a folder without another look
+            for entry in entries:
+                if entry.is_dir():
+                    folders.append(Path(entry.path))
+                else:
+                    yield Path(entry.path)
 
 
 def _read_folder(listing: ImageFolder, size: int) -> Split:
