@@ -124,19 +124,18 @@ def _paths(root: Path) -> Iterator[Path]:
             that lead back are as good as folders without end.
     """
     seen: dict[tuple[int, int], Path] = {}
-    folders = [root] if root.is_dir() else []
-    while folders:
-        folder = folders.pop()
+    walk = os.walk(root, onerror=_refuse, followlinks=True) if root.is_dir() else ()
+    for name, _, files in walk:
+        folder = Path(name)
         status = folder.stat()
         first = seen.setdefault((status.st_dev, status.st_ino), folder)
         if first != folder and status.st_ino:  # some systems number no folder
             raise UserError(f"{folder}: is the same folder as {first}; remove the link")
-        with os.scandir(folder) as entries:  # which mostly knows a folder without another look
-            for entry in entries:
-                if entry.is_dir():
-                    folders.append(Path(entry.path))
-                else:
-                    yield Path(entry.path)
+        yield from (folder / file for file in files)
+
+
+def _refuse(error: OSError) -> None:
+    raise error  # os.walk would leave the folder out
 
 
 def _read_folder(listing: ImageFolder, size: int) -> Split:
