@@ -43,6 +43,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     from sskd.identity import describe
     from sskd.phases import share_phase
     from sskd.pictures import save_views
+    from sskd.precompute import precompute
     from sskd.results import last_top1, summarise
     from sskd.run import Run
     from sskd.run_folder import put_aside
@@ -88,6 +89,8 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
             tracker.picture("views", save_views(run.folder, images, config, method.views))
             for line in run.metrics:
                 tracker.log(line)
+            if found and config.teacher and config.teacher.precompute:
+                method.precomputed = precompute(method, images, config, found)
             for stage in stages[first:]:
                 if stage.teacher_only and found:
                     for line in share_phase(stage, method, images, config, found):

@@ -17,9 +17,10 @@ import platform
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from sskd.errors import UserError
 from sskd.meter import Meter
 from sskd.methods import METHODS
 from sskd.optimizers import build_optimizer
+from sskd.precompute import Layout, Precomputed, fits, layout_of, mapped
 from sskd.step import enter, take_step
 
 BASE = "kd"
@@ -99,6 +101,12 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=50_000, help="training images")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--compile", default="auto", help="as of the training commands")
+    parser.add_argument(
+        "--precompute",
+        action="store_true",
+        help="the teacher's outputs of all crops lie in a file (of noise, in TMPDIR), where they "
+        "fit: teacher.precompute=true",
+    )
     parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json as well")
 
 
@@ -125,6 +133,7 @@ def composed(pair: str, method: str, options: argparse.Namespace) -> Config:
         f"batch_size={options.batch}",
         f"precision={options.precision}",
         f"compile={options.compile}",
+        f"teacher.precompute={options.precompute}",
     ]
     with initialize_config_dir(str(CONF), version_base=None):
         return read_config(compose("student", overrides))
@@ -178,6 +187,8 @@ def learner(config: Config, stage_name: str, images: Images) -> Callable[[Batch]
     method = assemble(config, images)
     place(method, images.train.images.device)
     fold_teacher(method, images.train.images.device)
+    if config.teacher and config.teacher.precompute and fits(method):
+        method.precomputed = outputs_of_noise(layout_of(method, images, config.precision), images)
     stage = next(stage for stage in method.stages() if stage.name == stage_name)
     enter(stage, method)
     fast = compile_loss(stage, config)
@@ -188,6 +199,20 @@ def learner(config: Config, stage_name: str, images: Images) -> Callable[[Batch]
         meter.add(take_step(fast, optimizer, batch, config.precision), len(batch.y))
 
     return learn
+
+
+def outputs_of_noise(layout: Layout, images: Images) -> Precomputed:
+    """Return as many outputs as a teacher's, of noise, where a run has them: in a file's memory."""
+    some = min(1000, layout.images)
+    part = replace(layout, images=some)
+    noise = torch.randn(part.shape).to(layout.dtype).view(torch.uint8).numpy().tobytes()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "outputs")
+        with path.open("wb") as file:
+            for start in range(0, layout.images, some):
+                file.write(noise[: layout.bytes(layout.images - start)])
+        rows = mapped(path, layout)
+    return Precomputed(rows.to(images.train.images.device), layout.widths)
 
 
 def seconds(step: Callable[[], object], device: torch.device) -> float:
@@ -248,7 +273,8 @@ def described(options: argparse.Namespace) -> str:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
     compiled = f"compile={options.compile}, torch {torch.__version__}"
-    return f"{device.type} ({where}), {threads}{compiled}"
+    looked_up = ", teacher's outputs precomputed" * options.precompute
+    return f"{device.type} ({where}), {threads}{compiled}{looked_up}"
 
 
 def row(cost: Cost, base: Cost) -> str:

@@ -61,6 +61,7 @@ class TeacherSettings(ArchSettings):
     epoch: Literal["best", "last"]
     checkpoint: NonEmpty | None
     train: bool
+    precompute: bool
     epochs: PositiveInt | None
     precision: Literal["fp32", "bf16"] | None
     fraction: Annotated[float, Field(gt=0, le=1)]

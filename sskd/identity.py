@@ -32,6 +32,7 @@ _NOT_IDENTITY = (
     ("dataset", "root"),
     ("dataset", "download"),
     ("teacher", "train"),
+    ("teacher", "precompute"),
     ("teacher", "checkpoint"),
     # What they decide stands in the method's settings.
     ("teacher", "paraphraser_lr"),

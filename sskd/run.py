@@ -238,15 +238,16 @@ class Run:
         weights: dict[str, Tensor] = best["model"]
         return weights
 
-    def finish(self, model: nn.Module, result: Mapping[str, Any]) -> None:
-        """Write ``model``'s weights and nothing else's, and then the result.
+    def finish(self, model: nn.Module | None, result: Mapping[str, Any]) -> None:
+        """Write ``model``'s weights, if there is one, and nothing else's, and then the result.
 
         The result marks the run finished, so it comes last.
         """
         told = ("kind", "dataset", "student", "method", "seed", "epoch", "accuracy")
         about = {key: result[key] for key in told if key in result}
         with self._writing():
-            save_weights(self.folder / WEIGHTS, model, about)
+            if model is not None:
+                save_weights(self.folder / WEIGHTS, model, about)
             write_text(self.folder / RESULT, json.dumps(dict(result), indent=2) + "\n")
             (self.folder / PREVIOUS).unlink(missing_ok=True)
             write_status(self.folder, "finished")

@@ -8,3 +8,4 @@ DAMAGED = "damaged.pt"
 BEST = "best.pt"
 WEIGHTS = "model.safetensors"
 RESULT = "result.json"
+OUTPUTS = "outputs.bin"  # a teacher's, precomputed

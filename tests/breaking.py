@@ -26,7 +26,7 @@ def outcome(runs: Path) -> dict[str, Any]:
             found[name] = [without_times(json.loads(line)) for line in path.open()]
         elif path.name == "result.json":
             found[name] = without_times(json.loads(path.read_text()))
-        elif path.name in ("model.safetensors", "best.pt", "views.png"):
+        elif path.name in ("model.safetensors", "best.pt", "views.png", "outputs.bin"):
             found[name] = path.read_bytes()
     return found
 

@@ -213,7 +213,7 @@ def test_only_full_batches_are_compiled(composed: Compose, monkeypatch: pytest.M
     monkeypatch.setattr(torch, "compile", compiler)
     stage = compile_loss(stages[-1], composed("compile=default", "batch_size=8"))
     for size in (8, 3):
-        stage.loss(Batch(batch.x[:size], batch.y[:size], batch.index[:size]))
+        stage.loss(Batch(*(values[:size] for values in batch)))
     assert compiled == [8]
     for choice in ("auto", "off"):
         assert compile_loss(stages[-1], composed(f"compile={choice}")) is stages[-1]

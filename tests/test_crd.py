@@ -306,7 +306,8 @@ def test_both_directions_are_summed_before_the_banks_are_renewed(few_images: Ima
     )  # fmt: skip
     memories = method.student_memory, method.teacher_memory
     index = torch.tensor([4, 39, 11])
-    batch = Batch(torch.randn(3, 3, 32, 32), few_images.train.labels[index], index)
+    labels = few_images.train.labels[index]
+    batch = Batch(torch.randn(3, 3, 32, 32), labels, index, crop=torch.zeros(3).long())
     features = [network(batch.x) for network in networks]
     for _ in range(2):
         banks = [memory.bank for memory in memories]

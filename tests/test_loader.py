@@ -13,7 +13,7 @@ from scipy.stats import binomtest, chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sskd.data import Batch, Loader, Split, plain
-from sskd.data.loader import augment, normalise
+from sskd.data.loader import cut, draw_crops, normalise
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 UNLIKELY = 1e-3  # the level of the frequency tests; their seeds are fixed
@@ -53,7 +53,8 @@ def choices(count: int, views: int, side: int, seed: int) -> np.ndarray:
     """Recover [count, views, (flip, top, left)] from augmented images."""
     images = noise_split(count, side, seed).images
     before = images.clone()
-    augmented = augment(images, views, torch.Generator().manual_seed(seed))
+    crops = draw_crops(count, views, torch.Generator().manual_seed(seed))
+    augmented = cut(images, crops, views)
     assert torch.equal(images, before)
     assert augmented.dtype == torch.uint8
     assert augmented.shape == (count, views, 3, side, side)
@@ -111,7 +112,7 @@ def test_padding_is_black_before_normalisation() -> None:
 @pytest.mark.parametrize("views", [0, 5])
 def test_views_beyond_the_four_turns_are_refused(views: int) -> None:
     with pytest.raises(ValueError, match=f"not {views}"):
-        augment(noise_split(2).images, views, torch.Generator())
+        draw_crops(2, views, torch.Generator())
 
 
 def test_normalise_is_the_channelwise_formula() -> None:

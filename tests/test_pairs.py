@@ -72,7 +72,8 @@ def test_any_teacher_with_any_student(
     images: Images,
 ) -> None:
     settings = composed(f"method={method}").method
-    batch = Batch(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]), torch.tensor([4, 7]))
+    y, index, crop = torch.tensor([[0, 1], [4, 7], [0, 0]])
+    batch = Batch(torch.zeros(2, 3, 32, 32), y, index, crop)
     for teacher in LEVELS:
         for student in LEVELS:
             pair = networks[student], networks[teacher]

@@ -10,13 +10,14 @@ from sskd.data.images import (
     hold_out,
     keep_fraction,
 )
-from sskd.data.loader import Batch, Loader, plain
+from sskd.data.loader import CROPS, Batch, Loader, plain
 from sskd.data.reading import flaw
 from sskd.data.settings import DatasetSettings
 from sskd.data.sources import SOURCES
 from sskd.errors import UserError
 
 __all__ = [
+    "CROPS",
     "SOURCES",
     "Batch",
     "DatasetSettings",

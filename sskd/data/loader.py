@@ -13,6 +13,8 @@ from sskd.data.images import Split
 
 PADDING = 4
 QUARTER_TURNS = 4
+OFFSETS = 2 * PADDING + 1  # of a crop, each way
+CROPS = 2 * OFFSETS**2  # that a view of an image can come in: flipped or not, at any offset
 
 
 class Batch(NamedTuple):
@@ -20,12 +22,14 @@ class Batch(NamedTuple):
 
     ``x`` is float32 [views * B, 3, H, W], normalised, channels last in memory, image by
     image: row ``i * views + v`` is view v of image i. ``y`` is int64 [B]; ``index``, int64
-    [B], holds the images' positions in the training split.
+    [B], holds the images' positions in the training split; ``crop``, int64 [views * B], tells
+    which of its image's crops each row of ``x`` is (``draw_crops``).
     """
 
     x: Tensor
     y: Tensor
     index: Tensor  # type: ignore[assignment]  # a tuple's method, which nobody needs here
+    crop: Tensor
 
 
 class LoaderState(TypedDict):
@@ -87,10 +91,15 @@ class Loader:
             raise IndexError(f"all {self.steps} batches of the epoch are drawn")
         start = self._position * self._batch_size
         index = self._order[start : start + self._batch_size]
-        images = self._images.index_select(0, index).permute(0, 3, 1, 2)
-        views = augment(images, self._views, self._generator).flatten(0, 1)
+        crops = draw_crops(len(index), self._views, self._generator)
+        x = self.crops_of(index, crops)
         self._position += 1
-        return Batch(normalise(views, self._mean, self._std), self._labels[index], index)
+        return Batch(x, self._labels[index], index, crops.flatten())
+
+    def crops_of(self, index: Tensor, crops: Tensor) -> Tensor:
+        """Return given ``crops`` [B, k] of the images ``index`` [B], normalised, as ``Batch.x``."""
+        images = self._images.index_select(0, index).permute(0, 3, 1, 2)
+        return normalise(cut(images, crops, self._views).flatten(0, 1), self._mean, self._std)
 
     def state_dict(self) -> LoaderState:
         """Return all that is needed to go on in mid-epoch."""
@@ -124,21 +133,39 @@ def plain(
         yield normalise(split.images[part], channel_mean, channel_std), split.labels[part]
 
 
-def augment(images: Tensor, views: int, generator: torch.Generator) -> Tensor:
-    """Flip, rotate and crop: uint8 [B, 3, S, S] to uint8 [B, views, 3, S, S].
+def draw_crops(images: int, views: int, generator: torch.Generator) -> Tensor:
+    """Draw a crop for each view of each image: its number, int64 [images, views].
 
     Half of the images are flipped left to right, with all of their views. View v is turned
     by v quarter turns counter-clockwise (``views`` is 1 to 4), padded with 4 black pixels
     on each side and cropped to its size at an offset of its own, uniform in 0..8 both ways.
     Xu et al., ECCV 2020; with one view, the usual augmentation of CIFAR (He et al., CVPR
-    2016). ``generator`` lies on the images' device; nothing waits for that device.
+    2016). The number is ``((v * 2 + flipped) * 9 + top) * 9 + left``, so a view has 162 crops.
     """
     if not 1 <= views <= QUARTER_TURNS:
         raise ValueError(f"views must be 1 to {QUARTER_TURNS}, not {views}")
-    flip = torch.rand(len(images), generator=generator, device=images.device) < 0.5
-    orientation = _orientations(images.device)[:views, flip.long()]
-    crops = _crops(_drawings(images.permute(0, 2, 3, 1), views), orientation, generator)
-    return crops.permute(0, 1, 4, 2, 3)
+    device = generator.device
+    flip = torch.rand(images, 1, generator=generator, device=device) < 0.5
+    top, left = torch.randint(OFFSETS, (2, images, views), generator=generator, device=device)
+    turn = torch.arange(views, device=device)
+    return ((turn * 2 + flip) * OFFSETS + top) * OFFSETS + left
+
+
+def cut(images: Tensor, crops: Tensor, views: int) -> Tensor:
+    """Cut crops out of images: uint8 [B, 3, S, S] to uint8 [B, k, 3, S, S].
+
+    ``crops`` is int64 [B, k], numbers of ``draw_crops`` for at most ``views`` views, on the
+    images' device; nothing waits for that device.
+    """
+    orientation = _orientations(images.device)[crops // OFFSETS**2]
+    offset = crops % OFFSETS**2
+    cropped = _crops(
+        _drawings(images.permute(0, 2, 3, 1), views),
+        orientation,
+        offset // OFFSETS,
+        offset % OFFSETS,
+    )
+    return cropped.permute(0, 1, 4, 2, 3)
 
 
 def _drawings(pixels: Tensor, views: int) -> Tensor:
@@ -161,7 +188,7 @@ def _drawings(pixels: Tensor, views: int) -> Tensor:
 
 @cache
 def _orientations(device: torch.device) -> Tensor:
-    """Return where a turned view's rows are found: int64 [turns, not flipped or flipped, 2].
+    """Return where a turned view's rows are found: int64 [2 * turns + flipped, 2].
 
     The first number names one of four drawings of the image: as it is, flipped left to right,
     transposed, transposed and then flipped. The second is 1 where the rows come from the bottom
@@ -169,7 +196,7 @@ def _orientations(device: torch.device) -> Tensor:
     """
     upright, half_turn = [(0, 0), (1, 0)], [(1, 1), (0, 1)]
     quarter_turn, three_quarters = [(2, 1), (2, 0)], [(3, 0), (3, 1)]
-    return torch.tensor([upright, quarter_turn, half_turn, three_quarters], device=device)
+    return torch.tensor(upright + quarter_turn + half_turn + three_quarters, device=device)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -185,26 +212,25 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return rows.view(pixels.shape).permute(0, 3, 1, 2)
 
 
-def _crops(padded: Tensor, orientation: Tensor, generator: torch.Generator) -> Tensor:
-    """Cut a crop for each view: uint8 [B, views, S, S, 3].
+def _crops(padded: Tensor, orientation: Tensor, top: Tensor, left: Tensor) -> Tensor:
+    """Cut out crops: uint8 [B, k, S, S, 3].
 
-    ``padded`` is uint8 [drawings, B, S + 8, S + 8, 3]; ``orientation`` [views, B, 2] names the
-    drawing, and whether its rows are taken from the bottom up. In memory as one line, a row of a
-    crop is a run of ``3 * S`` bytes; copying such runs is what makes it fast on a CPU.
+    ``padded`` is uint8 [drawings, B, S + 8, S + 8, 3]; ``orientation`` [B, k, 2] names the
+    drawing, and whether its rows are taken from the bottom up; ``top`` and ``left`` are [B, k]. In
+    memory as one line, a row of a crop is a run of ``3 * S`` bytes; copying such runs is what makes
+    it fast on a CPU.
     """
     _, batch, padded_side, _, channels = padded.shape
     side, device = padded_side - 2 * PADDING, padded.device
     runs = padded.flatten().unfold(0, side * channels, 1)
-    drawing, upwards = orientation.permute(2, 1, 0)[..., None]
-    top, left = torch.randint(
-        2 * PADDING + 1, (2, *drawing.shape), generator=generator, device=device
-    )
+    drawing, upwards = orientation[..., None].unbind(2)
     image = drawing * batch + torch.arange(batch, device=device)[:, None, None]
     line = torch.arange(side, device=device)
-    row = image * padded_side + top + torch.where(upwards > 0, side - 1 - line, line)
-    starts = (row * padded_side + left) * channels
+    row = image * padded_side + top[..., None]
+    row = row + torch.where(upwards > 0, side - 1 - line, line)
+    starts = (row * padded_side + left[..., None]) * channels
     crops = runs.index_select(0, starts.flatten())
-    return crops.view(batch, drawing.shape[1], side, side, channels)
+    return crops.view(batch, top.shape[1], side, side, channels)
 
 
 def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:

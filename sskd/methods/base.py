@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sskd.data import Batch, Images
+from sskd.models import Features
 from sskd.schedule import PhaseSettings
 
 P = ParamSpec("P")
@@ -74,12 +75,14 @@ class Method(nn.Module, ABC):
     ``sskd.config.method_settings``; ``**shared`` passes its base class's on) and implements
     ``loss``. What it puts beside the student and trains with it (regressors, embeddings) it
     names in ``adapters``. Its constructor refuses networks that it cannot take, with a
-    UserError.
+    UserError. ``teacher_outputs`` names the fields of the teacher's ``Features`` that its losses
+    read by ``ask_teacher``.
     """
 
     views: ClassVar[int] = 1
     needs_teacher: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]]
+    teacher_outputs: ClassVar[tuple[str, ...]] = Features._fields
 
     # Without a teacher the attribute is None; only methods that need none may see that.
     teacher: nn.Module
@@ -96,6 +99,8 @@ class Method(nn.Module, ABC):
         self.student = student
         self.weights = dict(weights)
         self.adapters: tuple[nn.Module, ...] = ()
+        # The teacher's outputs looked up instead of computed (sskd.precompute).
+        self.precomputed: Callable[[Batch], Features] | None = None
         self.register_module("teacher", teacher)
         if teacher is not None:
             teacher.requires_grad_(False)
@@ -104,6 +109,14 @@ class Method(nn.Module, ABC):
         """Yield the stages in order; the last one trains the student and is evaluated."""
         trained = nn.ModuleList([self.student, *self.adapters])
         yield Stage("distill", trained, self.loss, self.weights, self.views)
+
+    @torch.no_grad()
+    def ask_teacher(self, batch: Batch) -> Features:
+        """Return what the teacher makes of ``batch``, without a gradient."""
+        if self.precomputed is not None:
+            return self.precomputed(batch)
+        features: Features = self.teacher(batch.x)
+        return features
 
     @abstractmethod
     def loss(self, batch: Batch) -> Step:

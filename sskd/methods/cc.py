@@ -34,6 +34,7 @@ class CC(KD):
     """Bring embeddings of both networks' pooled features together, in neighbouring samples."""
 
     terms = (*KD.terms, "cc")
+    teacher_outputs = (*KD.teacher_outputs, "pooled")
 
     def __init__(
         self,

@@ -123,6 +123,7 @@ class CRD(KD):
     """Bring both networks' embeddings of an image together, and apart from other classes'."""
 
     terms = (*KD.terms, "crd")
+    teacher_outputs = (*KD.teacher_outputs, "pooled")
     labels: Tensor
 
     def __init__(

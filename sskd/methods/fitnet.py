@@ -33,6 +33,7 @@ class FitNet(KD):
     """Regress one stage's map of the teacher from the student's."""
 
     terms = (*KD.terms, "fitnet")
+    teacher_outputs = (*KD.teacher_outputs, "stages")
 
     def __init__(
         self,

@@ -67,6 +67,7 @@ class FT(KD):
     """Learn the teacher's paraphrased factor beside its logits."""
 
     terms = (*KD.terms, "ft")
+    teacher_outputs = (*KD.teacher_outputs, "stages")
 
     def __init__(
         self,

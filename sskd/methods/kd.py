@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,10 +40,12 @@ class KD(Method):
     """Imitate the teacher's softened predictions beside the labels.
 
     Most other methods are subclasses: they add terms (``feature_terms``) or a first phase
-    (``stages``); with ``weights.kd=0`` they stand alone.
+    (``stages``); with ``weights.kd=0`` they stand alone. One whose terms read more of the teacher
+    than its logits says so in ``teacher_outputs``.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("ce", "kd")
+    teacher_outputs: ClassVar[tuple[str, ...]] = ("logits",)
 
     def __init__(
         self,
@@ -60,8 +61,7 @@ class KD(Method):
 
     def loss(self, batch: Batch) -> Step:
         """Return ``ce``, ``kd`` and the terms of ``feature_terms``."""
-        with torch.no_grad():
-            teacher = self.teacher(batch.x)
+        teacher = self.ask_teacher(batch)
         student = self.student(batch.x)
         logits = student.logits.float()
         terms = {

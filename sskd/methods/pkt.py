@@ -39,6 +39,7 @@ class PKT(KD):
     """Give each sample of a batch the same likely neighbours, in the pooled feature."""
 
     terms = (*KD.terms, "pkt")
+    teacher_outputs = (*KD.teacher_outputs, "pooled")
 
     def feature_terms(
         self, student: Features, teacher: Features, batch: Batch

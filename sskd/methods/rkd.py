@@ -48,6 +48,7 @@ class RKD(KD):
     """Keep the distances and angles between the samples of a batch, in the pooled feature."""
 
     terms = (*KD.terms, "rkd")
+    teacher_outputs = (*KD.teacher_outputs, "pooled")
 
     def __init__(
         self,

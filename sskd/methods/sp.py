@@ -31,6 +31,7 @@ class SP(KD):
     """Find the same samples of a batch alike as the teacher does, at the end of the last stage."""
 
     terms = (*KD.terms, "sp")
+    teacher_outputs = (*KD.teacher_outputs, "stages")
 
     def feature_terms(
         self, student: Features, teacher: Features, batch: Batch

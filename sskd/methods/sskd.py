@@ -85,6 +85,7 @@ class SSKD(Method):
 
     views = VIEWS
     terms = ("ce", "kd", "tf", "ss")
+    teacher_outputs = ("logits", "pooled")
 
     def __init__(
         self,
@@ -125,9 +126,7 @@ class SSKD(Method):
 
     def head_loss(self, batch: Batch) -> Step:
         """Return ``contrast``: cross-entropy of the similarities against the own image."""
-        with torch.no_grad():
-            pooled = self.teacher(batch.x).pooled
-        scores = self._similarities(self.teacher_head, pooled)
+        scores = self._similarities(self.teacher_head, self.ask_teacher(batch).pooled)
         own = own_image(batch.y)
         return Step(
             {"contrast": F.cross_entropy(scores, own)}, {"contrastive_top1": top1(scores, own)}
@@ -135,8 +134,8 @@ class SSKD(Method):
 
     def loss(self, batch: Batch) -> Step:
         """Return ``ce`` and ``kd`` of the normal views, ``tf`` and ``ss`` of the kept ones."""
+        teacher = self.ask_teacher(batch)
         with torch.no_grad():
-            teacher = self.teacher(batch.x)
             teacher_scores = self._similarities(self.teacher_head, teacher.pooled)
         student = self.student(batch.x)
         scores = self._similarities(self.student_head, student.pooled)

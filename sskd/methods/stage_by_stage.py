@@ -17,6 +17,8 @@ from sskd.models import Features
 class StageByStage(KD):
     """KD and a last term: ``stage_loss`` of the two maps [B, c, h, w], summed over the stages."""
 
+    teacher_outputs = (*KD.teacher_outputs, "stages")
+
     def __init__(self, student: nn.Module, teacher: nn.Module, data: Images, **shared: Any) -> None:
         super().__init__(student, teacher, data, **shared)
         stage_shapes(student, teacher, data)  # refuses networks that do not match

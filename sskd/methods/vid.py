@@ -67,6 +67,7 @@ class VID(KD):
     """Make the teacher's maps likely given the student's, at the end of every stage."""
 
     terms = (*KD.terms, "vid")
+    teacher_outputs = (*KD.teacher_outputs, "stages")
 
     def __init__(
         self,

@@ -1,0 +1,295 @@
+"""A teacher's outputs from a file: its own, found again, and never taken where they are damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from breaking import Undisturbed, survives
+from conftest import Compose, random_images
+from faults import SMALL
+from torch import Tensor
+
+import sskd.precompute
+import train_student
+from sskd.acceleration import fold_teacher
+from sskd.assembly import assemble
+from sskd.config import Config
+from sskd.data import Images, Loader
+from sskd.errors import UserError
+from sskd.interrupt import Interrupted
+from sskd.methods import METHODS, Method
+from sskd.models import Features
+from sskd.precompute import STAGE, Layout, fits, place, precompute
+from sskd.step import enter
+from sskd.teachers import Teacher
+
+TEACHERS = [
+    "resnet14", "resnet32x4", "wrn_40_2", "vgg13", "ResNet50", "MobileNetV2", "ShuffleV1",
+    "ShuffleV2",
+]  # fmt: skip
+FITTING = sorted(name for name, kind in METHODS.items() if kind.needs_teacher and fits(kind))
+DIGEST = Teacher(Path("nowhere"), "0" * 64)
+
+
+def made(config: Config, images: Images) -> Method:
+    """Return the method with a teacher whose BatchNorms have seen images."""
+    method = assemble(config, images)
+    loader = Loader(images.train, images.mean, images.std, len(images.train), method.views)
+    method.teacher.train()
+    with torch.no_grad():
+        for _ in range(3):
+            loader.begin_epoch(0)
+            method.teacher(loader.next_batch().x)
+    fold_teacher(method, torch.device("cpu"))
+    return method
+
+
+class Spy:
+    """Features that remember which of them were read."""
+
+    def __init__(self, features: Features, read: set[str]) -> None:
+        self._features, self._read = features, read
+
+    def __getattr__(self, name: str) -> Any:
+        self._read.add(name)
+        return getattr(self._features, name)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_method_reads_of_its_teacher_what_it_declares(composed: Compose, name: str) -> None:
+    if not METHODS[name].needs_teacher:
+        pytest.skip("it has no teacher")
+    images = random_images(8, 4)
+    pair = ("arch@teacher=resnet14", "arch@student=resnet8")
+    method = assemble(composed(f"method={name}", *pair), images)
+    read: set[str] = set()
+
+    def spied(batch: Any) -> Any:
+        return Spy(method.teacher(batch.x), read)
+
+    method.precomputed = spied
+    for stage in method.stages():
+        enter(stage, method)
+        loader = Loader(images.train, images.mean, images.std, 8, stage.views)
+        stage.loss(loader.next_batch())
+    assert read == set(method.teacher_outputs)
+
+
+def test_the_methods_that_look_at_vectors_alone() -> None:
+    assert FITTING == ["ab", "cc", "crd", "fsp", "kd", "pkt", "rkd", "sskd"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_rows_are_what_the_teacher_computes(
+    composed: Compose, teacher: str, precision: str
+) -> None:
+    images = random_images(2, 4)
+    pair = (f"arch@teacher={teacher}", "arch@student=resnet8")
+    config = composed("method=rkd", *pair, f"precision={precision}", "dataset=digits")
+    method = made(config, images)
+    found = precompute(method, images, config, DIGEST)
+    assert found is not None
+    loader = Loader(images.train, images.mean, images.std, 2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        for seed in range(3):
+            loader.begin_epoch(seed)
+            batch = loader.next_batch()
+            own, kept = method.ask_teacher(batch), found(batch)
+            # Other images in the batch round otherwise: by a bit or two of the type.
+            close = 1e-4 if precision == "fp32" else 0.05
+            for name in ("logits", "pooled"):
+                wanted, given = getattr(own, name), getattr(kept, name)
+                assert given.dtype == wanted.dtype
+                torch.testing.assert_close(given, wanted, rtol=close, atol=close)
+            assert [kept.stem, kept.stages, kept.preacts] == [None] * 3
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_losses_are_those_of_the_teacher_itself(composed: Compose, name: str) -> None:
+    images = random_images(8, 4)
+    pair = ("arch@teacher=resnet14", "arch@student=resnet8")
+    config = composed(f"method={name}", *pair, "dataset=digits")
+    method = made(config, images)
+    looked_up = precompute(method, images, config, DIGEST)
+    stages = list(method.stages())
+    for stage in stages:
+        enter(stage, method)
+        loader = Loader(images.train, images.mean, images.std, 8, stage.views)
+        batch = loader.next_batch()
+        state = {key: value.clone() for key, value in method.state_dict().items()}
+        losses = []
+        for source in (None, looked_up):
+            method.precomputed = source
+            torch.manual_seed(1)  # CRD draws its negatives
+            losses.append(stage.loss(batch).terms)
+            method.load_state_dict(state)
+        assert losses[0].keys() == losses[1].keys()
+        for term, value in losses[0].items():
+            torch.testing.assert_close(losses[1][term], value, rtol=1e-4, atol=1e-5)
+
+
+def cell(runs: Path, *more: str) -> list[str]:
+    return [f"runs={runs}", *SMALL, "dataset.fraction=0.02", "teacher.precompute=true", *more]
+
+
+def outputs(runs: Path) -> Path:
+    (path,) = runs.rglob("outputs.bin")
+    return path
+
+
+def losses(runs: Path) -> list[dict[str, float]]:
+    """Return the losses of each epoch of the student."""
+    (path,) = runs.glob("digits/distill/*/*/*/metrics.jsonl")
+    lines = [json.loads(line) for line in path.open()]
+    return [{k: v for k, v in line.items() if k.startswith("loss")} for line in lines]
+
+
+@pytest.mark.parametrize("name", ["kd", "sskd"])
+def test_a_run_learns_what_it_does_without(composed: Compose, tmp_path: Path, name: str) -> None:
+    words = cell(tmp_path, f"method={name}", "schedule.epochs=1")
+    for runs, chosen in (("with", "true"), ("without", "false")):
+        own = [f"runs={tmp_path / runs}", f"teacher.precompute={chosen}"]
+        train_student.train(composed(*words, *own))
+    (ours,), (theirs,) = losses(tmp_path / "with")[-1:], losses(tmp_path / "without")[-1:]
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    folders = [
+        {path.parent.relative_to(runs) for path in runs.rglob("result.json")}
+        for runs in (tmp_path / "with", tmp_path / "without")
+    ]
+    assert {path.parts[3] for path in folders[0] - folders[1]} == {STAGE}
+
+
+def test_the_next_run_of_the_teacher_finds_them(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
+    train_student.train(composed(*words))
+    assert f"{STAGE}: computes" in capsys.readouterr().out
+    before = outputs(tmp_path).read_bytes()
+    monkeypatch.setattr(sskd.precompute, "_compute", None)
+    for other in ("seed=1", "method.temperature=2", "arch@student=resnet20", "batch_size=8"):
+        train_student.train(composed(*words, other))
+        assert f"{outputs(tmp_path).parent}: reused" in capsys.readouterr().out
+    assert outputs(tmp_path).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "other", ["method=rkd", "precision=bf16", "dataset.fraction=0.03", "teacher.seed=1"]
+)
+def test_what_they_depend_on_makes_others(composed: Compose, tmp_path: Path, other: str) -> None:
+    words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
+    train_student.train(composed(*words))
+    train_student.train(composed(*words, other))
+    assert len(list(tmp_path.rglob("outputs.bin"))) == 2
+
+
+def test_a_method_that_reads_maps_asks_the_teacher(
+    composed: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = cell(tmp_path, "method=fitnet", "schedule.epochs=1", "teacher.epochs=1")
+    train_student.train(composed(*words))
+    assert (
+        "teacher.precompute: of no use to method=fitnet, which reads more of the teacher than its "
+        "logits and pooled\n"
+    ) in capsys.readouterr().out
+    assert not list(tmp_path.rglob("outputs.bin"))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a bit": flip,
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"0"),
+    "gone": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named(composed: Compose, tmp_path: Path, damage: str) -> None:
+    words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
+    train_student.train(composed(*words))
+    path = outputs(tmp_path)
+    DAMAGES[damage](path)
+    with pytest.raises(UserError) as told:
+        train_student.train(composed(*words, "seed=1"))
+    assert str(told.value) == (
+        f"{path}: is damaged; remove the folder {path.parent}, and the same command computes the "
+        "teacher's outputs again"
+    )
+    shutil.rmtree(path.parent)
+    train_student.train(composed(*words, "seed=1"))
+
+
+def test_a_small_disk_is_told_before_anything_is_computed(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    words = cell(tmp_path, "method=sskd", "schedule.epochs=1", "teacher.epochs=1")
+    with pytest.raises(
+        UserError, match=r"outputs\.bin: the teacher's outputs take 5\.\d*MiB, and 1"
+    ):
+        train_student.train(composed(*words))
+
+
+def test_a_device_that_is_too_small_is_told(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Tensor, "to", full)
+    layout = Layout(2, 3, {"logits": 4}, torch.float32)
+    with pytest.raises(UserError, match=r"outputs, 96\.0iB, do not fit into the memory of cpu"):
+        place(torch.zeros(layout.shape), layout, torch.device("cpu"))
+
+
+def test_a_signal_saves_and_the_next_start_goes_on(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
+    train_student.train(composed(*words))
+    undisturbed = outputs(tmp_path).read_bytes()
+    shutil.rmtree(outputs(tmp_path).parent)
+    compute = sskd.precompute._outputs
+
+    def stopped(*arguments: Any) -> Iterator[Tensor]:
+        for number, rows in enumerate(compute(*arguments)):
+            if number == 5:
+                signal.raise_signal(signal.SIGTERM)
+            yield rows
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sskd.precompute, "_outputs", stopped)
+        with pytest.raises(Interrupted):
+            train_student.train(composed(*words, "seed=1"))
+    capsys.readouterr()
+    train_student.train(composed(*words, "seed=1"))
+    assert ", 6/30 images\n" in capsys.readouterr().out
+    assert outputs(tmp_path).read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("act", ["killed", "power failure", "disk full"])
+def test_broken_anywhere_they_end_as_undisturbed(
+    undisturbed: Undisturbed, tmp_path: Path, act: str
+) -> None:
+    last = undisturbed.moments("precomputed")
+    for number in random.Random(act).sample(range(1, last), 3):
+        survives(undisturbed, "precomputed", act, number, tmp_path / str(number))
