@@ -71,7 +71,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     method = assemble(config, images, found)
     place(method, device)
     fold_teacher(method, device)
-    student, teacher = method.student, method.teacher
+    student = method.student
 
     if force:
         put_aside(run.folder)
@@ -102,7 +102,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
                 position = fit.train(state if state and state["stage"] == stage.name else None)
 
             # ---- the result ----
-            result = summarise(run, config, changed, images, student, teacher, position)
+            result = summarise(run, config, changed, images, method, position)
             tracker.summarise(result)
             run.finish(student, result)
     top1 = result["top1"]

@@ -37,7 +37,7 @@ from sskd.errors import UserError
 from sskd.meter import Meter
 from sskd.methods import METHODS
 from sskd.optimizers import build_optimizer
-from sskd.precompute import Layout, Precomputed, fits, layout_of, mapped
+from sskd.precompute import Layout, Precomputed, fits, layout_of, map_rows
 from sskd.step import enter, take_step
 
 BASE = "kd"
@@ -210,9 +210,9 @@ def outputs_of_noise(layout: Layout, images: Images) -> Precomputed:
         path = Path(folder, "outputs")
         with path.open("wb") as file:
             for start in range(0, layout.images, some):
-                file.write(noise[: layout.bytes(layout.images - start)])
-        rows = mapped(path, layout)
-    return Precomputed(rows.to(images.train.images.device), layout.widths)
+                file.write(noise[: (layout.images - start) * layout.image_size])
+        rows = map_rows(path, layout, images.train.images.device)
+    return Precomputed(rows, layout.widths)
 
 
 def seconds(step: Callable[[], object], device: torch.device) -> float:

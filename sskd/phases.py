@@ -60,10 +60,14 @@ def _load_result(module: nn.Module, path: Path, digest: object) -> None:
     except (OSError, SafetensorError, RuntimeError):
         whole = False
     if not whole:
-        raise UserError(
-            f"{path}: is damaged; remove the folder {path.parent}, and the same command trains "
-            "the phase again"
-        )
+        raise damaged(path)
+
+
+def damaged(path: Path) -> UserError:
+    """Return the error that a file of a shared phase is damaged."""
+    return UserError(
+        f"{path}: is damaged; remove the folder {path.parent}, and the same command makes it anew"
+    )
 
 
 def phase_settings(stage: Stage, config: Config, teacher: Teacher) -> dict[str, Any]:
@@ -88,5 +92,6 @@ def phase_folder(config: Config, settings: dict[str, Any]) -> Path:
     """Return where the result of the teacher-only phase with these ``settings`` lies."""
     assert config.teacher is not None
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    what = ["phases", config.teacher.name, settings["phase"], f"seed{config.seed}-{digest}"]
+    name = f"seed{settings['seed']}-{digest}" if "seed" in settings else digest
+    what = ["phases", config.teacher.name, settings["phase"], name]
     return below(Path(config.runs), config.dataset.name, *what)

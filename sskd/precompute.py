@@ -2,21 +2,22 @@
 
 A view of an image comes in 162 crops. A run of 240 epochs draws one and a half times as many, and
 the other runs of the same teacher draw from the same ones. Where a method reads nothing but the
-teacher's logits, or its pooled feature, they all fit on a disk, and a step needs no teacher.
+teacher's logits, or its pooled feature too, they all fit on a disk, and a step needs no teacher.
 Shen and Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022, keep
 the logits of some random crops; here it is all of them, so a run computes what it does without.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
-import json
+import math
 import mmap
 import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,25 +25,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sskd.config import Config
 from sskd.data import CROPS, Batch, Images, Loader
 from sskd.errors import UserError
 from sskd.evaluation import batch_size
-from sskd.identity import describe, identity
 from sskd.interrupt import StopSignals
 from sskd.methods import Method
 from sskd.methods.adapters import features_of
 from sskd.models import Features
-from sskd.paths import below
+from sskd.phases import damaged, phase_folder
 from sskd.progress import Progress
 from sskd.run import Run
-from sskd.run_files import OUTPUTS
+from sskd.run_files import LAST, OUTPUTS
+from sskd.storage import named
 from sskd.teachers import Teacher
 
 STAGE = "teacher_outputs"
-FITTING = ("logits", "pooled")  # fields of Features that are vectors; maps would be terabytes
+FORMAT = 1  # of the file: another one where the rows or the numbers of crops mean something else
+FITTING = ("logits", "pooled")  # fields of Features that are vectors; maps are far larger
+MEMORY_ERROR = "out of memory"  # of PyTorch, on any device
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,16 @@ class Layout:
         """Images, crops of each, numbers of each crop."""
         return self.images, self.crops, sum(self.widths.values())
 
-    def bytes(self, images: int) -> int:
-        """Return how much the outputs of ``images`` take."""
+    @property
+    def image_size(self) -> int:
+        """Bytes that the outputs of one image take."""
         _, crops, width = self.shape
-        return images * crops * width * self.dtype.itemsize
+        return crops * width * self.dtype.itemsize
 
     @property
-    def size(self) -> str:
-        """How much all of them take, in words."""
-        return _told(self.bytes(self.images))
+    def size(self) -> int:
+        """Bytes that all of them take."""
+        return self.images * self.image_size
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,21 @@ class Precomputed:
 
     def __call__(self, batch: Batch) -> Features:
         """Return what the teacher makes of ``batch``; fields that are not kept are None."""
-        image = batch.index[:, None] * self.rows.shape[1]
-        place = image + batch.crop.view(len(batch.index), -1)
-        rows = self.rows.flatten(0, 1).index_select(0, place.flatten())
+        first = batch.index[:, None] * self.rows.shape[1]
+        wanted = (first + batch.crop.view(len(batch.index), -1)).flatten()
+        rows = self.rows.flatten(0, 1).index_select(0, wanted)
         parts = rows.split(list(self.widths.values()), dim=1)
         kept = dict(zip(self.widths, parts, strict=True))
         return Features(*(kept.get(name) for name in Features._fields))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Filled:
+    """How far the file of outputs is: images, the seconds they took, the SHA-256 of their rows."""
+
+    images: int = 0
+    seconds: float = 0.0
+    digest: str = hashlib.sha256().hexdigest()
 
 
 def precompute(
@@ -95,123 +107,154 @@ def precompute(
     Returns None, with a line that says so, for a method that reads more of the teacher.
 
     Raises:
+        BusyError: another process has taken over what this one was computing.
+        Interrupted: a signal came; what was computed is saved.
         UserError: what was found is damaged, or there is no room for it.
     """
     if not fits(method):
         print(
-            f"teacher.precompute: of no use to method={config.method.name}, which reads more of "
-            f"the teacher than its {' and '.join(FITTING)}"
+            f"teacher.precompute: method={config.method.name} reads more of the teacher than its "
+            "logits and its pooled feature, so that the teacher is asked in every step"
         )
         return None
     layout = layout_of(method, images, config.precision)
-    settings = _settings(method, config, found)
-    with Run(_folder(config, settings), settings).open(wait=True) as run:
+    settings = _settings(layout, images, config, found)
+    with Run(phase_folder(config, settings), settings).open(wait=True) as run:
         result = run.finished()
         if result is None:
-            result = _compute(run, method, images, config, layout)
+            result = _compute(run, method.teacher, images, config, layout)
         else:
             print(f"{run.folder}: reused")
-        rows = _read(run.folder / OUTPUTS, layout, result.get("digest"))
-    return Precomputed(place(rows, layout, images.train.images.device), layout.widths)
+    rows = _read(run.folder / OUTPUTS, layout, result.get("digest"), images.train.images.device)
+    return Precomputed(rows, layout.widths)
 
 
 def fits(method: Method | type[Method]) -> bool:
     """Return whether all that the losses of ``method`` read of its teacher fits on a disk."""
-    return set(method.teacher_outputs) <= set(FITTING)
+    return set() < set(method.teacher_outputs) <= set(FITTING)
 
 
 def layout_of(method: Method, images: Images, precision: str) -> Layout:
     """Return the layout of all that the losses of ``method`` read of its teacher."""
     features = features_of(method.teacher, images)
     widths = {name: getattr(features, name).shape[1] for name in method.teacher_outputs}
+    views = max(stage.views for stage in method.stages())
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return Layout(len(images.train), method.views * CROPS, widths, dtype)
+    return Layout(len(images.train), views * CROPS, widths, dtype)
 
 
-def _settings(method: Method, config: Config, found: Teacher) -> dict[str, Any]:
-    """Return everything that the outputs depend on."""
-    values = identity(describe(config))
+def _settings(layout: Layout, images: Images, config: Config, found: Teacher) -> dict[str, Any]:
+    """Return everything that the outputs depend on: of the data the images, not the labels."""
+    assert config.teacher is not None
+    shown = images.train.images.cpu().contiguous().numpy()
     return {
         "phase": STAGE,
-        "teacher": {"name": values["teacher"]["name"], "digest": found.digest},
-        "outputs": list(method.teacher_outputs),
-        "views": method.views,
-        **{key: values[key] for key in ("dataset", "precision")},
+        "format": FORMAT,
+        "teacher": {"name": config.teacher.name, "digest": found.digest},
+        "images": hashlib.sha256(shown.data).hexdigest(),
+        "normalisation": [list(images.mean), list(images.std)],
+        "outputs": layout.widths,
+        "crops": layout.crops,
+        "precision": config.precision,
     }
 
 
-def _folder(config: Config, settings: dict[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    what = ["phases", settings["teacher"]["name"], STAGE, digest]
-    return below(Path(config.runs), config.dataset.name, *what)
-
-
 def _compute(
-    run: Run, method: Method, images: Images, config: Config, layout: Layout
+    run: Run, teacher: nn.Module, images: Images, config: Config, layout: Layout
 ) -> dict[str, Any]:
     """Fill the file of outputs, from its beginning or on from where it was left."""
-    state = run.checkpoint([STAGE]) or {"images": 0, "seconds": 0.0}
+    at = _filled(run.checkpoint([STAGE]) or vars(Filled()), run.folder, layout)
     run.plan({STAGE: 1})
-    path, before = run.folder / OUTPUTS, state["seconds"]
-    done = _cut_back(path, state["images"], layout)
-    _refuse_small_disk(path, layout, done)
-    saved = started = time.monotonic()
-    progress = Progress(STAGE, 1, layout.images, done, dict)
-    progress.line(f"computes {layout.size} in {run.folder}, {done}/{layout.images} images")
+    path = run.folder / OUTPUTS
+    digest = _resume(path, at, layout)
+    _refuse_small_disk(path, layout, at)
+    progress = Progress(STAGE, 1, layout.images, at.images, dict)
+    progress.line(
+        f"computes {_told(layout.size)} in {run.folder}, which takes as long as {layout.crops} "
+        f"epochs of the teacher; {at.images}/{layout.images} images are done"
+    )
+    saved = time.monotonic()
+    started = saved - at.seconds
     try:
-        with StopSignals() as signals, path.open("ab") as file:
-            for rows in _outputs(method, images, config.precision, layout, done):
-                file.write(rows.cpu().view(torch.uint8).numpy().tobytes())
-                done += len(rows)
+        with StopSignals() as signals:
+            for rows in _outputs(teacher, images, config.precision, layout, at.images):
+                data = rows.cpu().view(torch.uint8).numpy().tobytes()
+                done, offset = at.images + len(rows), at.images * layout.image_size
+                is_due = time.monotonic() - saved > 60 * config.checkpoint_minutes
+                save = is_due or signals.received is not None or done == layout.images
+                run.write_at(OUTPUTS, offset, data, sync=save)
+                digest.update(data)
+                at = Filled(done, time.monotonic() - started, digest.hexdigest())
                 progress.advance(len(rows))
-                due = time.monotonic() - saved > 60 * config.checkpoint_minutes
-                if due or signals.received is not None or done == layout.images:
-                    file.flush()
-                    os.fsync(file.fileno())
+                if save:
+                    run.save({"stage": STAGE, **vars(at)})
                     saved = time.monotonic()
-                    run.save({"stage": STAGE, "images": done, "seconds": before + saved - started})
                     signals.raise_if_received()
     finally:
         progress.close()
-    told = {"kind": "phase", "stage": STAGE, "seconds": before + time.monotonic() - started}
-    result = {**told, "digest": _sha256(path)}
+    result = {"kind": "phase", "stage": STAGE, "seconds": at.seconds, "digest": at.digest}
     run.finish(None, result)
     return result
 
 
-def _cut_back(path: Path, images: int, layout: Layout) -> int:
-    """Cut the file at ``path`` to what a checkpoint tells, or what it holds; return its images."""
-    path.touch()
-    whole = min(images, path.stat().st_size // layout.bytes(1))
-    os.truncate(path, layout.bytes(whole))
-    return whole
+def _filled(state: Mapping[str, Any], folder: Path, layout: Layout) -> Filled:
+    """Return what a checkpoint tells; UserError where that is not how far these outputs are."""
+    images, seconds, digest = (state.get(name) for name in vars(Filled()))
+    if (
+        type(images) is not int
+        or not 0 <= images <= layout.images
+        or type(seconds) is not float
+        or not 0 <= seconds < math.inf
+        or type(digest) is not str
+    ):
+        raise damaged(folder / LAST)
+    return Filled(images, seconds, digest)
 
 
-def _refuse_small_disk(path: Path, layout: Layout, done: int) -> None:
-    wanted, free = layout.bytes(layout.images - done), shutil.disk_usage(path.parent).free
+def _resume(path: Path, at: Filled, layout: Layout) -> Any:
+    """Cut the file at ``path`` back to how far it is; return the SHA-256 of that, to go on with.
+
+    UserError where the file does not hold what was computed.
+    """
+    kept = at.images * layout.image_size
+    if at.images == 0:
+        path.touch()
+    elif not path.is_file() or path.stat().st_size < kept:
+        raise damaged(path)
+    os.truncate(path, kept)
+    digest = _sha256(path)
+    if digest.hexdigest() != at.digest:
+        raise damaged(path)
+    return digest
+
+
+def _refuse_small_disk(path: Path, layout: Layout, at: Filled) -> None:
+    wanted = layout.size - at.images * layout.image_size
+    free = shutil.disk_usage(path.parent).free
     if wanted > free:
         raise UserError(
-            f"{path}: the teacher's outputs take {layout.size}, and {_told(free)} are free "
-            "there; use another runs=FOLDER, precision=bf16 (half as much), or "
+            f"{path}: {_told(wanted)} of the teacher's outputs are to be written, and "
+            f"{_told(free)} are free; use another runs=FOLDER, precision=bf16 (half as much) or "
             "teacher.precompute=false"
         )
 
 
 @torch.inference_mode()
 def _outputs(
-    method: Method, images: Images, precision: str, layout: Layout, first: int
+    teacher: nn.Module, images: Images, precision: str, layout: Layout, first: int
 ) -> Iterator[Tensor]:
     """Yield the outputs of all crops of the images from ``first`` on: [k, crops, numbers]."""
     device = images.train.images.device
     size = batch_size(device)
     together = -(-size // layout.crops)  # images
-    loader = Loader(images.train, images.mean, images.std, together, method.views)
+    views = layout.crops // CROPS
+    loader = Loader(images.train, images.mean, images.std, together, views)
     crops = torch.arange(layout.crops, device=device)
     for start in range(first, layout.images, together):
         index = torch.arange(start, min(start + together, layout.images), device=device)
         x = loader.crops_of(index, crops.expand(len(index), -1))
         parts = x.chunk(-(-len(x) // size))
-        rows = torch.cat([_rows(method.teacher, part, precision, layout) for part in parts])
+        rows = torch.cat([_rows(teacher, part, precision, layout) for part in parts])
         yield rows.to(layout.dtype).view(len(index), *layout.shape[1:])
 
 
@@ -221,51 +264,52 @@ def _rows(teacher: nn.Module, x: Tensor, precision: str, layout: Layout) -> Tens
     return torch.cat([getattr(features, name) for name in layout.widths], dim=1)
 
 
-def _read(path: Path, layout: Layout, digest: object) -> Tensor:
-    """Return the file of outputs; UserError unless it is whole."""
+def _read(path: Path, layout: Layout, digest: object, device: torch.device) -> Tensor:
+    """Return the rows of a finished file on ``device``; UserError where they are not there."""
     try:
         content = path.stat()
-        whole = content.st_size == layout.bytes(layout.images)
-        whole = whole and digest == _known_sha256(path, content.st_mtime_ns, content.st_size)
-    except OSError:
+        whole = content.st_size == layout.size
+        whole = whole and digest == _known_digest(path, content.st_mtime_ns, content.st_size)
+    except (FileNotFoundError, IsADirectoryError):
         whole = False
     if not whole:
-        raise UserError(
-            f"{path}: is damaged; remove the folder {path.parent}, and the same command computes "
-            "the teacher's outputs again"
-        )
-    return mapped(path, layout)
-
-
-def mapped(path: Path, layout: Layout) -> Tensor:
-    """Map a file of outputs into memory, which the processes of one machine then share."""
-    with path.open("rb") as file:
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    mapping.madvise(mmap.MADV_RANDOM)  # a row here and there
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # nobody writes to it
-        return torch.frombuffer(mapping, dtype=layout.dtype).view(layout.shape)
-
-
-def place(rows: Tensor, layout: Layout, device: torch.device) -> Tensor:
-    """Return ``rows`` on ``device``; UserError where they do not fit into its memory."""
+        raise damaged(path)
+    gc.collect()  # an earlier cell's may lie in cycles of references
     try:
-        return rows.to(device)
-    except torch.OutOfMemoryError:
+        return map_rows(path, layout, device)
+    except RuntimeError as error:
+        if MEMORY_ERROR not in str(error):
+            raise
         raise UserError(
-            f"teacher.precompute: the teacher's outputs, {layout.size}, do not fit into the memory "
-            f"of {device}; use precision=bf16 (half as much) or teacher.precompute=false"
+            f"{path}: the teacher's outputs, {_told(layout.size)}, do not fit into the memory of "
+            f"{device}; use precision=bf16 (half as much) or teacher.precompute=false"
         ) from None
 
 
+def map_rows(path: Path, layout: Layout, device: torch.device) -> Tensor:
+    """Return the rows of a file: on a CPU where the system keeps the file, shared by processes.
+
+    The process then ends by a signal (SIGBUS) if somebody cuts the file while it is in use; to
+    remove it is safe, but for a network's disk.
+    """
+    with named(path), path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if device.type == "cpu":
+        mapping.madvise(mmap.MADV_RANDOM)  # a row here and there: read no more than that
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # nobody writes to it
+        rows = torch.frombuffer(mapping, dtype=layout.dtype)
+    return rows.view(layout.shape).to(device)
+
+
 def _told(size: int) -> str:
-    return str(tqdm.format_sizeof(size, "iB", 1024))
+    return f"{size / 2**30:.3g} GiB"
 
 
 @cache  # the cells of a sweep ask for the same; another content is another question
-def _known_sha256(path: Path, modified: int, size: int) -> str:
-    return _sha256(path)
+def _known_digest(path: Path, modified: int, size: int) -> str:
+    return str(_sha256(path).hexdigest())
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path) -> Any:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256")

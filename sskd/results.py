@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import sskd
 from sskd.config import Config
@@ -19,6 +18,7 @@ from sskd.device import peak_memory
 from sskd.errors import UserError
 from sskd.evaluation import accuracy, agreement, mean_kl, predict
 from sskd.fit import Position
+from sskd.methods import Method
 from sskd.models import weights_digest
 from sskd.run import Run
 from sskd.run_files import RESULT
@@ -29,8 +29,7 @@ def summarise(
     config: Config,
     changed: Mapping[str, Any],
     images: Images,
-    student: nn.Module,
-    teacher: nn.Module | None,
+    method: Method,
     position: Position,
 ) -> dict[str, Any]:
     """Return the result of a run whose last stage ended at ``position``.
@@ -38,6 +37,7 @@ def summarise(
     Accuracies are top-1 in percent, of the last and of the best epoch on the test set;
     agreement is in percent, the divergence in nats.
     """
+    student = method.student
     logits = predict(student, images.test, images)
     best = run.load_best(position.best_epoch)
     last = accuracy(logits, images.test.labels)
@@ -69,10 +69,11 @@ def summarise(
         },
         "precision": config.precision,
         "compile": config.compile,
+        "precomputed": method.precomputed is not None,
         **_circumstances(images),
     }
-    if teacher is not None:
-        teacher_logits = predict(teacher, images.test, images)
+    if config.teacher:
+        teacher_logits = predict(method.teacher, images.test, images)
         result["teacher_top1"] = accuracy(teacher_logits, images.test.labels)
         result["agreement"] = agreement(logits, teacher_logits)
         result["kl"] = mean_kl(logits, teacher_logits)

@@ -27,7 +27,7 @@ from sskd.run_files import BEST, CONFIG, DAMAGED, LAST, METRICS, PREVIOUS, RESUL
 from sskd.run_folder import read_config_file, read_result
 from sskd.sealed import DamagedError, load_sealed, save_sealed
 from sskd.status import failed_in_this_sweep, write_failure, write_status
-from sskd.storage import append_line, leftovers, make_folder, write_text, write_whole
+from sskd.storage import append_line, leftovers, make_folder, write_at, write_text, write_whole
 
 
 class Run:
@@ -210,6 +210,11 @@ class Run:
             append_line(self.folder / METRICS, line)
         self._metrics_digest.update(f"{line}\n".encode())
         self.metrics.append(figures)
+
+    def write_at(self, name: str, offset: int, data: bytes, *, sync: bool) -> None:
+        """Write ``data`` into the folder's file ``name`` (``sskd.storage.write_at``)."""
+        with self._writing():
+            write_at(self.folder / name, offset, data, sync=sync)
 
     def save(self, state: dict[str, Any]) -> None:
         """Write ``last.pt``: all that is needed to go on from here; the one before it is kept."""

@@ -25,7 +25,7 @@ def write_whole(
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with _named(path):
+        with named(path):
             with temporary.open("wb") as stream:
                 write(stream)
                 stream.flush()
@@ -45,14 +45,30 @@ def append_line(path: Path, line: str) -> None:
     Raises:
         OSError: with ``path`` as its ``filename``.
     """
-    with _named(path), path.open("a") as stream:
+    with named(path), path.open("a") as stream:
         stream.write(f"{line}\n")
         stream.flush()
         os.fsync(stream.fileno())
 
 
+def write_at(path: Path, offset: int, data: bytes, *, sync: bool) -> None:
+    """Write ``data`` into the file ``path``, which is there, at byte ``offset``.
+
+    With ``sync``, wait until the disk has all that was written into it.
+
+    Raises:
+        OSError: with ``path`` as its ``filename``.
+    """
+    with named(path), path.open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(data)
+        if sync:
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
     """Let an error of the system tell ``path``: a full disk's, for one, names no file."""
     try:
         yield
@@ -70,7 +86,7 @@ def make_folder(path: Path) -> None:
     """
     if path.is_dir():
         return
-    with _named(path):
+    with named(path):
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
         sync_folder(path.parent)

@@ -49,7 +49,17 @@ def test_throughput_is_two_tables_and_figures(tmp_path: Path) -> None:
         "evaluation",
     ]
     small = ["--pair", "resnet14-resnet8", "--batch", "4", "--rounds", "2", "--steps", "1"]
-    more = ["--images", "24", "--workers", "1", "--precisions", "fp32", "--device", "cpu"]
+    more = [
+        "--images",
+        "24",
+        "--workers",
+        "1",
+        "--precisions",
+        "fp32",
+        "--device",
+        "cpu",
+        "--precompute",
+    ]
     out = ["--out", str(tmp_path / "new" / "throughput")]
     done = subprocess.run([*command, *small, *more, *out], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -62,6 +72,7 @@ def test_throughput_is_two_tables_and_figures(tmp_path: Path) -> None:
             assert 0 <= side["data_share"] <= 1
     assert rows[0]["ours"]["flop_share"] > 0
     text = (tmp_path / "new" / "throughput.md").read_text()
+    assert "teacher's outputs precomputed" in text.splitlines()[0]
     assert text.count("| kd |") == 3
     assert text.count("| evaluation |") == 1
 

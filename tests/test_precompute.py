@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import random
 import shutil
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from breaking import Undisturbed, survives
+from breaking import Undisturbed, outcome, survives
 from conftest import Compose, random_images
-from faults import SMALL
+from faults import SMALL, Attempt
 from torch import Tensor
 
 import sskd.precompute
@@ -29,7 +32,8 @@ from sskd.errors import UserError
 from sskd.interrupt import Interrupted
 from sskd.methods import METHODS, Method
 from sskd.models import Features
-from sskd.precompute import STAGE, Layout, fits, place, precompute
+from sskd.precompute import STAGE, fits, precompute
+from sskd.sealed import load_sealed, save_sealed
 from sskd.step import enter
 from sskd.teachers import Teacher
 
@@ -155,7 +159,7 @@ def losses(runs: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k.startswith("loss")} for line in lines]
 
 
-@pytest.mark.parametrize("name", ["kd", "sskd"])
+@pytest.mark.parametrize("name", ["ab", "crd", "sskd"])
 def test_a_run_learns_what_it_does_without(composed: Compose, tmp_path: Path, name: str) -> None:
     words = cell(tmp_path, f"method={name}", "schedule.epochs=1")
     for runs, chosen in (("with", "true"), ("without", "false")):
@@ -185,14 +189,20 @@ def test_the_next_run_of_the_teacher_finds_them(
     assert outputs(tmp_path).read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "other", ["method=rkd", "precision=bf16", "dataset.fraction=0.03", "teacher.seed=1"]
-)
-def test_what_they_depend_on_makes_others(composed: Compose, tmp_path: Path, other: str) -> None:
+def test_what_they_depend_on_makes_others(composed: Compose, tmp_path: Path) -> None:
     words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
-    train_student.train(composed(*words))
-    train_student.train(composed(*words, other))
-    assert len(list(tmp_path.rglob("outputs.bin"))) == 2
+    others = (
+        (),
+        ("method=rkd",),
+        ("precision=bf16",),
+        ("dataset.fraction=0.03",),
+        ("dataset.seed=1",),
+        ("dataset.mean=[0.5,0.5,0.5]",),
+        ("teacher.seed=1",),
+    )
+    for number, other in enumerate(others, 1):
+        train_student.train(composed(*words, *other))
+        assert len(list(tmp_path.rglob("outputs.bin"))) == number, other
 
 
 def test_a_method_that_reads_maps_asks_the_teacher(
@@ -201,8 +211,8 @@ def test_a_method_that_reads_maps_asks_the_teacher(
     words = cell(tmp_path, "method=fitnet", "schedule.epochs=1", "teacher.epochs=1")
     train_student.train(composed(*words))
     assert (
-        "teacher.precompute: of no use to method=fitnet, which reads more of the teacher than its "
-        "logits and pooled\n"
+        "teacher.precompute: method=fitnet reads more of the teacher than its logits and its "
+        "pooled feature, so that the teacher is asked in every step\n"
     ) in capsys.readouterr().out
     assert not list(tmp_path.rglob("outputs.bin"))
 
@@ -221,20 +231,23 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_named(composed: Compose, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_is_named(composed: Compose, tmp_path: Path) -> None:
     words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
     train_student.train(composed(*words))
     path = outputs(tmp_path)
-    DAMAGES[damage](path)
-    with pytest.raises(UserError) as told:
-        train_student.train(composed(*words, "seed=1"))
-    assert str(told.value) == (
-        f"{path}: is damaged; remove the folder {path.parent}, and the same command computes the "
-        "teacher's outputs again"
-    )
+    content = path.read_bytes()
+    for damage in DAMAGES.values():
+        damage(path)
+        with pytest.raises(UserError) as told:
+            train_student.train(composed(*words, "seed=1"))
+        assert str(told.value) == (
+            f"{path}: is damaged; remove the folder {path.parent}, and the same command makes it "
+            "anew"
+        )
+        path.write_bytes(content)
     shutil.rmtree(path.parent)
     train_student.train(composed(*words, "seed=1"))
+    assert outputs(tmp_path).read_bytes() == content
 
 
 def test_a_small_disk_is_told_before_anything_is_computed(
@@ -243,21 +256,67 @@ def test_a_small_disk_is_told_before_anything_is_computed(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
     words = cell(tmp_path, "method=sskd", "schedule.epochs=1", "teacher.epochs=1")
     with pytest.raises(
-        UserError, match=r"outputs\.bin: the teacher's outputs take 5\.\d*MiB, and 1"
+        UserError,
+        match=r"bin: 0\.00536 GiB of the teacher's outputs are to be written, and 0\.0009",
     ):
         train_student.train(composed(*words))
 
 
+@pytest.mark.parametrize("told", ["CUDA out of memory.", "MPS backend out of memory"])
 def test_a_device_that_is_too_small_is_told(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
 ) -> None:
     def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise RuntimeError(told)
 
-    monkeypatch.setattr(Tensor, "to", full)
-    layout = Layout(2, 3, {"logits": 4}, torch.float32)
-    with pytest.raises(UserError, match=r"outputs, 96\.0iB, do not fit into the memory of cpu"):
-        place(torch.zeros(layout.shape), layout, torch.device("cpu"))
+    monkeypatch.setattr(sskd.precompute, "map_rows", full)
+    with pytest.raises(UserError, match=r"outputs, 0\.\d+ GiB, do not fit into the memory of cpu"):
+        train_student.train(composed(*cell(tmp_path, "method=kd", "schedule.epochs=1")))
+
+
+def test_labels_make_no_others(composed: Compose, tmp_path: Path) -> None:
+    words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
+    for noise in (0.0, 0.3, 0.5):
+        train_student.train(composed(*words, f"dataset.label_noise={noise}"))
+    assert outputs(tmp_path)
+
+
+def test_held_out_images_have_none(composed: Compose, tmp_path: Path) -> None:
+    words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
+    train_student.train(composed(*words, "dataset.fraction=0.05", "dataset.holdout=0.5"))
+    assert outputs(tmp_path).stat().st_size == 40 * 162 * 10 * 4
+
+
+OTHER_STATES: tuple[dict[str, Any], ...] = (
+    {},
+    {"images": "5"},
+    {"images": 2.5},
+    {"images": True},
+    {"images": -3},
+    {"images": 31},
+    {"images": torch.tensor(5)},
+    {"seconds": "a"},
+    {"seconds": math.nan},
+    {"seconds": -1.0},
+    {"digest": None},
+    {"digest": "0" * 64},
+)
+
+
+def stopped(words: list[str], composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute the outputs of the first six images, then stop by SIGTERM."""
+    compute = sskd.precompute._outputs
+
+    def until_stopped(*arguments: Any) -> Iterator[Tensor]:
+        for number, rows in enumerate(compute(*arguments)):
+            if number == 5:
+                signal.raise_signal(signal.SIGTERM)
+            yield rows
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sskd.precompute, "_outputs", until_stopped)
+        with pytest.raises(Interrupted):
+            train_student.train(composed(*words))
 
 
 def test_a_signal_saves_and_the_next_start_goes_on(
@@ -268,22 +327,89 @@ def test_a_signal_saves_and_the_next_start_goes_on(
     train_student.train(composed(*words))
     undisturbed = outputs(tmp_path).read_bytes()
     shutil.rmtree(outputs(tmp_path).parent)
-    compute = sskd.precompute._outputs
-
-    def stopped(*arguments: Any) -> Iterator[Tensor]:
-        for number, rows in enumerate(compute(*arguments)):
-            if number == 5:
-                signal.raise_signal(signal.SIGTERM)
-            yield rows
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sskd.precompute, "_outputs", stopped)
-        with pytest.raises(Interrupted):
-            train_student.train(composed(*words, "seed=1"))
+    stopped([*words, "seed=1"], composed, monkeypatch)
     capsys.readouterr()
     train_student.train(composed(*words, "seed=1"))
-    assert ", 6/30 images\n" in capsys.readouterr().out
+    assert "; 6/30 images are done\n" in capsys.readouterr().out
     assert outputs(tmp_path).read_bytes() == undisturbed
+
+
+def test_a_part_that_is_damaged_is_not_gone_on_from(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
+    stopped(words, composed, monkeypatch)
+    path = outputs(tmp_path)
+    content = path.read_bytes()
+    for name in ("a bit", "cut", "gone"):
+        DAMAGES[name](path)
+        with pytest.raises(UserError, match=r"outputs\.bin: is damaged; remove the folder"):
+            train_student.train(composed(*words))
+        path.write_bytes(content)
+    train_student.train(composed(*words))
+
+
+def test_a_checkpoint_of_something_else_is_damaged(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
+    stopped(words, composed, monkeypatch)
+    path = outputs(tmp_path).with_name("last.pt")
+    whole, content = load_sealed(path), outputs(tmp_path).read_bytes()
+    shared = {name: whole[name] for name in ("stage", "lines", "metrics_digest")}
+    for state in OTHER_STATES:
+        save_sealed(path, {**(whole if state else shared), **state})
+        with pytest.raises(UserError, match=r"(last\.pt|bin): is damaged; remove the folder"):
+            train_student.train(composed(*words))
+        outputs(tmp_path).write_bytes(content)
+
+
+def test_what_may_not_be_read_is_not_called_damaged(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
+    train_student.train(composed(*words))
+
+    def forbidden(path: Path, *_: int) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(sskd.precompute, "_known_digest", forbidden)
+    with pytest.raises(PermissionError, match=r"outputs\.bin"):
+        train_student.train(composed(*words, "seed=1"))
+
+
+def test_a_cell_has_let_go_of_its_own_when_the_next_takes_its(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[weakref.ref[Tensor]] = []
+    take = sskd.precompute.map_rows
+
+    def watched(*arguments: Any) -> Tensor:
+        assert [rows() for rows in taken] == [None] * len(taken)
+        rows = take(*arguments)
+        taken.append(weakref.ref(rows))
+        return rows
+
+    monkeypatch.setattr(sskd.precompute, "map_rows", watched)
+    for seed in range(3):
+        words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
+        train_student.train(composed(*words, f"seed={seed}"))
+    assert len(taken) == 3
+
+
+def test_processes_that_need_the_same_compute_them_once(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    ours = [
+        Attempt("precomputed", runs, f"seed={seed}", log=tmp_path / f"{seed}.log")
+        for seed in (0, 1)
+    ]
+    for attempt in ours:
+        assert attempt.end(after=300) == 0, attempt.told
+    told = [line for attempt in ours for line in attempt.told]
+    assert sum(f"{STAGE}: computes" in line for line in told) == 1
+    assert undisturbed.outcome("precomputed").items() <= outcome(runs).items()
 
 
 @pytest.mark.parametrize("act", ["killed", "power failure", "disk full"])
@@ -291,5 +417,6 @@ def test_broken_anywhere_they_end_as_undisturbed(
     undisturbed: Undisturbed, tmp_path: Path, act: str
 ) -> None:
     last = undisturbed.moments("precomputed")
-    for number in random.Random(act).sample(range(1, last), 3):
+    middle = range(last // 3, 2 * last // 3)  # before them the teacher is trained
+    for number in random.Random(act).sample(middle, 2):
         survives(undisturbed, "precomputed", act, number, tmp_path / str(number))

@@ -76,7 +76,7 @@ class Method(nn.Module, ABC):
     ``loss``. What it puts beside the student and trains with it (regressors, embeddings) it
     names in ``adapters``. Its constructor refuses networks that it cannot take, with a
     UserError. ``teacher_outputs`` names the fields of the teacher's ``Features`` that its losses
-    read by ``ask_teacher``.
+    read by ``ask_teacher``; others may be None there.
     """
 
     views: ClassVar[int] = 1

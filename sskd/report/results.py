@@ -109,7 +109,7 @@ def find_files(root: Path, names: Iterable[str], warn: Callable[[str], None]) ->
 
 
 def parse_result(text: str, folder: Path) -> Result | None:
-    """Return the result that ``text``, a JSON object, describes; None for a teacher's first phase.
+    """Return the result that ``text``, a JSON object, describes; None for what students share.
 
     Raises ValueError with the reason in words where it describes none.
     """

@@ -27,8 +27,9 @@ DISTILL_LEGENDS = (
     " measured, and its number counts distinct teachers.",
     "Cost and agreement: top-1 in % at the last epoch and at the best epoch on the test set; how"
     " often student and teacher agree; the KL divergence between them; a run's speed, peak memory"
-    " (of the GPU, or of the process on a CPU) and time of training, a first phase that several"
-    " students share included.",
+    " (of the GPU, or of the process on a CPU, with the teacher's outputs that it read from a file)"
+    " and time of training, a first phase that several students share included, computing the"
+    " teacher's outputs beforehand not.",
 )
 
 
