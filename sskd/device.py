@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import nn
+from torch import Tensor, nn
 
 from sskd.errors import UserError
 
@@ -24,6 +24,8 @@ _MALLOC_OPTIONS = {-4: 0, -1: 2**31 - 1, -2: 2**26}
 _HEAP = 3 * 2**29  # bytes, less than M_TRIM_THRESHOLD, so that they stay the heap's
 _LARGE_PAGE = 2**21  # bytes
 _MADV_HUGEPAGE = 14  # madvise(2)
+
+_INFERENCE_BATCH = {"cpu": 64}
 
 _PLACES: list[FileLock] = []  # kept, for a lock that is forgotten is let go
 
@@ -158,6 +160,19 @@ def peak_memory(device: torch.device) -> float | None:
         found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
         return int(found[1]) / 2**10 if found and device.type == "cpu" else None
     return None
+
+
+def inference_batch(device: torch.device) -> int:
+    """Return how many images to give a network at once when nothing is learnt.
+
+    As many maps as a CPU's caches hold; on a GPU enough to keep it busy.
+    """
+    return _INFERENCE_BATCH.get(device.type, 500)
+
+
+def in_parts(x: Tensor) -> tuple[Tensor, ...]:
+    """Split a batch [N, ...] into even parts of at most ``inference_batch``."""
+    return x.chunk(-(-len(x) // inference_batch(x.device)))
 
 
 def place(module: nn.Module, device: torch.device) -> None:

@@ -7,17 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sskd.data import Images, Split, plain
-
-_BATCH = {"cpu": 64}
-_LARGE_BATCH = 500
-
-
-def batch_size(device: torch.device) -> int:
-    """Return how many images to give a network at once when nothing is learnt.
-
-    As many maps as a CPU's caches hold; on a GPU enough to keep it busy.
-    """
-    return _BATCH.get(device.type, _LARGE_BATCH)
+from sskd.device import inference_batch
 
 
 @torch.inference_mode()
@@ -27,7 +17,7 @@ def predict(network: nn.Module, split: Split, images: Images) -> Tensor:
     Computed in float32 and in eval mode, whatever precision the network trains in.
     """
     network.eval()
-    batches = plain(split, images.mean, images.std, batch_size(split.images.device))
+    batches = plain(split, images.mean, images.std, inference_batch(split.images.device))
     return torch.cat([network(x).logits for x, _ in batches])
 
 

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 
 from sskd.config import Config
 from sskd.data import CROPS, Batch, Images, Loader
+from sskd.device import in_parts, inference_batch
 from sskd.errors import UserError
-from sskd.evaluation import batch_size
 from sskd.interrupt import StopSignals
 from sskd.methods import Method
 from sskd.methods.adapters import features_of
-from sskd.models import Features
+from sskd.models import VECTORS, Features, only
 from sskd.phases import damaged, phase_folder
 from sskd.progress import Progress
 from sskd.run import Run
@@ -43,7 +43,6 @@ from sskd.teachers import Teacher
 
 STAGE = "teacher_outputs"
 FORMAT = 1  # of the file: another one where the rows or the numbers of crops mean something else
-FITTING = ("logits", "pooled")  # fields of Features that are vectors; maps are far larger
 MEMORY_ERROR = "out of memory"  # of PyTorch, on any device
 
 
@@ -87,7 +86,7 @@ class Precomputed:
         rows = self.rows.flatten(0, 1).index_select(0, wanted)
         parts = rows.split(list(self.widths.values()), dim=1)
         kept = dict(zip(self.widths, parts, strict=True))
-        return Features(*(kept.get(name) for name in Features._fields))  # type: ignore[arg-type]
+        return only(kept)
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def precompute(
 
 def fits(method: Method | type[Method]) -> bool:
     """Return whether all that the losses of ``method`` read of its teacher fits on a disk."""
-    return set() < set(method.teacher_outputs) <= set(FITTING)
+    return set() < set(method.teacher_outputs) <= set(VECTORS)
 
 
 def layout_of(method: Method, images: Images, precision: str) -> Layout:
@@ -163,7 +162,7 @@ def _compute(
     run: Run, teacher: nn.Module, images: Images, config: Config, layout: Layout
 ) -> dict[str, Any]:
     """Fill the file of outputs, from its beginning or on from where it was left."""
-    at = _filled(run.checkpoint([STAGE]) or vars(Filled()), run.folder, layout)
+    at = _how_far(run.checkpoint([STAGE]) or vars(Filled()), run.folder, layout)
     run.plan({STAGE: 1})
     path = run.folder / OUTPUTS
     digest = _resume(path, at, layout)
@@ -197,7 +196,7 @@ def _compute(
     return result
 
 
-def _filled(state: Mapping[str, Any], folder: Path, layout: Layout) -> Filled:
+def _how_far(state: Mapping[str, Any], folder: Path, layout: Layout) -> Filled:
     """Return what a checkpoint tells; UserError where that is not how far these outputs are."""
     images, seconds, digest = (state.get(name) for name in vars(Filled()))
     if (
@@ -245,7 +244,7 @@ def _outputs(
 ) -> Iterator[Tensor]:
     """Yield the outputs of all crops of the images from ``first`` on: [k, crops, numbers]."""
     device = images.train.images.device
-    size = batch_size(device)
+    size = inference_batch(device)
     together = -(-size // layout.crops)  # images
     views = layout.crops // CROPS
     loader = Loader(images.train, images.mean, images.std, together, views)
@@ -253,8 +252,7 @@ def _outputs(
     for start in range(first, layout.images, together):
         index = torch.arange(start, min(start + together, layout.images), device=device)
         x = loader.crops_of(index, crops.expand(len(index), -1))
-        parts = x.chunk(-(-len(x) // size))
-        rows = torch.cat([_rows(teacher, part, precision, layout) for part in parts])
+        rows = torch.cat([_rows(teacher, part, precision, layout) for part in in_parts(x)])
         yield rows.to(layout.dtype).view(len(index), *layout.shape[1:])
 
 

@@ -21,6 +21,7 @@ from sskd.device import place
 from sskd.errors import UserError
 from sskd.evaluation import predict
 from sskd.methods import METHODS, Method, Stage, Step
+from sskd.methods.base import ask_in_parts
 from sskd.models import ARCHITECTURES, Features, build_model, fold_batch_norms
 from sskd.step import enter, take_step
 from train_student import train
@@ -91,6 +92,22 @@ class Odd(nn.Module):
         twice = self.norms[0](self.shared(x)) + self.norms[1](self.shared(-x))
         seen = self.seen(twice)
         return self.norms[3](self.free(self.norms[2](seen) * seen))
+
+
+def test_a_large_batch_is_asked_in_parts_where_only_vectors_are_read() -> None:
+    network = build_model("resnet8", 5).eval()
+    sizes: list[int] = []
+    network.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    x = torch.randn(130, 3, 32, 32)
+    with torch.no_grad():
+        whole, parts = network(x), ask_in_parts(network, x, ("logits", "pooled"))
+        maps = ask_in_parts(network, x, ("logits", "stages"))
+        ask_in_parts(network, x[:64], ("logits",))
+    assert sizes == [130, 44, 44, 42, 130, 64]
+    close(parts.logits, whole.logits, 1e-5)
+    close(parts.pooled, whole.pooled, 1e-5)
+    close(maps.stages[-1], whole.stages[-1], 1e-5)
+    assert parts.stages is None
 
 
 def test_only_what_nothing_else_sees_is_folded() -> None:

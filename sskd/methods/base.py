@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sskd.data import Batch, Images
-from sskd.models import Features
+from sskd.device import in_parts
+from sskd.models import VECTORS, Features, only
 from sskd.schedule import PhaseSettings
 
 P = ParamSpec("P")
@@ -115,12 +116,24 @@ class Method(nn.Module, ABC):
         """Return what the teacher makes of ``batch``, without a gradient."""
         if self.precomputed is not None:
             return self.precomputed(batch)
-        features: Features = self.teacher(batch.x)
-        return features
+        return ask_in_parts(self.teacher, batch.x, self.teacher_outputs)
 
     @abstractmethod
     def loss(self, batch: Batch) -> Step:
         """Return the losses of one batch of the last stage."""
+
+
+def ask_in_parts(network: nn.Module, x: Tensor, fields: Sequence[str]) -> Features:
+    """Return ``fields`` of the network's features of ``x``, in eval mode, and perhaps the others.
+
+    A large batch goes through in parts, which is faster, where no maps have to be put together.
+    """
+    parts = in_parts(x)
+    if len(parts) == 1 or not set(fields) <= set(VECTORS):
+        whole: Features = network(x)
+        return whole
+    asked = [network(part) for part in parts]
+    return only({name: torch.cat([getattr(each, name) for each in asked]) for name in fields})
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:

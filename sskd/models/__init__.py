@@ -9,18 +9,20 @@ from sskd.models.checkpoints import (
     save_weights,
     weights_digest,
 )
-from sskd.models.features import Features
+from sskd.models.features import VECTORS, Features, only
 from sskd.models.folding import fold_batch_norms
 from sskd.models.recognition import recognise
 
 __all__ = [
     "ARCHITECTURES",
+    "VECTORS",
     "Checkpoint",
     "Features",
     "build_model",
     "find_checkpoint",
     "fold_batch_norms",
     "load_weights",
+    "only",
     "read_checkpoint",
     "recognise",
     "save_weights",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# The fields of Features that are vectors; all others are maps, which take far more memory.
+VECTORS = ("logits", "pooled")
 
 
 class Features(NamedTuple):
@@ -22,6 +26,11 @@ class Features(NamedTuple):
     stem: Tensor
     stages: tuple[Tensor, ...]
     preacts: tuple[Tensor, ...]
+
+
+def only(fields: Mapping[str, Tensor]) -> Features:
+    """Return features of which nobody reads more than ``fields``; the others are None."""
+    return Features(*(fields.get(name) for name in Features._fields))  # type: ignore[arg-type]
 
 
 def run_rectified_stage(blocks: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
