@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import subprocess
@@ -12,8 +13,10 @@ import pytest
 import torch
 from faults import SMALL
 
+from benchmarks import grid
 from benchmarks.conventional import CONVENTIONAL, ConventionalSSKD, kept, soft
 from benchmarks.methods import noise
+from benchmarks.throughput import Row, Side
 from sskd.methods.kd import kd_loss
 from sskd.methods.sskd import keep_rows, similarity
 from sskd.models import build_model
@@ -134,18 +137,35 @@ def test_scale_is_two_tables(tmp_path: Path) -> None:
     assert (tmp_path / "scale.md").read_text() == done.stdout
 
 
-def test_the_grid_is_hours_of_every_pair(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.grid", "--pairs", "resnet14-resnet8"]
-    small = ["--crd-pair", "resnet14-resnet8", "--batch", "4", "--images", "24", "--workers", "1"]
-    out = ["--device", "cpu", "--out", str(tmp_path / "grid")]
-    done = subprocess.run([*command, *small, *out], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "grid.json").read_text())
-    (pair,) = found["seconds"]
+def test_the_grid_is_hours_of_every_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of seconds a step of 4 images that are known: conventional, fp32, bf16."""
+    steps = {"kd": (1.0, 0.5, 0.25), "crd": (3.0, 1.0, 0.5), "sskd": (8.0, 2.0, 1.0)}
+
+    def compare(work: str, pair: str, options: argparse.Namespace) -> list[Row]:
+        theirs, *ours = (Side([seconds], options.batch, 0, 0) for seconds in steps[work])
+        rows = zip(options.precisions, ours, strict=True)
+        return [Row(work, pair, precision, side, theirs) for precision, side in rows]
+
+    monkeypatch.setattr(grid, "compare", compare)
+    out = tmp_path / "grid"
+    words = ["--pairs", "a-b", "c-d", "--batch", "4", "--device", "cpu", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["grid", *words])
+    grid.main()
+    # 240 epochs of 50,000 images, by 9 methods like KD, CRD and SSKD.
     hours = [
-        12e6 / 3600 * (10 * kd + sskd + crd)  # 240 epochs of 50,000 images; CRD's beside its KD
-        for kd, sskd, crd in zip(pair["kd"], pair["sskd"], found["crd"], strict=True)
+        12e6 / 4 / 3600 * (9 * kd + crd + sskd)
+        for kd, crd, sskd in zip(*(steps[work] for work in ("kd", "crd", "sskd")), strict=True)
     ]
-    last = (tmp_path / "grid.md").read_text().splitlines()[-1]
-    assert "**11 distillations**" in last
-    assert [cell.strip(" *") for cell in last.split("|")[-4:-1]] == [f"{h:,.0f}" for h in hours]
+    lines = out.with_suffix(".md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[-3:]] == [
+        "a-b",
+        "c-d",
+        "**22 distillations**",
+    ]
+    for line, times in zip(lines[-3:], (1, 1, 2), strict=True):
+        told = [cell.strip(" *") for cell in line.split("|")[-4:-1]]
+        assert told == [f"{times * each:,.0f}" for each in hours]
+    assert lines[-1] in capsys.readouterr().out
+    assert len(json.loads(out.with_suffix(".json").read_text())["seconds"]) == 2
