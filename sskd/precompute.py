@@ -28,12 +28,13 @@ from torch import Tensor, nn
 
 from sskd.config import Config
 from sskd.data import CROPS, Batch, Images, Loader
-from sskd.device import in_parts, inference_batch
+from sskd.device import inference_batch
 from sskd.errors import UserError
 from sskd.interrupt import StopSignals
 from sskd.methods import Method
 from sskd.methods.adapters import features_of
-from sskd.models import VECTORS, Features, only
+from sskd.methods.base import ask_in_parts
+from sskd.models import VECTORS, Features, partial_features
 from sskd.phases import damaged, phase_folder
 from sskd.progress import Progress
 from sskd.run import Run
@@ -85,8 +86,7 @@ class Precomputed:
         wanted = (first + batch.crop.view(len(batch.index), -1)).flatten()
         rows = self.rows.flatten(0, 1).index_select(0, wanted)
         parts = rows.split(list(self.widths.values()), dim=1)
-        kept = dict(zip(self.widths, parts, strict=True))
-        return only(kept)
+        return partial_features(dict(zip(self.widths, parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -244,22 +244,17 @@ def _outputs(
 ) -> Iterator[Tensor]:
     """Yield the outputs of all crops of the images from ``first`` on: [k, crops, numbers]."""
     device = images.train.images.device
-    size = inference_batch(device)
-    together = -(-size // layout.crops)  # images
+    together = -(-inference_batch(device) // layout.crops)  # images
     views = layout.crops // CROPS
     loader = Loader(images.train, images.mean, images.std, together, views)
     crops = torch.arange(layout.crops, device=device)
     for start in range(first, layout.images, together):
         index = torch.arange(start, min(start + together, layout.images), device=device)
         x = loader.crops_of(index, crops.expand(len(index), -1))
-        rows = torch.cat([_rows(teacher, part, precision, layout) for part in in_parts(x)])
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            features = ask_in_parts(teacher, x, tuple(layout.widths))
+        rows = torch.cat([getattr(features, name) for name in layout.widths], dim=1)
         yield rows.to(layout.dtype).view(len(index), *layout.shape[1:])
-
-
-def _rows(teacher: nn.Module, x: Tensor, precision: str, layout: Layout) -> Tensor:
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        features = teacher(x)
-    return torch.cat([getattr(features, name) for name in layout.widths], dim=1)
 
 
 def _read(path: Path, layout: Layout, digest: object, device: torch.device) -> Tensor:

@@ -28,7 +28,7 @@ from sskd.acceleration import fold_teacher
 from sskd.assembly import assemble
 from sskd.config import Config
 from sskd.data import Images, Loader
-from sskd.errors import UserError
+from sskd.errors import BusyError, UserError
 from sskd.interrupt import Interrupted
 from sskd.methods import METHODS, Method
 from sskd.models import Features
@@ -127,6 +127,8 @@ def test_losses_are_those_of_the_teacher_itself(composed: Compose, name: str) ->
     method = made(config, images)
     looked_up = precompute(method, images, config, DIGEST)
     stages = list(method.stages())
+    asked: list[object] = []
+    method.teacher.register_forward_pre_hook(lambda *given: asked.append(given))
     for stage in stages:
         enter(stage, method)
         loader = Loader(images.train, images.mean, images.std, 8, stage.views)
@@ -134,6 +136,7 @@ def test_losses_are_those_of_the_teacher_itself(composed: Compose, name: str) ->
         state = {key: value.clone() for key, value in method.state_dict().items()}
         losses = []
         for source in (None, looked_up):
+            asked.clear()
             method.precomputed = source
             torch.manual_seed(1)  # CRD draws its negatives
             losses.append(stage.loss(batch).terms)
@@ -141,10 +144,15 @@ def test_losses_are_those_of_the_teacher_itself(composed: Compose, name: str) ->
         assert losses[0].keys() == losses[1].keys()
         for term, value in losses[0].items():
             torch.testing.assert_close(losses[1][term], value, rtol=1e-4, atol=1e-5)
+    assert not asked, "the last stage, looked up, needs no teacher"
 
 
 def cell(runs: Path, *more: str) -> list[str]:
     return [f"runs={runs}", *SMALL, "dataset.fraction=0.02", "teacher.precompute=true", *more]
+
+
+def kd(runs: Path, *more: str) -> list[str]:
+    return cell(runs, "method=kd", "schedule.epochs=1", "teacher.epochs=1", *more)
 
 
 def outputs(runs: Path) -> Path:
@@ -178,7 +186,7 @@ def test_the_next_run_of_the_teacher_finds_them(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
+    words = kd(tmp_path)
     train_student.train(composed(*words))
     assert f"{STAGE}: computes" in capsys.readouterr().out
     before = outputs(tmp_path).read_bytes()
@@ -190,7 +198,7 @@ def test_the_next_run_of_the_teacher_finds_them(
 
 
 def test_what_they_depend_on_makes_others(composed: Compose, tmp_path: Path) -> None:
-    words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
+    words = kd(tmp_path)
     others = (
         (),
         ("method=rkd",),
@@ -232,7 +240,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 def test_a_damaged_file_is_named(composed: Compose, tmp_path: Path) -> None:
-    words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
+    words = kd(tmp_path)
     train_student.train(composed(*words))
     path = outputs(tmp_path)
     content = path.read_bytes()
@@ -275,14 +283,14 @@ def test_a_device_that_is_too_small_is_told(
 
 
 def test_labels_make_no_others(composed: Compose, tmp_path: Path) -> None:
-    words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
+    words = kd(tmp_path)
     for noise in (0.0, 0.3, 0.5):
         train_student.train(composed(*words, f"dataset.label_noise={noise}"))
     assert outputs(tmp_path)
 
 
 def test_held_out_images_have_none(composed: Compose, tmp_path: Path) -> None:
-    words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
+    words = kd(tmp_path)
     train_student.train(composed(*words, "dataset.fraction=0.05", "dataset.holdout=0.5"))
     assert outputs(tmp_path).stat().st_size == 40 * 162 * 10 * 4
 
@@ -303,27 +311,45 @@ OTHER_STATES: tuple[dict[str, Any], ...] = (
 )
 
 
-def stopped(words: list[str], composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute the outputs of the first six images, then stop by SIGTERM."""
+def interrupted(patch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Let ``act`` happen when the outputs of the sixth image are computed, and not yet written."""
     compute = sskd.precompute._outputs
 
-    def until_stopped(*arguments: Any) -> Iterator[Tensor]:
+    def with_act(*arguments: Any) -> Iterator[Tensor]:
         for number, rows in enumerate(compute(*arguments)):
             if number == 5:
-                signal.raise_signal(signal.SIGTERM)
+                act()
             yield rows
 
+    patch.setattr(sskd.precompute, "_outputs", with_act)
+
+
+def stopped(words: list[str], composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute the outputs of the first six images, then stop by SIGTERM."""
     with monkeypatch.context() as patch:
-        patch.setattr(sskd.precompute, "_outputs", until_stopped)
+        interrupted(patch, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Interrupted):
             train_student.train(composed(*words))
+
+
+def test_a_process_that_has_lost_the_folder_writes_no_more(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose() -> None:
+        (lease,) = outputs(tmp_path).parent.glob(".lease")
+        lease.unlink()
+
+    interrupted(monkeypatch, lose)
+    with pytest.raises(BusyError):
+        train_student.train(composed(*kd(tmp_path)))
+    assert outputs(tmp_path).stat().st_size == 5 * 162 * 10 * 4
 
 
 def test_a_signal_saves_and_the_next_start_goes_on(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
+    words = kd(tmp_path)
     train_student.train(composed(*words))
     undisturbed = outputs(tmp_path).read_bytes()
     shutil.rmtree(outputs(tmp_path).parent)
@@ -337,7 +363,7 @@ def test_a_signal_saves_and_the_next_start_goes_on(
 def test_a_part_that_is_damaged_is_not_gone_on_from(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
+    words = kd(tmp_path)
     stopped(words, composed, monkeypatch)
     path = outputs(tmp_path)
     content = path.read_bytes()
@@ -352,7 +378,7 @@ def test_a_part_that_is_damaged_is_not_gone_on_from(
 def test_a_checkpoint_of_something_else_is_damaged(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
+    words = kd(tmp_path)
     stopped(words, composed, monkeypatch)
     path = outputs(tmp_path).with_name("last.pt")
     whole, content = load_sealed(path), outputs(tmp_path).read_bytes()
@@ -367,7 +393,7 @@ def test_a_checkpoint_of_something_else_is_damaged(
 def test_what_may_not_be_read_is_not_called_damaged(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
+    words = kd(tmp_path)
     train_student.train(composed(*words))
 
     def forbidden(path: Path, *_: int) -> str:
@@ -392,7 +418,7 @@ def test_a_cell_has_let_go_of_its_own_when_the_next_takes_its(
 
     monkeypatch.setattr(sskd.precompute, "map_rows", watched)
     for seed in range(3):
-        words = cell(tmp_path, "method=kd", "schedule.epochs=1", "teacher.epochs=1")
+        words = kd(tmp_path)
         train_student.train(composed(*words, f"seed={seed}"))
     assert len(taken) == 3
 

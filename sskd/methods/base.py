@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sskd.data import Batch, Images
 from sskd.device import in_parts
-from sskd.models import VECTORS, Features, only
+from sskd.models import VECTORS, Features, partial_features
 from sskd.schedule import PhaseSettings
 
 P = ParamSpec("P")
@@ -133,7 +133,9 @@ def ask_in_parts(network: nn.Module, x: Tensor, fields: Sequence[str]) -> Featur
         whole: Features = network(x)
         return whole
     asked = [network(part) for part in parts]
-    return only({name: torch.cat([getattr(each, name) for each in asked]) for name in fields})
+    return partial_features(
+        {name: torch.cat([getattr(each, name) for each in asked]) for name in fields}
+    )
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:

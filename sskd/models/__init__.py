@@ -9,7 +9,7 @@ from sskd.models.checkpoints import (
     save_weights,
     weights_digest,
 )
-from sskd.models.features import VECTORS, Features, only
+from sskd.models.features import VECTORS, Features, partial_features
 from sskd.models.folding import fold_batch_norms
 from sskd.models.recognition import recognise
 
@@ -22,7 +22,7 @@ __all__ = [
     "find_checkpoint",
     "fold_batch_norms",
     "load_weights",
-    "only",
+    "partial_features",
     "read_checkpoint",
     "recognise",
     "save_weights",

@@ -28,7 +28,7 @@ class Features(NamedTuple):
     preacts: tuple[Tensor, ...]
 
 
-def only(fields: Mapping[str, Tensor]) -> Features:
+def partial_features(fields: Mapping[str, Tensor]) -> Features:
     """Return features of which nobody reads more than ``fields``; the others are None."""
     return Features(*(fields.get(name) for name in Features._fields))  # type: ignore[arg-type]
 
