@@ -37,8 +37,8 @@ from sskd.errors import UserError
 from sskd.meter import Meter
 from sskd.methods import METHODS
 from sskd.optimizers import build_optimizer
-from sskd.precompute import Layout, Precomputed, fits, layout_of, map_rows
 from sskd.step import enter, take_step
+from sskd.teacher_outputs import Layout, Precomputed, fits, layout_of, map_rows
 
 BASE = "kd"
 CLASSES = 100

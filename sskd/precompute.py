@@ -9,17 +9,13 @@ the logits of some random crops; here it is all of them, so a run computes what 
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import math
-import mmap
 import os
 import shutil
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,66 +23,21 @@ import torch
 from torch import Tensor, nn
 
 from sskd.config import Config
-from sskd.data import CROPS, Batch, Images, Loader
+from sskd.data import CROPS, Images, Loader
 from sskd.device import inference_batch
 from sskd.errors import UserError
 from sskd.interrupt import StopSignals
 from sskd.methods import Method
-from sskd.methods.adapters import features_of
 from sskd.methods.base import ask_in_parts
-from sskd.models import VECTORS, Features, partial_features
 from sskd.phases import damaged, phase_folder
 from sskd.progress import Progress
 from sskd.run import Run
 from sskd.run_files import LAST, OUTPUTS
-from sskd.storage import named
+from sskd.teacher_outputs import Layout, Precomputed, fits, in_gib, layout_of, read_rows, sha256
 from sskd.teachers import Teacher
 
 STAGE = "teacher_outputs"
 FORMAT = 1  # of the file: another one where the rows or the numbers of crops mean something else
-MEMORY_ERROR = "out of memory"  # of PyTorch, on any device
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What is kept: ``widths`` of the fields of Features, for ``crops`` of each of ``images``."""
-
-    images: int
-    crops: int
-    widths: dict[str, int]
-    dtype: torch.dtype
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Images, crops of each, numbers of each crop."""
-        return self.images, self.crops, sum(self.widths.values())
-
-    @property
-    def image_size(self) -> int:
-        """Bytes that the outputs of one image take."""
-        _, crops, width = self.shape
-        return crops * width * self.dtype.itemsize
-
-    @property
-    def size(self) -> int:
-        """Bytes that all of them take."""
-        return self.images * self.image_size
-
-
-@dataclass(frozen=True)
-class Precomputed:
-    """A teacher's outputs, looked up: ``rows`` [images, crops, numbers], on the images' device."""
-
-    rows: Tensor
-    widths: dict[str, int]
-
-    def __call__(self, batch: Batch) -> Features:
-        """Return what the teacher makes of ``batch``; fields that are not kept are None."""
-        first = batch.index[:, None] * self.rows.shape[1]
-        wanted = (first + batch.crop.view(len(batch.index), -1)).flatten()
-        rows = self.rows.flatten(0, 1).index_select(0, wanted)
-        parts = rows.split(list(self.widths.values()), dim=1)
-        return partial_features(dict(zip(self.widths, parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -124,22 +75,8 @@ def precompute(
             result = _compute(run, method.teacher, images, config, layout)
         else:
             print(f"{run.folder}: reused")
-    rows = _read(run.folder / OUTPUTS, layout, result.get("digest"), images.train.images.device)
+    rows = read_rows(run.folder / OUTPUTS, layout, result.get("digest"), images.train.images.device)
     return Precomputed(rows, layout.widths)
-
-
-def fits(method: Method | type[Method]) -> bool:
-    """Return whether all that the losses of ``method`` read of its teacher fits on a disk."""
-    return set() < set(method.teacher_outputs) <= set(VECTORS)
-
-
-def layout_of(method: Method, images: Images, precision: str) -> Layout:
-    """Return the layout of all that the losses of ``method`` read of its teacher."""
-    features = features_of(method.teacher, images)
-    widths = {name: getattr(features, name).shape[1] for name in method.teacher_outputs}
-    views = max(stage.views for stage in method.stages())
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return Layout(len(images.train), views * CROPS, widths, dtype)
 
 
 def _settings(layout: Layout, images: Images, config: Config, found: Teacher) -> dict[str, Any]:
@@ -169,7 +106,7 @@ def _compute(
     _refuse_small_disk(path, layout, at)
     progress = Progress(STAGE, 1, layout.images, at.images, dict)
     progress.line(
-        f"computes {_told(layout.size)} in {run.folder}, which takes as long as {layout.crops} "
+        f"computes {in_gib(layout.size)} in {run.folder}, which takes as long as {layout.crops} "
         f"epochs of the teacher; {at.images}/{layout.images} images are done"
     )
     saved = time.monotonic()
@@ -221,7 +158,7 @@ def _resume(path: Path, at: Filled, layout: Layout) -> Any:
     elif not path.is_file() or path.stat().st_size < kept:
         raise damaged(path)
     os.truncate(path, kept)
-    digest = _sha256(path)
+    digest = sha256(path)
     if digest.hexdigest() != at.digest:
         raise damaged(path)
     return digest
@@ -232,8 +169,8 @@ def _refuse_small_disk(path: Path, layout: Layout, at: Filled) -> None:
     free = shutil.disk_usage(path.parent).free
     if wanted > free:
         raise UserError(
-            f"{path}: {_told(wanted)} of the teacher's outputs are to be written, and "
-            f"{_told(free)} are free; use another runs=FOLDER, precision=bf16 (half as much) or "
+            f"{path}: {in_gib(wanted)} of the teacher's outputs are to be written, and "
+            f"{in_gib(free)} are free; use another runs=FOLDER, precision=bf16 (half as much) or "
             "teacher.precompute=false"
         )
 
@@ -255,54 +192,3 @@ def _outputs(
             features = ask_in_parts(teacher, x, tuple(layout.widths))
         rows = torch.cat([getattr(features, name) for name in layout.widths], dim=1)
         yield rows.to(layout.dtype).view(len(index), *layout.shape[1:])
-
-
-def _read(path: Path, layout: Layout, digest: object, device: torch.device) -> Tensor:
-    """Return the rows of a finished file on ``device``; UserError where they are not there."""
-    try:
-        content = path.stat()
-        whole = content.st_size == layout.size
-        whole = whole and digest == _known_digest(path, content.st_mtime_ns, content.st_size)
-    except (FileNotFoundError, IsADirectoryError):
-        whole = False
-    if not whole:
-        raise damaged(path)
-    gc.collect()  # an earlier cell's may lie in cycles of references
-    try:
-        return map_rows(path, layout, device)
-    except RuntimeError as error:
-        if MEMORY_ERROR not in str(error):
-            raise
-        raise UserError(
-            f"{path}: the teacher's outputs, {_told(layout.size)}, do not fit into the memory of "
-            f"{device}; use precision=bf16 (half as much) or teacher.precompute=false"
-        ) from None
-
-
-def map_rows(path: Path, layout: Layout, device: torch.device) -> Tensor:
-    """Return the rows of a file: on a CPU where the system keeps the file, shared by processes.
-
-    The process then ends by a signal (SIGBUS) if somebody cuts the file while it is in use; to
-    remove it is safe, but for a network's disk.
-    """
-    with named(path), path.open("rb") as file:
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if device.type == "cpu":
-        mapping.madvise(mmap.MADV_RANDOM)  # a row here and there: read no more than that
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # nobody writes to it
-        rows = torch.frombuffer(mapping, dtype=layout.dtype)
-    return rows.view(layout.shape).to(device)
-
-
-def _told(size: int) -> str:
-    return f"{size / 2**30:.3g} GiB"
-
-
-@cache  # the cells of a sweep ask for the same; another content is another question
-def _known_digest(path: Path, modified: int, size: int) -> str:
-    return str(_sha256(path).hexdigest())
-
-
-def _sha256(path: Path) -> Any:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256")

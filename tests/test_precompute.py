@@ -23,6 +23,7 @@ from faults import SMALL, Attempt
 from torch import Tensor
 
 import sskd.precompute
+import sskd.teacher_outputs
 import train_student
 from sskd.acceleration import fold_teacher
 from sskd.assembly import assemble
@@ -32,9 +33,10 @@ from sskd.errors import BusyError, UserError
 from sskd.interrupt import Interrupted
 from sskd.methods import METHODS, Method
 from sskd.models import Features
-from sskd.precompute import STAGE, fits, precompute
+from sskd.precompute import STAGE, precompute
 from sskd.sealed import load_sealed, save_sealed
 from sskd.step import enter
+from sskd.teacher_outputs import fits
 from sskd.teachers import Teacher
 
 TEACHERS = [
@@ -277,7 +279,7 @@ def test_a_device_that_is_too_small_is_told(
     def full(*_: object) -> None:
         raise RuntimeError(told)
 
-    monkeypatch.setattr(sskd.precompute, "map_rows", full)
+    monkeypatch.setattr(sskd.teacher_outputs, "map_rows", full)
     with pytest.raises(UserError, match=r"outputs, 0\.\d+ GiB, do not fit into the memory of cpu"):
         train_student.train(composed(*cell(tmp_path, "method=kd", "schedule.epochs=1")))
 
@@ -399,7 +401,7 @@ def test_what_may_not_be_read_is_not_called_damaged(
     def forbidden(path: Path, *_: int) -> str:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(sskd.precompute, "_known_digest", forbidden)
+    monkeypatch.setattr(sskd.teacher_outputs, "_known_digest", forbidden)
     with pytest.raises(PermissionError, match=r"outputs\.bin"):
         train_student.train(composed(*words, "seed=1"))
 
@@ -408,7 +410,7 @@ def test_a_cell_has_let_go_of_its_own_when_the_next_takes_its(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[weakref.ref[Tensor]] = []
-    take = sskd.precompute.map_rows
+    take = sskd.teacher_outputs.map_rows
 
     def watched(*arguments: Any) -> Tensor:
         assert [rows() for rows in taken] == [None] * len(taken)
@@ -416,7 +418,7 @@ def test_a_cell_has_let_go_of_its_own_when_the_next_takes_its(
         taken.append(weakref.ref(rows))
         return rows
 
-    monkeypatch.setattr(sskd.precompute, "map_rows", watched)
+    monkeypatch.setattr(sskd.teacher_outputs, "map_rows", watched)
     for seed in range(3):
         words = kd(tmp_path)
         train_student.train(composed(*words, f"seed={seed}"))
