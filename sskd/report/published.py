@@ -11,6 +11,7 @@ from importlib import resources
 
 from sskd.errors import UserError
 from sskd.report.results import Result, Settings, without_digest
+from sskd.report.weightings import WEIGHTING
 
 Pair = tuple[str, str]
 TEACHER_ROW = "teacher"
@@ -79,7 +80,7 @@ CRD_BENCHMARK = Source(
         " distils from the teacher's last epoch, every method without KD's term, and reports the"
         " last epoch, so its figures compare with the last epoch.",
     ),
-    variant=(("method.weights.kd", "0.0"), *FROM_LAST),
+    variant=(*FROM_LAST, (WEIGHTING, "crd_benchmark")),
     variant_of={"KD": FROM_LAST},
 )
 # The first source of a dataset also shows what was made as none of them were.
