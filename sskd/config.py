@@ -18,7 +18,6 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
-    TypeAdapter,
     ValidationError,
     create_model,
     field_validator,
@@ -74,6 +73,13 @@ class ScheduleSettings(Settings):
     epochs: PositiveInt
     milestones: list[Share]
     gamma: Positive
+
+
+class WeightingSettings(Settings):
+    """The weights of CE and KD in the methods that add a term of their own to both."""
+
+    ce: NonNegative
+    kd: NonNegative
 
 
 class WandbSettings(Settings):
@@ -170,8 +176,8 @@ def read_config(composed: DictConfig) -> Config:
             "train_student.py takes arch@teacher=NAME and arch@student=NAME"
         )
     if "teacher" in plain:
-        # What it decides stands in the weights of those methods that it is for.
-        _check_kd_weight(plain.pop("kd_weight", 1.0))
+        # What it decides stands in the weights of the methods that read it.
+        _check_weighting(plain.pop("weighting", None))
     config = parse_config({"teacher": None, **plain})
     if not METHODS[config.method.name].needs_teacher:
         return config.model_copy(update={"teacher": None})
@@ -183,12 +189,15 @@ def read_config(composed: DictConfig) -> Config:
     return config
 
 
-def _check_kd_weight(weight: Any) -> None:
+def _check_weighting(values: Any) -> None:
     try:
-        TypeAdapter(NonNegative).validate_python(weight, strict=True)
+        WeightingSettings.model_validate(values)
     except ValidationError as error:
-        told = error.errors()[0]["msg"].removeprefix("Input ")
-        raise UserError(f"kd_weight: {told} (got {weight!r})") from None
+        problems = (
+            _explain({**problem, "loc": ("weighting", *problem["loc"])}, Config)
+            for problem in error.errors()
+        )
+        raise UserError("; ".join(problems)) from None
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:

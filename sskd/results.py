@@ -18,6 +18,7 @@ from sskd.device import peak_memory
 from sskd.errors import UserError
 from sskd.evaluation import accuracy, agreement, mean_kl, predict
 from sskd.fit import Position
+from sskd.identity import RECIPE
 from sskd.methods import Method
 from sskd.models import weights_digest
 from sskd.run import Run
@@ -50,6 +51,7 @@ def summarise(
         "student": config.student.name,
         "method": config.method.name,
         "seed": config.seed,
+        "recipe": RECIPE,
         "difference": dict(changed),
         "top1": {
             "last": last,

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from test_run import SMALL, CrashError, at_step, crash
 
 import train_student
 import train_teacher
+from sskd.config import Config
 from sskd.identity import difference, recipe
 from sskd.lock import FolderLock
 from sskd.status import SWEEP_VARIABLE, read_status
@@ -42,12 +43,32 @@ def published(name: str, *tables: str) -> tuple[set[tuple[str, str]], set[tuple[
     return {cell[:2] for cell in cells}, distilled
 
 
+def published_weights(table: str) -> dict[str, dict[str, float]]:
+    """Return the weight of each term of each method in a published table."""
+    weights: dict[str, dict[str, float]] = defaultdict(dict)
+    with (Path(__file__).parent / "published_weights.csv").open(encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            if line["table"] == table:
+                weights[line["method"]][line["term"]] = float(line["weight"])
+    return weights
+
+
 # The sweeps that reproduce published tables: the file of these, and which of them.
 TABLES = {
     "similar": ("published.csv", "similar"),
     "cross": ("published.csv", "cross"),
     "grid": ("published.csv", "similar", "cross"),
 }
+
+
+def weights_of(configs: list[Config]) -> dict[str, dict[str, float]]:
+    """Return the weights that the sweep gives each method: the same on every pair."""
+    found: dict[str, dict[str, float]] = {}
+    for config in configs:
+        if config.teacher:
+            weights = config.method.weights.model_dump()
+            assert found.setdefault(config.method.name, weights) == weights
+    return found
 
 
 @pytest.fixture
@@ -81,6 +102,7 @@ def test_every_cell_of_every_sweep_composes(composed_cells: Any, name: str) -> N
         assert len(distilled) == len(expected) == 11 * len(pairs)
         assert alone == sorted({student for _, student in pairs})
         assert not any(difference(config) for config in configs)
+        assert weights_of(configs) == published_weights("sskd")
     if name == "teachers":
         pairs, _ = published("published.csv", "similar", "cross")
         assert alone == sorted({network for pair in pairs for network in pair})
@@ -90,8 +112,8 @@ def test_every_cell_of_every_sweep_composes(composed_cells: Any, name: str) -> N
         _, expected = published("published_crd_benchmark.csv", "similar", "cross")
         assert set(distilled) == {cell for cell in expected if cell[2] in methods}
         assert {c.teacher.epoch for c in configs if c.teacher} == {"last"}
-        for c in configs:
-            assert not c.teacher or c.method.weights.kd == (0.9 if c.method.name == "kd" else 0)
+        facts = published_weights("crd_benchmark")
+        assert weights_of(configs) == {method: facts[method] for method in methods}
 
 
 def test_the_recipe_is_what_hydra_composes(composed: Compose) -> None:
