@@ -122,7 +122,7 @@ def _gains_over_student(entries: Iterable[Entry]) -> Iterator[tuple[Entry, float
 
 
 def _number(text: str) -> float | None:
-    found = re.match(r"[-+]?[\d,]+(\.\d+)?(e[-+]?\d+)?", text)
+    found = re.match(r"[-+]?[\d,]+(\.\d+)?(e[-+]?\d+)?", text.strip())
     return float(found[0].replace(",", "") or 0) if found and re.search(r"\d", found[0]) else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from sskd.report.groups import NETWORKS_TABLE, Entry, Group, build_groups
@@ -113,6 +113,9 @@ def _pairs_table(group: Group, name: str, pairs: list[Pair]) -> Table:
         label = row_label(key) + ("\n  published" if compared else "")
         rows.append((label, *("\n".join(_lines(entry)) for entry in entries)))
         placed.append(tuple(entries))
+        for rerun in _rerun_rows(group, key, pairs, entries):
+            rows.append(rerun)
+            placed.append((None,) * len(pairs))
     return Table(
         title=_title(group, name),
         header=("teacher\nstudent", *("\n".join(pair) for pair in pairs)),
@@ -123,6 +126,20 @@ def _pairs_table(group: Group, name: str, pairs: list[Pair]) -> Table:
         placed=tuple(placed),
         epoch=group.epoch,
     )
+
+
+def _rerun_rows(
+    group: Group, row: RowKey, pairs: Sequence[Pair], entries: Sequence[Entry | None]
+) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each published re-run of ``row``, with figures where ours compares."""
+    compared = [entry is not None and entry.published is not None for entry in entries]
+    for rerun in group.published.reruns if group.published else ():
+        found = [
+            rerun.text(pair) if here else "" for pair, here in zip(pairs, compared, strict=True)
+        ]
+        if row == (rerun.row, ()) and any(found):
+            # In the second line, which has what is published in other rows too.
+            yield f"{rerun.label}\n  published re-run", *(text and f"\n{text}" for text in found)
 
 
 def _networks_table(group: Group, runs: dict[RowKey, list[Result]]) -> Table:
