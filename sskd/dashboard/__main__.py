@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sskd import CONF
-from sskd.errors import UserError, nearest
+from sskd.errors import UserError, nearest, printable
 from sskd.storage import write_text
 
 DESCRIPTION = """\
@@ -103,7 +103,8 @@ def _save(workspace: Any, report: Any, entity: str | None, built: str) -> None:
         workspace.save()
     except (wandb.Error, OSError, ValueError) as error:
         raise UserError(f"{built}; not saved: {' '.join(str(error).split())}") from None
-    print(f"{built}\nworkspace: {workspace.url}\nreport: {report.url}")
+    addresses = (f"workspace: {workspace.url}", f"report: {report.url}")
+    print("\n".join(map(printable, (built, *addresses))))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -75,11 +75,10 @@ def _show(arguments: argparse.Namespace) -> None:
             " the runs: 'python -m sskd.report RUNS'"
         )
     written = _write(report, arguments, warn)
-    print(_status(report) if arguments.status else _tables(report, arguments), end="")
+    parts = [_status(report) if arguments.status else _tables(report, arguments)]
     if not arguments.status and report.unfinished():
-        print(f"\n{count_states(report.cells)} (--status lists them)")
-    if written:
-        print(f"\n{written}", end="")
+        parts.append(f"{count_states(report.cells)} (--status lists them)\n")
+    _print([*parts, written])
     if arguments.wandb is not None:
         sys.stdout.flush()
         _log(report, arguments.wandb, warn)
@@ -98,8 +97,9 @@ def _watch(arguments: argparse.Namespace) -> None:
         before = now
         parts = ["" if arguments.status else _tables(report, arguments), _status(report), written]
         shown = f"{datetime.now():%H:%M:%S} · {arguments.runs} · Ctrl-C ends\n"
-        clear = CLEAR if sys.stdout.isatty() else ""
-        print(clear + "\n".join([*filter(None, parts), shown]), flush=True)
+        print(CLEAR if sys.stdout.isatty() else "", end="")
+        _print([*parts, shown])
+        print(flush=True)
         time.sleep(arguments.watch)
 
 
@@ -198,6 +198,12 @@ def _seconds(text: str) -> float:
     if not 0 < seconds <= 86_400:
         raise argparse.ArgumentTypeError("must be more than 0 and at most a day, 86400")
     return seconds
+
+
+def _print(parts: Iterable[str]) -> None:
+    """Print the ``parts`` that are not empty, an empty line between, whatever a name holds."""
+    lines = "\n".join(filter(None, parts)).split("\n")
+    print("\n".join(map(printable, lines)), end="")
 
 
 def _complain(kind: str, message: str) -> None:

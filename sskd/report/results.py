@@ -93,7 +93,7 @@ def read_results(root: Path, warn: Callable[[str], None]) -> list[Result]:
             continue
         if result is None:
             continue
-        if result.origin.source is None:
+        if result.origin == Origin():
             result = replace(result, origin=read_origin(path.parent))
         results.append(result)
     return list(_without_copies(tell_apart(results, warn), warn))

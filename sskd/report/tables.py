@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -88,7 +89,22 @@ def _notes(groups: list[Group]) -> tuple[str, ...]:
         notes.append(INCOMPARABLE_LEGEND)
     if any(group.distilled for group in groups):
         notes += DISTILL_LEGENDS
+    if commits := _commits_in_one_mean(groups):
+        told = ", ".join(commits)
+        notes.append(f"Some means are over runs of different commits of the suite: {told}.")
     return tuple(notes)
+
+
+def _commits_in_one_mean(groups: Iterable[Group]) -> list[str]:
+    """Return the commits whose runs share a row, shortened."""
+    shared: set[str] = set()
+    for group in groups:
+        rows = [group.network_runs(())]
+        rows += [group.pair_runs(pair) for pair in group.pairs()]
+        for runs in (runs for of in rows for runs in of.values()):
+            commits = {run.commit or "not recorded" for run in runs}
+            shared |= commits if len(commits) > 1 else set()
+    return sorted(re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", commit) for commit in shared)
 
 
 def _group_tables(group: Group) -> Iterator[Table]:
