@@ -277,46 +277,32 @@ def test_curves_of_lost_epochs_are_said(tmp_path: Path) -> None:
     assert "resnet56-resnet20, KD: its runs have 2 or 3 epochs" in warnings[0]
 
 
-def images(root: Path, shade: int) -> Path:
+def images(root: Path) -> Path:
     for part in ("train", "test"):
         for number, name in enumerate(("one", "two")):
             (root / part / name).mkdir(parents=True)
             for index in range(4):
-                size = (32, 32 + shade)
-                colour = (shade, 100 * number, 20 * index)
-                Image.new("RGB", size, colour).save(root / part / name / f"{index}.png")
+                colour = (0, 100 * number, 20 * index)
+                Image.new("RGB", (32, 32), colour).save(root / part / name / f"{index}.png")
     return root
 
 
-def test_runs_record_their_data_and_their_teacher(composed: Compose, tmp_path: Path) -> None:
-    """Two folders of one name, each with a teacher and a student of its own."""
-    for number in range(2):
-        root = images(tmp_path / str(number) / "mine", shade=number)
-        base = ("dataset=folder", f"dataset.root={root}", "schedule.epochs=1", "batch_size=4")
-        networks = ("arch@teacher=resnet8", "arch@student=resnet8", "teacher.train=true")
-        runs = f"runs={tmp_path / 'runs' / str(number)}"
-        train(composed(*base, *networks, runs, "method=kd", "device=cpu"))
-    digits = ("dataset=digits", "dataset.fraction=0.05", "schedule.epochs=1")
-    train(composed(*digits, "arch=resnet8", "device=cpu", primary="teacher"))
-    report, warnings = read(tmp_path / "runs")
-    students = [run for run in report.results if run.teacher]
-    digests = {run.origin.digest for run in students}
-    assert len(digests) == 2
-    for run in report.results:
-        teacher = run.origin.teacher
-        if run.dataset == "digits":
-            assert run.origin.data.source == "digits"
-            assert run.origin.digest is None
-            continue
-        assert run.origin.source == "folder"
-        assert run.dataset == f"mine (folder {(run.origin.digest or '')[:8]})"
-        own = json.loads((run.folder / "result.json").read_text())
-        assert own["dataset_digest"] == read_origin(run.folder).digest == run.origin.digest
-        assert (teacher is None) == (run.teacher is None)
-    trained = {
-        json.loads((run.folder / "result.json").read_text())["digest"]["best"]
-        for run in report.results
-        if run.teacher is None
-    }
-    assert {run.origin.teacher for run in students} <= trained
-    assert len(warnings) == 1
+def test_a_run_records_its_data_and_its_teacher(composed: Compose, tmp_path: Path) -> None:
+    data = ("dataset=folder", f"dataset.root={images(tmp_path / 'mine')}", "batch_size=4")
+    networks = ("arch@teacher=resnet8", "arch@student=resnet8", "teacher.train=true")
+    train(composed(*data, *networks, "schedule.epochs=1", "method=kd", "device=cpu"))
+    digits = ("dataset=digits", "dataset.fraction=0.05", "schedule.epochs=1", "device=cpu")
+    train(composed(*digits, "arch=resnet8", primary="teacher"))
+    results = [json.loads(path.read_text()) for path in tmp_path.rglob("result.json")]
+    runs = {(result["dataset"], result["kind"]): result for result in results}
+    student, teacher = runs["mine", "distill"], runs["mine", "scratch"]
+    alone = runs["digits", "scratch"]
+    assert (alone["dataset_source"], alone["dataset_digest"]) == ("digits", None)
+    assert student["dataset_source"] == teacher["dataset_source"] == "folder"
+    assert student["dataset_digest"] == teacher["dataset_digest"]
+    assert student["teacher_digest"] == teacher["digest"]["best"]
+    assert teacher["teacher_digest"] is None
+    # An older result has the same from its configuration.
+    report = read_report(tmp_path / "runs", never)
+    assert len(report.results) == 3
+    assert all(read_origin(run.folder) == run.origin for run in report.results)
