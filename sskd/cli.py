@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sskd import CONF
-from sskd.errors import BusyError, UnfinishedError, UserError, nearest, printable
+from sskd.errors import BusyError, UnfinishedError, UserError, nearest, printable, shortened
 from sskd.interrupt import Interrupted, termination_raised, warnings_passed_on
 from sskd.nested import flatten
 
@@ -116,7 +116,7 @@ def run_command(main: Callable[[], object]) -> int:
             raise
         cause = "cannot be composed (" + " ".join(str(error).split()) + ")"
         told = "its defaults lead back to itself" if isinstance(error, RecursionError) else cause
-        print(f"error: {_primary_file()}: {told}", file=sys.stderr)
+        print(f"error: {_long_number() or f'{_primary_file()}: {told}'}", file=sys.stderr)
         return UserError.status
     return 0
 
@@ -133,6 +133,15 @@ def _primary_file() -> Path:
     parser.add_argument("--config-name", "-cn", default=Path(sys.argv[0]).stem.split("_")[-1])
     given, _ = parser.parse_known_args()
     return Path(given.config_dir, f"{given.config_name.removesuffix('.yaml')}.yaml")
+
+
+def _long_number() -> str:
+    """Return what is wrong with a number on the command line that Python refuses to read."""
+    most = sys.get_int_max_str_digits()
+    for key, _, value in (word.partition("=") for word in sys.argv):
+        if 0 < most < len(value) and re.fullmatch(r"[+-]?[\d_]+", value):
+            return f"{key}: {shortened(int(value[:100]))} has {len(value)} digits, which is too many"
+    return ""
 
 
 def _end_at_once(status: int) -> NoReturn:

@@ -72,7 +72,7 @@ def damaged(path: Path) -> UserError:
 
 def phase_settings(stage: Stage, config: Config, teacher: Teacher) -> dict[str, Any]:
     """Return everything that the result of a teacher-only ``stage`` depends on."""
-    values = identity(describe(config))
+    values = identity(describe(config, defaults=False))
     schedule = asdict(stage_schedule(stage, config))
     optimizer = {k: v for k, v in values["optimizer"].items() if k != "lr"}
     return {
