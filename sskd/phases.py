@@ -19,6 +19,7 @@ from sskd.fit import Fit, stage_schedule
 from sskd.identity import describe, identity
 from sskd.methods import Stage
 from sskd.models import weights_digest
+from sskd.output import say
 from sskd.paths import below
 from sskd.run import Run
 from sskd.run_files import WEIGHTS
@@ -46,7 +47,7 @@ def share_phase(
             told = {"kind": "phase", "stage": stage.name, "seconds": position.seconds}
             run.finish(stage.trains, {**told, "digest": digest})
         else:
-            print(f"{folder}: reused")
+            say(f"{folder}: reused")
             _load_result(stage.trains, folder / WEIGHTS, result.get("digest"))
         return run.read_metrics()
 

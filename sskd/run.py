@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import methodcaller
@@ -23,6 +22,7 @@ from sskd.errors import BusyError, UserError
 from sskd.identity import differing
 from sskd.lock import FolderLock
 from sskd.models import save_weights
+from sskd.output import complain
 from sskd.run_files import BEST, CONFIG, DAMAGED, LAST, METRICS, PREVIOUS, RESULT, WEIGHTS
 from sskd.run_folder import read_config_file, read_result
 from sskd.sealed import DamagedError, load_sealed, save_sealed
@@ -161,7 +161,7 @@ class Run:
                 damage = damage or f"{self.folder}: {error}"
                 continue
             if damage:
-                print(f"warning: {damage}; goes on from {path.name}", file=sys.stderr, flush=True)
+                complain(f"warning: {damage}; goes on from {path.name}")
                 if last.exists():
                     last.replace(self.folder / DAMAGED)  # for whoever wants to look into it
                 path.replace(last)  # else the next one would take its place
@@ -238,7 +238,7 @@ class Run:
                 raise DamagedError(BEST, "it holds no weights")
         except (DamagedError, OSError) as error:
             told = f"warning: {self.folder}: the weights of epoch {epoch}, the best, are lost"
-            print(f"{told}: {error}", file=sys.stderr, flush=True)
+            complain(f"{told}: {error}")
             return None
         weights: dict[str, Tensor] = best["model"]
         return weights

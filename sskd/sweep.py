@@ -20,6 +20,7 @@ from sskd.errors import BusyError, UnfinishedError, UserError
 from sskd.identity import describe
 from sskd.interrupt import termination_raised
 from sskd.lock import FolderLock, is_held
+from sskd.output import complain, say
 from sskd.run import Run
 from sskd.run_folder import read_result
 from sskd.status import (
@@ -88,7 +89,7 @@ class Sweep:
             with suppress(UserError):  # it is not this sweep's then, or its own job tells
                 _queue(cell)
         done = len(self.cells) - len(left)
-        print(f"{len(self.cells)} cells, {done} finished already", flush=True)
+        say(f"{len(self.cells)} cells, {done} finished already")
         return [cell.overrides for cell in left]
 
     def launch(self, left: list[list[str]], size: int | None, launcher: Callable[..., Any]) -> None:
@@ -99,7 +100,7 @@ class Sweep:
                 with termination_raised():
                     launcher(left[first : first + size], initial_job_idx=first)
             except Exception as error:  # of joblib or submitit, about a process that died
-                print(f"error: the launcher gave up: {explain(error)}", file=sys.stderr)
+                complain(f"error: the launcher gave up: {explain(error)}")
                 return
 
     def end(self) -> None:
@@ -111,11 +112,11 @@ class Sweep:
         """
         left = [cell for cell in self.cells if _is_left(cell)]
         done = len(self.cells) - len(left)
-        print(f"{done} of {len(self.cells)} cells have finished", flush=True)
+        say(f"{done} of {len(self.cells)} cells have finished")
         busy = [cell for cell in left if is_held(cell.folder)]
         for cell in left:
             told = "another process is at work on it" if cell in busy else _reason(cell)
-            print(f"  {cell.folder}: {told}", file=sys.stderr, flush=True)
+            complain(f"  {cell.folder}: {told}")
         if left:
             raise UnfinishedError((BusyError if left == busy else UserError).status)
 

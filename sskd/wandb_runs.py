@@ -14,6 +14,7 @@ import requests
 import wandb
 
 from sskd.errors import UserError
+from sskd.output import say
 from sskd.storage import is_plain_file, write_text
 
 _ID = "wandb_id"
@@ -36,11 +37,11 @@ def open_run(mode: str, folder: Path, name: str, **arguments: Any) -> wandb.Run:
         mode = choose_mode(mode)
         run = _init(mode, arguments)
         if mode == "online":
-            print(f"W&B: {run.url}")
+            say(f"W&B: {run.url}")
         return run
     except (wandb.Error, ValueError, OSError) as error:
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        print(f"W&B cannot be used online ({told}); this run stays offline")
+        say(f"W&B cannot be used online ({told}); this run stays offline")
         with contextlib.suppress(Exception):
             wandb.teardown()
     try:
@@ -93,7 +94,7 @@ def choose_mode(mode: str) -> str:
         _require_answer(wandb.setup().settings.base_url)
         wandb.login(prompt=False)  # now the key is verified
         return "online"
-    print("W&B: no login, so this run is kept offline; `wandb sync` sends it later")
+    say("W&B: no login, so this run is kept offline; `wandb sync` sends it later")
     return "offline"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import wandb
 
+from sskd.output import say
 from sskd.report.files import write_files
 from sskd.report.groups import Entry
 from sskd.report.report import Report
@@ -42,7 +43,7 @@ def log_report(
         with run:
             _log(run, report, warn)
     except TimeoutError:
-        print(sync_later(run))
+        say(sync_later(run))
 
 
 def _log(run: wandb.Run, report: Report, warn: Callable[[str], None]) -> None:
