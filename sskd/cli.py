@@ -78,14 +78,20 @@ def _status(error: Exception) -> int:
 def _keep_failure(composed: DictConfig, error: Exception) -> None:
     """Say in the folder of the run that it failed, for what failed before the run was opened."""
     from sskd.config import read_config
-    from sskd.lock import is_held
+    from sskd.lock import FolderLock
     from sskd.status import write_failure
     from sskd.teachers import locate
 
-    with contextlib.suppress(UserError):  # the error itself may be that there is no such folder
+    # The error itself may be that there is no such folder.
+    with contextlib.suppress(UserError, OSError):
         folder, _ = locate(read_config(composed))
-        if not is_held(folder):
-            write_failure(folder, error)
+        if folder.is_dir():
+            lock = FolderLock(folder)
+            lock.acquire(watch=False)
+            try:
+                write_failure(folder, error, still_ours=lock.check)
+            finally:
+                lock.release()
 
 
 def run_command(main: Callable[[], object]) -> int:

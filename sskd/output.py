@@ -104,7 +104,7 @@ def steady_output() -> Iterator[None]:
     for stream in before:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    sys.stdout, sys.stderr = map(SteadyStream, before)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = map(SteadyStream, before)
     logging.raiseExceptions = False
     try:
         yield

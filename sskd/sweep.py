@@ -19,18 +19,16 @@ from sskd.config import Config, read_config
 from sskd.errors import BusyError, UnfinishedError, UserError
 from sskd.identity import describe
 from sskd.interrupt import termination_raised
-from sskd.lock import FolderLock, is_held
+from sskd.lock import is_held
 from sskd.output import complain, say
 from sskd.run import Run
-from sskd.run_folder import read_result
+from sskd.run_folder import read_result, write_queued
 from sskd.status import (
     SWEEP_VARIABLE,
     failed_in_this_sweep,
     forced_in_this_sweep,
     read_status,
-    write_status,
 )
-from sskd.storage import make_folder
 from sskd.teachers import find_teacher, locate
 
 Overrides = Sequence[str]
@@ -87,7 +85,7 @@ class Sweep:
         left = [cell for cell in self.cells if cell.config.force or not cell.has_finished()]
         for cell in left:
             with suppress(UserError):  # it is not this sweep's then, or its own job tells
-                _queue(cell)
+                write_queued(cell.folder, command=cell.command)
         done = len(self.cells) - len(left)
         say(f"{len(self.cells)} cells, {done} finished already")
         return [cell.overrides for cell in left]
@@ -119,16 +117,6 @@ class Sweep:
             complain(f"  {cell.folder}: {told}")
         if left:
             raise UnfinishedError((BusyError if left == busy else UserError).status)
-
-
-def _queue(cell: Cell) -> None:
-    make_folder(cell.folder)
-    lock = FolderLock(cell.folder)
-    lock.acquire(watch=False)  # whoever may have died there is its own job's concern
-    try:
-        write_status(cell.folder, "queued", command=cell.command)
-    finally:
-        lock.release()
 
 
 def _is_left(cell: Cell) -> bool:

@@ -15,9 +15,10 @@ import wandb
 
 from sskd.errors import UserError
 from sskd.output import say
-from sskd.storage import is_plain_file, write_text
+from sskd.storage import is_plain_file, read_bounded_text, write_text
 
 _ID = "wandb_id"
+_ID_LENGTH = 16  # characters
 _ANSWER_TIMEOUT = 10  # seconds
 _INIT_TIMEOUT = 20  # seconds; after that a run without a network is an offline one
 _FINISH_TIMEOUT = "60"  # seconds; what a server has not taken by then is left for `wandb sync`
@@ -115,8 +116,12 @@ def run_id(folder: Path, name: str) -> str:
     or one started afresh, gets an id of its own.
     """
     path = folder / _ID
-    known = path.read_text(errors="replace") if is_plain_file(path) else ""
-    if not re.fullmatch("[0-9a-f]{16}", known):
+    known = ""
+    if is_plain_file(path):
+        with contextlib.suppress(ValueError):  # no id of ours
+            known = read_bounded_text(path, _ID_LENGTH)
+    if not re.fullmatch("[0-9a-f]+", known) or len(known) != _ID_LENGTH:
         text = f"{name} {uuid.uuid4()}"
-        write_text(path, hashlib.sha256(text.encode()).hexdigest()[:16])
-    return path.read_text()
+        known = hashlib.sha256(text.encode()).hexdigest()[:_ID_LENGTH]
+        write_text(path, known)
+    return known

@@ -62,7 +62,9 @@ def test_all_that_is_printed_passes_through_one_module() -> None:
     found = []
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
-            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
             if called in ("print", "traceback.print_exc") or called.endswith(
                 ("stdout.write", "stderr.write", "_bar.write", "tqdm.write")
             ):

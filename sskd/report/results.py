@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from sskd.report import fields
-from sskd.run_files import RESULT
-from sskd.storage import is_plain_file
+from sskd.run_files import MOST_RESULT, RESULT
+from sskd.storage import is_plain_file, read_bounded_text
 
 Epoch = Literal["last", "best"]
 Settings = tuple[tuple[str, str], ...]
@@ -81,7 +81,7 @@ def read_results(root: Path, warn: Callable[[str], None]) -> list[Result]:
     results = []
     for path in find_files(root, [RESULT], warn):
         try:
-            result = parse_result(path.read_text(encoding="utf-8"), path.parent)
+            result = parse_result(read_bounded_text(path, MOST_RESULT), path.parent)
         except (OSError, ValueError) as error:
             warn(f"{path}: {error}; left out")
             continue
