@@ -41,6 +41,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     from sskd.device import choose_device, place, reset_peak_memory
     from sskd.fit import Fit, stage_schedule
     from sskd.identity import describe
+    from sskd.output import say
     from sskd.phases import share_phase
     from sskd.pictures import save_views
     from sskd.precompute import precompute
@@ -62,7 +63,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     run = Run(folder, describe(config, found.digest if found else None))
     force = config.force and not forced_in_this_sweep(folder)  # a job that comes back goes on
     if not force and (result := run.finished()) is not None:
-        print(f"{run.folder}: finished already, last top-1 {last_top1(result, run.folder):.2f}")
+        say(f"{run.folder}: finished already, last top-1 {last_top1(result, run.folder):.2f}")
         return result
 
     # ---- data, networks, method ----
@@ -106,7 +107,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
             tracker.summarise(result)
             run.finish(student, result)
     top1 = result["top1"]
-    print(f"{run.folder}: last top-1 {top1['last']:.2f}, best {top1['best']:.2f}")
+    say(f"{run.folder}: last top-1 {top1['last']:.2f}, best {top1['best']:.2f}")
     return result
 
 

@@ -19,9 +19,10 @@ from sskd.fit import Fit, stage_schedule
 from sskd.identity import describe, identity
 from sskd.methods import Stage
 from sskd.models import weights_digest
+from sskd.output import say
 from sskd.paths import below
 from sskd.run import Run
-from sskd.run_files import WEIGHTS
+from sskd.run_files import MOST_RESULT, WEIGHTS
 from sskd.teachers import Teacher
 
 
@@ -46,14 +47,17 @@ def share_phase(
             told = {"kind": "phase", "stage": stage.name, "seconds": position.seconds}
             run.finish(stage.trains, {**told, "digest": digest})
         else:
-            print(f"{folder}: reused")
+            say(f"{folder}: reused")
             _load_result(stage.trains, folder / WEIGHTS, result.get("digest"))
         return run.read_metrics()
 
 
 def _load_result(module: nn.Module, path: Path, digest: object) -> None:
     """Load what a finished phase has left; ``digest`` is None in results that tell none."""
+    most = 2 * sum(tensor.nbytes for tensor in module.state_dict().values()) + MOST_RESULT
     try:
+        if path.stat().st_size > most:
+            raise damaged(path)
         state = load_file(path)
         whole = digest in (None, weights_digest(state))
         module.load_state_dict(state)
