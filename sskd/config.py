@@ -229,6 +229,8 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
         return f"{path}: no such setting{nearest(path, known)}"
     if problem["type"] == "missing":
         return f"{path}: missing; give it as {path}=VALUE"
+    if problem["type"] == "string_unicode":
+        return f"{path}: is not UTF-8, as the files of a run are; rename it, or name a link to it"
     message = re.sub("^(Value error, |Input |String |List )", "", problem["msg"])
     given = problem["input"]
     told = "" if isinstance(given, Mapping) else f" (got {given!r})"

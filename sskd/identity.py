@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import shlex
+import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,8 @@ from omegaconf import DictConfig
 
 from sskd import CONF
 from sskd.config import ArchSettings, Config, parse_config, read_config
-from sskd.data import SOURCES
+from sskd.data import SOURCES, DatasetSettings
+from sskd.errors import printable
 from sskd.nested import as_override, flatten
 from sskd.paths import below
 
@@ -38,6 +40,8 @@ _NOT_IDENTITY = (
     ("teacher", "paraphraser_lr"),
     ("student", "paraphraser_lr"),
 )
+
+_DIGEST = "dataset.digest"
 
 
 def identity(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,10 +148,16 @@ def teacher_config(config: Config) -> Config:
     )
 
 
-def describe(config: Config, teacher_digest: str | None = None) -> dict[str, Any]:
-    """Return ``config`` as a run's folder keeps it: with the digests of what it was fed."""
+def describe(
+    config: Config, teacher_digest: str | None = None, data_digest: str | None = None
+) -> dict[str, Any]:
+    """Return ``config`` as a run's folder keeps it: with the digests of what it was fed.
+
+    Args:
+        data_digest: of what was loaded; None computes it from the files as they are now.
+    """
     values = config.model_dump()
-    fingerprint = SOURCES[config.dataset.source].fingerprint(config.dataset)
+    fingerprint = data_digest or SOURCES[config.dataset.source].fingerprint(config.dataset)
     if fingerprint is not None:
         values["dataset"]["digest"] = fingerprint
     if teacher_digest is not None:
@@ -158,11 +168,38 @@ def describe(config: Config, teacher_digest: str | None = None) -> dict[str, Any
 def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Return the settings of two descriptions that decide the result and differ, in words."""
     there, here = flatten(identity(found)), flatten(identity(wanted))
+    if there.get(_DIGEST) != here.get(_DIGEST) and _is_earlier_digest(there, wanted):
+        there[_DIGEST] = here.get(_DIGEST)
     return ", ".join(
         f"{key} ({there.get(key)!r} there, {here.get(key)!r} here)"
         for key in sorted(there.keys() | here.keys())
         if there.get(key) != here.get(key)
     )
+
+
+def _is_earlier_digest(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Return whether an earlier version gave ``found`` its digest, and would give it today.
+
+    It then covers less than today's: a warning says so.
+    """
+    dataset = wanted.get("dataset", {})
+    if found.get(_DIGEST) is None or not DatasetSettings.model_fields.keys() <= dataset.keys():
+        return False
+    settings = DatasetSettings(**{key: dataset[key] for key in DatasetSettings.model_fields})
+    if SOURCES[settings.source].earlier_fingerprint(settings) != found[_DIGEST]:
+        return False
+    student, method, seed = (found.get(key) for key in ("student.name", "method.name", "seed"))
+    _warn_once(
+        f"the run of {student} ({method}, seed {seed}) was made by a version that recorded the "
+        f"names and sizes of the files in {settings.root}: these are the same, but whether the "
+        "images are cannot be checked; force=true trains it again"
+    )
+    return True
+
+
+@cache
+def _warn_once(text: str) -> None:
+    print(printable(f"warning: {text}"), file=sys.stderr, flush=True)
 
 
 def training_command(config: Config) -> str:
