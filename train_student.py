@@ -37,7 +37,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     """
     from sskd.acceleration import fold_teacher
     from sskd.assembly import assemble, refuse_misfits
-    from sskd.data import load_images
+    from sskd.data import load_images, refuse_missing
     from sskd.device import choose_device, place, reset_peak_memory
     from sskd.fit import Fit, stage_schedule
     from sskd.identity import describe
@@ -55,6 +55,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     # ---- what is to be done, and where ----
     device = choose_device(config.device)
     if missing := missing_teacher(config):
+        refuse_missing(config.dataset)  # else the teacher would be reported, and then the data
         refuse_misfits(config)  # before anyone trains a teacher for them
         if config.teacher and config.teacher.train:
             train(missing, wait=True)
@@ -68,7 +69,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
 
     # ---- data, networks, method ----
     reset_peak_memory(device)
-    images = load_images(config.dataset).to(device)
+    images = load_images(config.dataset, run.config["dataset"].get("digest")).to(device)
     method = assemble(config, images, found)
     place(method, device)
     fold_teacher(method, device)

@@ -253,6 +253,8 @@ def _explain(problem: Any, model: type[BaseModel], values: Mapping[str, Any]) ->
         return f"{path}: no such setting{nearest(path, known)}"
     if problem["type"] == "missing":
         return f"{path}: missing; give it as {path}=VALUE"
+    if problem["type"] == "string_unicode":
+        return f"{path}: is not UTF-8, as the files of a run are; rename it, or name a link to it"
     message = re.sub("^(Value error, |Input |String |List )", "", problem["msg"])
     given = _given(problem, values)
     told = "" if isinstance(given, Mapping) else f" (got {shortened(given)})"

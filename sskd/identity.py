@@ -25,8 +25,9 @@ from sskd.config import (
     parse_config,
     read_config,
 )
-from sskd.data import SOURCES
+from sskd.data import SOURCES, DatasetSettings
 from sskd.nested import as_override, flatten
+from sskd.output import complain
 from sskd.paths import below
 
 RECIPE = 2
@@ -49,6 +50,8 @@ _NOT_IDENTITY = (
     ("teacher", "paraphraser_lr"),
     ("student", "paraphraser_lr"),
 )
+
+_DIGEST = "dataset.digest"
 
 
 def identity(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,16 +160,21 @@ def teacher_config(config: Config) -> Config:
 
 
 def describe(
-    config: Config, teacher_digest: str | None = None, *, defaults: bool = True
+    config: Config,
+    teacher_digest: str | None = None,
+    data_digest: str | None = None,
+    *,
+    defaults: bool = True,
 ) -> dict[str, Any]:
     """Return ``config`` as a run's folder keeps it: with the digests of what it was fed.
 
     Args:
+        data_digest: of what was loaded; None computes it from the files as they are now.
         defaults: name the settings that have their default in Python too, instead of leaving
             them out, so that what is made of the rest stays the same when one is added.
     """
     values = config.model_dump(exclude_defaults=not defaults)
-    fingerprint = SOURCES[config.dataset.source].fingerprint(config.dataset)
+    fingerprint = data_digest or SOURCES[config.dataset.source].fingerprint(config.dataset)
     if fingerprint is not None:
         values["dataset"]["digest"] = fingerprint
     if teacher_digest is not None:
@@ -184,6 +192,8 @@ def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     usual = _defaults_of(wanted)
     assumed = {key: usual[key] for key in here if key in usual}
     there = assumed | flatten(identity(found))
+    if there.get(_DIGEST) != here.get(_DIGEST) and _is_earlier_digest(there, wanted):
+        there[_DIGEST] = here.get(_DIGEST)
     return ", ".join(
         f"{key} ({there.get(key)!r} there, {here.get(key)!r} here)"
         for key in sorted(there.keys() | here.keys())
@@ -211,6 +221,31 @@ def _defaults_of(described: Mapping[str, Any]) -> dict[str, Any]:
     )
     defaults = flatten(usual.model_dump()) | declared_defaults(config_model(described))
     return {k: v for k, v in defaults.items() if not _NEVER_ASSUMED.fullmatch(k)}
+
+
+def _is_earlier_digest(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Return whether an earlier version gave ``found`` its digest, and would give it today.
+
+    It then covers less than today's: a warning says so.
+    """
+    dataset = wanted.get("dataset", {})
+    if found.get(_DIGEST) is None or not DatasetSettings.model_fields.keys() <= dataset.keys():
+        return False
+    settings = DatasetSettings(**{key: dataset[key] for key in DatasetSettings.model_fields})
+    if SOURCES[settings.source].earlier_fingerprint(settings) != found[_DIGEST]:
+        return False
+    student, method, seed = (found.get(key) for key in ("student.name", "method.name", "seed"))
+    _warn_once(
+        f"the run of {student} ({method}, seed {seed}) was made by a version that recorded the "
+        f"names and sizes of the files in {settings.root}: these are the same, but whether the "
+        "images are cannot be checked; force=true trains it again"
+    )
+    return True
+
+
+@cache
+def _warn_once(text: str) -> None:
+    complain(f"warning: {text}")
 
 
 def training_command(config: Config) -> str:

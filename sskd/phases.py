@@ -35,7 +35,7 @@ def share_phase(
     teacher's weights, the seed, the data and the phase's settings; of the student nothing but a
     learning rate that the phase may take from it.
     """
-    settings = phase_settings(stage, config, teacher)
+    settings = phase_settings(stage, config, teacher, images.digest)
     folder = phase_folder(config, settings)
     with Run(folder, settings).open(wait=True) as run:
         result = run.finished()
@@ -74,9 +74,14 @@ def damaged(path: Path) -> UserError:
     )
 
 
-def phase_settings(stage: Stage, config: Config, teacher: Teacher) -> dict[str, Any]:
-    """Return everything that the result of a teacher-only ``stage`` depends on."""
-    values = identity(describe(config, defaults=False))
+def phase_settings(
+    stage: Stage, config: Config, teacher: Teacher, data_digest: str | None = None
+) -> dict[str, Any]:
+    """Return everything that the result of a teacher-only ``stage`` depends on.
+
+    ``data_digest`` is as in ``describe``.
+    """
+    values = identity(describe(config, data_digest=data_digest, defaults=False))
     schedule = asdict(stage_schedule(stage, config))
     optimizer = {k: v for k, v in values["optimizer"].items() if k != "lr"}
     return {
