@@ -37,10 +37,11 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     """
     from sskd.acceleration import fold_teacher
     from sskd.assembly import assemble, refuse_misfits
-    from sskd.data import load_images
+    from sskd.data import load_images, refuse_missing
     from sskd.device import choose_device, place, reset_peak_memory
     from sskd.fit import Fit, stage_schedule
     from sskd.identity import describe
+    from sskd.output import say
     from sskd.phases import share_phase
     from sskd.pictures import save_views
     from sskd.precompute import precompute
@@ -54,6 +55,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     # ---- what is to be done, and where ----
     device = choose_device(config.device)
     if missing := missing_teacher(config):
+        refuse_missing(config.dataset)  # else the teacher would be reported, and then the data
         refuse_misfits(config)  # before anyone trains a teacher for them
         if config.teacher and config.teacher.train:
             train(missing, wait=True)
@@ -62,12 +64,12 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     run = Run(folder, describe(config, found.digest if found else None))
     force = config.force and not forced_in_this_sweep(folder)  # a job that comes back goes on
     if not force and (result := run.finished()) is not None:
-        print(f"{run.folder}: finished already, last top-1 {last_top1(result, run.folder):.2f}")
+        say(f"{run.folder}: finished already, last top-1 {last_top1(result, run.folder):.2f}")
         return result
 
     # ---- data, networks, method ----
     reset_peak_memory(device)
-    images = load_images(config.dataset).to(device)
+    images = load_images(config.dataset, run.config["dataset"].get("digest")).to(device)
     method = assemble(config, images, found)
     place(method, device)
     fold_teacher(method, device)
@@ -106,7 +108,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
             tracker.summarise(result)
             run.finish(student, result)
     top1 = result["top1"]
-    print(f"{run.folder}: last top-1 {top1['last']:.2f}, best {top1['best']:.2f}")
+    say(f"{run.folder}: last top-1 {top1['last']:.2f}, best {top1['best']:.2f}")
     return result
 
 

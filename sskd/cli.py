@@ -26,9 +26,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sskd import CONF
-from sskd.errors import BusyError, UnfinishedError, UserError, nearest, printable
+from sskd.errors import BusyError, UnfinishedError, UserError, nearest, printable, shortened
 from sskd.interrupt import Interrupted, termination_raised, warnings_passed_on
 from sskd.nested import flatten
+from sskd.output import complain, steady_output
 
 # For the folder that Hydra makes for a sweep; a run's own is expanded with its configuration.
 OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
@@ -52,7 +53,7 @@ def run_job(job: Callable[[DictConfig], object], composed: DictConfig) -> None:
     launcher, and callbacks are not told of some of it.
     """
     try:
-        with warnings_passed_on(), termination_raised():
+        with steady_output(), warnings_passed_on(), termination_raised():
             job(composed)
     except Exception as error:
         expected = isinstance(error, _USER_CAN_MEND)
@@ -60,9 +61,9 @@ def run_job(job: Callable[[DictConfig], object], composed: DictConfig) -> None:
         if not expected and not in_sweep:
             raise
         if not expected:
-            traceback.print_exc()
+            complain(traceback.format_exc())
         told = explain(error) if isinstance(error, BusyError) else f"error: {explain(error)}"
-        print(told, file=sys.stderr, flush=True)
+        complain(told)
         if not in_sweep:
             sys.exit(_status(error))
         if not isinstance(error, BusyError):
@@ -77,14 +78,20 @@ def _status(error: Exception) -> int:
 def _keep_failure(composed: DictConfig, error: Exception) -> None:
     """Say in the folder of the run that it failed, for what failed before the run was opened."""
     from sskd.config import read_config
-    from sskd.lock import is_held
+    from sskd.lock import FolderLock
     from sskd.status import write_failure
     from sskd.teachers import locate
 
-    with contextlib.suppress(UserError):  # the error itself may be that there is no such folder
+    # The error itself may be that there is no such folder.
+    with contextlib.suppress(UserError, OSError):
         folder, _ = locate(read_config(composed))
-        if not is_held(folder):
-            write_failure(folder, error)
+        if folder.is_dir():
+            lock = FolderLock(folder)
+            lock.acquire(watch=False)
+            try:
+                write_failure(folder, error, still_ours=lock.check)
+            finally:
+                lock.release()
 
 
 def run_command(main: Callable[[], object]) -> int:
@@ -95,10 +102,15 @@ def run_command(main: Callable[[], object]) -> int:
     """
     asked_for_traceback = os.environ.get(_FULL_ERROR) == "1"
     os.environ[_FULL_ERROR] = "1"  # Hydra then raises, instead of printing several lines
+    with steady_output():
+        return _ended(main, asked_for_traceback)
+
+
+def _ended(main: Callable[[], object], asked_for_traceback: bool) -> int:
     try:
         main()
     except Interrupted as stop:
-        print(f"{stop}: the state is saved, {_again()} goes on from it", file=sys.stderr)
+        complain(f"{stop}: the state is saved, {_again()} goes on from it")
         return 128 + stop.signum
     except KeyboardInterrupt:
         if "wandb" in sys.modules:
@@ -109,14 +121,14 @@ def run_command(main: Callable[[], object]) -> int:
     except _USER_CAN_MEND as error:
         if asked_for_traceback:
             raise
-        print(f"error: {explain(error)}", file=sys.stderr)
+        complain(f"error: {explain(error)}")
         return _status(error)
     except Exception as error:
         if asked_for_traceback or not _came_up_in_composing(error):
             raise
         cause = "cannot be composed (" + " ".join(str(error).split()) + ")"
         told = "its defaults lead back to itself" if isinstance(error, RecursionError) else cause
-        print(f"error: {_primary_file()}: {told}", file=sys.stderr)
+        complain(f"error: {_long_number() or f'{_primary_file()}: {told}'}")
         return UserError.status
     return 0
 
@@ -133,6 +145,15 @@ def _primary_file() -> Path:
     parser.add_argument("--config-name", "-cn", default=Path(sys.argv[0]).stem.split("_")[-1])
     given, _ = parser.parse_known_args()
     return Path(given.config_dir, f"{given.config_name.removesuffix('.yaml')}.yaml")
+
+
+def _long_number() -> str:
+    """Return what is wrong with a number on the command line that Python refuses to read."""
+    most = sys.get_int_max_str_digits()
+    for key, _, value in (word.partition("=") for word in sys.argv):
+        if 0 < most < len(value) and re.fullmatch(r"[+-]?[\d_]+", value):
+            return f"{key}: {shortened(int(value[:100]))} has {len(value)} digits, too many"
+    return ""
 
 
 def _end_at_once(status: int) -> NoReturn:

@@ -39,6 +39,16 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
+def shortened(value: object, most: int = 60) -> str:
+    """Return ``repr(value)`` with its middle left out if it is longer than ``most`` characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python converts no integer of more than some thousand digits
+        return "a number of thousands of digits"
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the choice nearest to ``word``, or an empty string."""
 

@@ -14,6 +14,7 @@ from sskd import CONF
 from sskd.cli import explain
 from sskd.errors import UserError
 from sskd.nested import as_override
+from sskd.output import complain, output_status, say, steady_output
 
 _EXAMPLES = """
 examples:
@@ -29,6 +30,11 @@ tensors. Beside a run's config.yaml the run's own dataset is taken, else CIFAR-1
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate what the command line names; return the exit status."""
+    with steady_output():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sskd.evaluate",
         description="Measure the top-1 accuracy of a checkpoint on its test set, in float32.",
@@ -43,14 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_intermixed_args(arguments)
     try:
-        print(evaluate(given.checkpoint, given.arch, given.device, given.overrides))
+        say(evaluate(given.checkpoint, given.arch, given.device, given.overrides))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 1
     except (CompactHydraException, OSError) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
+        complain(f"error: {explain(error)}")
         return 1
-    return 0
+    return output_status()
 
 
 def evaluate(checkpoint: str, arch: str | None, device: str, overrides: Sequence[str]) -> str:

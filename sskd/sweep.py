@@ -19,17 +19,16 @@ from sskd.config import Config, read_config
 from sskd.errors import BusyError, UnfinishedError, UserError
 from sskd.identity import describe
 from sskd.interrupt import termination_raised
-from sskd.lock import FolderLock, is_held
+from sskd.lock import is_held
+from sskd.output import complain, say
 from sskd.run import Run
-from sskd.run_folder import read_result
+from sskd.run_folder import read_result, write_queued
 from sskd.status import (
     SWEEP_VARIABLE,
     failed_in_this_sweep,
     forced_in_this_sweep,
     read_status,
-    write_status,
 )
-from sskd.storage import make_folder
 from sskd.teachers import find_teacher, locate
 
 Overrides = Sequence[str]
@@ -86,9 +85,9 @@ class Sweep:
         left = [cell for cell in self.cells if cell.config.force or not cell.has_finished()]
         for cell in left:
             with suppress(UserError):  # it is not this sweep's then, or its own job tells
-                _queue(cell)
+                write_queued(cell.folder, command=cell.command)
         done = len(self.cells) - len(left)
-        print(f"{len(self.cells)} cells, {done} finished already", flush=True)
+        say(f"{len(self.cells)} cells, {done} finished already")
         return [cell.overrides for cell in left]
 
     def launch(self, left: list[list[str]], size: int | None, launcher: Callable[..., Any]) -> None:
@@ -99,7 +98,7 @@ class Sweep:
                 with termination_raised():
                     launcher(left[first : first + size], initial_job_idx=first)
             except Exception as error:  # of joblib or submitit, about a process that died
-                print(f"error: the launcher gave up: {explain(error)}", file=sys.stderr)
+                complain(f"error: the launcher gave up: {explain(error)}")
                 return
 
     def end(self) -> None:
@@ -111,23 +110,13 @@ class Sweep:
         """
         left = [cell for cell in self.cells if _is_left(cell)]
         done = len(self.cells) - len(left)
-        print(f"{done} of {len(self.cells)} cells have finished", flush=True)
+        say(f"{done} of {len(self.cells)} cells have finished")
         busy = [cell for cell in left if is_held(cell.folder)]
         for cell in left:
             told = "another process is at work on it" if cell in busy else _reason(cell)
-            print(f"  {cell.folder}: {told}", file=sys.stderr, flush=True)
+            complain(f"  {cell.folder}: {told}")
         if left:
             raise UnfinishedError((BusyError if left == busy else UserError).status)
-
-
-def _queue(cell: Cell) -> None:
-    make_folder(cell.folder)
-    lock = FolderLock(cell.folder)
-    lock.acquire(watch=False)  # whoever may have died there is its own job's concern
-    try:
-        write_status(cell.folder, "queued", command=cell.command)
-    finally:
-        lock.release()
 
 
 def _is_left(cell: Cell) -> bool:

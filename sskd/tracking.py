@@ -13,6 +13,7 @@ from sskd.config import Config
 from sskd.identity import difference
 from sskd.interrupt import Interrupted
 from sskd.nested import as_override
+from sskd.output import say
 from sskd.run import Run
 from sskd.wandb_runs import open_run, sync_folder, sync_later
 
@@ -64,7 +65,7 @@ class Tracker:
                 self._wandb.mark_preempting()  # it will come back: "preempted", not "failed"
             self._wandb.finish(exit_code=0 if kind is None else 1)
         except TimeoutError:
-            print(sync_later(self._wandb))
+            say(sync_later(self._wandb))
         except Exception as lost:  # must not take the place of what has ended the run
             self._lose(lost)
         if kind is None and not self._lost:
@@ -88,7 +89,7 @@ class Tracker:
         except Exception as error:  # the run itself has finished
             self._lose(error)
         kept = f"W&B: `wandb sync {sync_folder(self._wandb)}` sends this run"
-        print("W&B: this run is not kept for it" if self._lost else kept)
+        say("W&B: this run is not kept for it" if self._lost else kept)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Log the next line of ``metrics.jsonl``; its number is W&B's step.
@@ -144,5 +145,5 @@ class Tracker:
 
     def _lose(self, lost: Exception) -> None:
         if not self._lost:
-            print(f"W&B has stopped ({type(lost).__name__}); the run goes on without it")
+            say(f"W&B has stopped ({type(lost).__name__}); the run goes on without it")
         self._lost = True

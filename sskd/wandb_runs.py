@@ -14,9 +14,11 @@ import requests
 import wandb
 
 from sskd.errors import UserError
-from sskd.storage import is_plain_file, write_text
+from sskd.output import say
+from sskd.storage import is_plain_file, read_bounded_text, write_text
 
 _ID = "wandb_id"
+_ID_LENGTH = 16  # characters
 _ANSWER_TIMEOUT = 10  # seconds
 _INIT_TIMEOUT = 20  # seconds; after that a run without a network is an offline one
 _FINISH_TIMEOUT = "60"  # seconds; what a server has not taken by then is left for `wandb sync`
@@ -36,11 +38,11 @@ def open_run(mode: str, folder: Path, name: str, **arguments: Any) -> wandb.Run:
         mode = choose_mode(mode)
         run = _init(mode, arguments)
         if mode == "online":
-            print(f"W&B: {run.url}")
+            say(f"W&B: {run.url}")
         return run
     except (wandb.Error, ValueError, OSError) as error:
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        print(f"W&B cannot be used online ({told}); this run stays offline")
+        say(f"W&B cannot be used online ({told}); this run stays offline")
         with contextlib.suppress(Exception):
             wandb.teardown()
     try:
@@ -93,7 +95,7 @@ def choose_mode(mode: str) -> str:
         _require_answer(wandb.setup().settings.base_url)
         wandb.login(prompt=False)  # now the key is verified
         return "online"
-    print("W&B: no login, so this run is kept offline; `wandb sync` sends it later")
+    say("W&B: no login, so this run is kept offline; `wandb sync` sends it later")
     return "offline"
 
 
@@ -114,8 +116,12 @@ def run_id(folder: Path, name: str) -> str:
     or one started afresh, gets an id of its own.
     """
     path = folder / _ID
-    known = path.read_text(errors="replace") if is_plain_file(path) else ""
-    if not re.fullmatch("[0-9a-f]{16}", known):
+    known = ""
+    if is_plain_file(path):
+        with contextlib.suppress(ValueError):  # no id of ours
+            known = read_bounded_text(path, _ID_LENGTH)
+    if not re.fullmatch("[0-9a-f]+", known) or len(known) != _ID_LENGTH:
         text = f"{name} {uuid.uuid4()}"
-        write_text(path, hashlib.sha256(text.encode()).hexdigest()[:16])
-    return path.read_text()
+        known = hashlib.sha256(text.encode()).hexdigest()[:_ID_LENGTH]
+        write_text(path, known)
+    return known

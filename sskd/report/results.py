@@ -13,8 +13,8 @@ from sskd.report import fields
 from sskd.report.apart import tell_apart
 from sskd.report.origin import Origin, parse_origin, read_origin
 from sskd.report.weightings import RECIPE, WEIGHTING, name_weighting
-from sskd.run_files import RESULT
-from sskd.storage import is_plain_file
+from sskd.run_files import MOST_RESULT, RESULT
+from sskd.storage import is_plain_file, read_bounded_text
 
 Epoch = Literal["last", "best"]
 Settings = tuple[tuple[str, str], ...]
@@ -87,7 +87,7 @@ def read_results(root: Path, warn: Callable[[str], None]) -> list[Result]:
     results = []
     for path in find_files(root, [RESULT], warn):
         try:
-            result = parse_result(path.read_text(encoding="utf-8"), path.parent)
+            result = parse_result(read_bounded_text(path, MOST_RESULT), path.parent)
         except (OSError, ValueError) as error:
             warn(f"{path}: {error}; left out")
             continue

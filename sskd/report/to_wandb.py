@@ -9,7 +9,7 @@ from typing import Any
 
 import wandb
 
-from sskd.errors import printable
+from sskd.output import say
 from sskd.report.files import write_files
 from sskd.report.groups import Entry
 from sskd.report.report import Report
@@ -43,7 +43,7 @@ def log_report(
         with run:
             _log(run, report, warn)
     except TimeoutError:
-        print(printable(sync_later(run)))
+        say(sync_later(run))
 
 
 def _log(run: wandb.Run, report: Report, warn: Callable[[str], None]) -> None:
