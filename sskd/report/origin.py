@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sskd.report import fields
-from sskd.run_files import CONFIG
-from sskd.storage import is_plain_file
+from sskd.run_files import CONFIG, MOST_CONFIG
+from sskd.storage import read_bounded_text
 
-LARGEST_CONFIG = 65_536  # bytes; a run's configuration has some 3,000
 SHOWN = 8  # digits of a digest
 # Sources whose content is always the same; their names belong to no other data.
 FIXED = frozenset({"cifar100", "cifar10", "digits"})
@@ -54,17 +53,10 @@ def read_origin(folder: Path) -> Origin:
     It reads the lines that a run writes, and no other YAML: a parser of YAML takes seconds for a
     file that is made to do that.
     """
-    path = folder / CONFIG
     try:
-        if not is_plain_file(path):
-            return Origin()
-        with path.open("rb") as stream:
-            content = stream.read(LARGEST_CONFIG + 1)
-    except OSError:
+        text = read_bounded_text(folder / CONFIG, MOST_CONFIG)
+    except (OSError, ValueError):
         return Origin()
-    if len(content) > LARGEST_CONFIG:
-        return Origin()
-    text = content.decode(errors="replace")
     return Origin(
         _setting(text, "dataset", "source"),
         _setting(text, "dataset", "digest"),

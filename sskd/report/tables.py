@@ -23,14 +23,16 @@ INCOMPARABLE_LEGEND = (
     "Without published figures: they were made with another schedule, batch size, optimizer or"
     " data than this setting's, so a difference would mean nothing."
 )
-DISTILL_LEGENDS = (
+TEACHER_LEGEND = (
     "A teacher that was not trained in this setting shows the accuracy that its students' runs"
-    " measured, and its number counts distinct teachers.",
+    " measured, and its number counts distinct teachers."
+)
+COST_LEGEND = (
     "Cost and agreement: top-1 in % at the last epoch and at the best epoch on the test set; how"
     " often student and teacher agree; the KL divergence between them; a run's speed, peak memory"
     " (of the GPU, or of the process on a CPU, with the teacher's outputs that it read from a file)"
     " and time of training, a first phase that several students share included, computing the"
-    " teacher's outputs beforehand not.",
+    " teacher's outputs beforehand not."
 )
 
 
@@ -58,13 +60,14 @@ def build_tables(results: Iterable[Result], epoch: Epoch) -> list[Table]:
     """Return all tables: by dataset, then by setting, the unchanged recipe first."""
     tables: list[Table] = []
     for groups in build_groups(results, epoch):
-        for group in groups:
-            tables += _group_tables(group)
+        own = [table for group in groups for table in _group_tables(group)]
         # What is made from scratch is shared by the groups, and shown where no pair shows it.
         shown = {network for group in groups for pair in group.pairs() for network in pair}
         if runs := groups[0].network_runs(shown):
-            tables.append(_networks_table(groups[0], runs))
-        tables[-1] = replace(tables[-1], notes=_notes(groups))
+            own.append(_networks_table(groups[0], runs))
+        last = max(index for index, table in enumerate(own) if table.entries)
+        own[last] = replace(own[last], notes=_notes(groups))
+        tables += own
     return _notes_once(tables)
 
 
@@ -88,7 +91,7 @@ def _notes(groups: list[Group]) -> tuple[str, ...]:
     elif sources:
         notes.append(INCOMPARABLE_LEGEND)
     if any(group.distilled for group in groups):
-        notes += DISTILL_LEGENDS
+        notes.append(TEACHER_LEGEND)
     if commits := _commits_in_one_mean(groups):
         told = ", ".join(commits)
         notes.append(f"Some means are over runs of different commits of the suite: {told}.")
@@ -200,6 +203,7 @@ def _cost_table(group: Group, pairs: list[Pair]) -> Table:
         rows=tuple(rows),
         labels=2,
         align=">",
+        notes=(COST_LEGEND,),
     )
 
 
