@@ -14,6 +14,7 @@ from sskd.identity import difference
 from sskd.interrupt import Interrupted
 from sskd.nested import as_override
 from sskd.output import say
+from sskd.report.weightings import RECIPE, name_weighting
 from sskd.run import Run
 from sskd.wandb_runs import open_run, sync_folder, sync_later
 
@@ -129,8 +130,14 @@ class Tracker:
         """Return the method and what differs from its recipe: its seeds share it, no other run."""
         config = self._config
         changed = difference(config)
+        texts = {key: str(value) for key, value in changed.items()}
+        named = name_weighting(config.method.name, RECIPE, texts)
+        changed = {key: changed.get(key, text) for key, text in named.items()}
         if config.teacher and config.teacher.checkpoint:
             changed["teacher.digest"] = self._run.config["teacher"]["digest"][:8]
+        # Two folders of images may have one name.
+        if digest := self._run.config["dataset"].get("digest"):
+            changed["dataset.digest"] = digest[:8]
         told = ", ".join(as_override(key, value) for key, value in sorted(changed.items()))
         return f"{config.method.name} ({told})" if told else config.method.name
 
