@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
@@ -23,6 +20,7 @@ import sskd.data.digests
 from sskd.data import load_images
 from sskd.data.sources import folder_fingerprint
 from sskd.errors import UserError
+from sskd.evaluate import main as evaluate
 from sskd.teachers import locate
 from train_student import train
 
@@ -31,7 +29,7 @@ TINY = ("dataset=folder", "schedule.epochs=1", "arch@student=resnet8")
 
 def make_photos(root: Path, suffix: str = "bmp", shade: int = 0) -> Path:
     """Two classes, two images each in both parts; every file of a format has the same size."""
-    how = {"compress_level": 0} if suffix == "png" else {}
+    how: dict[str, Any] = {"compress_level": 0} if suffix == "png" else {}
     for part in ("train", "test"):
         for number, label in enumerate(("dark", "light")):
             folder = root / part / label
@@ -64,11 +62,6 @@ def reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     monkeypatch.setattr(sskd.data.digests, "_read", counted)
     return names
-
-
-def cache_file(tmp_path: Path) -> Path:
-    (path,) = (tmp_path / "cache").rglob("*.json")
-    return path
 
 
 # ---- what makes two folders differ ----
@@ -163,143 +156,6 @@ def test_a_source_without_a_digest_of_its_own_is_asked_again(
     assert load_images(config.dataset, reader.fingerprint(config.dataset)).digest == "before"
 
 
-# ---- what is remembered ----
-
-
-def test_a_second_start_reads_what_is_new_alone(photos: Path, reads: list[str]) -> None:
-    before = digest(photos)
-    assert len(reads) == 8
-    reads.clear()
-    assert digest(photos) == before
-    assert reads == []
-    shutil.copy(photos / "test/dark/0.bmp", photos / "test/dark/new.bmp")
-    os.utime(photos / "test/light/1.bmp")
-    digest(photos)
-    assert sorted(reads) == ["1.bmp", "new.bmp"]
-    reads.clear()
-    (photos / "test/dark/new.bmp").unlink()
-    assert digest(photos) == before
-    assert reads == []
-
-
-def test_a_file_that_changed_just_now_is_not_remembered(
-    photos: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sskd.data.digests, "SETTLED", 60.0)
-    digest(photos)
-    reads.clear()
-    digest(photos)
-    assert len(reads) == 8
-
-
-def test_nothing_is_written_beside_the_images(photos: Path, reads: list[str]) -> None:
-    before = sorted(photos.rglob("*"))
-    digest(photos)
-    load_images(settings(photos))
-    assert sorted(photos.rglob("*")) == before
-
-
-def sealed(content: bytes) -> bytes:
-    return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
-
-
-def other_digests(content: bytes) -> bytes:
-    kept = json.loads(content.partition(b"\n")[2])
-    for entry in kept["files"].values():
-        entry[-1] = "0" * 64
-    return content.partition(b"\n")[0] + b"\n" + json.dumps(kept).encode()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: b"",
-        lambda content: content[:-1],
-        lambda content: content.replace(b"bmp", b"bmq", 1),
-        lambda content: b"\xff\x00" * 1000,
-        lambda content: b"[" * 100_000,
-        lambda content: sealed(b"[" * 100_000),
-        lambda content: sealed(b"[]"),
-        lambda content: sealed(b'{"format": 0, "files": {}}'),
-        lambda content: sealed(b'{"format": 1, "files": [1]}'),
-        other_digests,
-    ],
-)
-def test_a_damaged_or_foreign_cache_is_made_again(
-    photos: Path, reads: list[str], tmp_path: Path, damage: Callable[[bytes], bytes]
-) -> None:
-    before = digest(photos)
-    path = cache_file(tmp_path)
-    whole = path.read_bytes()
-    path.write_bytes(damage(whole))
-    assert path.read_bytes() != whole
-    assert digest(photos) == before
-    assert path.read_bytes() == whole
-
-
-def make_sparse(path: Path) -> None:
-    with path.open("wb") as stream:
-        stream.truncate(60 * 2**30)
-
-
-@pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo, make_sparse])
-def test_what_is_no_cache_is_left_aside(
-    photos: Path, reads: list[str], tmp_path: Path, put: Callable[[Path], object]
-) -> None:
-    before = digest(photos)
-    path = cache_file(tmp_path)
-    path.unlink()
-    put(path)
-    assert digest(photos) == before
-
-
-def test_another_users_cache_is_not_believed(
-    photos: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    digest(photos)
-    reads.clear()
-    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    digest(photos)
-    assert len(reads) == 8
-
-
-@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT])
-def test_a_cache_that_cannot_be_written_is_done_without(
-    photos: Path,
-    reads: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    error: int,
-) -> None:
-    def refuse(*args: Any) -> None:
-        raise OSError(error, os.strerror(error))
-
-    before = digest(photos)
-    monkeypatch.setattr("sskd.storage.os.fsync", refuse)
-    os.utime(photos / "test/light/1.bmp")
-    assert digest(photos) == before
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_home_that_is_no_folder_is_done_without(
-    photos: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    before = digest(photos)
-    (tmp_path / "file").write_text("")
-    for home in (tmp_path / "file", tmp_path / "absent" / "\udce9", "relative", ""):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-        assert digest(photos) == before
-    assert not Path("relative").exists()
-
-
-def test_processes_that_start_at_once_agree(photos: Path, reads: list[str], tmp_path: Path) -> None:
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        found = set(pool.map(digest, [photos] * 8))
-    assert found == {digest(photos)}
-    assert reads == [], "what they left is whole"
-    assert [path.suffix for path in cache_file(tmp_path).parent.iterdir()] == [".json"]
-
-
 # ---- runs ----
 
 
@@ -347,6 +203,21 @@ def test_a_phase_is_of_the_images_that_were_loaded(
     train(config)
     (phase,) = Path(config.runs, "photos/phases").rglob("config.yaml")
     assert f"digest: {before}" in phase.read_text()
+
+
+def test_an_evaluation_says_if_the_images_may_be_others(
+    composed: Compose, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = composed(*TINY, "method=vanilla", f"dataset.root={photos}")
+    train(config)
+    folder = str(locate(config)[0])
+    for warnings in (0, 1):
+        capsys.readouterr()
+        assert evaluate([folder, "--device", "cpu"]) == 0
+        out, err = capsys.readouterr()
+        assert "top-1" in out
+        assert err.count("another dataset.digest") == err.count("\n") == warnings
+        change_pixel(photos)
 
 
 # ---- runs of versions that recorded names and sizes ----

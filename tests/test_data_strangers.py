@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import Command, Compose
@@ -113,7 +114,7 @@ def test_images_come_in_the_order_of_torchvision(tmp_path: Path) -> None:
     theirs, ours = ImageFolder(tmp_path / "train"), load(tmp_path)
     assert list(ours.classes) == theirs.classes
     assert ours.train.labels.tolist() == theirs.targets
-    shades = [Image.open(path).getpixel((0, 0))[0] for path, _ in theirs.samples]
+    shades = [np.asarray(Image.open(path))[0, 0, 0] for path, _ in theirs.samples]
     assert ours.train.images[:, 0, 0, 0].tolist() == shades
 
 
@@ -129,7 +130,7 @@ def a_file(root: Path) -> None:
     root.write_text("")
 
 
-def without(name: str) -> Callable[[Path], None]:
+def without(name: str) -> Callable[[Path], object]:
     return lambda root: (root / name).rename(root.parent / "elsewhere")
 
 
@@ -143,7 +144,7 @@ def class_of_texts(root: Path) -> None:
         path.rename(path.with_suffix(".txt"))
 
 
-MISSING: dict[str, tuple[Callable[[Path], None], str]] = {
+MISSING: dict[str, tuple[Callable[[Path], object], str]] = {
     "the folder": (no_folder, "there is no folder {root};"),
     "a file": (a_file, "{root}: is a file;"),
     "train": (without("train"), "there is no folder {root}/train;"),
