@@ -119,7 +119,10 @@ def names_and_sizes(settings: DatasetSettings) -> str | None:
     read a file that is now passed over, so that a run of theirs had other images.
     """
     root = absolute(settings.root)
-    walks = [step for part in PARTS if (root / part).is_dir() for step in _walk(root / part)]
+    try:
+        walks = [step for part in PARTS for step in _walk(root / part)]
+    except (OSError, UserError):  # those versions read hidden folders too, and would end there
+        return None
     paths = [Path(folder, name) for folder, _, files in walks for name in files]
     parts = [path.relative_to(root).parts[1:] for path in paths]
     if any(_is_image(own[-1]) and any(map(_is_hidden, own)) and own[1:] for own in parts):
