@@ -124,7 +124,12 @@ def _ended(main: Callable[[], object], asked_for_traceback: bool) -> int:
         complain(f"error: {explain(error)}")
         return _status(error)
     except Exception as error:
-        if asked_for_traceback or not _came_up_in_composing(error):
+        if asked_for_traceback:
+            raise
+        if isinstance(error, ValueError) and _raised_by_hydra(error):
+            complain(f"error: {' '.join(str(error).split())}")
+            return UserError.status
+        if not _came_up_in_composing(error):
             raise
         cause = "cannot be composed (" + " ".join(str(error).split()) + ")"
         told = "its defaults lead back to itself" if isinstance(error, RecursionError) else cause
@@ -136,6 +141,12 @@ def _ended(main: Callable[[], object], asked_for_traceback: bool) -> int:
 def _came_up_in_composing(error: Exception) -> bool:
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(frame.f_globals.get("__name__", "").startswith(_COMPOSES) for frame in frames)
+
+
+def _raised_by_hydra(error: Exception) -> bool:
+    """Return whether Hydra itself raised ``error``: about its options, as for two that exclude."""
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return str(innermost.f_globals.get("__name__", "")).startswith("hydra.")
 
 
 def _primary_file() -> Path:

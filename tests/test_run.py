@@ -28,6 +28,7 @@ import sskd.fit
 import sskd.models.checkpoints
 import sskd.pictures
 import sskd.sealed
+import sskd.status
 import sskd.storage
 import sskd.tracking
 from sskd.assembly import assemble
@@ -307,7 +308,7 @@ def test_a_run_is_begun_afresh_once_by_each_sweep(
     def stale(*_: Any, **__: Any) -> str:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(Path, "read_text", stale)
+    monkeypatch.setattr(sskd.status, "read_bounded_text", stale)
     with pytest.raises(OSError, match="Stale"):
         forced_in_this_sweep(folder)
 
