@@ -140,7 +140,7 @@ def _long_number() -> str:
     most = sys.get_int_max_str_digits()
     for key, _, value in (word.partition("=") for word in sys.argv):
         if 0 < most < len(value) and re.fullmatch(r"[+-]?[\d_]+", value):
-            return f"{key}: {shortened(int(value[:100]))} has {len(value)} digits, which is too many"
+            return f"{key}: {shortened(int(value[:100]))} has {len(value)} digits, too many to read"
     return ""
 
 
