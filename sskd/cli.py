@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
@@ -26,9 +24,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sskd import CONF
+from sskd.advice import about_plus, about_quotes
 from sskd.errors import BusyError, UnfinishedError, UserError, nearest, printable, shortened
 from sskd.interrupt import Interrupted, termination_raised, warnings_passed_on
-from sskd.nested import flatten
 
 # For the folder that Hydra makes for a sweep; a run's own is expanded with its configuration.
 OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
@@ -177,14 +175,15 @@ def _explained(error: Exception) -> str:
         )
     if type(error).__module__.startswith("submitit."):  # goes on with all that the job has printed
         return " ".join(str(error).splitlines()[:2]) + "; the other jobs go on (see squeue)"
-    unknown = re.match(r"Could not override '([^']+)'\.\s*To append", str(error))
-    if unknown:
-        key = unknown.group(1)
-        return f"{key}: no such setting{nearest(key, _known_settings())}"
+    if told := about_plus(error):
+        return told
     if isinstance(error, yaml.YAMLError):
         return f"not YAML that can be read: {' '.join(str(error).split())}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read as KEY=VALUE ({str(error).splitlines()[0]})"
+        return (
+            f"{error.override}: cannot be read as KEY=VALUE ({str(error).splitlines()[0]})"
+            f"{about_quotes(str(error.override))}"
+        )
     if "No match in the defaults list" in str(error):
         told = " ".join(str(error).split("To append to your")[0].split())
         return f"{told} (a sweep's file begins with 'defaults: [student]')"
@@ -193,15 +192,3 @@ def _explained(error: Exception) -> str:
     if isinstance(error.__cause__, OmegaConfBaseException):
         causes.append(str(error.__cause__).splitlines()[0])
     return " ".join(" ".join(causes).split())
-
-
-def _known_settings() -> list[str]:
-    """Return the dotted names of all settings, and of the groups that choose them."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base=None):
-        composed = compose("student")
-    values = OmegaConf.to_container(composed)
-    assert isinstance(values, dict)
-    named = {str(key): value for key, value in values.items()}
-    groups = ["arch@teacher", "arch@student", *(path.stem for path in CONF.iterdir())]
-    return groups + list(flatten(named))

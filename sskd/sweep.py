@@ -31,6 +31,7 @@ from sskd.status import (
 )
 from sskd.storage import make_folder
 from sskd.teachers import find_teacher, locate
+from sskd.wandb_environment import check_environment
 
 Overrides = Sequence[str]
 
@@ -75,6 +76,7 @@ class Sweep:
             composed = compose(list(overrides))
             own = [str(key) for key in composed if key != "hydra"]
             config = read_config(OmegaConf.masked_copy(composed, own))
+            check_environment(config.wandb.mode)
             folder, _ = locate(config)
             cell = Cell(list(overrides), _command(composed, overrides), config, folder)
             cells.setdefault(folder, cell)
