@@ -18,18 +18,23 @@ if TYPE_CHECKING:
 
 
 @hydra.main(version_base=None, config_path=str(CONF), config_name="student")
-def main(composed: DictConfig) -> None:
+def main(composed: DictConfig) -> float:
     """Train the run that Hydra composed."""
-    run_job(train_composed, composed)
+    return run_job(train_composed, composed)
 
 
-def train_composed(composed: DictConfig) -> None:
-    """Check the composed configuration, then train."""
+def train_composed(composed: DictConfig) -> float:
+    """Check the composed configuration, then train; return the accuracy that a sweep maximises."""
     # Importing torch takes seconds, which --help and tab completion should not.
     from sskd.config import read_config
+    from sskd.objective import check_search, objective
+    from sskd.teachers import locate
 
     alone = HydraConfig.get().mode == RunMode.RUN
-    train(read_config(composed), commanded=alone)
+    config = read_config(composed)
+    check_search(config.dataset.holdout)
+    result = train(config, commanded=alone)
+    return objective(result, locate(config)[0])
 
 
 def train(config: Config, *, wait: bool = False, commanded: bool = True) -> dict[str, Any]:

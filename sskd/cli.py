@@ -25,7 +25,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sskd import CONF
 from sskd.advice import about_plus, about_quotes
-from sskd.errors import BusyError, UnfinishedError, UserError, nearest, printable, shortened
+from sskd.errors import (
+    BusyError,
+    CellError,
+    UnfinishedError,
+    UserError,
+    nearest,
+    printable,
+    shortened,
+)
 from sskd.interrupt import Interrupted, termination_raised, warnings_passed_on
 
 # For the folder that Hydra makes for a sweep; a run's own is expanded with its configuration.
@@ -38,12 +46,18 @@ _USER_CAN_MEND = (UserError, CompactHydraException, OmegaConfBaseException, OSEr
 # lists, and lets any exception out where they are not.
 _COMPOSES = ("hydra._internal.config_", "hydra._internal.defaults_list")
 
-# Launchers that come with an extra.
-_PLUGINS = ("hydra/launcher/joblib", "hydra/launcher/submitit_slurm")
+# What comes with an extra, by the file that Hydra misses without it.
+_PLUGINS = {
+    "hydra/launcher/joblib": "cluster",
+    "hydra/launcher/submitit_slurm": "cluster",
+    "hydra/sweeper/optuna": "optuna",
+}
 
 
-def run_job(job: Callable[[DictConfig], object], composed: DictConfig) -> None:
+def run_job(job: Callable[[DictConfig], float], composed: DictConfig) -> float:
     """Run one job of a Hydra command; what the user can put right is told in one line.
+
+    Returns what ``job`` does: a number, for sweepers that search.
 
     In a sweep every failure is told when it happens and kept in the run's folder, because the
     other jobs go on. This, not a Hydra callback, because it sees what ends a job under every
@@ -51,7 +65,7 @@ def run_job(job: Callable[[DictConfig], object], composed: DictConfig) -> None:
     """
     try:
         with warnings_passed_on(), termination_raised():
-            job(composed)
+            return job(composed)
     except Exception as error:
         expected = isinstance(error, _USER_CAN_MEND)
         in_sweep = HydraConfig.get().mode != RunMode.RUN
@@ -65,7 +79,8 @@ def run_job(job: Callable[[DictConfig], object], composed: DictConfig) -> None:
             sys.exit(_status(error))
         if not isinstance(error, BusyError):
             _keep_failure(composed, error)
-        raise UserError(told) from None  # whatever it was, any launcher can hand this on
+        # Whatever it was, any launcher can hand this on, and any sweeper takes it for a failure.
+        raise CellError(explain(error), _status(error)) from None
 
 
 def _status(error: Exception) -> int:
@@ -102,7 +117,7 @@ def run_command(main: Callable[[], object]) -> int:
         if "wandb" in sys.modules:
             _end_at_once(130)  # else W&B might wait for its server
         return 130
-    except UnfinishedError as error:
+    except (UnfinishedError, CellError) as error:
         return error.status
     except _USER_CAN_MEND as error:
         if asked_for_traceback:
@@ -166,7 +181,7 @@ def _explained(error: Exception) -> str:
         return told + f"; free some space there, and {_again()} goes on" * full
     missing = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
     if missing in _PLUGINS:
-        return f"{missing} is not installed; pip install '.[cluster]' does that"
+        return f"{missing} is not installed; pip install '.[{_PLUGINS[missing]}]' does that"
     if isinstance(error, MissingConfigException) and missing and error.options:
         group, _, name = missing.rpartition("/")
         options = ", ".join(error.options)
