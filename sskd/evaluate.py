@@ -12,7 +12,7 @@ from hydra.errors import CompactHydraException
 
 from sskd import CONF
 from sskd.cli import explain
-from sskd.errors import UserError, printable
+from sskd.errors import UserError
 from sskd.nested import as_override
 from sskd.output import complain, output_status, say, steady_output
 
@@ -81,7 +81,7 @@ def evaluate(checkpoint: str, arch: str | None, device: str, overrides: Sequence
     if _digest_of_run(path) not in (None, images.digest):
         told = f"whether the images in {config.dataset.root} are those of its run is not certain"
         told += "; its config.yaml has another dataset.digest"
-        print(printable(f"warning: {path}: {told}"), file=sys.stderr)
+        complain(f"warning: {path}: {told}")
     network = build_model(arch, images.num_classes)
     stated = load_weights(network, path).accuracy
     place(network, images.test.images.device)

@@ -33,6 +33,7 @@ from sskd.status import (
     read_status,
 )
 from sskd.teachers import find_teacher, locate
+from sskd.wandb_environment import check_environment
 
 Overrides = Sequence[str]
 _ENDING = 30.0  # seconds that the processes of a broken pool have to end
@@ -78,6 +79,7 @@ class Sweep:
             composed = compose(list(overrides))
             own = [str(key) for key in composed if key != "hydra"]
             config = read_config(OmegaConf.masked_copy(composed, own))
+            check_environment(config.wandb.mode)
             folder, _ = locate(config)
             cell = Cell(list(overrides), _command(composed, overrides), config, folder)
             cells.setdefault(folder, cell)
