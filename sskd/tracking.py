@@ -15,9 +15,9 @@ from sskd.identity import difference
 from sskd.interrupt import Interrupted
 from sskd.nested import as_override
 from sskd.output import complain, say
-from sskd.report.weightings import RECIPE, name_weighting
 from sskd.run import Run
 from sskd.wandb_runs import open_run, sync_folder, sync_later
+from sskd.weightings import RECIPE, name_weighting
 
 # Figures about the student as a whole; the others are named after their stage.
 _UNPREFIXED = ("test/", "holdout/", "best/")
