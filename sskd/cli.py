@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
@@ -26,9 +24,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sskd import CONF
-from sskd.errors import BusyError, UnfinishedError, UserError, nearest, printable
+from sskd.advice import about_plus, about_quotes
+from sskd.errors import (
+    BusyError,
+    CellError,
+    UnfinishedError,
+    UserError,
+    nearest,
+    printable,
+    shortened,
+)
 from sskd.interrupt import Interrupted, termination_raised, warnings_passed_on
-from sskd.nested import flatten
+from sskd.output import complain, steady_output
 
 # For the folder that Hydra makes for a sweep; a run's own is expanded with its configuration.
 OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
@@ -40,34 +47,41 @@ _USER_CAN_MEND = (UserError, CompactHydraException, OmegaConfBaseException, OSEr
 # lists, and lets any exception out where they are not.
 _COMPOSES = ("hydra._internal.config_", "hydra._internal.defaults_list")
 
-# Launchers that come with an extra.
-_PLUGINS = ("hydra/launcher/joblib", "hydra/launcher/submitit_slurm")
+# What comes with an extra, by the file that Hydra misses without it.
+_PLUGINS = {
+    "hydra/launcher/joblib": "cluster",
+    "hydra/launcher/submitit_slurm": "cluster",
+    "hydra/sweeper/optuna": "optuna",
+}
 
 
-def run_job(job: Callable[[DictConfig], object], composed: DictConfig) -> None:
+def run_job(job: Callable[[DictConfig], float], composed: DictConfig) -> float:
     """Run one job of a Hydra command; what the user can put right is told in one line.
+
+    Returns what ``job`` does: a number, for sweepers that search.
 
     In a sweep every failure is told when it happens and kept in the run's folder, because the
     other jobs go on. This, not a Hydra callback, because it sees what ends a job under every
     launcher, and callbacks are not told of some of it.
     """
     try:
-        with warnings_passed_on(), termination_raised():
-            job(composed)
+        with steady_output(), warnings_passed_on(), termination_raised():
+            return job(composed)
     except Exception as error:
         expected = isinstance(error, _USER_CAN_MEND)
         in_sweep = HydraConfig.get().mode != RunMode.RUN
         if not expected and not in_sweep:
             raise
         if not expected:
-            traceback.print_exc()
+            complain(traceback.format_exc())
         told = explain(error) if isinstance(error, BusyError) else f"error: {explain(error)}"
-        print(told, file=sys.stderr, flush=True)
+        complain(told)
         if not in_sweep:
             sys.exit(_status(error))
         if not isinstance(error, BusyError):
             _keep_failure(composed, error)
-        raise UserError(told) from None  # whatever it was, any launcher can hand this on
+        # Whatever it was, any launcher can hand this on, and any sweeper takes it for a failure.
+        raise CellError(explain(error), _status(error)) from None
 
 
 def _status(error: Exception) -> int:
@@ -77,14 +91,20 @@ def _status(error: Exception) -> int:
 def _keep_failure(composed: DictConfig, error: Exception) -> None:
     """Say in the folder of the run that it failed, for what failed before the run was opened."""
     from sskd.config import read_config
-    from sskd.lock import is_held
+    from sskd.lock import FolderLock
     from sskd.status import write_failure
     from sskd.teachers import locate
 
-    with contextlib.suppress(UserError):  # the error itself may be that there is no such folder
+    # The error itself may be that there is no such folder.
+    with contextlib.suppress(UserError, OSError):
         folder, _ = locate(read_config(composed))
-        if not is_held(folder):
-            write_failure(folder, error)
+        if folder.is_dir():
+            lock = FolderLock(folder)
+            lock.acquire(watch=False)
+            try:
+                write_failure(folder, error, still_ours=lock.check)
+            finally:
+                lock.release()
 
 
 def run_command(main: Callable[[], object]) -> int:
@@ -95,28 +115,38 @@ def run_command(main: Callable[[], object]) -> int:
     """
     asked_for_traceback = os.environ.get(_FULL_ERROR) == "1"
     os.environ[_FULL_ERROR] = "1"  # Hydra then raises, instead of printing several lines
+    with steady_output():
+        return _ended(main, asked_for_traceback)
+
+
+def _ended(main: Callable[[], object], asked_for_traceback: bool) -> int:
     try:
         main()
     except Interrupted as stop:
-        print(f"{stop}: the state is saved, {_again()} goes on from it", file=sys.stderr)
+        complain(f"{stop}: the state is saved, {_again()} goes on from it")
         return 128 + stop.signum
     except KeyboardInterrupt:
         if "wandb" in sys.modules:
             _end_at_once(130)  # else W&B might wait for its server
         return 130
-    except UnfinishedError as error:
+    except (UnfinishedError, CellError) as error:
         return error.status
     except _USER_CAN_MEND as error:
         if asked_for_traceback:
             raise
-        print(f"error: {explain(error)}", file=sys.stderr)
+        complain(f"error: {explain(error)}")
         return _status(error)
     except Exception as error:
-        if asked_for_traceback or not _came_up_in_composing(error):
+        if asked_for_traceback:
+            raise
+        if isinstance(error, ValueError) and _raised_by_hydra(error):
+            complain(f"error: {' '.join(str(error).split())}")
+            return UserError.status
+        if not _came_up_in_composing(error):
             raise
         cause = "cannot be composed (" + " ".join(str(error).split()) + ")"
         told = "its defaults lead back to itself" if isinstance(error, RecursionError) else cause
-        print(f"error: {_primary_file()}: {told}", file=sys.stderr)
+        complain(f"error: {_long_number() or f'{_primary_file()}: {told}'}")
         return UserError.status
     return 0
 
@@ -126,6 +156,12 @@ def _came_up_in_composing(error: Exception) -> bool:
     return any(frame.f_globals.get("__name__", "").startswith(_COMPOSES) for frame in frames)
 
 
+def _raised_by_hydra(error: Exception) -> bool:
+    """Return whether Hydra itself raised ``error``: about its options, as for two that exclude."""
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return str(innermost.f_globals.get("__name__", "")).startswith("hydra.")
+
+
 def _primary_file() -> Path:
     """Return the file that the command line has composed: a sweep's, or the command's own."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -133,6 +169,15 @@ def _primary_file() -> Path:
     parser.add_argument("--config-name", "-cn", default=Path(sys.argv[0]).stem.split("_")[-1])
     given, _ = parser.parse_known_args()
     return Path(given.config_dir, f"{given.config_name.removesuffix('.yaml')}.yaml")
+
+
+def _long_number() -> str:
+    """Return what is wrong with a number on the command line that Python refuses to read."""
+    most = sys.get_int_max_str_digits()
+    for key, _, value in (word.partition("=") for word in sys.argv):
+        if 0 < most < len(value) and re.fullmatch(r"[+-]?[\d_]+", value):
+            return f"{key}: {shortened(int(value[:100]))} has {len(value)} digits, too many"
+    return ""
 
 
 def _end_at_once(status: int) -> NoReturn:
@@ -159,7 +204,7 @@ def _explained(error: Exception) -> str:
         return told + f"; free some space there, and {_again()} goes on" * full
     missing = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
     if missing in _PLUGINS:
-        return f"{missing} is not installed; pip install '.[cluster]' does that"
+        return f"{missing} is not installed; pip install '.[{_PLUGINS[missing]}]' does that"
     if isinstance(error, MissingConfigException) and missing and error.options:
         group, _, name = missing.rpartition("/")
         options = ", ".join(error.options)
@@ -168,14 +213,15 @@ def _explained(error: Exception) -> str:
         )
     if type(error).__module__.startswith("submitit."):  # goes on with all that the job has printed
         return " ".join(str(error).splitlines()[:2]) + "; the other jobs go on (see squeue)"
-    unknown = re.match(r"Could not override '([^']+)'\.\s*To append", str(error))
-    if unknown:
-        key = unknown.group(1)
-        return f"{key}: no such setting{nearest(key, _known_settings())}"
+    if advice := about_plus(error):
+        return advice
     if isinstance(error, yaml.YAMLError):
         return f"not YAML that can be read: {' '.join(str(error).split())}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read as KEY=VALUE ({str(error).splitlines()[0]})"
+        return (
+            f"{error.override}: cannot be read as KEY=VALUE ({str(error).splitlines()[0]})"
+            f"{about_quotes(str(error.override))}"
+        )
     if "No match in the defaults list" in str(error):
         told = " ".join(str(error).split("To append to your")[0].split())
         return f"{told} (a sweep's file begins with 'defaults: [student]')"
@@ -184,15 +230,3 @@ def _explained(error: Exception) -> str:
     if isinstance(error.__cause__, OmegaConfBaseException):
         causes.append(str(error.__cause__).splitlines()[0])
     return " ".join(" ".join(causes).split())
-
-
-def _known_settings() -> list[str]:
-    """Return the dotted names of all settings, and of the groups that choose them."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base=None):
-        composed = compose("student")
-    values = OmegaConf.to_container(composed)
-    assert isinstance(values, dict)
-    named = {str(key): value for key, value in values.items()}
-    groups = ["arch@teacher", "arch@student", *(path.stem for path in CONF.iterdir())]
-    return groups + list(flatten(named))

@@ -9,40 +9,49 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, Self, get_type_hints
+from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     BaseModel,
     Field,
-    PositiveFloat,
-    PositiveInt,
-    TypeAdapter,
     ValidationError,
     create_model,
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from sskd.data import SOURCES, DatasetSettings
 from sskd.device import best_precision
-from sskd.errors import UserError, nearest
+from sskd.errors import UserError, nearest, shortened
 from sskd.methods import METHODS, Method
 from sskd.models import ARCHITECTURES
+from sskd.nested import flatten
 from sskd.optimizers import OPTIMIZERS
 from sskd.paths import expanded
-from sskd.settings import NonEmpty, NonNegative, Positive, Settings, Share
-
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+from sskd.schedule import Gamma, Milestones
+from sskd.settings import (
+    Count,
+    Epochs,
+    LearningRate,
+    NonEmpty,
+    NonNegative,
+    Positive,
+    Seed,
+    Settings,
+    ShareBelowAll,
+    ShareOfAny,
+)
 
 
 class ArchSettings(Settings):
     """One network: its architecture, and the learning rates that the published tables gave it."""
 
     name: str
-    base_lr: Positive
-    paraphraser_lr: Positive | None = None
+    base_lr: LearningRate
+    paraphraser_lr: LearningRate | None = None
 
     @model_validator(mode="after")
     def _is_known(self) -> Self:
@@ -62,18 +71,29 @@ class TeacherSettings(ArchSettings):
     checkpoint: NonEmpty | None
     train: bool
     precompute: bool
-    epochs: PositiveInt | None
+    epochs: Epochs | None
     precision: Literal["fp32", "bf16"] | None
-    fraction: Annotated[float, Field(gt=0, le=1)]
-    label_noise: Annotated[float, Field(ge=0, lt=1)]
+    fraction: ShareOfAny
+    label_noise: ShareBelowAll
 
 
 class ScheduleSettings(Settings):
     """A stepwise schedule: ``lr`` is multiplied by ``gamma`` after each milestone."""
 
-    epochs: PositiveInt
-    milestones: list[Share]
-    gamma: Positive
+    epochs: Epochs
+    milestones: Milestones
+    gamma: Gamma
+
+
+class WeightingSettings(Settings):
+    """The weights of CE and KD in the methods that add a term of their own to both."""
+
+    ce: NonNegative
+    kd: NonNegative
+
+
+class _Weighting(Settings):
+    weighting: WeightingSettings
 
 
 class WandbSettings(Settings):
@@ -99,13 +119,13 @@ class Config(Settings):
     schedule: ScheduleSettings
     wandb: WandbSettings
     seed: Seed
-    batch_size: PositiveInt
+    batch_size: Count
     precision: Literal["auto", "fp32", "bf16"]
     compile: Literal["auto", "off", "default"]
     device: str
     runs: NonEmpty
     force: bool
-    checkpoint_minutes: PositiveFloat
+    checkpoint_minutes: Positive
 
     @field_validator("compile", mode="before")
     @classmethod
@@ -137,10 +157,14 @@ def method_settings(name: str) -> type[BaseModel]:
 def _keyword_arguments(function: Callable[..., Any]) -> dict[str, Any]:
     hints = get_type_hints(function, include_extras=True)
     return {
-        parameter.name: (hints[parameter.name], ...)
+        parameter.name: (hints[parameter.name], _default(parameter))
         for parameter in inspect.signature(function).parameters.values()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
+
+
+def _default(parameter: inspect.Parameter) -> Any:
+    return ... if parameter.default is inspect.Parameter.empty else parameter.default
 
 
 def config_model(values: Mapping[str, Any]) -> type[Config]:
@@ -170,8 +194,8 @@ def read_config(composed: DictConfig) -> Config:
             "train_student.py takes arch@teacher=NAME and arch@student=NAME"
         )
     if "teacher" in plain:
-        # What it decides stands in the weights of those methods that it is for.
-        _check_kd_weight(plain.pop("kd_weight", 1.0))
+        # What it decides stands in the weights of the methods that read it.
+        _validated(_Weighting, {"weighting": plain.pop("weighting", None)})
     config = parse_config({"teacher": None, **plain})
     if not METHODS[config.method.name].needs_teacher:
         return config.model_copy(update={"teacher": None})
@@ -183,12 +207,15 @@ def read_config(composed: DictConfig) -> Config:
     return config
 
 
-def _check_kd_weight(weight: Any) -> None:
+M = TypeVar("M", bound=BaseModel)
+
+
+def _validated(model: type[M], values: Mapping[str, Any]) -> M:
     try:
-        TypeAdapter(NonNegative).validate_python(weight, strict=True)
+        return model.model_validate(values)
     except ValidationError as error:
-        told = error.errors()[0]["msg"].removeprefix("Input ")
-        raise UserError(f"kd_weight: {told} (got {weight!r})") from None
+        problems = [_explain(problem, model, values) for problem in error.errors()]
+        raise UserError("; ".join(problems)) from None
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
@@ -196,11 +223,7 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     if values.get("precision") == "auto":  # decides what is computed: part of a run's identity
         values = {**values, "precision": best_precision(str(values.get("device")))}
     source = _choice(values, "dataset", SOURCES, "source")
-    model = config_model(values)
-    try:
-        config = model.model_validate(values)
-    except ValidationError as error:
-        raise UserError("; ".join(_explain(problem, model) for problem in error.errors())) from None
+    config = _validated(config_model(values), values)
     if config.dataset.name != source and config.dataset.name in SOURCES:
         raise UserError(
             f"dataset.name={config.dataset.name}: is the name of another dataset than "
@@ -222,24 +245,51 @@ def _choice(
     return name
 
 
-def _explain(problem: Any, model: type[BaseModel]) -> str:
+def _explain(problem: Any, model: type[BaseModel], values: Mapping[str, Any]) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = _dotted_fields(model)
+        known = list(fields_of(model))
         return f"{path}: no such setting{nearest(path, known)}"
     if problem["type"] == "missing":
         return f"{path}: missing; give it as {path}=VALUE"
+    if problem["type"] == "string_unicode":
+        return f"{path}: is not UTF-8, as the files of a run are; rename it, or name a link to it"
     message = re.sub("^(Value error, |Input |String |List )", "", problem["msg"])
-    given = problem["input"]
-    told = "" if isinstance(given, Mapping) else f" (got {given!r})"
+    given = _given(problem, values)
+    told = "" if isinstance(given, Mapping) else f" (got {shortened(given)})"
     return f"{path}: {message}{told}"
 
 
-def _dotted_fields(model: type[BaseModel], prefix: str = "") -> list[str]:
-    names = []
+def _given(problem: Any, values: Any) -> Any:
+    """Return the value that a problem is about, as the user gave it and not as it was read."""
+    try:
+        for part in problem["loc"]:
+            values = values[part]
+    except (LookupError, TypeError):
+        return problem["input"]
+    return values
+
+
+def fields_of(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """Return the fields of ``model`` and of the models in it, by their dotted names."""
+    found = {}
     for name, field in model.model_fields.items():
-        names.append(prefix + name)
+        found[prefix + name] = field
         for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
             if inspect.isclass(candidate) and issubclass(candidate, BaseModel):
-                names += _dotted_fields(candidate, f"{prefix}{name}.")
-    return names
+                found |= fields_of(candidate, f"{prefix}{name}.")
+    return found
+
+
+def declared_defaults(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the defaults that the settings in ``model`` have in Python, by their dotted names.
+
+    Those are what a configuration that lacks them means, one that an earlier version made too.
+    """
+    defaults: dict[str, Any] = {}
+    for name, field in fields_of(model).items():
+        if not field.is_required():
+            value = field.get_default(call_default_factory=True)
+            plain = value.model_dump() if isinstance(value, BaseModel) else value
+            defaults = flatten({name: plain}) | defaults
+    return defaults

@@ -34,9 +34,30 @@ class UnfinishedError(UserError):
         self.status = status
 
 
+class CellError(UserError):
+    """One cell of a sweep has failed, which has been told in a line of its own."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message, status)  # so that it can be pickled
+        self.status = status
+
+    def __str__(self) -> str:
+        return printable(str(self.args[0]))
+
+
 def printable(text: str) -> str:
     """Return ``text`` with a question mark for each sign that a terminal should not be sent."""
     return "".join(sign if sign.isprintable() else "?" for sign in text)
+
+
+def shortened(value: object, most: int = 60) -> str:
+    """Return ``repr(value)`` with its middle left out if it is longer than ``most`` characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python converts no integer of more than some thousand digits
+        return "a number of thousands of digits"
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

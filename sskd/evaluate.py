@@ -14,6 +14,7 @@ from sskd import CONF
 from sskd.cli import explain
 from sskd.errors import UserError
 from sskd.nested import as_override
+from sskd.output import complain, output_status, say, steady_output
 
 _EXAMPLES = """
 examples:
@@ -29,6 +30,11 @@ tensors. Beside a run's config.yaml the run's own dataset is taken, else CIFAR-1
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate what the command line names; return the exit status."""
+    with steady_output():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sskd.evaluate",
         description="Measure the top-1 accuracy of a checkpoint on its test set, in float32.",
@@ -43,14 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_intermixed_args(arguments)
     try:
-        print(evaluate(given.checkpoint, given.arch, given.device, given.overrides))
+        say(evaluate(given.checkpoint, given.arch, given.device, given.overrides))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 1
     except (CompactHydraException, OSError) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
+        complain(f"error: {explain(error)}")
         return 1
-    return 0
+    return output_status()
 
 
 def evaluate(checkpoint: str, arch: str | None, device: str, overrides: Sequence[str]) -> str:
@@ -72,6 +78,10 @@ def evaluate(checkpoint: str, arch: str | None, device: str, overrides: Sequence
     with initialize_config_dir(str(CONF), version_base=None):
         config = read_config(compose("student", choices))
     images = load_images(config.dataset).to(choose_device(device))
+    if _digest_of_run(path) not in (None, images.digest):
+        told = f"whether the images in {config.dataset.root} are those of its run is not certain"
+        told += "; its config.yaml has another dataset.digest"
+        complain(f"warning: {path}: {told}")
     network = build_model(arch, images.num_classes)
     stated = load_weights(network, path).accuracy
     place(network, images.test.images.device)
@@ -104,6 +114,16 @@ def _dataset_of_run(checkpoint: Path) -> list[str]:
             raise UserError(f"{path}: dataset.{key} is not a setting of a run's dataset")
     own = [as_override(f"dataset.{key}", value) for key, value in settings.items()]
     return [f"dataset={dataset['source']}", "dataset.download=false", *own]
+
+
+def _digest_of_run(checkpoint: Path) -> object:
+    """Return the digest of the files that the run of ``checkpoint`` had, if it recorded one."""
+    from sskd.run_files import CONFIG
+    from sskd.run_folder import read_config_file
+
+    path = checkpoint.parent / CONFIG
+    dataset = read_config_file(path).get("dataset") if path.exists() else None
+    return dataset.get("digest") if isinstance(dataset, dict) else None
 
 
 def _is_plain(value: object) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from functools import cache
@@ -16,9 +17,17 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from sskd import CONF
-from sskd.config import ArchSettings, Config, parse_config, read_config
-from sskd.data import SOURCES
+from sskd.config import (
+    ArchSettings,
+    Config,
+    config_model,
+    declared_defaults,
+    parse_config,
+    read_config,
+)
+from sskd.data import SOURCES, DatasetSettings
 from sskd.nested import as_override, flatten
+from sskd.output import complain
 from sskd.paths import below
 
 # What may change between two starts of one run without changing what it computes.
@@ -38,6 +47,8 @@ _NOT_IDENTITY = (
     ("teacher", "paraphraser_lr"),
     ("student", "paraphraser_lr"),
 )
+
+_DIGEST = "dataset.digest"
 
 
 def identity(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,6 +146,7 @@ def teacher_config(config: Config) -> Config:
     return parse_config(
         values
         | {
+            "method": usual["method"],
             "optimizer": usual["optimizer"] | {"lr": teacher.base_lr},
             "batch_size": usual["batch_size"],
             "schedule": usual["schedule"] | {"epochs": teacher.epochs or config.schedule.epochs},
@@ -144,10 +156,22 @@ def teacher_config(config: Config) -> Config:
     )
 
 
-def describe(config: Config, teacher_digest: str | None = None) -> dict[str, Any]:
-    """Return ``config`` as a run's folder keeps it: with the digests of what it was fed."""
-    values = config.model_dump()
-    fingerprint = SOURCES[config.dataset.source].fingerprint(config.dataset)
+def describe(
+    config: Config,
+    teacher_digest: str | None = None,
+    data_digest: str | None = None,
+    *,
+    defaults: bool = True,
+) -> dict[str, Any]:
+    """Return ``config`` as a run's folder keeps it: with the digests of what it was fed.
+
+    Args:
+        data_digest: of what was loaded; None computes it from the files as they are now.
+        defaults: name the settings that have their default in Python too, instead of leaving
+            them out, so that what is made of the rest stays the same when one is added.
+    """
+    values = config.model_dump(exclude_defaults=not defaults)
+    fingerprint = data_digest or SOURCES[config.dataset.source].fingerprint(config.dataset)
     if fingerprint is not None:
         values["dataset"]["digest"] = fingerprint
     if teacher_digest is not None:
@@ -156,13 +180,69 @@ def describe(config: Config, teacher_digest: str | None = None) -> dict[str, Any
 
 
 def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Return the settings of two descriptions that decide the result and differ, in words."""
-    there, here = flatten(identity(found)), flatten(identity(wanted))
+    """Return the settings of two descriptions that decide the result and differ, in words.
+
+    What ``found`` lacks, because it was made before there was such a setting, counts as its
+    default.
+    """
+    here = flatten(identity(wanted))
+    usual = _defaults_of(wanted)
+    assumed = {key: usual[key] for key in here if key in usual}
+    there = assumed | flatten(identity(found))
+    if there.get(_DIGEST) != here.get(_DIGEST) and _is_earlier_digest(there, wanted):
+        there[_DIGEST] = here.get(_DIGEST)
     return ", ".join(
         f"{key} ({there.get(key)!r} there, {here.get(key)!r} here)"
         for key in sorted(there.keys() | here.keys())
         if there.get(key) != here.get(key)
     )
+
+
+# Every version has written these; a term of the loss that a run lacks, it was trained without.
+_NEVER_ASSUMED = re.compile(r"(.*\.)?(name|source|seed|weights\..*)")
+
+
+def _defaults_of(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the settings of a described run are by default, by their dotted names.
+
+    That is the default in Python, or the recipe's value of a setting that has none.
+    """
+    if "student" not in described:  # a shared phase
+        return {}
+    student, teacher, method = (described[key] for key in ("student", "teacher", "method"))
+    usual = _recipe(
+        student["name"],
+        teacher["name"] if teacher else None,
+        method["name"],
+        described["dataset"]["source"],
+    )
+    defaults = flatten(usual.model_dump()) | declared_defaults(config_model(described))
+    return {k: v for k, v in defaults.items() if not _NEVER_ASSUMED.fullmatch(k)}
+
+
+def _is_earlier_digest(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Return whether an earlier version gave ``found`` its digest, and would give it today.
+
+    It then covers less than today's: a warning says so.
+    """
+    dataset = wanted.get("dataset", {})
+    if found.get(_DIGEST) is None or not DatasetSettings.model_fields.keys() <= dataset.keys():
+        return False
+    settings = DatasetSettings(**{key: dataset[key] for key in DatasetSettings.model_fields})
+    if SOURCES[settings.source].earlier_fingerprint(settings) != found[_DIGEST]:
+        return False
+    student, method, seed = (found.get(key) for key in ("student.name", "method.name", "seed"))
+    _warn_once(
+        f"the run of {student} ({method}, seed {seed}) was made by a version that recorded the "
+        f"names and sizes of the files in {settings.root}: these are the same, but whether the "
+        "images are cannot be checked; force=true trains it again"
+    )
+    return True
+
+
+@cache
+def _warn_once(text: str) -> None:
+    complain(f"warning: {text}")
 
 
 def training_command(config: Config) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from sskd.errors import BusyError, UserError
+from sskd.output import say
 
 _FILE = ".lease"
 # Every process that looks at a folder must agree on it. A node that dies leaves its cells to
@@ -61,14 +62,14 @@ class FolderLock:
 
     def _acquire_from_another(self, wait: bool, watch: bool) -> None:
         if wait:
-            print(f"{self._folder}: waiting for {_holder(self._folder)}", flush=True)
+            say(f"{self._folder}: waiting for {_holder(self._folder)}")
             self._lease.acquire()
             return
         # A heartbeat in the future tells as little as an old one: a clock has jumped.
         silent = abs(_seconds_since_heartbeat(self._folder)) > _QUIET
         told = _holder(self._folder)
         if silent and watch:
-            print(f"{self._folder}: watching whether {told} has died", flush=True)
+            say(f"{self._folder}: watching whether {told} has died")
         try:  # a holder on another node is dead only when it has been silent while one watched
             self._lease.acquire(timeout=DURATION + HEARTBEAT if silent and watch else 0)
         except Timeout:

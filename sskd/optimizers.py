@@ -8,17 +8,15 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 
-from sskd.settings import NonNegative, Positive, Settings
-
-Momentum = Annotated[float, Field(ge=0, lt=1)]
+from sskd.settings import LearningRate, NonNegative, Settings, ShareBelowAll
 
 
 class SGDSettings(Settings):
     """Stochastic gradient descent with momentum."""
 
     name: Literal["sgd"]
-    lr: Positive
-    momentum: Momentum
+    lr: LearningRate
+    momentum: ShareBelowAll
     weight_decay: NonNegative
     nesterov: bool
 
@@ -27,8 +25,8 @@ class AdamWSettings(Settings):
     """Adam with decoupled weight decay."""
 
     name: Literal["adamw"]
-    lr: Positive
-    betas: Annotated[list[Momentum], Field(min_length=2, max_length=2)]
+    lr: LearningRate
+    betas: Annotated[list[ShareBelowAll], Field(min_length=2, max_length=2)]
     weight_decay: NonNegative
 
 

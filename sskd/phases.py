@@ -19,9 +19,10 @@ from sskd.fit import Fit, stage_schedule
 from sskd.identity import describe, identity
 from sskd.methods import Stage
 from sskd.models import weights_digest
+from sskd.output import say
 from sskd.paths import below
 from sskd.run import Run
-from sskd.run_files import WEIGHTS
+from sskd.run_files import MOST_RESULT, WEIGHTS
 from sskd.teachers import Teacher
 
 
@@ -34,7 +35,7 @@ def share_phase(
     teacher's weights, the seed, the data and the phase's settings; of the student nothing but a
     learning rate that the phase may take from it.
     """
-    settings = phase_settings(stage, config, teacher)
+    settings = phase_settings(stage, config, teacher, images.digest)
     folder = phase_folder(config, settings)
     with Run(folder, settings).open(wait=True) as run:
         result = run.finished()
@@ -46,14 +47,17 @@ def share_phase(
             told = {"kind": "phase", "stage": stage.name, "seconds": position.seconds}
             run.finish(stage.trains, {**told, "digest": digest})
         else:
-            print(f"{folder}: reused")
+            say(f"{folder}: reused")
             _load_result(stage.trains, folder / WEIGHTS, result.get("digest"))
         return run.read_metrics()
 
 
 def _load_result(module: nn.Module, path: Path, digest: object) -> None:
     """Load what a finished phase has left; ``digest`` is None in results that tell none."""
+    most = 2 * sum(tensor.nbytes for tensor in module.state_dict().values()) + MOST_RESULT
     try:
+        if path.stat().st_size > most:
+            raise damaged(path)
         state = load_file(path)
         whole = digest in (None, weights_digest(state))
         module.load_state_dict(state)
@@ -70,9 +74,14 @@ def damaged(path: Path) -> UserError:
     )
 
 
-def phase_settings(stage: Stage, config: Config, teacher: Teacher) -> dict[str, Any]:
-    """Return everything that the result of a teacher-only ``stage`` depends on."""
-    values = identity(describe(config))
+def phase_settings(
+    stage: Stage, config: Config, teacher: Teacher, data_digest: str | None = None
+) -> dict[str, Any]:
+    """Return everything that the result of a teacher-only ``stage`` depends on.
+
+    ``data_digest`` is as in ``describe``.
+    """
+    values = identity(describe(config, data_digest=data_digest, defaults=False))
     schedule = asdict(stage_schedule(stage, config))
     optimizer = {k: v for k, v in values["optimizer"].items() if k != "lr"}
     return {

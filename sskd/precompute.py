@@ -29,6 +29,7 @@ from sskd.errors import UserError
 from sskd.interrupt import StopSignals
 from sskd.methods import Method
 from sskd.methods.base import ask_in_parts
+from sskd.output import say
 from sskd.phases import damaged, phase_folder
 from sskd.progress import Progress
 from sskd.run import Run
@@ -62,7 +63,7 @@ def precompute(
         UserError: what was found is damaged, or there is no room for it.
     """
     if not fits(method):
-        print(
+        say(
             f"teacher.precompute: method={config.method.name} reads more of the teacher than its "
             "logits and its pooled feature, so that the teacher is asked in every step"
         )
@@ -74,7 +75,7 @@ def precompute(
         if result is None:
             result = _compute(run, method.teacher, images, config, layout)
         else:
-            print(f"{run.folder}: reused")
+            say(f"{run.folder}: reused")
     rows = read_rows(run.folder / OUTPUTS, layout, result.get("digest"), images.train.images.device)
     return Precomputed(rows, layout.widths)
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sskd.output import say
+
 # Seconds between two looks at the figures; each look is a copy from the device to the host.
 _ON_TERMINAL = 1.0
 _IN_LOG = 60.0
@@ -72,8 +74,8 @@ class Progress:
 
     def line(self, text: str) -> None:
         """Print a line without disturbing the bar."""
-        self._bar.write(f"{self._title}: {text}", file=sys.stdout)
-        sys.stdout.flush()
+        with tqdm.external_write_mode(file=sys.stdout):
+            say(f"{self._title}: {text}")
 
     def close(self) -> None:
         """Take the bar away."""

@@ -22,6 +22,7 @@ from sskd.methods import Method
 from sskd.models import weights_digest
 from sskd.run import Run
 from sskd.run_files import RESULT
+from sskd.weightings import RECIPE
 
 
 def summarise(
@@ -44,10 +45,13 @@ def summarise(
     result: dict[str, Any] = {
         "kind": "distill" if config.teacher else "scratch",
         "dataset": config.dataset.name,
+        "dataset_source": config.dataset.source,
+        "dataset_digest": run.config["dataset"].get("digest"),  # None: always the same content
         "teacher": config.teacher.name if config.teacher else None,
         "student": config.student.name,
         "method": config.method.name,
         "seed": config.seed,
+        "recipe": RECIPE,
         "difference": dict(changed),
         "top1": {
             "last": last,
@@ -55,6 +59,7 @@ def summarise(
             "best_epoch": position.best_epoch,
         },
         "holdout_top1": _holdout(run),
+        "teacher_digest": run.config["teacher"].get("digest") if config.teacher else None,
         "teacher_top1": None,
         "agreement": None,
         "kl": None,

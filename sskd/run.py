@@ -2,16 +2,17 @@
 
 The folder is the run's identity. What stands in it is written whole or not at all, so a run
 may be killed at any moment; the next start of the same command goes on from ``last.pt``, or from
-``previous.pt``, the checkpoint before it, where that is damaged.
+``previous.pt``, the checkpoint before it, where that is damaged. A checkpoint names its run by what
+decides the run's result, and one of another run is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, Self
@@ -20,14 +21,35 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from sskd.errors import BusyError, UserError
-from sskd.identity import differing
+from sskd.identity import differing, identity
 from sskd.lock import FolderLock
 from sskd.models import save_weights
-from sskd.run_files import BEST, CONFIG, DAMAGED, LAST, METRICS, PREVIOUS, RESULT, WEIGHTS
+from sskd.output import complain
+from sskd.run_files import (
+    BEST,
+    CONFIG,
+    DAMAGED,
+    LAST,
+    METRICS,
+    MOST_EPOCHS,
+    MOST_METRICS,
+    NAME,
+    PREVIOUS,
+    RESULT,
+    WEIGHTS,
+)
 from sskd.run_folder import read_config_file, read_result
 from sskd.sealed import DamagedError, load_sealed, save_sealed
 from sskd.status import failed_in_this_sweep, write_failure, write_status
-from sskd.storage import append_line, leftovers, make_folder, write_at, write_text, write_whole
+from sskd.storage import (
+    append_line,
+    leftovers,
+    make_folder,
+    read_lines,
+    write_at,
+    write_text,
+    write_whole,
+)
 
 
 class Run:
@@ -85,7 +107,7 @@ class Run:
     ) -> None:
         ended = (self.folder / RESULT).exists()  # what comes after it is no failure of the run
         if error is not None and not isinstance(error, BusyError) and not ended:
-            write_failure(self.folder, error)
+            write_failure(self.folder, error, still_ours=self._lock.check)
         self.close()
 
     def _refuse_failed(self) -> None:
@@ -103,19 +125,24 @@ class Run:
                     f"{path}: is a {kind}, but a run keeps its files in its own folder; "
                     "put the file itself there"
                 )
+        # This is also what keeps out a holder before this one that stands still in mid-write.
         for path in leftovers(self.folder):
+            self._lock.check()
             path.unlink(missing_ok=True)  # a sweep that queues this run may be writing
         if any((self.folder / name).exists() for name in (LAST, PREVIOUS, RESULT)):
             self._refuse_other_config()
         else:
             text = OmegaConf.to_yaml(OmegaConf.create(dict(self.config)))
-            write_text(self.folder / CONFIG, text)
+            with self._writing() as ours:
+                write_text(self.folder / CONFIG, text, still_ours=ours)
         if not (self.folder / RESULT).exists():
-            write_status(self.folder, "running")
+            with self._writing() as ours:
+                write_status(self.folder, "running", still_ours=ours)
 
     def plan(self, epochs: Mapping[str, int]) -> None:
         """Say how many ``epochs`` each stage will take, so that others can tell the time left."""
-        write_status(self.folder, "running", epochs=dict(epochs))
+        with self._writing() as ours:
+            write_status(self.folder, "running", still_ours=ours, epochs=dict(epochs))
 
     def _refuse_other_config(self) -> None:
         other = differing(read_config_file(self.folder / CONFIG), self.config)
@@ -146,7 +173,7 @@ class Run:
             stages: the names of those that the run has; the checkpoint stands in one of them.
 
         Raises:
-            UserError: no checkpoint is whole, or the metrics are not.
+            UserError: no checkpoint is whole, or the metrics are not, or it is another run's.
         """
         last, previous, damage = self.folder / LAST, self.folder / PREVIOUS, ""
         for path in (last, previous):
@@ -154,6 +181,11 @@ class Run:
                 continue
             try:
                 state = load_sealed(path)
+                if other := self._other_run(path, state):
+                    raise UserError(
+                        f"{path}: is a checkpoint of another run: {other}; put back this run's, "
+                        "or remove this folder to start again"
+                    )
                 if not isinstance(state.get("stage"), str) or state["stage"] not in stages:
                     raise DamagedError(path.name, f"it stands in stage '{state.get('stage')}'")
                 lines, figures = self._lines_of(state)
@@ -161,7 +193,8 @@ class Run:
                 damage = damage or f"{self.folder}: {error}"
                 continue
             if damage:
-                print(f"warning: {damage}; goes on from {path.name}", file=sys.stderr, flush=True)
+                complain(f"warning: {damage}; goes on from {path.name}")
+                self._lock.check()
                 if last.exists():
                     last.replace(self.folder / DAMAGED)  # for whoever wants to look into it
                 path.replace(last)  # else the next one would take its place
@@ -172,22 +205,47 @@ class Run:
         self._set_metrics([], [])
         return None
 
+    def _other_run(self, path: Path, state: Mapping[str, Any]) -> str:
+        """Return how the run that a file names differs from this one; "" if it names none or this.
+
+        Files of versions that named no run are let in.
+        """
+        if NAME not in state:
+            return ""
+        try:
+            named = json.loads(json.dumps(state[NAME]))
+        except (TypeError, ValueError, RecursionError):
+            named = None
+        if not isinstance(named, dict):
+            raise DamagedError(path.name, "it names no run")
+        return differing(named, self.config)
+
     def _lines_of(self, state: Mapping[str, Any]) -> tuple[list[bytes], list[dict[str, Any]]]:
         """Return the lines of ``metrics.jsonl`` of when ``state`` was saved, and what they say."""
         count, digest = state.get("lines"), state.get("metrics_digest")
         if not isinstance(count, int):
             raise DamagedError(LAST, "it is not a run's checkpoint")
         path = self.folder / METRICS
-        lines = path.read_bytes().splitlines(keepends=True)[:count] if path.exists() else []
+        lines = list(islice(self._lines(), max(count, 0))) if path.exists() else []
         # Checkpoints of versions that kept no digest have only the number to go by.
         if len(lines) < count or digest not in (None, hashlib.sha256(b"".join(lines)).hexdigest()):
             raise DamagedError(METRICS, "lines of it were changed or lost")
         return lines, _figures(lines)
 
+    def _lines(self) -> Iterator[bytes]:
+        """Yield the lines of ``metrics.jsonl``; raise DamagedError if there are too many."""
+        try:
+            yield from read_lines(self.folder / METRICS, MOST_METRICS, MOST_EPOCHS)
+        except ValueError as error:
+            raise DamagedError(METRICS, str(error)) from None
+
     def _set_metrics(self, lines: list[bytes], figures: list[dict[str, Any]]) -> None:
         self.metrics = figures
         self._metrics_digest = hashlib.sha256(b"".join(lines))
-        write_whole(self.folder / METRICS, methodcaller("writelines", lines))
+        # A new file: a holder before this one may still append to the old one.
+        write = methodcaller("writelines", lines)
+        with self._writing() as ours:
+            write_whole(self.folder / METRICS, write, still_ours=ours)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return all lines of ``metrics.jsonl`` of a run that has finished.
@@ -195,9 +253,8 @@ class Run:
         Raises:
             UserError: they are damaged.
         """
-        path = self.folder / METRICS
         try:
-            return _figures(path.read_bytes().splitlines())
+            return _figures(self._lines())
         except (DamagedError, OSError) as error:
             raise UserError(
                 f"{self.folder}: {error}; remove this folder, and the same command makes it anew"
@@ -206,39 +263,43 @@ class Run:
     def log(self, figures: dict[str, Any]) -> None:
         """Add one line, an epoch's figures, to ``metrics.jsonl``."""
         line = json.dumps(figures)
-        with self._writing():
-            append_line(self.folder / METRICS, line)
+        with self._writing() as ours:
+            append_line(self.folder / METRICS, line, still_ours=ours)
         self._metrics_digest.update(f"{line}\n".encode())
         self.metrics.append(figures)
 
     def write_at(self, name: str, offset: int, data: bytes, *, sync: bool) -> None:
         """Write ``data`` into the folder's file ``name`` (``sskd.storage.write_at``)."""
-        with self._writing():
-            write_at(self.folder / name, offset, data, sync=sync)
+        with self._writing() as ours:
+            write_at(self.folder / name, offset, data, sync=sync, still_ours=ours)
 
     def save(self, state: dict[str, Any]) -> None:
         """Write ``last.pt``: all that is needed to go on from here; the one before it is kept."""
         told = {"lines": len(self.metrics), "metrics_digest": self._metrics_digest.hexdigest()}
-        with self._writing():
-            save_sealed(self.folder / LAST, {**state, **told}, keep=self.folder / PREVIOUS)
+        content = {**state, **told, NAME: identity(self.config)}
+        with self._writing() as ours:
+            save_sealed(self.folder / LAST, content, keep=self.folder / PREVIOUS, still_ours=ours)
 
     def save_best(self, model: nn.Module, epoch: int, accuracy: float) -> None:
         """Write ``best.pt``: the network's weights at its best epoch, in the published layout."""
-        state = {"model": model.state_dict(), "epoch": epoch, "accuracy": accuracy}
-        with self._writing():
-            save_sealed(self.folder / BEST, state)
+        told = {"epoch": epoch, "accuracy": accuracy, NAME: identity(self.config)}
+        state = {"model": model.state_dict(), **told}
+        with self._writing() as ours:
+            save_sealed(self.folder / BEST, state, still_ours=ours)
 
     def load_best(self, epoch: int) -> dict[str, Tensor] | None:
         """Return the weights of the best ``epoch``; None, with a warning, where they are lost."""
         try:
             best = load_sealed(self.folder / BEST)
+            if other := self._other_run(self.folder / BEST, best):
+                raise DamagedError(BEST, f"it is of another run: {other}")
             if best.get("epoch") != epoch:
                 raise DamagedError(BEST, f"it is of epoch {best.get('epoch')}")
             if not isinstance(best.get("model"), dict):
                 raise DamagedError(BEST, "it holds no weights")
         except (DamagedError, OSError) as error:
             told = f"warning: {self.folder}: the weights of epoch {epoch}, the best, are lost"
-            print(f"{told}: {error}", file=sys.stderr, flush=True)
+            complain(f"{told}: {error}")
             return None
         weights: dict[str, Tensor] = best["model"]
         return weights
@@ -250,21 +311,25 @@ class Run:
         """
         told = ("kind", "dataset", "student", "method", "seed", "epoch", "accuracy")
         about = {key: result[key] for key in told if key in result}
-        with self._writing():
+        with self._writing() as ours:
             if model is not None:
-                save_weights(self.folder / WEIGHTS, model, about)
-            write_text(self.folder / RESULT, json.dumps(dict(result), indent=2) + "\n")
+                save_weights(self.folder / WEIGHTS, model, about, still_ours=ours)
+            text = json.dumps(dict(result), indent=2) + "\n"
+            write_text(self.folder / RESULT, text, still_ours=ours)
             (self.folder / PREVIOUS).unlink(missing_ok=True)
-            write_status(self.folder, "finished")
+            write_status(self.folder, "finished", still_ours=ours)
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Ask before and after a write that finds no folder whether the run is still ours."""
+    def _writing(self) -> Iterator[Callable[[], None]]:
+        """Return what asks in mid-write whether the run is still ours; ask it also before.
+
+        And after, if the folder was removed in the meantime, or what was prepared in it.
+        """
         self._lock.check()
         try:
-            yield
+            yield self._lock.check
         except FileNotFoundError:
-            self._lock.check()  # the folder may have been removed in the meantime
+            self._lock.check()
             raise
 
 

@@ -12,9 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sskd.errors import UserError
 from sskd.lock import FolderLock, forget_lock
-from sskd.run_files import CONFIG, LAST, PREVIOUS, RESULT
+from sskd.run_files import CONFIG, LAST, MOST_CONFIG, MOST_RESULT, PREVIOUS, RESULT
 from sskd.status import current_sweep, forced_in, read_status, write_status
-from sskd.storage import is_plain_file, make_folder, sync_folder
+from sskd.storage import is_plain_file, make_folder, read_bounded_text, sync_folder
 
 _DEEPEST = 50  # levels; a configuration has five
 
@@ -24,7 +24,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     try:
         if not is_plain_file(path):
             raise ValueError("it is no file" if path.exists() else "it is missing")
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded_text(path, MOST_CONFIG)
         _refuse_odd_yaml(text)
         config = OmegaConf.to_container(OmegaConf.create(text))
     except (OSError, OmegaConfBaseException, ValueError, yaml.YAMLError, RecursionError) as error:
@@ -54,7 +54,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        result = json.loads(path.read_text()) if is_plain_file(path) else None
+        result = json.loads(read_bounded_text(path, MOST_RESULT)) if is_plain_file(path) else None
     except (OSError, ValueError, RecursionError):
         result = None
     if not isinstance(result, dict):
@@ -75,11 +75,26 @@ def put_aside(folder: Path) -> None:
     status = read_status(folder)
     if any((folder / name).exists() for name in (CONFIG, LAST, PREVIOUS, RESULT)):
         _move_to_old(folder)
-    make_folder(folder)
     told = {"command": status["command"]} if "command" in status else {}
     sweep = current_sweep()
     forced = [*forced_in(status), *([sweep] if sweep else [])]
-    write_status(folder, "queued", forced=forced, **told)
+    write_queued(folder, forced=forced, **told)
+
+
+def write_queued(folder: Path, **details: Any) -> None:
+    """Say that the run in ``folder``, which is made if it is missing, is to be started.
+
+    Raises:
+        BusyError: another process is at work in it.
+        OSError: it cannot be written.
+    """
+    make_folder(folder)
+    lock = FolderLock(folder)
+    lock.acquire(watch=False)  # whoever may have died there is its own job's concern
+    try:
+        write_status(folder, "queued", still_ours=lock.check, **details)
+    finally:
+        lock.release()
 
 
 def _move_to_old(folder: Path) -> None:
@@ -90,6 +105,7 @@ def _move_to_old(folder: Path) -> None:
             raise UserError(f"{old}: is a symbolic link; put the folder itself there")
         make_folder(old)
         target = old / f"{folder.name}-{_last_put_aside(folder) + 1}"
+        lock.check()
         folder.rename(target)
         sync_folder(old)
         sync_folder(folder.parent)
@@ -104,4 +120,4 @@ def _last_put_aside(folder: Path) -> int:
     """Return the number of the latest run that was put aside from ``folder``, or 0."""
     names = [path.name for path in (folder.parent / ".old").glob(f"{folder.name}-*")]
     numbers = [name.removeprefix(f"{folder.name}-") for name in names]
-    return max((int(number) for number in numbers if number.isdigit()), default=0)
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)

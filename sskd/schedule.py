@@ -5,9 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, Self
 
-from sskd.settings import Positive, Settings, Share
+from pydantic import Field
+
+from sskd.settings import EARLY, LATE, LearningRate, Multiple, Settings, Share
+
+# So few that a learning rate, times gamma after each of them, stays a number.
+Milestones = Annotated[list[Share], Field(max_length=30)]
+Gamma = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False), EARLY, LATE]
 
 
 class PhaseSettings(Settings):
@@ -17,9 +23,9 @@ class PhaseSettings(Settings):
     trained); ``milestones`` are shares of the phase's own epochs.
     """
 
-    lr: Positive | None
-    epochs: Positive
-    milestones: list[Share]
+    lr: LearningRate | None
+    epochs: Multiple
+    milestones: Milestones
 
 
 @dataclass(frozen=True)

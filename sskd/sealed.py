@@ -19,7 +19,8 @@ import torch
 
 from sskd.errors import UserError
 from sskd.models.safe_load import refuse_traps
-from sskd.storage import write_whole
+from sskd.run_files import MOST_CHECKPOINT
+from sskd.storage import StillOurs, read_end, write_whole
 
 _MARK = b"sha256 "
 _COMMENT = len(_MARK) + 2 * hashlib.sha256().digest_size
@@ -34,10 +35,16 @@ class DamagedError(Exception):
         super().__init__(f"{name} is damaged: {how}")
 
 
-def save_sealed(path: Path, content: Mapping[str, Any], *, keep: Path | None = None) -> None:
+def save_sealed(
+    path: Path,
+    content: Mapping[str, Any],
+    *,
+    keep: Path | None = None,
+    still_ours: StillOurs | None = None,
+) -> None:
     """Write ``content`` to ``path`` as ``torch.save`` does, sealed, whole or not at all.
 
-    ``keep`` is as in ``sskd.storage.write_whole``.
+    ``keep`` and ``still_ours`` are as in ``sskd.storage.write_whole``.
     """
     archive = io.BytesIO()
     torch.save(dict(content), archive)
@@ -47,7 +54,7 @@ def save_sealed(path: Path, content: Mapping[str, Any], *, keep: Path | None = N
         stream.write(data[:-_LENGTH])
         stream.write(seal(data))
 
-    write_whole(path, write, keep=keep)
+    write_whole(path, write, keep=keep, still_ours=still_ours)
 
 
 def load_sealed(path: Path) -> dict[str, Any]:
@@ -67,13 +74,12 @@ def load_sealed(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    _refuse_no_archive(path)
     data = path.read_bytes()
     if data[-_COMMENT:].startswith(_MARK):
         archive = data[: -_COMMENT - _LENGTH]
         if data[len(archive) :] != seal(archive + bytes(_LENGTH)):
             raise DamagedError(path.name, "its checksum differs")
-    elif not (data[-22:].startswith(_END) and data.endswith(bytes(_LENGTH))):
-        raise DamagedError(path.name, "it cannot be read (its end is missing)")
     try:
         refuse_traps(io.BytesIO(data), path)
         with warnings.catch_warnings():  # of what ends in an error anyway
@@ -88,6 +94,16 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DamagedError(path.name, "it is not a run's")
     return content
+
+
+def _refuse_no_archive(path: Path) -> None:
+    """Raise DamagedError for a file that is too large for a run's, or does not end like one."""
+    size, end = read_end(path, _COMMENT)
+    if size > MOST_CHECKPOINT:
+        raise DamagedError(path.name, f"it has {size} bytes, which no run's has")
+    bare = end[-22:].startswith(_END) and end.endswith(bytes(_LENGTH))
+    if not end.startswith(_MARK) and not bare:
+        raise DamagedError(path.name, "it cannot be read (its end is missing)")
 
 
 def seal(archive: bytes | memoryview) -> bytes:

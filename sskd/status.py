@@ -15,9 +15,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from sskd.storage import is_plain_file, write_text
+from sskd.errors import UserError
+from sskd.storage import StillOurs, is_plain_file, read_bounded_text, write_text
 
 STATUS = "status.json"
+MOST = 2**20  # bytes that it may have, since it may be a stranger's
+_LONGEST = 50_000  # characters of an error, so that the status stays below that
 SWEEP_VARIABLE = "SSKD_SWEEP"  # in the environment of a sweep's processes: which sweep it is
 State = Literal["queued", "running", "stopped", "failed", "finished"]
 
@@ -25,8 +28,13 @@ State = Literal["queued", "running", "stopped", "failed", "finished"]
 _KEPT = ("command", "epochs", "forced")
 
 
-def write_status(folder: Path, state: State, **details: Any) -> None:
-    """Say what the run in ``folder`` is doing, since when, and which process says so."""
+def write_status(
+    folder: Path, state: State, *, still_ours: StillOurs | None = None, **details: Any
+) -> None:
+    """Say what the run in ``folder`` is doing, since when, and which process says so.
+
+    ``still_ours`` is as in ``sskd.storage.write_whole``.
+    """
     before = _read(folder)
     status = {
         "state": state,
@@ -37,7 +45,8 @@ def write_status(folder: Path, state: State, **details: Any) -> None:
         **{key: before[key] for key in _KEPT if key in before},
         **details,
     }
-    write_text(folder / STATUS, json.dumps(status, indent=2) + "\n")
+    text = json.dumps(status, indent=2) + "\n"
+    write_text(folder / STATUS, text, still_ours=still_ours)
 
 
 def read_status(folder: Path) -> Mapping[str, Any]:
@@ -52,24 +61,28 @@ def _read(folder: Path) -> Mapping[str, Any]:
     """Return the same; raise OSError where it is there and cannot be read at this moment."""
     path = folder / STATUS
     try:
-        status = json.loads(path.read_text()) if is_plain_file(path) else {}
+        status = json.loads(read_bounded_text(path, MOST)) if is_plain_file(path) else {}
     except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return status if isinstance(status, dict) else {}
 
 
-def write_failure(folder: Path, error: BaseException) -> None:
+def write_failure(
+    folder: Path, error: BaseException, *, still_ours: StillOurs | None = None
+) -> None:
     """Say that the run in ``folder`` failed, or was stopped, by ``error``.
 
-    That must not hide the error itself, so a disk that is full leaves the old status.
+    That must not hide the error itself, so a disk that is full, or another holder of the folder,
+    leaves the old status. ``still_ours`` is as in ``sskd.storage.write_whole``.
     """
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
         if isinstance(error, Exception):
             told = " ".join(str(error).split()) or type(error).__name__
             lines = "".join(traceback.format_exception(error))
-            write_status(folder, "failed", error=told, traceback=lines)
+            details = {"error": told[:_LONGEST], "traceback": lines[-_LONGEST:]}
+            write_status(folder, "failed", still_ours=still_ours, **details)
         else:  # a signal, Ctrl-C
-            write_status(folder, "stopped")
+            write_status(folder, "stopped", still_ours=still_ours)
 
 
 def current_sweep() -> str | None:

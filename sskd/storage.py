@@ -1,16 +1,32 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and strangers' files that are read with a bound.
+
+A process can stop at any moment, and another one can then take its run's folder. So each function
+that writes takes ``still_ours``, which raises if the folder has another holder. It is called when
+the write is prepared and nothing has changed yet. A new holder first removes prepared files and
+writes ``metrics.jsonl`` as a new file, so a write that passed the check and comes later has no
+effect.
+"""
 
 from __future__ import annotations
 
+import io
 import os
+import secrets
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+StillOurs = Callable[[], object]
+
 
 def write_whole(
-    path: Path, write: Callable[[BinaryIO], object], *, keep: Path | None = None
+    path: Path,
+    write: Callable[[BinaryIO], object],
+    *,
+    keep: Path | None = None,
+    still_ours: StillOurs | None = None,
 ) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then put it in ``path``'s place.
 
@@ -19,19 +35,24 @@ def write_whole(
 
     Args:
         keep: where the old content goes; a crash in between leaves it there, and no ``path``.
+        still_ours: raises if the folder has another holder.
 
     Raises:
         OSError: with ``path`` as its ``filename``.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Another node's process can have the same number.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with named(path):
             with temporary.open("wb") as stream:
                 write(stream)
                 stream.flush()
                 os.fsync(stream.fileno())
+            if still_ours is not None:
+                still_ours()
             if keep is not None and path.exists():
-                path.replace(keep)
+                with suppress(FileNotFoundError):  # a late holder's has moved it there
+                    path.replace(keep)
             temporary.replace(path)
             sync_folder(path.parent)
     finally:
@@ -39,27 +60,36 @@ def write_whole(
             temporary.unlink(missing_ok=True)
 
 
-def append_line(path: Path, line: str) -> None:
+def append_line(path: Path, line: str, *, still_ours: StillOurs | None = None) -> None:
     """Add ``line`` to ``path`` and wait until the disk has it; a crash may leave a part of it.
+
+    ``still_ours`` is as in ``write_whole``.
 
     Raises:
         OSError: with ``path`` as its ``filename``.
     """
     with named(path), path.open("a") as stream:
+        if still_ours is not None:
+            still_ours()
         stream.write(f"{line}\n")
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def write_at(path: Path, offset: int, data: bytes, *, sync: bool) -> None:
+def write_at(
+    path: Path, offset: int, data: bytes, *, sync: bool, still_ours: StillOurs | None = None
+) -> None:
     """Write ``data`` into the file ``path``, which is there, at byte ``offset``.
 
-    With ``sync``, wait until the disk has all that was written into it.
+    With ``sync``, wait until the disk has all that was written into it. ``still_ours`` is as in
+    ``write_whole``.
 
     Raises:
         OSError: with ``path`` as its ``filename``.
     """
     with named(path), path.open("r+b") as stream:
+        if still_ours is not None:
+            still_ours()
         stream.seek(offset)
         stream.write(data)
         if sync:
@@ -111,6 +141,56 @@ def leftovers(folder: Path) -> list[Path]:
     return list(folder.glob(".*.part"))
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, still_ours: StillOurs | None = None) -> None:
     """Write ``text`` to ``path``, whole or not at all."""
-    write_whole(path, lambda stream: stream.write(text.encode()))
+    write_whole(path, lambda stream: stream.write(text.encode()), still_ours=still_ours)
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """Return what is in the file ``path``, which may be a stranger's.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no plain file, or has more than ``most`` bytes.
+    """
+    # A pipe would wait for a writer, a link could lead anywhere.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    with os.fdopen(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("it is no file")
+        size = os.fstat(descriptor).st_size
+        data = stream.read(most + 1) if size <= most else b""
+    if max(size, len(data)) > most:
+        raise ValueError(f"it has more than {most} bytes, which no run's has")
+    return data
+
+
+def read_lines(path: Path, most: int, most_lines: int) -> Iterator[bytes]:
+    """Yield the lines of the file ``path``, with their ends; it may be a stranger's.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no plain file, or has more than ``most`` bytes or ``most_lines`` lines.
+    """
+    # One by one: a file of line ends alone would take forty times its size as a list.
+    for number, line in enumerate(io.BytesIO(read_bounded(path, most))):
+        if number == most_lines:
+            raise ValueError(f"it has more than {most_lines} lines, which no run's has")
+        yield line
+
+
+def read_end(path: Path, count: int) -> tuple[int, bytes]:
+    """Return how many bytes the file ``path`` has, and the last ``count`` of them, or all.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(size - count, 0))
+        return size, stream.read(count)
+
+
+def read_bounded_text(path: Path, most: int) -> str:
+    """Return the text in the file ``path`` as ``read_bounded`` does; ValueError if it is none."""
+    return read_bounded(path, most).decode()

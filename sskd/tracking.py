@@ -10,15 +10,30 @@ from typing import Any, Self
 import wandb
 
 from sskd.config import Config
+from sskd.errors import UserError
 from sskd.identity import difference
 from sskd.interrupt import Interrupted
 from sskd.nested import as_override
+from sskd.output import complain, say
 from sskd.run import Run
 from sskd.wandb_runs import open_run, sync_folder, sync_later
+from sskd.weightings import RECIPE, name_weighting
 
 # Figures about the student as a whole; the others are named after their stage.
 _UNPREFIXED = ("test/", "holdout/", "best/")
 _SUMMARISED = ("teacher_top1", "agreement", "kl", "images_per_second", "peak_memory_mib")
+
+
+def report_finished(run: Run, config: Config, result: Mapping[str, Any]) -> None:
+    """Show a run that has finished before in the W&B run that ``wandb agent`` has named for it."""
+    try:
+        run.metrics = run.read_metrics()
+    except UserError as error:
+        complain(f"warning: {error}")
+    with Tracker(run, config, agents=True) as tracker:
+        for line in run.metrics:
+            tracker.log(line)
+        tracker.summarise(result)
 
 
 class Tracker:
@@ -27,8 +42,10 @@ class Tracker:
     Nothing it does asks a question, and where W&B cannot be reached the run is kept on disk.
     """
 
-    def __init__(self, run: Run, config: Config) -> None:
+    def __init__(self, run: Run, config: Config, *, agents: bool = False) -> None:
+        """Take the W&B run that ``wandb agent`` has named if ``agents``, else one of its own."""
         self._run = run
+        self._agents = agents
         self._config = config
         self._name = str(run.folder.relative_to(config.runs))
         self._lines = 0
@@ -48,6 +65,7 @@ class Tracker:
             mode,
             self._run.folder,
             self._name,
+            agents=self._agents,
             project=config.wandb.project,
             entity=config.wandb.entity,
             group=f"{pair}/{method}",
@@ -64,14 +82,15 @@ class Tracker:
                 self._wandb.mark_preempting()  # it will come back: "preempted", not "failed"
             self._wandb.finish(exit_code=0 if kind is None else 1)
         except TimeoutError:
-            print(sync_later(self._wandb))
+            say(sync_later(self._wandb))
         except Exception as lost:  # must not take the place of what has ended the run
             self._lose(lost)
-        if kind is None and not self._lost:
+        if kind is None and not self._lost and not self._agents:
             return
         with contextlib.suppress(Exception):
-            wandb.teardown()  # else a later run, or the end of this process, would wait for it
-        if kind is None:
+            # Else a later run would wait for it, or the end of this process, or be the agent's.
+            wandb.teardown()
+        if kind is None and self._lost:
             self._keep_offline()
 
     def _keep_offline(self) -> None:
@@ -88,7 +107,7 @@ class Tracker:
         except Exception as error:  # the run itself has finished
             self._lose(error)
         kept = f"W&B: `wandb sync {sync_folder(self._wandb)}` sends this run"
-        print("W&B: this run is not kept for it" if self._lost else kept)
+        say("W&B: this run is not kept for it" if self._lost else kept)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Log the next line of ``metrics.jsonl``; its number is W&B's step.
@@ -128,8 +147,14 @@ class Tracker:
         """Return the method and what differs from its recipe: its seeds share it, no other run."""
         config = self._config
         changed = difference(config)
+        texts = {key: str(value) for key, value in changed.items()}
+        named = name_weighting(config.method.name, RECIPE, texts)
+        changed = {key: changed.get(key, text) for key, text in named.items()}
         if config.teacher and config.teacher.checkpoint:
             changed["teacher.digest"] = self._run.config["teacher"]["digest"][:8]
+        # Two folders of images may have one name.
+        if digest := self._run.config["dataset"].get("digest"):
+            changed["dataset.digest"] = digest[:8]
         told = ", ".join(as_override(key, value) for key, value in sorted(changed.items()))
         return f"{config.method.name} ({told})" if told else config.method.name
 
@@ -144,5 +169,5 @@ class Tracker:
 
     def _lose(self, lost: Exception) -> None:
         if not self._lost:
-            print(f"W&B has stopped ({type(lost).__name__}); the run goes on without it")
+            say(f"W&B has stopped ({type(lost).__name__}); the run goes on without it")
         self._lost = True

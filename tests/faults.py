@@ -242,6 +242,11 @@ class Disk:
             for lease in self.fault.root.rglob(".lease"):
                 os.utime(lease, (time.time(),) * 2)
 
+    def stand_still(self) -> None:
+        """Stop until somebody continues the process."""
+        self._clear_shadows()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
     def tell(self) -> None:
         """Do nothing: the moments are only counted."""
 
@@ -261,6 +266,7 @@ ACTS: dict[str, Callable[[Disk], None]] = {
     "power failure": Disk.lose_power,
     "disk full": Disk.fill,
     "clock jumps": Disk.shift_clock,
+    "stands still": Disk.stand_still,
     "undisturbed": Disk.tell,
 }
 
@@ -317,6 +323,11 @@ class Attempt:
     def is_alive(self) -> bool:
         """Return whether the process is still at work."""
         return bool(self._process.is_alive())
+
+    def is_stopped(self) -> bool:
+        """Return whether the process stands still."""
+        stat = Path(f"/proc/{self._process.pid}/stat").read_text()
+        return stat.rpartition(")")[2].split()[0] == "T"
 
     def send(self, signum: int) -> None:
         """Send a signal, if there is anyone to get it."""

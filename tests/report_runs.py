@@ -23,6 +23,7 @@ RESULT: dict[str, Any] = {
     "images_per_second": 1000.0,
     "parameters": 278324,
     "commit": "0123456789",
+    "recipe": 2,
 }
 
 

@@ -139,7 +139,7 @@ def test_an_image_beyond_pillows_limit_is_refused(
 
 
 def test_a_folders_missing_parts_are_named(tmp_path: Path) -> None:
-    assert str(tmp_path / "absent" / "train") in refused(tmp_path / "absent")
+    assert f"there is no folder {tmp_path / 'absent'};" in refused(tmp_path / "absent")
     (tmp_path / "train").mkdir()
     assert str(tmp_path / "train") in refused(tmp_path)
     (tmp_path / "train" / "cat").mkdir()

@@ -228,15 +228,30 @@ PUBLISHED_WEIGHTS = {
 }  # fmt: skip
 
 
+WEIGHTINGS = {(): (0.1, 0.9), ("weighting=crd_benchmark",): (1, 0), ("weighting=common",): (1, 1)}
+
+
 @pytest.mark.parametrize("method", sorted({*PUBLISHED_WEIGHTS, "ab", "fsp"}))
-def test_the_default_is_the_table_and_without_kd_the_method_alone(
+def test_the_weighting_fills_in_ce_and_kd(
     composed: Compose, few_images: Images, method: str
 ) -> None:
     own = {method: PUBLISHED_WEIGHTS[method]} if method in PUBLISHED_WEIGHTS else {}
-    built = make(composed, method, "resnet14-resnet8", few_images)
-    assert list(built.stages())[-1].weights == {"ce": 1, "kd": 1, **own}
-    alone = make(composed, method, "resnet14-resnet8", few_images, "method.weights.kd=0")
-    assert list(alone.stages())[-1].weights == {"ce": 1, "kd": 0, **own}
+    for words, (ce, kd) in WEIGHTINGS.items():
+        built = make(composed, method, "resnet14-resnet8", few_images, *words)
+        assert list(built.stages())[-1].weights == {"ce": ce, "kd": kd, **own}
+    words = ("weighting=crd_benchmark", "method.weights.kd=0.25")
+    built = make(composed, method, "resnet14-resnet8", few_images, *words)
+    assert list(built.stages())[-1].weights == {"ce": 1, "kd": 0.25, **own}
+
+
+@pytest.mark.parametrize("method", ["kd", "sskd"])
+def test_kd_and_sskd_keep_their_own_weights(composed: Compose, method: str) -> None:
+    def weights(*words: str) -> dict[str, float]:
+        found: dict[str, float] = composed(f"method={method}", *words).method.weights.model_dump()
+        return found
+
+    for weighting in ("crd_benchmark", "common"):
+        assert weights(f"weighting={weighting}") == weights()
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def told_in_a_line(error: Exception, path: Path = Path()) -> None:
 @some
 @given(configurations())
 def test_plain_values_are_a_configuration_or_are_refused_in_a_line(values: dict[str, Any]) -> None:
-    values.pop("kd_weight", None)
+    values.pop("weighting", None)
     try:
         assert isinstance(parse_config(values), Config)
     except UserError as error:

@@ -20,7 +20,8 @@ RESULT = """{
   "method": "kd", "seed": 0, "difference": {},
   "top1": {"last": 70.16, "best": 71.0, "best_epoch": 200}, "holdout_top1": null,
   "teacher_top1": 73.44, "agreement": 80.1, "kl": 0.5,
-  "seconds": 123.4, "images_per_second": 900.0, "parameters": 278324, "commit": "unknown"
+  "seconds": 123.4, "images_per_second": 900.0, "parameters": 278324, "commit": "unknown",
+  "recipe": 2
 }"""
 
 

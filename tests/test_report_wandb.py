@@ -25,6 +25,9 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         put_alone(root, f"cifar100/scratch/resnet20/seed{seed}", [60.0, top1 - 9], seed=seed)
         name = f"cifar100/distill/resnet56-resnet20/kd/seed{seed}"
         put_run(root, name, [top1 + 3, top1], seed=seed, peak_memory_mib=100.0)
+    weights = {"method.weights.ce": 1.0, "method.weights.kd": 1.0}
+    at = {"method": "at", "difference": weights, "dataset_source": "cifar100"}
+    put_run(root, "cifar100/distill/resnet56-resnet20/at/seed0-0123abcd", **at)
     folder = root / "cifar100/distill/resnet56-resnet20/sskd/seed0"
     put_status(folder, "failed", error="=not finite")
     return root
@@ -55,7 +58,11 @@ def test_the_tables_the_plots_and_the_files_are_logged(runs: Path) -> None:
     assert (kd["n"], kd["published"]) == (2, 70.66)
     assert kd["last - published"] == pytest.approx(69.5 - 70.66)
     assert kd["best - published"] == pytest.approx(72.5 - 70.66)
-    assert [row["hours"] for row in tables["cost"]] == [2.0] * 4
+    assert [row["hours"] for row in tables["cost"]] == [2.0] * 5
+    # A weighting is named wherever its rows must not be taken for the method's own.
+    at = "AT (weighting=common)"
+    for name in ("results", "cost"):
+        assert {row["row"] for row in tables[name] if row["row"].startswith("AT")} == {at}
     assert [row["peak memory (MiB)"] for row in tables["cost"] if row["row"] == "KD"] == [100] * 2
     failed = {row["state"]: row for row in tables["failed"]}
     assert failed["failed"]["reason"] == "=not finite"

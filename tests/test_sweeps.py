@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from test_run import SMALL, CrashError, at_step, crash
 
 import train_student
 import train_teacher
+from sskd.config import Config
 from sskd.identity import difference, recipe
 from sskd.lock import FolderLock
 from sskd.status import SWEEP_VARIABLE, read_status
@@ -41,12 +42,32 @@ def published(name: str, *tables: str) -> tuple[set[tuple[str, str]], set[tuple[
     return {cell[:2] for cell in cells}, distilled
 
 
+def published_weights(table: str) -> dict[str, dict[str, float]]:
+    """Return the weight of each term of each method in a published table."""
+    weights: dict[str, dict[str, float]] = defaultdict(dict)
+    with (Path(__file__).parent / "published_weights.csv").open(encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            if line["table"] == table:
+                weights[line["method"]][line["term"]] = float(line["weight"])
+    return weights
+
+
 # The sweeps that reproduce published tables: the file of these, and which of them.
 TABLES = {
     "similar": ("published.csv", "similar"),
     "cross": ("published.csv", "cross"),
     "grid": ("published.csv", "similar", "cross"),
 }
+
+
+def weights_of(configs: list[Config]) -> dict[str, dict[str, float]]:
+    """Return the weights that the sweep gives each method: the same on every pair."""
+    found: dict[str, dict[str, float]] = {}
+    for config in configs:
+        if config.teacher:
+            weights = config.method.weights.model_dump()
+            assert found.setdefault(config.method.name, weights) == weights
+    return found
 
 
 @pytest.fixture
@@ -80,6 +101,7 @@ def test_every_cell_of_every_sweep_composes(composed_cells: Any, name: str) -> N
         assert len(distilled) == len(expected) == 11 * len(pairs)
         assert alone == sorted({student for _, student in pairs})
         assert not any(difference(config) for config in configs)
+        assert weights_of(configs) == published_weights("sskd")
     if name == "teachers":
         pairs, _ = published("published.csv", "similar", "cross")
         assert alone == sorted({network for pair in pairs for network in pair})
@@ -89,8 +111,8 @@ def test_every_cell_of_every_sweep_composes(composed_cells: Any, name: str) -> N
         _, expected = published("published_crd_benchmark.csv", "similar", "cross")
         assert set(distilled) == {cell for cell in expected if cell[2] in methods}
         assert {c.teacher.epoch for c in configs if c.teacher} == {"last"}
-        for c in configs:
-            assert not c.teacher or c.method.weights.kd == (0.9 if c.method.name == "kd" else 0)
+        facts = published_weights("crd_benchmark")
+        assert weights_of(configs) == {method: facts[method] for method in methods}
 
 
 def test_the_recipe_is_what_hydra_composes(composed: Compose) -> None:
@@ -356,16 +378,14 @@ def test_processes_train_cells_side_by_side_and_tell_what_failed(tmp_path: Path)
     assert text.count(": failed: stage ") == 2
 
 
-def test_a_process_that_is_killed_is_named_and_its_cell_goes_on(tmp_path: Path) -> None:
+def test_a_process_that_is_killed_costs_no_cell(tmp_path: Path) -> None:
+    """The pool ends all its processes then; processes of a pool are real ones."""
     runs, words = tmp_path / "runs", ("method=vanilla", "seed=0,1", "schedule.epochs=20")
     process = launched_on_two_processes(runs, *words)
     folder = wait_for_file(process, runs, "digits/scratch/*/*/last.pt").parent
     os.kill(read_status(folder)["pid"], signal.SIGKILL)
     text, _ = process.communicate()
-    assert process.returncode == 1
-    assert "the launcher gave up: " in text
-    assert f"  {folder}: was killed" in text
-    text, _ = (again := launched_on_two_processes(runs, *words)).communicate()
-    assert again.returncode == 0, text
+    assert process.returncode == 0, text
+    assert "warning: a process has died: " in text
     assert f"goes on in {folder}, " in text
     assert "2 of 2 cells have finished" in text

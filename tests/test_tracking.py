@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import wandb
 from conftest import Compose
+from PIL import Image
 from test_run import SMALL, CrashError, at_step, crash
 
 import sskd.tracking
@@ -122,6 +123,42 @@ def test_seeds_share_what_wandb_averages_over_and_nothing_else_does(composed: Co
     elsewhere = places(vgg8, "method=kd", "teacher.checkpoint=FILE", digest="0123456789abcdef")
     assert elsewhere == (*plain[:2], "kd (teacher.digest='01234567')")
     assert places(vgg8, "method=vanilla") == ("vgg8/vanilla", "vgg8", "vanilla")
+
+
+def variant(config: Config) -> tuple[str, str]:
+    """Return the variant, and the digest of the data, as a run that W&B does not wait for."""
+    run = Run(run_folder(config, difference(config)), describe(config))
+    return Tracker(run, config)._variant(), run.config["dataset"].get("digest", "")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["weighting=crd_benchmark"], "at (weighting=crd_benchmark)"),
+        (["weighting=common", "teacher.epoch=last"], "at (teacher.epoch=last, weighting=common)"),
+        (["method.weights.ce=1", "method.weights.kd=1"], "at (weighting=common)"),
+        (["method.weights.kd=0"], "at (method.weights.kd=0.0)"),
+        (["weighting=sskd"], "at"),
+    ],
+)
+def test_wandb_names_a_weighting(composed: Compose, overrides: list[str], expected: str) -> None:
+    config = composed("arch@teacher=vgg13", "arch@student=vgg8", "method=at", *overrides)
+    assert variant(config)[0] == expected
+
+
+def test_two_datasets_of_one_name_are_not_one_to_wandb(composed: Compose, tmp_path: Path) -> None:
+    variants = set()
+    for number in range(2):
+        root = tmp_path / str(number) / "mine"
+        for part in ("train", "test"):
+            image = root / part / "one" / "a.png"
+            image.parent.mkdir(parents=True)
+            Image.new("RGB", (32, 32 + number)).save(image)
+        data = ("dataset=folder", f"dataset.root={root}")
+        found, digest = variant(composed(*data, "method=vanilla"))
+        assert found.replace("'", "") == f"vanilla (dataset.digest={digest[:8]})"
+        variants.add(found)
+    assert len(variants) == 2
 
 
 @pytest.mark.usefixtures("offline")

@@ -11,6 +11,7 @@ from typing import Any
 
 from sskd import CONF
 from sskd.errors import UserError, nearest
+from sskd.output import complain, output_status, say, steady_output
 from sskd.storage import write_text
 
 DESCRIPTION = """\
@@ -30,13 +31,14 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` (the process's by default) and return its exit status."""
-    arguments = _parser().parse_args(argv)
-    try:
-        _dashboard(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    with steady_output():
+        arguments = _parser().parse_args(argv)
+        try:
+            _dashboard(arguments)
+        except UserError as error:
+            complain(f"error: {error}")
+            return 1
+        return output_status()
 
 
 def _dashboard(arguments: argparse.Namespace) -> None:
@@ -59,7 +61,7 @@ def _dashboard(arguments: argparse.Namespace) -> None:
     if arguments.save:
         _save(workspace, report, arguments.entity, built)
     else:
-        print(f"{built}; not saved: that takes --save and a login (wandb login)")
+        say(f"{built}; not saved: that takes --save and a login (wandb login)")
 
 
 def _presets() -> list[str]:
@@ -103,7 +105,7 @@ def _save(workspace: Any, report: Any, entity: str | None, built: str) -> None:
         workspace.save()
     except (wandb.Error, OSError, ValueError) as error:
         raise UserError(f"{built}; not saved: {' '.join(str(error).split())}") from None
-    print(f"{built}\nworkspace: {workspace.url}\nreport: {report.url}")
+    say(f"{built}\nworkspace: {workspace.url}\nreport: {report.url}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -26,22 +26,40 @@ __all__ = [
     "Split",
     "load_images",
     "plain",
+    "refuse_missing",
 ]
 
 
-def load_images(settings: DatasetSettings) -> Images:
+def refuse_missing(settings: DatasetSettings) -> None:
+    """Raise UserError if there is plainly nothing to load; nothing is read."""
+    SOURCES[settings.source].refuse_missing(settings)
+
+
+def load_images(settings: DatasetSettings, digest: str | None = None) -> Images:
     """Load a dataset, then hold out, keep a fraction and make labels wrong, in this order.
 
     ``mean`` and ``std`` that are not given are those of all training images.
-    Raises UserError for files that are missing or broken.
+
+    Args:
+        digest: the fingerprint that the run was described with; None for no run.
+
+    Raises:
+        UserError: files are missing or broken, or what was read has another fingerprint.
     """
     source = SOURCES[settings.source].load(settings)
+    found = source.digest or SOURCES[settings.source].fingerprint(settings)
+    if digest is not None and digest != found:
+        raise UserError(
+            f"dataset={settings.source}, {settings.root}: its files changed while the command "
+            "started, after the run had been looked up; use the same command again, when nothing "
+            "writes there"
+        )
     if told := flaw(source):
         raise UserError(
             f"dataset={settings.source}, {settings.root}: {told}; give a folder of whole files "
             "with dataset.root=FOLDER"
         )
-    classes, train, test = source
+    classes, train, test = source.classes, source.train, source.test
     # Before any choice, so that a student of few images sees them as its teacher does.
     mean, std = _normalisation(settings, train)
     train, holdout = hold_out(train, classes, settings.holdout, settings.seed)
@@ -55,6 +73,7 @@ def load_images(settings: DatasetSettings) -> Images:
         holdout=holdout,
         mean=mean,
         std=std,
+        digest=found,
     )
 
 

@@ -16,15 +16,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from sskd.data.files import read_regular
 from sskd.data.images import Split
 from sskd.data.reading import Source, flaw
 from sskd.storage import write_whole
 
 ABOUT = "about"
+MOST_BYTES = 2**30  # CIFAR's caches have 184 MB
 
 
 def read_cache(path: Path, published: Mapping[str, str]) -> Source | None:
@@ -33,10 +35,10 @@ def read_cache(path: Path, published: Mapping[str, str]) -> Source | None:
     ``published`` are the digests of the files that the content was made from, by name.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()[ABOUT])
-        # Read, not mapped into memory: another process may replace the file at any moment.
-        tensors = load(path.read_bytes())
+        # Read once, not mapped into memory: another process may replace the file at any moment.
+        content = read_regular(path, MOST_BYTES)
+        tensors = load(content)
+        about = json.loads(_metadata(content)[ABOUT])
         source = Source(
             tuple(about["classes"]),
             Split(tensors["train.images"], tensors["train.labels"]),
@@ -44,9 +46,16 @@ def read_cache(path: Path, published: Mapping[str, str]) -> Source | None:
         )
         whole = about["sha256"] == _digest(source, published)
     # Whatever is wrong with the file, the published ones are read in its place.
-    except (OSError, SafetensorError, ValueError, TypeError, LookupError):
+    except (OSError, SafetensorError, ValueError, TypeError, LookupError, RecursionError):
         return None
     return source if whole and flaw(source) is None else None
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """Return what a safetensors file says beside its tensors, by its published format."""
+    length = int.from_bytes(content[:8], "little")
+    found: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
+    return found
 
 
 def write_cache(path: Path, published: Mapping[str, str], source: Source) -> None:

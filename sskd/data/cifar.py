@@ -1,23 +1,28 @@
-"""CIFAR-100 and CIFAR-10: read by torchvision, after their digests were checked.
+"""CIFAR-100 and CIFAR-10, read after their digests were checked.
 
 The first load leaves a cache beside the published files, from which later ones read.
 """
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from filelock import FileLock
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import check_integrity, download_and_extract_archive
+from torchvision.datasets.utils import download_and_extract_archive
 
 from sskd.data.cache import read_cache, write_cache
+from sskd.data.files import read_regular
 from sskd.data.images import Split
 from sskd.data.reading import Source, absolute, one_line, some
 from sskd.data.settings import DatasetSettings
@@ -25,6 +30,7 @@ from sskd.errors import UserError
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 CIFAR_SIZE = 32
+MOST_BYTES = 2**28  # of a file; the largest published one has 155 MB
 
 
 def cifar100(settings: DatasetSettings) -> Source:
@@ -37,6 +43,16 @@ def cifar10(settings: DatasetSettings) -> Source:
     return _cifar(CIFAR10, settings)
 
 
+def refuse_missing_cifar100(settings: DatasetSettings) -> None:
+    """Raise UserError if there are no files to load, and none may be downloaded."""
+    _refuse_missing(CIFAR100, settings)
+
+
+def refuse_missing_cifar10(settings: DatasetSettings) -> None:
+    """Raise UserError if there are no files to load, and none may be downloaded."""
+    _refuse_missing(CIFAR10, settings)
+
+
 def _cifar(dataset: type[CIFAR10], settings: DatasetSettings) -> Source:
     if settings.size != CIFAR_SIZE:
         raise UserError(
@@ -44,7 +60,7 @@ def _cifar(dataset: type[CIFAR10], settings: DatasetSettings) -> Source:
             f"set dataset.size={CIFAR_SIZE}"
         )
     root = absolute(settings.root)
-    cache, published = root / f"{dataset.base_folder}.safetensors", _published(dataset)
+    cache, published = _cache_of(dataset, root), _published(dataset)
     source = read_cache(cache, published)
     if source is None:
         source = _read_published(dataset, root, settings.download)
@@ -53,32 +69,55 @@ def _cifar(dataset: type[CIFAR10], settings: DatasetSettings) -> Source:
 
 
 def _read_published(dataset: type[CIFAR10], root: Path, download: bool) -> Source:
-    missing, differing = _compare_digests(dataset, root)
-    if download and (missing or differing):
-        missing, differing = _download_once(dataset, root)
+    files = _read_files(dataset, root)
+    if download and (files.missing or files.differing):
+        files = _download_once(dataset, root)
+    if files.differing:
+        raise UserError(
+            f"{root / dataset.base_folder / files.differing[0]} differs from the published file "
+            "(another MD5 digest), it may be cut short; move it away and load again with "
+            "dataset.download=true, or set dataset.root=FOLDER to a whole copy's"
+        )
+    if files.missing:
+        raise _missing(dataset, root, files.missing)
+    # The files are pickles. What is unpickled are the very bytes whose digest is the published one.
+    content = {
+        name: pickle.loads(files.whole.pop(name), encoding="latin1") for name in [*files.whole]
+    }
+    classes = content[dataset.meta["filename"]][dataset.meta["key"]]
+    train, test = (
+        _cifar_split([content[name] for name, _ in published])
+        for published in (dataset.train_list, dataset.test_list)
+    )
+    return Source(tuple(classes), train, test)
+
+
+def _refuse_missing(dataset: type[CIFAR10], settings: DatasetSettings) -> None:
+    root = absolute(settings.root)
     home = root / dataset.base_folder
-    if differing:
-        raise UserError(
-            f"{home / differing[0]} differs from the published file (another MD5 digest), it "
-            "may be cut short; move it away and load again with dataset.download=true, or set "
-            "dataset.root=FOLDER to a whole copy's"
-        )
-    if missing:
-        raise UserError(
-            f"{dataset.__name__} is not in {root}: {home} has no {some(missing)}; set "
-            f"dataset.root=FOLDER to a folder that holds {dataset.base_folder}, or "
-            "dataset.download=true where there is a network"
-        )
-    # The files are pickles. torchvision compares every file's MD5 digest with the published one
-    # before it unpickles any, whether or not it downloads (0.29.2, torchvision/datasets/cifar.py:
-    # CIFAR10.__init__ calls _check_integrity first, _load_meta calls check_integrity).
-    train, test = dataset(root, train=True), dataset(root, train=False)
-    return Source(tuple(train.classes), _cifar_split(train), _cifar_split(test))
+    missing = [name for name in _published(dataset) if not (home / name).exists()]
+    if missing and not settings.download and not _cache_of(dataset, root).exists():
+        raise _missing(dataset, root, missing)
 
 
-def _cifar_split(dataset: CIFAR10) -> Split:
-    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
-    return Split(images, torch.tensor(dataset.targets))
+def _missing(dataset: type[CIFAR10], root: Path, names: list[str]) -> UserError:
+    return UserError(
+        f"{dataset.__name__} is not in {root}: {root / dataset.base_folder} has no {some(names)}; "
+        f"set dataset.root=FOLDER to a folder that holds {dataset.base_folder}, or "
+        "dataset.download=true where there is a network"
+    )
+
+
+def _cifar_split(batches: list[dict[str, Any]]) -> Split:
+    images = np.concatenate([batch["data"] for batch in batches])
+    kind = "labels" if "labels" in batches[0] else "fine_labels"
+    labels = [label for batch in batches for label in batch[kind]]
+    shape = (-1, 3, CIFAR_SIZE, CIFAR_SIZE)
+    return Split(torch.from_numpy(images.reshape(shape)), torch.tensor(labels))
+
+
+def _cache_of(dataset: type[CIFAR10], root: Path) -> Path:
+    return root / f"{dataset.base_folder}.safetensors"
 
 
 def _published(dataset: type[CIFAR10]) -> dict[str, str]:
@@ -87,38 +126,51 @@ def _published(dataset: type[CIFAR10]) -> dict[str, str]:
     return dict([*dataset.train_list, *dataset.test_list, meta])
 
 
-def _compare_digests(dataset: type[CIFAR10], root: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the files that are missing, and of those not of the published digest."""
-    missing, differing = [], []
+class Files(NamedTuple):
+    """The content of the files of the published digest, and the names of the others."""
+
+    whole: dict[str, bytes]
+    missing: list[str]
+    differing: list[str]
+
+
+def _read_files(dataset: type[CIFAR10], root: Path) -> Files:
+    files = Files({}, [], [])
     for name, md5 in _published(dataset).items():
         path = root / dataset.base_folder / name
         try:
-            if not path.exists():
-                missing.append(name)
-            elif not check_integrity(path, md5):
-                differing.append(name)
+            content = read_regular(path, MOST_BYTES)
+        except FileNotFoundError:
+            files.missing.append(name)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {one_line(error)}") from error
-    return missing, differing
+        except ValueError:  # no file, or far too large
+            files.differing.append(name)
+        else:
+            if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
+                files.whole[name] = content
+            else:
+                files.differing.append(name)
+    return files
 
 
-def _download_once(dataset: type[CIFAR10], root: Path) -> tuple[list[str], list[str]]:
+def _download_once(dataset: type[CIFAR10], root: Path) -> Files:
     """Download what is missing, one process at a time; never over a file that is there."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{dataset.base_folder}.lock"), _socket_timeout(DOWNLOAD_TIMEOUT):
             # Another process may have brought the files while this one waited.
-            missing, differing = _compare_digests(dataset, root)
-            if missing and not differing:
-                _download(dataset, root, missing)
-                missing, differing = _compare_digests(dataset, root)
+            files = _read_files(dataset, root)
+            if files.missing and not files.differing:
+                _download(dataset, root, files.missing)
+                files = _read_files(dataset, root)
     except (OSError, RuntimeError, HTTPException) as error:
         raise UserError(
             f"{dataset.__name__} could not be downloaded from {dataset.url} to {root}: "
             f"{one_line(error)}; set dataset.root=FOLDER to a folder that holds "
             f"{dataset.base_folder}"
         ) from error
-    return missing, differing
+    return files
 
 
 def _download(dataset: type[CIFAR10], root: Path, names: list[str]) -> None:

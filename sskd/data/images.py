@@ -39,7 +39,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Images:
-    """A dataset as it is trained on; ``mean`` and ``std`` are in units of [0, 1] a channel."""
+    """A dataset as it is trained on; ``mean`` and ``std`` are in units of [0, 1] a channel.
+
+    ``digest`` is the fingerprint of the files; None if the source has one content only.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -48,6 +51,7 @@ class Images:
     holdout: Split | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    digest: str | None = None
 
     @property
     def num_classes(self) -> int:

@@ -10,11 +10,15 @@ from sskd.paths import expanded
 
 
 class Source(NamedTuple):
-    """A dataset as it is published, before any choice."""
+    """A dataset as it is published, before any choice.
+
+    ``digest`` is the source's fingerprint of what was read, if the reader took it on the way.
+    """
 
     classes: tuple[str, ...]
     train: Split
     test: Split
+    digest: str | None = None
 
 
 def flaw(source: Source) -> str | None:

@@ -8,9 +8,17 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from sskd.paths import expanded
-from sskd.settings import NonEmpty, Positive, Settings
+from sskd.settings import (
+    EARLY,
+    NonEmpty,
+    Positive,
+    Seed,
+    Settings,
+    ShareBelowAll,
+    ShareOfAny,
+)
 
-Mean = Annotated[float, Field(allow_inf_nan=False)]
+Mean = Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False), EARLY]
 
 
 class DatasetSettings(Settings):
@@ -27,10 +35,10 @@ class DatasetSettings(Settings):
     size: int = Field(ge=32, le=256)
     mean: Annotated[list[Mean], Field(min_length=3, max_length=3)] | None
     std: Annotated[list[Positive], Field(min_length=3, max_length=3)] | None
-    fraction: float = Field(gt=0, le=1)
-    label_noise: float = Field(ge=0, lt=1)
-    holdout: float = Field(ge=0, lt=1)
-    seed: int = Field(ge=0)
+    fraction: ShareOfAny
+    label_noise: ShareBelowAll
+    holdout: ShareBelowAll
+    seed: Seed
 
     @field_validator("name")
     @classmethod

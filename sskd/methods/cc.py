@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from sskd.data import Batch, Images
@@ -16,6 +15,7 @@ from sskd.methods.adapters import features_of
 from sskd.methods.base import in_float32
 from sskd.methods.kd import KD
 from sskd.models import Features
+from sskd.settings import Width
 
 
 @in_float32
@@ -42,7 +42,7 @@ class CC(KD):
         teacher: nn.Module,
         data: Images,
         *,
-        dimension: PositiveInt,
+        dimension: Width,
         **shared: Any,
     ) -> None:
         super().__init__(student, teacher, data, **shared)

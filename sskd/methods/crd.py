@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
 from sskd.data import Batch, Images
@@ -21,11 +21,11 @@ from sskd.methods.adapters import features_of
 from sskd.methods.base import in_float32
 from sskd.methods.kd import KD
 from sskd.models import Features
-from sskd.settings import Share
+from sskd.settings import EARLY, LARGEST, Count, Share, Width
 
 SMALLEST = 1e-7
 # exp(1 / temperature), summed over the scores of a batch, stays far inside float32's range.
-Temperature = Annotated[float, Field(ge=0.02, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=0.02, le=LARGEST, allow_inf_nan=False), EARLY]
 
 
 def draw_negatives(labels: Tensor, own: Tensor, count: int) -> Tensor:
@@ -132,8 +132,8 @@ class CRD(KD):
         teacher: nn.Module,
         data: Images,
         *,
-        dimension: PositiveInt,
-        negatives: PositiveInt,
+        dimension: Width,
+        negatives: Count,
         contrast_temperature: Temperature,
         momentum: Share,
         **shared: Any,

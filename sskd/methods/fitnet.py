@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from sskd.data import Batch, Images
@@ -18,6 +17,7 @@ from sskd.methods.adapters import conv_regressor, features_of
 from sskd.methods.base import in_float32
 from sskd.methods.kd import KD
 from sskd.models import Features
+from sskd.settings import Count
 
 
 @in_float32
@@ -41,7 +41,7 @@ class FitNet(KD):
         teacher: nn.Module,
         data: Images,
         *,
-        stage: PositiveInt,
+        stage: Count,
         **shared: Any,
     ) -> None:
         super().__init__(student, teacher, data, **shared)

@@ -22,7 +22,7 @@ from sskd.methods.base import Stage, Step, in_float32
 from sskd.methods.kd import KD
 from sskd.models import Features
 from sskd.schedule import PhaseSettings
-from sskd.settings import Positive
+from sskd.settings import Multiple
 
 
 @in_float32
@@ -75,7 +75,7 @@ class FT(KD):
         teacher: nn.Module,
         data: Images,
         *,
-        rate: Positive,
+        rate: Multiple,
         paraphraser: PhaseSettings,
         **shared: Any,
     ) -> None:

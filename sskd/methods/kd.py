@@ -40,8 +40,8 @@ class KD(Method):
     """Imitate the teacher's softened predictions beside the labels.
 
     Most other methods are subclasses: they add terms (``feature_terms``) or a first phase
-    (``stages``); with ``weights.kd=0`` they stand alone. One whose terms read more of the teacher
-    than its logits says so in ``teacher_outputs``.
+    (``stages``); with ``weighting=crd_benchmark`` they stand alone. One whose terms read more of
+    the teacher than its logits says so in ``teacher_outputs``.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("ce", "kd")

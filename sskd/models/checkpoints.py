@@ -19,7 +19,7 @@ from sskd.errors import UserError
 from sskd.models.recognition import recognise, tensor_shapes
 from sskd.models.safe_load import load_torch_file, unreadable
 from sskd.paths import expanded
-from sskd.storage import write_whole
+from sskd.storage import StillOurs, write_whole
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 # Where a torch file may hold the state dict: the CRD benchmark's files, and SSKD's.
@@ -135,7 +135,13 @@ def load_weights(model: nn.Module, path: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def save_weights(path: Path, model: nn.Module, about: Mapping[str, Any]) -> None:
+def save_weights(
+    path: Path,
+    model: nn.Module,
+    about: Mapping[str, Any],
+    *,
+    still_ours: StillOurs | None = None,
+) -> None:
     """Write the model's tensors to a safetensors file, whole or not at all.
 
     ``about`` stands in the file's metadata as JSON, under one key: of several keys the format
@@ -143,7 +149,7 @@ def save_weights(path: Path, model: nn.Module, about: Mapping[str, Any]) -> None
     """
     state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = save(state, metadata={ABOUT: json.dumps(about)})
-    write_whole(path, lambda stream: stream.write(content))
+    write_whole(path, lambda stream: stream.write(content), still_ours=still_ours)
 
 
 def weights_digest(weights: nn.Module | Mapping[str, Tensor]) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
-import os
 import shutil
 import sys
 import time
@@ -13,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from sskd.errors import UserError, printable
+from sskd.output import complain, output_status, reader_has_gone, say, steady_output
 from sskd.report.files import write_files
 from sskd.report.render import render_text
 from sskd.report.report import Report, read_report
@@ -36,33 +35,28 @@ examples:
   python -m sskd.report --wandb                also log them to Weights & Biases
   python -m sskd.report --out results/grid     also write results/grid.html, ...
 """
-CLEAR = "\x1b[H\x1b[2J\x1b[3J"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` (the process's by default) and return its exit status."""
-    arguments = _parser().parse_args(argv)
-    # A terminal that cannot show a sign should show another in its place, not a traceback.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    with steady_output():
+        return _run(_parser().parse_args(argv))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     run = _show if arguments.watch is None else _watch
     try:
         run(arguments)
-        sys.stdout.flush()
     except UserError as error:
         _complain("error", str(error))
         return 1
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        complain("\nstopped")
         return 130
-    except BrokenPipeError:
-        # The reader (head, a pager) has seen enough: what is left to flush at exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         _complain("error", f"{error.filename or arguments.runs}: {error.strerror}")
         return 1
-    return 0
+    return output_status()
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -75,22 +69,21 @@ def _show(arguments: argparse.Namespace) -> None:
             " the runs: 'python -m sskd.report RUNS'"
         )
     written = _write(report, arguments, warn)
-    print(_status(report) if arguments.status else _tables(report, arguments), end="")
+    _say(_status(report) if arguments.status else _tables(report, arguments))
     if not arguments.status and report.unfinished():
-        print(f"\n{count_states(report.cells)} (--status lists them)")
+        say(f"\n{count_states(report.cells)} (--status lists them)")
     if written:
-        print(f"\n{written}", end="")
+        _say(f"\n{written}")
     if arguments.wandb is not None:
-        sys.stdout.flush()
         _log(report, arguments.wandb, warn)
 
 
 def _watch(arguments: argparse.Namespace) -> None:
-    """Show tables and status, and write the files, anew until Ctrl-C."""
+    """Show tables and status, and write the files, again and again until Ctrl-C."""
     warn = _Warner()
     before: object = None
     written = ""
-    while True:
+    while not reader_has_gone():
         report = read_report(Path(arguments.runs), warn)
         now = (report.results, [(cell.folder, cell.state) for cell in report.cells])
         if now != before:  # an epoch more is not worth the time that plots take
@@ -98,8 +91,7 @@ def _watch(arguments: argparse.Namespace) -> None:
         before = now
         parts = ["" if arguments.status else _tables(report, arguments), _status(report), written]
         shown = f"{datetime.now():%H:%M:%S} · {arguments.runs} · Ctrl-C ends\n"
-        clear = CLEAR if sys.stdout.isatty() else ""
-        print(clear + "\n".join([*filter(None, parts), shown]), flush=True)
+        say("\n".join([*filter(None, parts), shown]), clear_screen=True)
         time.sleep(arguments.watch)
 
 
@@ -202,7 +194,12 @@ def _seconds(text: str) -> float:
 
 def _complain(kind: str, message: str) -> None:
     """Print one line to stderr, whatever the message holds."""
-    print(f"{kind}: {printable(message)}", file=sys.stderr)
+    complain(f"{kind}: {printable(message)}")
+
+
+def _say(lines: str) -> None:
+    """Print lines that end in a line's end."""
+    say(lines.removesuffix("\n"))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
 }
-LONGEST_LABEL = 28
+LONGEST_LABEL = 32  # "FitNet (weighting=crd_benchmark)"
 # Inches: a line of the title, the room for the titles of the first panels, a sign of a label.
 LINE, TITLE_ROOM, SIGN = 0.25, 0.55, 0.075
 TITLE_SIGNS = 9.5  # an inch

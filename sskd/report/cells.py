@@ -12,11 +12,11 @@ from pathlib import Path
 from sskd.errors import printable
 from sskd.lock import is_held
 from sskd.report import fields
-from sskd.report.metrics import MOST_EPOCHS, EpochLine, read_metrics
+from sskd.report.metrics import EpochLine, read_metrics
 from sskd.report.results import find_files
-from sskd.run_files import LAST, RESULT
-from sskd.status import STATUS
-from sskd.storage import is_plain_file
+from sskd.run_files import LAST, MOST_EPOCHS, RESULT
+from sskd.status import MOST, STATUS
+from sskd.storage import is_plain_file, read_bounded_text
 
 # In the order of the lists; interrupted is told here only: running, by a process that has died.
 STATES = ("running", "queued", "stopped", "interrupted", "failed", "finished")
@@ -94,7 +94,7 @@ def _read_status(folder: Path, warn: Callable[[str], None]) -> fields.Record:
     if not is_plain_file(path):
         return {}
     try:
-        status = fields.parse_object(path.read_text(encoding="utf-8"))
+        status = fields.parse_object(read_bounded_text(path, MOST))
         if fields.text(status, "state") not in STATES:
             raise ValueError(f"'state' is {status['state']!r}")
     except (OSError, ValueError) as error:

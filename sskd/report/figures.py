@@ -20,6 +20,7 @@ from sskd.report.metrics import LOSS, WEIGHTED, EpochLine, loss_curves, read_met
 from sskd.report.plots import draw_curves, draw_gains, draw_losses
 from sskd.report.published import Pair
 from sskd.report.report import Report
+from sskd.report.rows import row_label
 
 LONGEST_NAME = 180  # signs, of a file's name; systems allow 255
 
@@ -36,6 +37,7 @@ def draw_figures(report: Report, warn: Callable[[str], None]) -> dict[str, Figur
     with mpl.rc_context(STYLE):
         for group in groups:
             title = [] if len(groups) == 1 else [group.title]
+            _warn_of_lengths(group, metrics, warn)
             for kind, pair, figure in _group_figures(group, metrics):
                 name = "-".join(map(_slug, [kind, *title, *pair]))
                 figures[_unused(name[:LONGEST_NAME], figures)] = figure
@@ -91,6 +93,21 @@ def _group_figures(
         if losses:
             ends = {row: _stage_ends(lines[row][0]) for row in losses}
             yield "losses", pair, draw_losses(f"Loss terms · {title}", losses, ends)
+
+
+def _warn_of_lengths(
+    group: Group, metrics: Mapping[Path, list[EpochLine]], warn: Callable[[str], None]
+) -> None:
+    """Say which curves end as means of fewer runs, because metrics have been lost."""
+    for pair in sorted(group.pairs()):
+        for row, runs in group.pair_runs(pair).items():
+            lengths = sorted({len(top1_curve([metrics[run.folder]]).epochs) for run in runs})
+            if len(lengths) > 1:
+                counts = " or ".join(map(str, lengths))
+                warn(
+                    f"{group.title}, {'-'.join(pair)}, {row_label(row)}: its runs have {counts}"
+                    " epochs of metrics, so not every epoch of its curve is a mean of all"
+                )
 
 
 def _stage_ends(lines: list[EpochLine]) -> list[int]:

@@ -101,7 +101,8 @@ class Group:
             variant = self._variant(run)
             key = (display_name(run.method), without_digest(variant) if one_teacher else variant)
             rows.setdefault(key, []).append(run)
-        return {key: rows[key] for key in sorted(rows, key=self.row_order) if rows[key]}
+        apart = {key: runs for row, of in rows.items() for key, runs in _by_teacher(row, of)}
+        return {key: apart[key] for key in sorted(apart, key=self.row_order) if apart[key]}
 
     def pair_entries(self, table: str, pair: Pair) -> dict[RowKey, Entry]:
         """Return the figures of one column by row, the teacher's first."""
@@ -199,6 +200,21 @@ def _source_of(run: Result, sources: Sequence[Published | None]) -> int:
     row = display_name(run.method)
     made_as = (index for index, source in enumerate(sources) if source and source.holds(row, run))
     return next(made_as, 0)
+
+
+def _by_teacher(row: RowKey, runs: list[Result]) -> Iterator[tuple[RowKey, list[Result]]]:
+    """Yield ``row``, or a row for each teacher if its runs had teachers of other weights.
+
+    A teacher of the suite that was trained again has the name of the one before it.
+    """
+    name, variant = row
+    digests = {run.origin.teacher for run in runs}
+    if DIGEST in dict(variant) or len(digests - {None}) < 2:
+        yield row, runs
+        return
+    for digest in digests:
+        key = (name, tuple(sorted((*variant, (DIGEST, digest or "unknown")))))
+        yield key, [run for run in runs if run.origin.teacher == digest]
 
 
 def _plain_scratch(runs: Iterable[Result], network: str) -> list[Result]:

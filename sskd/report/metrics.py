@@ -9,13 +9,12 @@ from datetime import datetime
 from pathlib import Path
 
 from sskd.report import fields
-from sskd.run_files import METRICS
-from sskd.storage import is_plain_file
+from sskd.run_files import METRICS, MOST_EPOCHS, MOST_METRICS
+from sskd.storage import is_plain_file, read_lines
 
 TEST_TOP1 = "test/top1"
 LOSS, WEIGHTED = "loss/", "weighted/"
 LARGEST = 1e30
-MOST_EPOCHS = 10**6
 
 
 @dataclass(frozen=True)
@@ -45,19 +44,19 @@ def read_metrics(folder: Path, warn: Callable[[str], None]) -> list[EpochLine]:
     path = folder / METRICS
     if not is_plain_file(path):
         return []
+    epochs, damaged = [], 0
     try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
+        for line in read_lines(path, MOST_METRICS, MOST_EPOCHS):
+            try:
+                epochs.append(_parse_line(line.decode()))
+            except ValueError:
+                damaged += 1
+    except (OSError, ValueError) as error:
         warn(f"{path}: {error}; left out")
         return []
-    epochs, damaged = [], 0
-    for line in lines:
-        try:
-            epochs.append(_parse_line(line.decode()))
-        except ValueError:
-            damaged += 1
     if damaged:
-        warn(f"{path}: {damaged} of {len(lines)} lines are no epoch's figures; left out")
+        total = len(epochs) + damaged
+        warn(f"{path}: {damaged} of {total} lines are no epoch's figures; left out")
     return epochs
 
 

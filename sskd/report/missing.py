@@ -8,7 +8,8 @@ from pathlib import Path
 
 from sskd.report.groups import Group
 from sskd.report.published import STUDENT_ROW, TEACHER_ROW
-from sskd.report.rows import display_name, row_label
+from sskd.report.results import without_digest
+from sskd.report.rows import display_name
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def _empty_cells(group: Group) -> Iterator[MissingCell]:
         return
     for table, pairs in group.pairs_by_table().items():
         for pair in pairs:
-            filled = {row_label(row) for row in group.pair_entries(table, pair)}
+            entries = group.pair_entries(table, pair)
+            filled = {name for name, variant in entries if not without_digest(variant)}
             for row in group.published.rows:
                 if row not in filled and (*pair, row) in group.published.top1:
                     yield MissingCell(group.dataset, group.setting_title, table, *pair, row)

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from sskd.errors import printable
 from sskd.report.canvas import INK, PAPER
 from sskd.report.gains import GAIN_LEGEND
 from sskd.report.groups import Entry
@@ -57,7 +58,7 @@ def render_page(report: Report, figures: Mapping[str, tuple[str, bytes]], made: 
     environment.filters["moment"] = _moment
     tables = list(_both_epochs(report))
     return environment.get_template("page.html").render(
-        runs=str(report.runs),
+        runs=printable(str(report.runs)),
         made=made,
         results=len(report.results),
         states=count_states(report.cells),
@@ -122,7 +123,7 @@ def _gains_over_student(entries: Iterable[Entry]) -> Iterator[tuple[Entry, float
 
 
 def _number(text: str) -> float | None:
-    found = re.match(r"[-+]?[\d,]+(\.\d+)?(e[-+]?\d+)?", text)
+    found = re.match(r"[-+]?[\d,]+(\.\d+)?(e[-+]?\d+)?", text.strip())
     return float(found[0].replace(",", "") or 0) if found and re.search(r"\d", found[0]) else None
 
 

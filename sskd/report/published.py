@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 
-from sskd.errors import UserError
+from sskd.report.facts import read_figures
 from sskd.report.results import Result, Settings, without_digest
+from sskd.weightings import WEIGHTING
 
 Pair = tuple[str, str]
 TEACHER_ROW = "teacher"
 STUDENT_ROW = "student"
 COLUMNS = ("table", "teacher", "student", "row", "top1")
+RERUN_COLUMNS = ("teacher", "student", "by", "top1", "std", "runs")
 # What a setting may hold beside the recipe without being another experiment.
 COMPARABLE = frozenset({"precision"})
 
@@ -26,6 +25,8 @@ class Source:
 
     ``variant`` is what its students changed in their method and teacher, where ``variant_of``
     says nothing else of a row; ``name`` sets its tables apart from those of other sources.
+    ``reruns`` has the files of what others measured of its rows. A note may name its
+    ``{teachers}``, each with its accuracy.
     """
 
     file: str
@@ -33,6 +34,33 @@ class Source:
     notes: tuple[str, ...]
     variant: Settings = ()
     variant_of: Mapping[str, Settings] = field(default_factory=dict)
+    reruns: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """The method of a published ``row`` as others measured it.
+
+    ``top1`` has the mean in percent and, if ``runs`` are several, the deviation, by (teacher,
+    student).
+    """
+
+    row: str
+    by: str
+    runs: int
+    top1: dict[Pair, tuple[float, float | None]]
+
+    @property
+    def label(self) -> str:
+        """The row's name in a table."""
+        return f"{self.row}, {self.by} ({self.runs})"
+
+    def text(self, pair: Pair) -> str:
+        """Return the figure of ``pair``, or an empty text if there is none."""
+        if pair not in self.top1:
+            return ""
+        mean, std = self.top1[pair]
+        return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
 
 
 @dataclass(frozen=True)
@@ -42,8 +70,8 @@ class Published:
     ``tables`` maps a table's name to its (teacher, student) pairs in the printed order, and
     ``rows`` are in that order too; ``top1`` is keyed by (teacher, student, row); ``alone``
     holds the networks trained from scratch by name; ``variants`` is what the runs of a
-    method's row have changed in the recipe; ``notes`` tell what a reader must know before
-    comparing.
+    method's row have changed in the recipe; ``reruns`` are what others measured; ``notes`` tell
+    what a reader must know before comparing.
     """
 
     name: str
@@ -52,6 +80,7 @@ class Published:
     top1: dict[tuple[str, str, str], float]
     alone: dict[str, float]
     variants: dict[str, Settings]
+    reruns: tuple[Rerun, ...]
     notes: tuple[str, ...]
 
     def holds(self, row: str, run: Result) -> bool:
@@ -63,23 +92,29 @@ SSKD = Source(
     "published.csv",
     "",
     (
-        "Published: Xu et al., Knowledge Distillation Meets Self-Supervision, ECCV 2020. Its KD row"
-        " repeats the CRD benchmark's (Tian et al., ICLR 2020) digit for digit though its teachers"
-        " differ, so that row was not run with its own teachers.",
+        "Published: Xu et al., Knowledge Distillation Meets Self-Supervision, ECCV 2020, from"
+        " teachers of its own ({teachers}). Its KD row is the CRD benchmark's (Tian et al., ICLR"
+        " 2020) digit for digit, from other teachers: the paper's own figure 4 has about 73.6 for"
+        " KD on vgg13-vgg8, where its table has 72.98.",
         "SSKD keeps the best epoch on the test set, so its figures compare with the best epoch"
         " (--best); the last epoch is the fairer measure of a method.",
+        "Published re-runs of SSKD, with the number of runs: HSAKD's authors (Yang et al., IJCAI"
+        " 2021), mean ± standard deviation; the repository FN8211/SSKD, best epoch, its vgg13 of"
+        " 74.49.",
     ),
+    reruns={"SSKD": "published_sskd_reruns.csv"},
 )
 FROM_LAST = (("teacher.epoch", "last"),)
 CRD_BENCHMARK = Source(
     "published_crd_benchmark.csv",
     "the CRD benchmark",
     (
-        "The CRD benchmark: Tian et al., Contrastive Representation Distillation, ICLR 2020. It"
-        " distils from the teacher's last epoch, every method without KD's term, and reports the"
-        " last epoch, so its figures compare with the last epoch.",
+        "The CRD benchmark: Tian et al., Contrastive Representation Distillation, ICLR 2020, from"
+        " teachers of its own ({teachers}). It distils from the teacher's last epoch, every method"
+        " but KD without KD's term (weighting=crd_benchmark), and reports the last epoch, so its"
+        " figures compare with the last epoch.",
     ),
-    variant=(("method.weights.kd", "0.0"), *FROM_LAST),
+    variant=(*FROM_LAST, (WEIGHTING, "crd_benchmark")),
     variant_of={"KD": FROM_LAST},
 )
 # The first source of a dataset also shows what was made as none of them were.
@@ -109,7 +144,7 @@ def published_for(dataset: str) -> tuple[Published, ...]:
 
 
 def _load(source: Source) -> Published:
-    lines = _read_lines(source)
+    lines = read_figures(source.file, COLUMNS, ("teacher", "student", "row"))
     tables: dict[str, dict[Pair, None]] = {}
     top1: dict[tuple[str, str, str], float] = {}
     alone: dict[str, float] = {}
@@ -121,6 +156,8 @@ def _load(source: Source) -> Published:
         if line["row"] in (TEACHER_ROW, STUDENT_ROW):
             alone[line[line["row"]]] = float(line["top1"])
     rows = tuple(dict.fromkeys(line["row"] for line in lines))
+    teachers = {line["teacher"]: alone[line["teacher"]] for line in lines}
+    told = ", ".join(f"{name} {top1:.2f}" for name, top1 in teachers.items())
     return Published(
         name=source.name,
         rows=rows,
@@ -132,37 +169,17 @@ def _load(source: Source) -> Published:
             for row in rows
             if row not in (TEACHER_ROW, STUDENT_ROW)
         },
-        notes=source.notes,
+        reruns=_load_reruns(source),
+        notes=tuple(note.format(teachers=told) for note in source.notes),
     )
 
 
-def _read_lines(source: Source) -> list[dict[str, str]]:
-    """Return the figures of the source's file.
-
-    Raises UserError, with the line's number, where one is damaged.
-    """
-    path = resources.files(__package__).joinpath(source.file)
-    lines: dict[tuple[str, str, str], dict[str, str]] = {}
-    number = 0
-    try:
-        rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline=""), strict=True)
-        for number, row in enumerate(rows, start=1):
-            if number == 1:
-                _require(tuple(row) == COLUMNS, f"should be {','.join(COLUMNS)}")
-                continue
-            _require(len(row) == len(COLUMNS), f"has {len(row)} columns, not {len(COLUMNS)}")
-            line = dict(zip(COLUMNS, row, strict=True))
-            _require(all(row), f"has no {next((key for key in COLUMNS if not line[key]), '')}")
-            _require(0 < float(line["top1"]) <= 100, f"top1 is {line['top1']}, not from 0 to 100")
-            cell = (line["teacher"], line["student"], line["row"])
-            _require(cell not in lines, f"{', '.join(cell)} has a figure already")
-            lines[cell] = line
-        _require(bool(lines), "has no figures")
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path}, line {number}: {error}; install the package again") from None
-    return list(lines.values())
-
-
-def _require(condition: bool, otherwise: str) -> None:
-    if not condition:
-        raise ValueError(otherwise)
+def _load_reruns(source: Source) -> tuple[Rerun, ...]:
+    reruns: dict[tuple[str, str, int], dict[Pair, tuple[float, float | None]]] = {}
+    for row, file in source.reruns.items():
+        cell, numbers = RERUN_COLUMNS[:3], RERUN_COLUMNS[3:]
+        for line in read_figures(file, RERUN_COLUMNS, cell, numbers, optional=("std",)):
+            figure = (float(line["top1"]), float(line["std"]) if line["std"] else None)
+            of = reruns.setdefault((row, line["by"], int(float(line["runs"]))), {})
+            of[line["teacher"], line["student"]] = figure
+    return tuple(Rerun(*key, top1) for key, top1 in reruns.items())

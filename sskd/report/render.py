@@ -90,15 +90,24 @@ def _width(table: Table, column: int) -> int:
     return max(len(line) for cell in cells for line in cell.split("\n"))
 
 
+# Signs of markup in GitHub's dialect, which has formulas and struck-out text, and makes links of
+# bare addresses. An underscore within a word is none.
+_MARKUP = re.compile(
+    r"[\\`*\[\]|<&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.", re.IGNORECASE
+)
+
+
 def _escaped(text: str) -> str:
-    return re.sub(r"([\\`*\[\]|<])", r"\\\1", text).replace("\n", "<br>")
+    escaped = _MARKUP.sub(r"\\\g<0>", text)
+    # An address with an @ stays one behind a backslash, but not with a comment in it.
+    return escaped.replace("@", "@<!-- -->").replace("\n", "<br>")
 
 
 def _csv_cell(value: str | float | None) -> str | float:
     if value is None:
         return ""
     if isinstance(value, str):
-        # Spreadsheets run a cell that begins so as a formula; the apostrophe makes it text. Where
-        # lists are separated by semicolons a cell begins behind one too.
-        return re.sub(r"(^|[;\t])(?=\s*[=+\-@])", r"\1'", value)
+        # Spreadsheets run a cell that begins so as a formula, with wide signs too; the apostrophe
+        # makes it text. Where lists are separated by semicolons a cell begins behind one too.
+        return re.sub(r"(^|[;\t])(?=\s*[=+\-@\uff1d\uff0b\uff0d\uff20])", r"\1'", value)
     return round(value, 4)

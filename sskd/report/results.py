@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from sskd.report import fields
-from sskd.run_files import RESULT
-from sskd.storage import is_plain_file
+from sskd.report.apart import tell_apart
+from sskd.report.origin import Origin, parse_origin, read_origin
+from sskd.run_files import MOST_RESULT, RESULT
+from sskd.storage import is_plain_file, read_bounded_text
+from sskd.weightings import RECIPE, WEIGHTING, name_weighting
 
 Epoch = Literal["last", "best"]
 Settings = tuple[tuple[str, str], ...]
 
 DIGEST = "teacher.digest"
 # What differs under these keys belongs to one row of a table; all else is the table's setting.
-ROW_KEYS = ("teacher.", "method.")
+ROW_KEYS = ("teacher.", "method.", WEIGHTING)
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,9 @@ class Result:
 
     Accuracies and ``agreement`` are percentages, ``kl`` is in nats. ``teacher`` is None for a
     network trained from scratch, whose name is ``student``. ``difference`` holds what the run
-    changed in the recipe: dotted keys and their values as text, sorted by key.
-    ``peak_memory_mib`` and what tells of the run's origin are None where they were not recorded.
+    changed in today's recipe: dotted keys and their values as text, sorted by key, and the weights
+    of CE and KD as ``weighting`` if they have a name. ``epochs`` counts those of the last stage.
+    ``peak_memory_mib``, ``commit`` and ``epochs`` are None if they were not recorded.
     """
 
     kind: str
@@ -48,6 +52,8 @@ class Result:
     parameters: int
     peak_memory_mib: float | None
     commit: str | None
+    epochs: int | None
+    origin: Origin
     folder: Path
 
     @property
@@ -75,28 +81,49 @@ def read_results(root: Path, warn: Callable[[str], None]) -> list[Result]:
 
     A file that is no readable result is told to ``warn`` in one line and left out, and so is a
     second result of the same configuration and seed (a copied folder, which would make the
-    spread over seeds look smaller than it is).
+    spread over seeds look smaller than it is). Results that have one name but are of different
+    data have different names of the dataset afterwards; see ``sskd.report.apart``.
     """
-    found: dict[tuple[object, ...], Path] = {}
     results = []
     for path in find_files(root, [RESULT], warn):
         try:
-            result = parse_result(path.read_text(encoding="utf-8"), path.parent)
+            result = parse_result(read_bounded_text(path, MOST_RESULT), path.parent)
         except (OSError, ValueError) as error:
             warn(f"{path}: {error}; left out")
             continue
         if result is None:
             continue
-        identity = (
-            *(result.kind, result.dataset, result.teacher, result.student),
-            *(result.method, result.seed, result.difference),
-        )
-        if identity in found:
-            warn(f"{path}: the same configuration and seed as {found[identity]}; left out")
-            continue
-        found[identity] = path
+        if result.origin == Origin():
+            result = replace(result, origin=read_origin(path.parent))
         results.append(result)
-    return results
+    return list(_without_copies(tell_apart(results, warn), warn))
+
+
+def _without_copies(results: Iterable[Result], warn: Callable[[str], None]) -> Iterator[Result]:
+    found: dict[tuple[object, ...], list[Result]] = {}
+    for run in results:
+        same = found.setdefault(
+            (run.kind, run.dataset, run.teacher, run.student, run.method, run.seed, run.difference),
+            [],
+        )
+        first = next((other for other in same if _may_be_one(run, other)), None)
+        if first is None:
+            same.append(run)
+            yield run
+            continue
+        other = (
+            "" if run.last == first.last else f" (last top-1 {first.last:.2f}, here {run.last:.2f})"
+        )
+        warn(
+            f"{run.folder / RESULT}: the same configuration and seed as {first.folder / RESULT}"
+            f"{other}; left out"
+        )
+
+
+def _may_be_one(run: Result, other: Result) -> bool:
+    """Return whether two runs of one configuration and seed had, as far as known, one teacher."""
+    teachers = {run.origin.teacher, other.origin.teacher} - {None}
+    return len(teachers) < 2
 
 
 def find_files(root: Path, names: Iterable[str], warn: Callable[[str], None]) -> Iterator[Path]:
@@ -125,14 +152,16 @@ def parse_result(text: str, folder: Path) -> Result | None:
     top1 = fields.get(record, "top1")
     if not isinstance(top1, dict):
         raise ValueError("'top1' is not an object")
+    method = fields.text(record, "method")
+    difference = _difference(fields.get(record, "difference"))
     return Result(
         kind=kind,
         dataset=fields.text(record, "dataset"),
         teacher=fields.text(record, "teacher") if kind == "distill" else None,
         student=fields.text(record, "student"),
-        method=fields.text(record, "method"),
+        method=method,
         seed=fields.integer(record, "seed"),
-        difference=_difference(fields.get(record, "difference")),
+        difference=tuple(sorted(name_weighting(method, _recipe(record), difference).items())),
         last=fields.number(top1, "last", high=100),
         best=fields.number(top1, "best", high=100),
         teacher_top1=fields.number_or_none(record, "teacher_top1", high=100),
@@ -144,16 +173,26 @@ def parse_result(text: str, folder: Path) -> Result | None:
         parameters=fields.integer(record, "parameters"),
         peak_memory_mib=fields.number_or_none(memory, "peak_memory_mib"),
         commit=fields.told(record, "commit"),
+        epochs=fields.integer(record, "epoch") if "epoch" in record else None,
+        origin=parse_origin(record),
         folder=folder,
     )
 
 
-def _difference(value: object) -> Settings:
+def _recipe(record: fields.Record) -> int:
+    """Return the number of the recipe that the result's ``difference`` is a difference from."""
+    recipe = fields.integer({"recipe": 1} | record, "recipe")
+    if not 1 <= recipe <= RECIPE:
+        raise ValueError(f"'recipe' is {recipe}, but this version of sskd knows 1 to {RECIPE}")
+    return recipe
+
+
+def _difference(value: object) -> dict[str, str]:
     if not isinstance(value, dict):
         raise ValueError("'difference' is not an object")
     if not all(key and key.isprintable() for key in value):
         raise ValueError("'difference' has a key that is not a name")
-    return tuple(sorted((key, _as_text(item)) for key, item in value.items()))
+    return {key: _as_text(item) for key, item in value.items()}
 
 
 def _as_text(value: object) -> str:

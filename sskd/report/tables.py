@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from sskd.report.groups import NETWORKS_TABLE, Entry, Group, build_groups
@@ -22,14 +23,16 @@ INCOMPARABLE_LEGEND = (
     "Without published figures: they were made with another schedule, batch size, optimizer or"
     " data than this setting's, so a difference would mean nothing."
 )
-DISTILL_LEGENDS = (
+TEACHER_LEGEND = (
     "A teacher that was not trained in this setting shows the accuracy that its students' runs"
-    " measured, and its number counts distinct teachers.",
+    " measured, and its number counts distinct teachers."
+)
+COST_LEGEND = (
     "Cost and agreement: top-1 in % at the last epoch and at the best epoch on the test set; how"
     " often student and teacher agree; the KL divergence between them; a run's speed, peak memory"
     " (of the GPU, or of the process on a CPU, with the teacher's outputs that it read from a file)"
     " and time of training, a first phase that several students share included, computing the"
-    " teacher's outputs beforehand not.",
+    " teacher's outputs beforehand not."
 )
 
 
@@ -57,13 +60,14 @@ def build_tables(results: Iterable[Result], epoch: Epoch) -> list[Table]:
     """Return all tables: by dataset, then by setting, the unchanged recipe first."""
     tables: list[Table] = []
     for groups in build_groups(results, epoch):
-        for group in groups:
-            tables += _group_tables(group)
+        own = [table for group in groups for table in _group_tables(group)]
         # What is made from scratch is shared by the groups, and shown where no pair shows it.
         shown = {network for group in groups for pair in group.pairs() for network in pair}
         if runs := groups[0].network_runs(shown):
-            tables.append(_networks_table(groups[0], runs))
-        tables[-1] = replace(tables[-1], notes=_notes(groups))
+            own.append(_networks_table(groups[0], runs))
+        last = max(index for index, table in enumerate(own) if table.entries)
+        own[last] = replace(own[last], notes=_notes(groups))
+        tables += own
     return _notes_once(tables)
 
 
@@ -87,8 +91,23 @@ def _notes(groups: list[Group]) -> tuple[str, ...]:
     elif sources:
         notes.append(INCOMPARABLE_LEGEND)
     if any(group.distilled for group in groups):
-        notes += DISTILL_LEGENDS
+        notes.append(TEACHER_LEGEND)
+    if commits := _commits_in_one_mean(groups):
+        told = ", ".join(commits)
+        notes.append(f"Some means are over runs of different commits of the suite: {told}.")
     return tuple(notes)
+
+
+def _commits_in_one_mean(groups: Iterable[Group]) -> list[str]:
+    """Return the commits whose runs share a row, shortened."""
+    shared: set[str] = set()
+    for group in groups:
+        rows = [group.network_runs(())]
+        rows += [group.pair_runs(pair) for pair in group.pairs()]
+        for runs in (runs for of in rows for runs in of.values()):
+            commits = {run.commit or "not recorded" for run in runs}
+            shared |= commits if len(commits) > 1 else set()
+    return sorted(re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", commit) for commit in shared)
 
 
 def _group_tables(group: Group) -> Iterator[Table]:
@@ -113,6 +132,9 @@ def _pairs_table(group: Group, name: str, pairs: list[Pair]) -> Table:
         label = row_label(key) + ("\n  published" if compared else "")
         rows.append((label, *("\n".join(_lines(entry)) for entry in entries)))
         placed.append(tuple(entries))
+        for rerun in _rerun_rows(group, key, pairs, entries):
+            rows.append(rerun)
+            placed.append((None,) * len(pairs))
     return Table(
         title=_title(group, name),
         header=("teacher\nstudent", *("\n".join(pair) for pair in pairs)),
@@ -123,6 +145,20 @@ def _pairs_table(group: Group, name: str, pairs: list[Pair]) -> Table:
         placed=tuple(placed),
         epoch=group.epoch,
     )
+
+
+def _rerun_rows(
+    group: Group, row: RowKey, pairs: Sequence[Pair], entries: Sequence[Entry | None]
+) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each published re-run of ``row``, with figures where ours compares."""
+    compared = [entry is not None and entry.published is not None for entry in entries]
+    for rerun in group.published.reruns if group.published else ():
+        found = [
+            rerun.text(pair) if here else "" for pair, here in zip(pairs, compared, strict=True)
+        ]
+        if row == (rerun.row, ()) and any(found):
+            # In the second line, which has what is published in other rows too.
+            yield f"{rerun.label}\n  published re-run", *(text and f"\n{text}" for text in found)
 
 
 def _networks_table(group: Group, runs: dict[RowKey, list[Result]]) -> Table:
@@ -167,6 +203,7 @@ def _cost_table(group: Group, pairs: list[Pair]) -> Table:
         rows=tuple(rows),
         labels=2,
         align=">",
+        notes=(COST_LEGEND,),
     )
 
 

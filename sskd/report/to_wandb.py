@@ -9,10 +9,11 @@ from typing import Any
 
 import wandb
 
+from sskd.output import say
 from sskd.report.files import write_files
 from sskd.report.groups import Entry
 from sskd.report.report import Report
-from sskd.report.rows import display_name
+from sskd.report.rows import display_name, row_label
 from sskd.wandb_runs import open_run, sync_later
 
 # What sets a row of the table of results apart; see ``sskd.report.groups.Entry``.
@@ -42,7 +43,7 @@ def log_report(
         with run:
             _log(run, report, warn)
     except TimeoutError:
-        print(sync_later(run))
+        say(sync_later(run))
 
 
 def _log(run: wandb.Run, report: Report, warn: Callable[[str], None]) -> None:
@@ -88,7 +89,8 @@ def _place(entry: Entry) -> tuple[str, ...]:
 def _cost(report: Report) -> Iterator[list[Any]]:
     for run in report.results:
         pair = f"{run.teacher}-{run.student}" if run.teacher else run.student
-        place = [run.dataset, pair, display_name(run.method), run.seed]
+        row = row_label((display_name(run.method), run.variant))
+        place = [run.dataset, pair, row, run.seed]
         cost = [run.images_per_second, run.peak_memory_mib, run.seconds / 3600]
         yield [*place, *cost, run.agreement, run.kl]
 

@@ -1,0 +1,147 @@
+"""What the suite writes to a terminal, a log or a pipe: all of it passes through this module.
+
+Names and messages can come from a stranger's file, so characters that control a terminal are
+replaced. A run must not fail because nobody reads its output, so a stream that cannot be written to
+is given up. Importing this costs nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+from sskd.errors import printable
+
+CLEAR_SCREEN = "\x1b[H\x1b[2J\x1b[3J"
+
+
+def say(text: str, *, clear_screen: bool = False) -> None:
+    """Write lines to standard output; ``clear_screen`` clears the terminal first, if it is one."""
+    clear = clear_screen and sys.stdout is not None and sys.stdout.isatty()
+    _write(sys.stdout, CLEAR_SCREEN * clear + cleaned(text))
+
+
+def complain(text: str) -> None:
+    """Write lines, an error or a warning, to standard error."""
+    _write(sys.stderr, cleaned(text))
+
+
+def cleaned(text: str) -> str:
+    """Return ``text`` with a question mark for each control character but the line's end."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    if stream is not None:  # Python's value for a stream that was closed at the start
+        steady = stream if isinstance(stream, SteadyStream) else SteadyStream(stream)
+        steady.write(f"{text}\n")
+        steady.flush()
+
+
+class SteadyStream:
+    """A text stream that does not raise: after the first failure nothing more is written.
+
+    Attributes:
+        lost: the first failure, if there was one.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.lost: OSError | ValueError | None = None
+
+    def write(self, text: str) -> int:
+        """Write ``text``, if the stream still takes it."""
+        if self.lost is None:
+            try:
+                self._stream.write(text)
+            except (OSError, ValueError) as error:
+                self._give_up(error)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write ``lines``, if the stream still takes them."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Flush, if the stream still takes what was written."""
+        if self.lost is None:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError) as error:
+                self._give_up(error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _give_up(self, error: OSError | ValueError) -> None:
+        self.lost = error
+        if self._stream in (sys.__stdout__, sys.__stderr__):
+            # Else Python fails at its end on what is left in the buffer, and other libraries and
+            # processes that share the stream fail too.
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+@contextmanager
+def steady_output() -> Iterator[None]:
+    """Let a command run to its end whatever becomes of its standard streams.
+
+    Other libraries' lines and progress bars are included. A character that the terminal's encoding
+    lacks is replaced.
+    """
+    if isinstance(sys.stdout, SteadyStream):  # a job of a command that has done this already
+        yield
+        return
+    _open_closed_streams()
+    before, raising = (sys.stdout, sys.stderr), logging.raiseExceptions
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    sys.stdout, sys.stderr = map(SteadyStream, before)
+    logging.raiseExceptions = False
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        (sys.stdout, sys.stderr), logging.raiseExceptions = before, raising
+
+
+def reader_has_gone() -> bool:
+    """Return whether the other end of standard output, a pipe, is closed."""
+    return isinstance(getattr(sys.stdout, "lost", None), BrokenPipeError)
+
+
+def output_status() -> int:
+    """Return 1, with a line, if standard output could not be written, as on a full disk, else 0.
+
+    For commands whose result is what they print. A reader that has closed its pipe has read enough.
+    """
+    lost = getattr(sys.stdout, "lost", None)
+    if not isinstance(lost, OSError) or lost.errno in (errno.EPIPE, errno.EBADF):
+        return 0
+    complain(f"error: the output cannot be written ({lost.strerror})")
+    return 1
+
+
+def _open_closed_streams() -> None:
+    """Open what was closed at the start (``>&-``) on nothing.
+
+    Else the next file that is opened, a checkpoint perhaps, becomes the standard output of every
+    library and process that this one starts.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115

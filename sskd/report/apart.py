@@ -1,0 +1,89 @@
+"""Keep apart what has one name but is not the same: data, numbers of epochs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from sskd.report.origin import FIXED, SHOWN, Origin
+
+if TYPE_CHECKING:
+    from sskd.report.results import Result
+
+EPOCHS = "epochs"
+Warn = Callable[[str], None]
+
+
+def tell_apart(results: Sequence[Result], warn: Warn) -> list[Result]:
+    """Return ``results``, renamed where one name stands for what must not be averaged.
+
+    The name of a dataset that is of several sources or digests gets these, and the setting of runs
+    that trained for other numbers of epochs gets that number. ``warn`` gets a line for each.
+    """
+    return _by_epochs(_by_data(results, warn), warn)
+
+
+def _by_data(results: Sequence[Result], warn: Warn) -> list[Result]:
+    recorded: dict[str, set[Origin]] = {}
+    for run in results:
+        recorded.setdefault(run.dataset, set()).add(run.origin.data)
+    datasets = [(run.dataset, _data(run, recorded[run.dataset])) for run in results]
+    counts = Counter(datasets)
+    labels: dict[tuple[str, Origin], str] = {}
+    for name in recorded:
+        own = _labels(name, [data for dataset, data in counts if dataset == name])
+        labels |= {(name, data): label for data, label in own.items()}
+        if len(own) > 1:
+            found = ", ".join(f"'{label}' ({counts[name, data]})" for data, label in own.items())
+            warn(f"the name '{name}' stands for {len(own)} datasets, shown apart: {found}")
+    return [
+        replace(run, dataset=labels[dataset])
+        for run, dataset in zip(results, datasets, strict=True)
+    ]
+
+
+def _data(run: Result, recorded: Iterable[Origin]) -> Origin:
+    """Return the data of ``run``: if unknown, a fixed source's of its name, unless others differ.
+
+    ``recorded`` is the data of all runs on what has that name.
+    """
+    data = run.origin.data
+    fixed = Origin(run.dataset) if run.dataset in FIXED else Origin()
+    if data == Origin() and all(other in (data, fixed) for other in recorded):
+        return fixed
+    return data
+
+
+def _labels(name: str, datasets: Sequence[Origin]) -> dict[Origin, str]:
+    """Return the name that each of ``datasets``, all of them called ``name``, has in tables."""
+    if len(datasets) == 1 and name not in FIXED:
+        return dict.fromkeys(datasets, name)
+    texts = {data: data.data_text(SHOWN) for data in datasets}
+    if len(set(texts.values())) < len(texts):
+        texts = {data: data.data_text() for data in datasets}
+    plain = Origin(name)
+    return {data: name if data == plain else f"{name} ({text})" for data, text in texts.items()}
+
+
+def _by_epochs(results: Sequence[Result], warn: Warn) -> list[Result]:
+    """Add the number of epochs to the settings of one name that have several.
+
+    That is so if a default was changed in ``conf``: the difference from it does not say so.
+    """
+    found: dict[tuple[object, ...], set[int]] = {}
+    for run in results:
+        if run.epochs is not None:
+            found.setdefault((run.dataset, run.setting), set()).add(run.epochs)
+    several = {key: sorted(epochs) for key, epochs in found.items() if len(epochs) > 1}
+    for (dataset, setting), epochs in several.items():
+        told = ", ".join(f"{key}={value}" for key, value in setting) or "the recipe"
+        numbers = " or ".join(map(str, epochs))
+        warn(f"runs of '{dataset}' by {told} have {numbers} epochs, shown apart")
+    return [
+        replace(run, difference=tuple(sorted((*run.difference, (EPOCHS, str(run.epochs))))))
+        if run.epochs is not None and (run.dataset, run.setting) in several
+        else run
+        for run in results
+    ]
