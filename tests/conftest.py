@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from sskd.cli import run_command
 from sskd.config import Config, read_config
 from sskd.data import SOURCES, Images, Split
 from sskd.status import SWEEP_VARIABLE
+from sskd.teachers import missing_teacher
 
 Compose = Callable[..., Config]
 
@@ -46,6 +48,16 @@ def composed(tmp_path: Path) -> Compose:
             return read_config(compose(primary, [f"runs={tmp_path / 'runs'}", *overrides]))
 
     return compose_config
+
+
+@pytest.fixture(autouse=True)
+def _no_sync(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not wait for the disk in the tests' own process, which no power failure ends.
+
+    The processes that tests start sync, as test_faults.py does, which tests that they do.
+    """
+    if request.module.__name__ != "test_storage":
+        monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture
@@ -116,6 +128,34 @@ class Command:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Command:
     return Command(monkeypatch, capsys, tmp_path / "runs")
+
+
+class SmallTeacher:
+    """The teacher of ``faults.SMALL``, trained once a session for the tests that are not about it.
+
+    They spend as long on it as on their student.
+    """
+
+    def __init__(self, runs: Path) -> None:
+        self._runs = runs
+
+    def put(self, *folders: Path) -> None:
+        """Copy its finished run into folders of runs; before the test changes how runs train."""
+        if not self._runs.exists():
+            from faults import SMALL
+
+            with initialize_config_dir(str(CONF), version_base=None):
+                words = [f"runs={self._runs}", *SMALL, "method=kd"]
+                config = missing_teacher(read_config(compose("student", words)))
+            assert config is not None
+            train_student.train(config)
+        for runs in folders:
+            shutil.copytree(self._runs, runs)
+
+
+@pytest.fixture(scope="session")
+def small_teacher(tmp_path_factory: pytest.TempPathFactory) -> SmallTeacher:
+    return SmallTeacher(tmp_path_factory.mktemp("teacher") / "runs")
 
 
 @pytest.fixture(scope="session")

@@ -32,14 +32,18 @@ def prepare() -> None:
         import_module(name)
 
     import few_digits
+    from faults import CELLS
     from hydra import compose, initialize_config_dir
 
     from sskd import CONF
     from sskd.config import read_config
+    from sskd.identity import recipe
 
     few_digits.install()
     with initialize_config_dir(str(CONF), version_base=None):
-        config = read_config(compose("student", ["dataset=digits"]))
+        for words in CELLS.values():
+            config = read_config(compose("student", list(words)))
+            recipe(config)
     few_digits.load(config.dataset)
 
 
