@@ -205,7 +205,7 @@ def _become(
 
     if new_session:
         os.setsid()
-    _use_streams(streams)
+    _use_streams(streams, unbuffered=bool(environment.get("PYTHONUNBUFFERED")))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job ignores it
     os.chdir(cwd)
     os.environ.clear()
@@ -221,19 +221,20 @@ def _become(
     os._exit(status)
 
 
-def _use_streams(streams: list[int]) -> None:
+def _use_streams(streams: list[int], unbuffered: bool) -> None:
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     for stream in set(streams):
         os.close(stream)
     sys.stdin = sys.__stdin__ = open(0, closefd=False)  # type: ignore[misc] # noqa: SIM115
     for name, number in (("stdout", 1), ("stderr", 2)):
-        before = getattr(sys, name)
+        before, raw = getattr(sys, name), io.FileIO(number, "w", closefd=False)
         stream = io.TextIOWrapper(
-            io.BufferedWriter(io.FileIO(number, "w", closefd=False)),
+            raw if unbuffered else io.BufferedWriter(raw),  # type: ignore[arg-type]
             encoding=before.encoding,
             errors=before.errors,
             line_buffering=name == "stderr" or os.isatty(number),
+            write_through=unbuffered,
         )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)

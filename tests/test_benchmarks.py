@@ -21,6 +21,15 @@ from sskd.methods.kd import kd_loss
 from sskd.methods.sskd import keep_rows, similarity
 from sskd.models import build_model
 
+# Runs a module whose processes are forked, each where it would start Python again.
+FORKS = """
+import multiprocessing, runpy, sys
+context = multiprocessing.get_context("fork")
+multiprocessing.get_context = lambda method: context
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
 
 def test_the_cost_of_methods_is_a_table_and_figures(tmp_path: Path) -> None:
     command = ["-m", "benchmarks.methods", "--pairs", "vgg13-MobileNetV2"]
@@ -41,7 +50,7 @@ def test_the_cost_of_methods_is_a_table_and_figures(tmp_path: Path) -> None:
 
 
 def test_throughput_is_two_tables_and_figures(tmp_path: Path) -> None:
-    command = ["-m", "benchmarks.throughput", "--works", "kd", "evaluation"]
+    command = ["-c", FORKS, "benchmarks.throughput", "--works", "kd", "evaluation"]
     small = ["--pair", "resnet14-resnet8", "--batch", "4", "--rounds", "2", "--steps", "1"]
     more = [
         "--images",
@@ -113,7 +122,7 @@ def test_the_conventional_choice_of_rows_is_the_suites() -> None:
 
 
 def test_scale_is_two_tables(tmp_path: Path) -> None:
-    command = ["-m", "benchmarks.scale", "--pair", "resnet14-resnet8"]
+    command = ["-c", FORKS, "benchmarks.scale", "--pair", "resnet14-resnet8"]
     small = ["--batches", "2", "4", "--cells", "1", "2", "--seconds", "0.1", "--images", "20"]
     out = ["--device", "cpu", "--out", str(tmp_path / "scale")]
     done = run(*command, *small, *out)
