@@ -766,7 +766,7 @@ RUNS: dict[str, tuple[Maker, str]] = {
     ),
     "a list for a configuration": (damage("config.yaml", "- 1"), "is not a run's configuration"),
     "a configuration of brackets": (
-        damage("config.yaml", "[" * 10**6),
+        damage("config.yaml", "[" * 60_000),
         "config.yaml: cannot be read (it is nested too deeply)",
     ),
     "a number for a configuration": (
