@@ -6,6 +6,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sskd import CONF
@@ -16,24 +18,32 @@ if TYPE_CHECKING:
 
 
 @hydra.main(version_base=None, config_path=str(CONF), config_name="student")
-def main(composed: DictConfig) -> None:
+def main(composed: DictConfig) -> float:
     """Train the run that Hydra composed."""
-    run_job(train_composed, composed)
+    return run_job(train_composed, composed)
 
 
-def train_composed(composed: DictConfig) -> None:
-    """Check the composed configuration, then train."""
+def train_composed(composed: DictConfig) -> float:
+    """Check the composed configuration, then train; return the accuracy that a sweep maximises."""
     # Importing torch takes seconds, which --help and tab completion should not.
     from sskd.config import read_config
+    from sskd.objective import check_search, objective
+    from sskd.teachers import locate
 
-    train(read_config(composed))
+    alone = HydraConfig.get().mode == RunMode.RUN
+    config = read_config(composed)
+    check_search(config.dataset.holdout)
+    result = train(config, commanded=alone)
+    return objective(result, locate(config)[0])
 
 
-def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
+def train(config: Config, *, wait: bool = False, commanded: bool = True) -> dict[str, Any]:
     """Carry one run from its configuration to its result; a finished run is returned as it is.
 
     Args:
         wait: wait for another process that is at work on the same run, instead of an error.
+        commanded: it is what the command is for, and not one of several, or on the way to it;
+            under ``wandb agent`` the agent's W&B run is this one's.
     """
     from sskd.acceleration import fold_teacher
     from sskd.assembly import assemble, refuse_misfits
@@ -50,21 +60,26 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     from sskd.run_folder import put_aside
     from sskd.status import forced_in_this_sweep
     from sskd.teachers import find_teacher, locate, missing_teacher
-    from sskd.tracking import Tracker
+    from sskd.tracking import Tracker, report_finished
+    from sskd.wandb_environment import check_environment, is_agents
 
     # ---- what is to be done, and where ----
+    check_environment(config.wandb.mode)
+    agents = commanded and is_agents()
     device = choose_device(config.device)
     if missing := missing_teacher(config):
         refuse_missing(config.dataset)  # else the teacher would be reported, and then the data
         refuse_misfits(config)  # before anyone trains a teacher for them
         if config.teacher and config.teacher.train:
-            train(missing, wait=True)
+            train(missing, wait=True, commanded=False)
     found = find_teacher(config)
     folder, changed = locate(config)
     run = Run(folder, describe(config, found.digest if found else None))
     force = config.force and not forced_in_this_sweep(folder)  # a job that comes back goes on
     if not force and (result := run.finished()) is not None:
         say(f"{run.folder}: finished already, last top-1 {last_top1(result, run.folder):.2f}")
+        if agents:
+            report_finished(run, config, result)
         return result
 
     # ---- data, networks, method ----
@@ -78,7 +93,9 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
     if force:
         put_aside(run.folder)
     with run.open(wait=wait):
-        if (result := run.finished()) is not None:  # by the process that was waited for
+        if (result := run.finished()) is not None:  # by another process, in the meantime
+            if agents:
+                report_finished(run, config, result)
             return result
 
         # ---- training, stage by stage, on from the last checkpoint ----
@@ -87,7 +104,7 @@ def train(config: Config, *, wait: bool = False) -> dict[str, Any]:
         state = run.checkpoint(epochs)
         run.plan(epochs)
         first = list(epochs).index(state["stage"]) if state else 0
-        with Tracker(run, config) as tracker:
+        with Tracker(run, config, agents=agents) as tracker:
             tracker.picture("views", save_views(run.folder, images, config, method.views))
             for line in run.metrics:
                 tracker.log(line)

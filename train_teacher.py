@@ -13,9 +13,9 @@ from train_student import train_composed
 
 
 @hydra.main(version_base=None, config_path=str(CONF), config_name="teacher")
-def main(composed: DictConfig) -> None:
+def main(composed: DictConfig) -> float:
     """Train the run that Hydra composed: the story is train_student.py's, without a teacher."""
-    run_job(train_composed, composed)
+    return run_job(train_composed, composed)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
@@ -26,9 +24,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sskd import CONF
-from sskd.errors import BusyError, UnfinishedError, UserError, nearest, printable, shortened
+from sskd.advice import about_plus, about_quotes
+from sskd.errors import (
+    BusyError,
+    CellError,
+    UnfinishedError,
+    UserError,
+    nearest,
+    printable,
+    shortened,
+)
 from sskd.interrupt import Interrupted, termination_raised, warnings_passed_on
-from sskd.nested import flatten
 from sskd.output import complain, steady_output
 
 # For the folder that Hydra makes for a sweep; a run's own is expanded with its configuration.
@@ -41,12 +47,18 @@ _USER_CAN_MEND = (UserError, CompactHydraException, OmegaConfBaseException, OSEr
 # lists, and lets any exception out where they are not.
 _COMPOSES = ("hydra._internal.config_", "hydra._internal.defaults_list")
 
-# Launchers that come with an extra.
-_PLUGINS = ("hydra/launcher/joblib", "hydra/launcher/submitit_slurm")
+# What comes with an extra, by the file that Hydra misses without it.
+_PLUGINS = {
+    "hydra/launcher/joblib": "cluster",
+    "hydra/launcher/submitit_slurm": "cluster",
+    "hydra/sweeper/optuna": "optuna",
+}
 
 
-def run_job(job: Callable[[DictConfig], object], composed: DictConfig) -> None:
+def run_job(job: Callable[[DictConfig], float], composed: DictConfig) -> float:
     """Run one job of a Hydra command; what the user can put right is told in one line.
+
+    Returns what ``job`` does: a number, for sweepers that search.
 
     In a sweep every failure is told when it happens and kept in the run's folder, because the
     other jobs go on. This, not a Hydra callback, because it sees what ends a job under every
@@ -54,7 +66,7 @@ def run_job(job: Callable[[DictConfig], object], composed: DictConfig) -> None:
     """
     try:
         with steady_output(), warnings_passed_on(), termination_raised():
-            job(composed)
+            return job(composed)
     except Exception as error:
         expected = isinstance(error, _USER_CAN_MEND)
         in_sweep = HydraConfig.get().mode != RunMode.RUN
@@ -68,7 +80,8 @@ def run_job(job: Callable[[DictConfig], object], composed: DictConfig) -> None:
             sys.exit(_status(error))
         if not isinstance(error, BusyError):
             _keep_failure(composed, error)
-        raise UserError(told) from None  # whatever it was, any launcher can hand this on
+        # Whatever it was, any launcher can hand this on, and any sweeper takes it for a failure.
+        raise CellError(explain(error), _status(error)) from None
 
 
 def _status(error: Exception) -> int:
@@ -116,7 +129,7 @@ def _ended(main: Callable[[], object], asked_for_traceback: bool) -> int:
         if "wandb" in sys.modules:
             _end_at_once(130)  # else W&B might wait for its server
         return 130
-    except UnfinishedError as error:
+    except (UnfinishedError, CellError) as error:
         return error.status
     except _USER_CAN_MEND as error:
         if asked_for_traceback:
@@ -124,7 +137,12 @@ def _ended(main: Callable[[], object], asked_for_traceback: bool) -> int:
         complain(f"error: {explain(error)}")
         return _status(error)
     except Exception as error:
-        if asked_for_traceback or not _came_up_in_composing(error):
+        if asked_for_traceback:
+            raise
+        if isinstance(error, ValueError) and _raised_by_hydra(error):
+            complain(f"error: {' '.join(str(error).split())}")
+            return UserError.status
+        if not _came_up_in_composing(error):
             raise
         cause = "cannot be composed (" + " ".join(str(error).split()) + ")"
         told = "its defaults lead back to itself" if isinstance(error, RecursionError) else cause
@@ -136,6 +154,12 @@ def _ended(main: Callable[[], object], asked_for_traceback: bool) -> int:
 def _came_up_in_composing(error: Exception) -> bool:
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(frame.f_globals.get("__name__", "").startswith(_COMPOSES) for frame in frames)
+
+
+def _raised_by_hydra(error: Exception) -> bool:
+    """Return whether Hydra itself raised ``error``: about its options, as for two that exclude."""
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return str(innermost.f_globals.get("__name__", "")).startswith("hydra.")
 
 
 def _primary_file() -> Path:
@@ -180,7 +204,7 @@ def _explained(error: Exception) -> str:
         return told + f"; free some space there, and {_again()} goes on" * full
     missing = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
     if missing in _PLUGINS:
-        return f"{missing} is not installed; pip install '.[cluster]' does that"
+        return f"{missing} is not installed; pip install '.[{_PLUGINS[missing]}]' does that"
     if isinstance(error, MissingConfigException) and missing and error.options:
         group, _, name = missing.rpartition("/")
         options = ", ".join(error.options)
@@ -189,14 +213,15 @@ def _explained(error: Exception) -> str:
         )
     if type(error).__module__.startswith("submitit."):  # goes on with all that the job has printed
         return " ".join(str(error).splitlines()[:2]) + "; the other jobs go on (see squeue)"
-    unknown = re.match(r"Could not override '([^']+)'\.\s*To append", str(error))
-    if unknown:
-        key = unknown.group(1)
-        return f"{key}: no such setting{nearest(key, _known_settings())}"
+    if advice := about_plus(error):
+        return advice
     if isinstance(error, yaml.YAMLError):
         return f"not YAML that can be read: {' '.join(str(error).split())}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read as KEY=VALUE ({str(error).splitlines()[0]})"
+        return (
+            f"{error.override}: cannot be read as KEY=VALUE ({str(error).splitlines()[0]})"
+            f"{about_quotes(str(error.override))}"
+        )
     if "No match in the defaults list" in str(error):
         told = " ".join(str(error).split("To append to your")[0].split())
         return f"{told} (a sweep's file begins with 'defaults: [student]')"
@@ -205,15 +230,3 @@ def _explained(error: Exception) -> str:
     if isinstance(error.__cause__, OmegaConfBaseException):
         causes.append(str(error.__cause__).splitlines()[0])
     return " ".join(" ".join(causes).split())
-
-
-def _known_settings() -> list[str]:
-    """Return the dotted names of all settings, and of the groups that choose them."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base=None):
-        composed = compose("student")
-    values = OmegaConf.to_container(composed)
-    assert isinstance(values, dict)
-    named = {str(key): value for key, value in values.items()}
-    groups = ["arch@teacher", "arch@student", *(path.stem for path in CONF.iterdir())]
-    return groups + list(flatten(named))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, Self, get_type_hints
+from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -90,6 +90,10 @@ class WeightingSettings(Settings):
 
     ce: NonNegative
     kd: NonNegative
+
+
+class _Weighting(Settings):
+    weighting: WeightingSettings
 
 
 class WandbSettings(Settings):
@@ -191,7 +195,7 @@ def read_config(composed: DictConfig) -> Config:
         )
     if "teacher" in plain:
         # What it decides stands in the weights of the methods that read it.
-        _check_weighting(plain.pop("weighting", None))
+        _validated(_Weighting, {"weighting": plain.pop("weighting", None)})
     config = parse_config({"teacher": None, **plain})
     if not METHODS[config.method.name].needs_teacher:
         return config.model_copy(update={"teacher": None})
@@ -203,14 +207,14 @@ def read_config(composed: DictConfig) -> Config:
     return config
 
 
-def _check_weighting(values: Any) -> None:
+M = TypeVar("M", bound=BaseModel)
+
+
+def _validated(model: type[M], values: Mapping[str, Any]) -> M:
     try:
-        WeightingSettings.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        problems = (
-            _explain({**problem, "loc": ("weighting", *problem["loc"])}, Config)
-            for problem in error.errors()
-        )
+        problems = [_explain(problem, model, values) for problem in error.errors()]
         raise UserError("; ".join(problems)) from None
 
 
@@ -219,12 +223,7 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     if values.get("precision") == "auto":  # decides what is computed: part of a run's identity
         values = {**values, "precision": best_precision(str(values.get("device")))}
     source = _choice(values, "dataset", SOURCES, "source")
-    model = config_model(values)
-    try:
-        config = model.model_validate(values)
-    except ValidationError as error:
-        told = [_explain(problem, model, values) for problem in error.errors()]
-        raise UserError("; ".join(told)) from None
+    config = _validated(config_model(values), values)
     if config.dataset.name != source and config.dataset.name in SOURCES:
         raise UserError(
             f"dataset.name={config.dataset.name}: is the name of another dataset than "

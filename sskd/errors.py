@@ -34,6 +34,17 @@ class UnfinishedError(UserError):
         self.status = status
 
 
+class CellError(UserError):
+    """One cell of a sweep has failed, which has been told in a line of its own."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message, status)  # so that it can be pickled
+        self.status = status
+
+    def __str__(self) -> str:
+        return printable(str(self.args[0]))
+
+
 def printable(text: str) -> str:
     """Return ``text`` with a question mark for each sign that a terminal should not be sent."""
     return "".join(sign if sign.isprintable() else "?" for sign in text)

@@ -78,6 +78,10 @@ def evaluate(checkpoint: str, arch: str | None, device: str, overrides: Sequence
     with initialize_config_dir(str(CONF), version_base=None):
         config = read_config(compose("student", choices))
     images = load_images(config.dataset).to(choose_device(device))
+    if _digest_of_run(path) not in (None, images.digest):
+        told = f"whether the images in {config.dataset.root} are those of its run is not certain"
+        told += "; its config.yaml has another dataset.digest"
+        complain(f"warning: {path}: {told}")
     network = build_model(arch, images.num_classes)
     stated = load_weights(network, path).accuracy
     place(network, images.test.images.device)
@@ -110,6 +114,16 @@ def _dataset_of_run(checkpoint: Path) -> list[str]:
             raise UserError(f"{path}: dataset.{key} is not a setting of a run's dataset")
     own = [as_override(f"dataset.{key}", value) for key, value in settings.items()]
     return [f"dataset={dataset['source']}", "dataset.download=false", *own]
+
+
+def _digest_of_run(checkpoint: Path) -> object:
+    """Return the digest of the files that the run of ``checkpoint`` had, if it recorded one."""
+    from sskd.run_files import CONFIG
+    from sskd.run_folder import read_config_file
+
+    path = checkpoint.parent / CONFIG
+    dataset = read_config_file(path).get("dataset") if path.exists() else None
+    return dataset.get("digest") if isinstance(dataset, dict) else None
 
 
 def _is_plain(value: object) -> bool:

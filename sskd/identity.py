@@ -30,9 +30,6 @@ from sskd.nested import as_override, flatten
 from sskd.output import complain
 from sskd.paths import below
 
-RECIPE = 2
-"""The version of the default settings. 1 had CE + KD (1, 1) where 2 has 0.1 CE + 0.9 KD."""
-
 # What may change between two starts of one run without changing what it computes.
 _NOT_IDENTITY = (
     ("wandb",),

@@ -18,11 +18,11 @@ from sskd.device import peak_memory
 from sskd.errors import UserError
 from sskd.evaluation import accuracy, agreement, mean_kl, predict
 from sskd.fit import Position
-from sskd.identity import RECIPE
 from sskd.methods import Method
 from sskd.models import weights_digest
 from sskd.run import Run
 from sskd.run_files import RESULT
+from sskd.weightings import RECIPE
 
 
 def summarise(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +33,10 @@ from sskd.status import (
     read_status,
 )
 from sskd.teachers import find_teacher, locate
+from sskd.wandb_environment import check_environment
 
 Overrides = Sequence[str]
+_ENDING = 30.0  # seconds that the processes of a broken pool have to end
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Sweep:
             composed = compose(list(overrides))
             own = [str(key) for key in composed if key != "hydra"]
             config = read_config(OmegaConf.masked_copy(composed, own))
+            check_environment(config.wandb.mode)
             folder, _ = locate(config)
             cell = Cell(list(overrides), _command(composed, overrides), config, folder)
             cells.setdefault(folder, cell)
@@ -91,15 +97,46 @@ class Sweep:
         return [cell.overrides for cell in left]
 
     def launch(self, left: list[list[str]], size: int | None, launcher: Callable[..., Any]) -> None:
-        """Launch ``left``, at most ``size`` at once; a launcher that breaks down ends that."""
-        size = size or max(len(left), 1)
-        for first in range(0, len(left), size):
+        """Launch ``left``, at most ``size`` at once.
+
+        If a process of a pool dies, the pool ends the others too. So its cells are launched again:
+        those that had not begun first, then those that had, and one by one those that had begun
+        twice, since one of them may be the reason. Another failure of the launcher ends all.
+        """
+        size, number = size or max(len(left), 1), 0
+        broken: Counter[tuple[str, ...]] = Counter()
+        alone: list[list[str]] = []
+        while left or alone:
+            batch = left[:size] or alone[:1]
+            left, alone = left[size:], alone if left else alone[1:]
             try:
                 with termination_raised():
-                    launcher(left[first : first + size], initial_job_idx=first)
+                    launcher(batch, initial_job_idx=number)
+            except BrokenExecutor as error:
+                complain(f"warning: a process has died: {explain(error)}")
+                untouched, begun = self._left_by_a_pool(batch)
+                broken.update(map(tuple, begun))
+                left = untouched + left + [cell for cell in begun if broken[tuple(cell)] == 1]
+                alone += [cell for cell in begun if broken[tuple(cell)] == 2]
             except Exception as error:  # of joblib or submitit, about a process that died
                 complain(f"error: the launcher gave up: {explain(error)}")
                 return
+            number += len(batch)
+
+    def _left_by_a_pool(self, batch: list[list[str]]) -> tuple[list[list[str]], list[list[str]]]:
+        """Return the overrides of the cells that have not begun and of those that have not ended.
+
+        At least one counts as begun: it may have died in training its teacher.
+        """
+        cells = [cell for cell in self.cells if cell.overrides in batch]
+        end = time.monotonic() + _ENDING
+        while any(is_held(cell.folder) for cell in cells) and time.monotonic() < end:
+            time.sleep(0.1)  # the pool ends its processes at this moment
+        settled = [c for c in cells if not _is_left(c) or failed_in_this_sweep(c.folder)]
+        left = [cell for cell in cells if cell not in settled and not is_held(cell.folder)]
+        begun = [c for c in left if read_status(c.folder).get("state") != "queued"] or left[:1]
+        untouched = [cell.overrides for cell in left if cell not in begun]
+        return untouched, [cell.overrides for cell in begun]
 
     def end(self) -> None:
         """Tell which cells have not finished, and why.

@@ -10,17 +10,30 @@ from typing import Any, Self
 import wandb
 
 from sskd.config import Config
+from sskd.errors import UserError
 from sskd.identity import difference
 from sskd.interrupt import Interrupted
 from sskd.nested import as_override
-from sskd.output import say
-from sskd.report.weightings import RECIPE, name_weighting
+from sskd.output import complain, say
 from sskd.run import Run
 from sskd.wandb_runs import open_run, sync_folder, sync_later
+from sskd.weightings import RECIPE, name_weighting
 
 # Figures about the student as a whole; the others are named after their stage.
 _UNPREFIXED = ("test/", "holdout/", "best/")
 _SUMMARISED = ("teacher_top1", "agreement", "kl", "images_per_second", "peak_memory_mib")
+
+
+def report_finished(run: Run, config: Config, result: Mapping[str, Any]) -> None:
+    """Show a run that has finished before in the W&B run that ``wandb agent`` has named for it."""
+    try:
+        run.metrics = run.read_metrics()
+    except UserError as error:
+        complain(f"warning: {error}")
+    with Tracker(run, config, agents=True) as tracker:
+        for line in run.metrics:
+            tracker.log(line)
+        tracker.summarise(result)
 
 
 class Tracker:
@@ -29,8 +42,10 @@ class Tracker:
     Nothing it does asks a question, and where W&B cannot be reached the run is kept on disk.
     """
 
-    def __init__(self, run: Run, config: Config) -> None:
+    def __init__(self, run: Run, config: Config, *, agents: bool = False) -> None:
+        """Take the W&B run that ``wandb agent`` has named if ``agents``, else one of its own."""
         self._run = run
+        self._agents = agents
         self._config = config
         self._name = str(run.folder.relative_to(config.runs))
         self._lines = 0
@@ -50,6 +65,7 @@ class Tracker:
             mode,
             self._run.folder,
             self._name,
+            agents=self._agents,
             project=config.wandb.project,
             entity=config.wandb.entity,
             group=f"{pair}/{method}",
@@ -69,11 +85,12 @@ class Tracker:
             say(sync_later(self._wandb))
         except Exception as lost:  # must not take the place of what has ended the run
             self._lose(lost)
-        if kind is None and not self._lost:
+        if kind is None and not self._lost and not self._agents:
             return
         with contextlib.suppress(Exception):
-            wandb.teardown()  # else a later run, or the end of this process, would wait for it
-        if kind is None:
+            # Else a later run would wait for it, or the end of this process, or be the agent's.
+            wandb.teardown()
+        if kind is None and self._lost:
             self._keep_offline()
 
     def _keep_offline(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 import uuid
 from pathlib import Path
@@ -16,31 +15,51 @@ import wandb
 from sskd.errors import UserError
 from sskd.output import say
 from sskd.storage import is_plain_file, read_bounded_text, write_text
+from sskd.wandb_environment import asked_mode, check_environment, finish_timeout, surroundings
 
 _ID = "wandb_id"
 _ID_LENGTH = 16  # characters
 _ANSWER_TIMEOUT = 10  # seconds
 _INIT_TIMEOUT = 20  # seconds; after that a run without a network is an offline one
-_FINISH_TIMEOUT = "60"  # seconds; what a server has not taken by then is left for `wandb sync`
 
 
-def open_run(mode: str, folder: Path, name: str, **arguments: Any) -> wandb.Run:
+def open_run(
+    mode: str, folder: Path, name: str, *, agents: bool = False, **arguments: Any
+) -> wandb.Run:
     """Return the W&B run called ``name``, whose id and offline files are kept in ``folder``.
 
     Where W&B cannot be reached the run is kept on disk.
 
     Args:
         mode: see ``choose_mode``.
+        agents: it is the run of ``wandb agent``, which has chosen its id and project.
         arguments: of ``wandb.init``.
+
+    Raises:
+        UserError: it cannot be kept on disk either.
     """
-    arguments |= {"id": run_id(folder, name), "name": name, "dir": str(folder), "resume": "allow"}
+    mode = asked_mode(mode)
+    check_environment(mode)
+    arguments |= {"name": name, "dir": str(folder), "resume": "allow"}
+    if agents:
+        wandb.teardown()  # an earlier run of this process has not shown W&B the agent's variables
+    else:
+        arguments["id"] = run_id(folder, name)
+    with surroundings(mode, agents=agents):
+        return _open(mode, arguments)
+
+
+def _open(asked: str, arguments: dict[str, Any]) -> wandb.Run:
+    mode = "online"
     try:
-        mode = choose_mode(mode)
+        mode = choose_mode(asked)
         run = _init(mode, arguments)
         if mode == "online":
             say(f"W&B: {run.url}")
         return run
     except (wandb.Error, ValueError, OSError) as error:
+        if mode not in ("online", "shared", "run"):
+            raise _unusable(error) from None
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
         say(f"W&B cannot be used online ({told}); this run stays offline")
         with contextlib.suppress(Exception):
@@ -48,8 +67,12 @@ def open_run(mode: str, folder: Path, name: str, **arguments: Any) -> wandb.Run:
     try:
         return _init("offline", arguments)
     except Exception as error:  # of W&B's own process there are more than it declares
-        told = " ".join(str(error).split())
-        raise UserError(f"W&B: {told}; wandb.mode=disabled goes on without it") from None
+        raise _unusable(error) from None
+
+
+def _unusable(error: Exception) -> UserError:
+    told = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"W&B: {told}; wandb.mode=disabled goes on without it")
 
 
 def _init(mode: str, arguments: dict[str, Any]) -> wandb.Run:
@@ -61,15 +84,6 @@ def _init(mode: str, arguments: dict[str, Any]) -> wandb.Run:
         silent=True,
     )
     return wandb.init(mode=mode, settings=settings, **arguments)  # type: ignore[arg-type]
-
-
-def finish_timeout() -> float:
-    """Return how many seconds a finished run waits for W&B's server."""
-    given = os.environ.get("WANDB_FINISH_TIMEOUT", _FINISH_TIMEOUT)
-    try:
-        return float(given)
-    except ValueError:
-        raise UserError(f"WANDB_FINISH_TIMEOUT={given}: should be a number of seconds") from None
 
 
 def sync_folder(run: wandb.Run) -> Path:
@@ -87,8 +101,7 @@ def choose_mode(mode: str) -> str:
 
     Online needs a login that is there already, because W&B would ask for one.
     """
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE", "auto")
+    mode = asked_mode(mode)
     if mode not in ("auto", "online"):
         return mode
     if wandb.login(prompt=False, verify=False):

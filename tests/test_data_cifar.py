@@ -141,9 +141,6 @@ def test_nothing_that_is_not_of_the_published_digest_is_unpickled(small_cifar: P
         whole = path.read_bytes()
         path.write_bytes(hostile)
         assert name in refused("cifar100", root=str(small_cifar), download=False)
-        # torchvision alone must refuse it as well: it is what opens the file.
-        with pytest.raises(RuntimeError, match="not found or corrupted"):
-            CIFAR100(small_cifar, train=name != "test")
         path.write_bytes(whole)
     assert not marker.exists()
     pickle.loads(hostile)

@@ -28,6 +28,7 @@ import sskd.fit
 import sskd.models.checkpoints
 import sskd.pictures
 import sskd.sealed
+import sskd.status
 import sskd.storage
 import sskd.tracking
 from sskd.assembly import assemble
@@ -307,7 +308,7 @@ def test_a_run_is_begun_afresh_once_by_each_sweep(
     def stale(*_: Any, **__: Any) -> str:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(Path, "read_text", stale)
+    monkeypatch.setattr(sskd.status, "read_bounded_text", stale)
     with pytest.raises(OSError, match="Stale"):
         forced_in_this_sweep(folder)
 
@@ -807,8 +808,13 @@ def test_runs_that_cannot_be_written_are_named(composed: Compose, tmp_path: Path
     ],
 )
 def test_a_missing_teacher_is_told_with_the_command_that_trains_it(
-    composed: Compose, changes: tuple[str, ...]
+    composed: Compose,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: tuple[str, ...],
 ) -> None:
+    photos(tmp_path, 0).rename(tmp_path / "2024")  # data that are missing would be reported first
+    monkeypatch.chdir(tmp_path)
     small = [item for item in SMALL if not item.startswith("teacher.train")]
     config = composed(*small, *changes, "method=kd")
     with pytest.raises(UserError, match="no finished run of the teacher") as error:

@@ -381,16 +381,14 @@ def test_processes_train_cells_side_by_side_and_tell_what_failed(tmp_path: Path)
     assert text.count(": failed: stage ") == 2
 
 
-def test_a_process_that_is_killed_is_named_and_its_cell_goes_on(tmp_path: Path) -> None:
+def test_a_process_that_is_killed_costs_no_cell(tmp_path: Path) -> None:
+    """The pool ends all its processes then; processes of a pool are real ones."""
     runs, words = tmp_path / "runs", ("method=vanilla", "seed=0,1", "schedule.epochs=20")
     process = launched_on_two_processes(runs, *words)
     folder = wait_for_file(process, runs, "digits/scratch/*/*/last.pt").parent
     os.kill(read_status(folder)["pid"], signal.SIGKILL)
     text, _ = process.communicate()
-    assert process.returncode == 1
-    assert "the launcher gave up: " in text
-    assert f"  {folder}: was killed" in text
-    text, _ = (again := launched_on_two_processes(runs, *words)).communicate()
-    assert again.returncode == 0, text
+    assert process.returncode == 0, text
+    assert "warning: a process has died: " in text
     assert f"goes on in {folder}, " in text
     assert "2 of 2 cells have finished" in text

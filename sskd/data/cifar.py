@@ -81,7 +81,9 @@ def _read_published(dataset: type[CIFAR10], root: Path, download: bool) -> Sourc
     if files.missing:
         raise _missing(dataset, root, files.missing)
     # The files are pickles. What is unpickled are the very bytes whose digest is the published one.
-    content = {name: pickle.loads(data, encoding="latin1") for name, data in files.whole.items()}
+    content = {
+        name: pickle.loads(files.whole.pop(name), encoding="latin1") for name in [*files.whole]
+    }
     classes = content[dataset.meta["filename"]][dataset.meta["key"]]
     train, test = (
         _cifar_split([content[name] for name, _ in published])

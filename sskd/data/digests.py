@@ -48,7 +48,7 @@ def digests(
     """
     started = time.time_ns()
     cache = _cache_of(root)
-    known = _recall(cache)
+    known = _recall(cache) if cache else {}
     changed = [name for name in names if not _is_unchanged(root, name, known.get(name))]
 
     def read(name: str) -> Entry:
@@ -62,7 +62,7 @@ def digests(
         shown = None if changed else True  # None: if there is a terminal
         progress = tqdm(entries, f"{root}: digests", len(changed), unit="image", disable=shown)
         found = known | dict(zip(changed, progress, strict=True))
-    if changed:
+    if changed and cache:
         latest = started - SETTLED * 1e9
         _remember(cache, {name: found[name] for name in names if max(found[name][2:4]) < latest})
     return [found[name][-1] for name in names]
@@ -85,10 +85,13 @@ def _is_unchanged(root: Path, name: str, entry: Entry | None) -> bool:
         return False  # reading it says what is wrong
 
 
-def _cache_of(root: Path) -> Path:
-    """Return the file that remembers the digests of the folder that ``root`` leads to."""
+def _cache_of(root: Path) -> Path | None:
+    """Return the file that remembers the digests of what ``root`` leads to; None without a home."""
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    folder = named if named.is_absolute() else expanded("~/.cache")
+    try:
+        folder = named if named.is_absolute() else expanded("~/.cache")
+    except UserError:
+        return None
     digest = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
     return folder / "sskd" / "digests" / f"{digest[:32]}.json"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,7 +19,8 @@ from sskd.data.files import read_regular
 from sskd.data.images import Split
 from sskd.data.reading import Source, absolute, one_line, some
 from sskd.data.settings import DatasetSettings
-from sskd.errors import UserError, printable
+from sskd.errors import UserError
+from sskd.output import complain
 
 PARTS = ("train", "test")
 _LAYOUT = "train/CLASS and test/CLASS"
@@ -87,7 +87,7 @@ def folder(settings: DatasetSettings) -> Source:
     root = absolute(settings.root)
     train, test, passed_over = _list_folder(root)
     if told := str(passed_over):
-        print(printable(f"{root}: passed over {told}"), file=sys.stderr, flush=True)
+        complain(f"{root}: passed over {told}")
     content = hashlib.sha256()
     train_split = _read_part(root, train, settings.size, content.update)
     test_split = _read_part(root, test, settings.size, content.update)
@@ -119,7 +119,10 @@ def names_and_sizes(settings: DatasetSettings) -> str | None:
     read a file that is now passed over, so that a run of theirs had other images.
     """
     root = absolute(settings.root)
-    walks = [step for part in PARTS if (root / part).is_dir() for step in _walk(root / part)]
+    try:
+        walks = [step for part in PARTS for step in _walk(root / part)]
+    except (OSError, UserError):  # those versions read hidden folders too, and would end there
+        return None
     paths = [Path(folder, name) for folder, _, files in walks for name in files]
     parts = [path.relative_to(root).parts[1:] for path in paths]
     if any(_is_image(own[-1]) and any(map(_is_hidden, own)) and own[1:] for own in parts):

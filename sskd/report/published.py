@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from sskd.report.facts import read_figures
 from sskd.report.results import Result, Settings, without_digest
-from sskd.report.weightings import WEIGHTING
+from sskd.weightings import WEIGHTING
 
 Pair = tuple[str, str]
 TEACHER_ROW = "teacher"

@@ -12,9 +12,9 @@ from typing import Literal
 from sskd.report import fields
 from sskd.report.apart import tell_apart
 from sskd.report.origin import Origin, parse_origin, read_origin
-from sskd.report.weightings import RECIPE, WEIGHTING, name_weighting
 from sskd.run_files import MOST_RESULT, RESULT
 from sskd.storage import is_plain_file, read_bounded_text
+from sskd.weightings import RECIPE, WEIGHTING, name_weighting
 
 Epoch = Literal["last", "best"]
 Settings = tuple[tuple[str, str], ...]

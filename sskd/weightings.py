@@ -16,14 +16,10 @@ METHODS = frozenset(
         *("cc", "nst", "fsp"),
     }
 )
-# What a run records of the defaults that its ``difference`` is a difference from.
+# The version of the default settings, which a run records beside its ``difference`` from them.
 RECIPE = 2
-# The default weights (CE, KD) of an earlier recipe, if they are others today.
-_COMMON_BEFORE = (
-    *("fitnet", "at", "sp", "vid", "rkd", "pkt", "ab", "ft", "crd"),
-    *("cc", "nst", "fsp"),
-)
-FORMER = {1: dict.fromkeys(_COMMON_BEFORE, (1.0, 1.0))}
+# The default weights (CE, KD) of METHODS in earlier versions, none of which had other methods.
+FORMER = {1: WEIGHTINGS["common"]}
 
 
 def name_weighting(method: str, recipe: int, difference: Mapping[str, str]) -> dict[str, str]:
@@ -35,7 +31,7 @@ def name_weighting(method: str, recipe: int, difference: Mapping[str, str]) -> d
     """
     if method not in METHODS:
         return dict(difference)
-    former = FORMER.get(recipe, {}).get(method, USUAL)
+    former = FORMER.get(recipe, USUAL)
     texts = [difference.get(key, str(weight)) for key, weight in zip((CE, KD), former, strict=True)]
     others = {key: text for key, text in difference.items() if key not in (CE, KD)}
     weights = tuple(map(_number, texts))

@@ -1,0 +1,108 @@
+"""The variables that W&B reads: which are wrong, and which are of another run.
+
+``wandb agent`` names its run in variables (``WANDB_SWEEP_ID``, ``WANDB_RUN_ID``). That run is the
+command's own cell. A teacher trained on the way, and the cells of a sweep, are runs of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sskd.errors import UserError, shortened
+
+_OF_ONE_RUN = (
+    "WANDB_SWEEP_ID",
+    "WANDB_SWEEP_PARAM_PATH",
+    "WANDB_RUN_ID",
+    "WANDB_RUN_STORAGE_ID",
+    "WANDB_RUN_DIR",
+    "WANDB_RUN_GROUP",
+    "WANDB_RESUME",
+    "WANDB_NAME",
+    "WANDB_NOTES",
+    "WANDB_JOB_TYPE",
+)
+_SECRET = ("KEY", "TOKEN")  # in the names of variables whose values are never printed
+_FINISH_TIMEOUT = "60"  # seconds; what a server has not taken by then is left for `wandb sync`
+_LONGEST = 1e6  # seconds
+
+
+def is_agents() -> bool:
+    """Return whether ``wandb agent`` has started this command."""
+    return bool(os.environ.get("WANDB_SWEEP_ID"))
+
+
+def asked_mode(mode: str) -> str:
+    """Return what ``wandb.mode`` stands for: WANDB_MODE decides if it is ``auto``."""
+    return (os.environ.get("WANDB_MODE") or "auto") if mode == "auto" else mode
+
+
+def check_environment(mode: str) -> None:
+    """Check the variables that W&B reads, unless it is off; an empty one counts as not set.
+
+    Raises:
+        UserError: W&B cannot read one of them.
+    """
+    if asked_mode(mode) == "disabled":
+        return
+    given = {k: v for k, v in sorted(os.environ.items()) if k.startswith("WANDB_") and v}
+    if given:
+        finish_timeout()
+        _refuse_odd(given)
+
+
+def _refuse_odd(given: dict[str, str]) -> None:
+    import wandb  # takes a second, which a start without these variables should not
+    from pydantic import ValidationError
+
+    for name, value in given.items():
+        try:
+            wandb.Settings().update_from_env_vars({name: value})
+        except (ValueError, wandb.Error) as error:
+            told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            shown = "" if any(part in name for part in _SECRET) else f"={shortened(value)[1:-1]}"
+            told = " ".join(told.split()).removeprefix("Input ").removeprefix("Value error, ")
+            raise UserError(
+                f"{name}{shown}: {told}; set another value, or unset it "
+                "(wandb.mode=disabled runs without W&B)"
+            ) from None
+
+
+def finish_timeout() -> float:
+    """Return how many seconds a finished run waits for W&B's server."""
+    given = os.environ.get("WANDB_FINISH_TIMEOUT") or _FINISH_TIMEOUT
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= _LONGEST:
+        raise UserError(
+            f"WANDB_FINISH_TIMEOUT={shortened(given)[1:-1]}: should be a number of seconds, "
+            f"0 to {_LONGEST:.0f}"
+        )
+    return seconds
+
+
+@contextmanager
+def surroundings(mode: str, *, agents: bool) -> Iterator[None]:
+    """Hide from W&B the variables that are empty, and those of a run that is not this one.
+
+    Args:
+        mode: see ``asked_mode``; a run without W&B sees none of them.
+        agents: this is the run that ``wandb agent`` has named in them.
+    """
+    off = asked_mode(mode) == "disabled"
+    hidden = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("WANDB_") and (not value or off or (name in _OF_ONE_RUN and not agents))
+    }
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)

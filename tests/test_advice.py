@@ -1,0 +1,204 @@
+"""What is said of a word of the command line that Hydra refuses, and of W&B's variables."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+import wandb
+from conftest import Command
+from hydra import compose, initialize_config_dir
+
+import train_teacher
+from sskd import CONF
+from sskd.advice import about_quotes
+from sskd.config import read_config
+from sskd.errors import UserError
+from sskd.wandb_environment import asked_mode, check_environment, surroundings
+from sskd.wandb_runs import choose_mode
+
+
+def one_line(command: Command, *words: str) -> str:
+    status, out, err = command(*words, "dataset=digits")
+    assert (status, out, err.count("\n")) == (1, "", 1), err
+    assert not command.runs.exists()
+    return err.removeprefix("error: ").strip()
+
+
+# ---- signs that Hydra reads as its own ----
+
+UNQUOTED = [
+    "teacher.checkpoint=a=b.pth",
+    "dataset.root=~/x=y",
+    "dataset.root=~/pictures",
+    "runs=~user",
+    "teacher.checkpoint=epoch=12-acc=70.ckpt",
+    "teacher.checkpoint=model[1].pth",
+    "dataset.root=my data (1)",
+    "teacher.checkpoint=it's=mine.pth",
+    "wandb.entity=a=$HOME",
+    "runs=a=`b`!",
+]
+
+
+@pytest.mark.parametrize("word", UNQUOTED)
+def test_the_quotes_that_are_advised_give_the_value_that_was_meant(word: str) -> None:
+    (advised,) = shlex.split(about_quotes(word).partition("Hydra: ")[2])  # as a shell reads it
+    key, _, value = word.partition("=")
+    with initialize_config_dir(str(CONF), version_base=None):
+        composed = compose("student", [advised])
+    for part in key.split("."):
+        composed = composed[part]
+    assert composed == value
+
+
+@pytest.mark.parametrize("word", UNQUOTED[:3])
+def test_unquoted_signs_are_one_line_that_says_how_to_quote(command: Command, word: str) -> None:
+    told = one_line(command, word)
+    assert told.startswith(f"{word}: cannot be read as KEY=VALUE")
+    assert told.endswith(about_quotes(word))
+    key, _, value = word.partition("=")
+    assert f"\"{key}='{value}'\"" in told
+
+
+@pytest.mark.parametrize("word", ["kd", "optimizer.lr=[1", "method={a: 1", "dataset.root='a", "=3"])
+def test_what_is_no_text_gets_no_quotes(word: str) -> None:
+    assert about_quotes(word) == ""
+
+
+# ---- a plus that is missing, or too many ----
+
+
+@pytest.fixture
+def own_groups(tmp_path: Path) -> Path:
+    """Return a folder with two groups of a user's own."""
+    for group in ("experiment", "study"):
+        (tmp_path / "own" / group).mkdir(parents=True)
+        (tmp_path / "own" / group / "mine.yaml").write_text("# @package _global_\nseed: -5\n")
+    return tmp_path / "own"
+
+
+@pytest.mark.parametrize("group", ["experiment", "study", "experiment@more"])
+def test_a_group_that_takes_a_plus(command: Command, own_groups: Path, group: str) -> None:
+    told = one_line(command, "-cd", str(own_groups), f"{group}=mine")
+    assert told.startswith(f"{group}: is a group that nothing chooses yet")
+    assert told.endswith(f"+{group}=mine")
+
+
+def test_with_the_plus_it_is_read(command: Command, own_groups: Path) -> None:
+    told = one_line(command, "-cd", str(own_groups), "+experiment=mine")
+    assert told == "seed: should be greater than or equal to 0 (got -5)"
+
+
+@pytest.mark.parametrize("words", [
+    ("arch@student=vgg8", "student.paraphraser_lr=0.1"),
+    ("arch@teacher=vgg13", "teacher.paraphraser_lr=0.1"),
+    ("arch@student=ShuffleV1", "student.paraphraser_lr=null"),
+])  # fmt: skip
+def test_a_setting_that_takes_a_plus(command: Command, words: tuple[str, ...]) -> None:
+    key, word = words[-1].partition("=")[0], words[-1]
+    assert one_line(command, *words) == (
+        f"{key}: is in no file of this choice, so that it takes a plus: +{word}"
+    )
+
+
+@pytest.mark.parametrize("word", [
+    "+optimizer.lr=0.1", "+seed=1", "+method.weights.kd=0.5", "+method=kd", "+pair=vgg13-vgg8",
+    "++method=kd", "+schedule=short",
+])  # fmt: skip
+def test_a_plus_too_many(command: Command, word: str) -> None:
+    told = one_line(command, word)
+    assert told.endswith(f"so that it takes no plus: {word.lstrip('+')}")
+
+
+def test_a_setting_of_another_choice_is_not_said_to_take_a_plus(command: Command) -> None:
+    told = one_line(command, "optimizer=adamw", "optimizer.momentum=0.9")
+    assert told.startswith("optimizer.momentum: no such setting")
+    assert "plus" not in told
+
+
+def test_train_teacher_says_it_too(command: Command) -> None:
+    status, _, err = command("arch=vgg8", "+seed=1", script=train_teacher)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "seed: is there already, so that it takes no plus: seed=1" in err
+
+
+# ---- W&B's variables ----
+
+WRONG = [
+    ("WANDB_MODE", "onlin", "should be 'online', 'offline', "),
+    ("WANDB_BASE_URL", "garbage", "should be a valid URL"),
+    ("WANDB_FINISH_TIMEOUT", "soon", "should be a number of seconds"),
+    ("WANDB_FINISH_TIMEOUT", "nan", "should be a number of seconds"),
+    ("WANDB_FINISH_TIMEOUT", "-3", "should be a number of seconds"),
+    ("WANDB_FINISH_TIMEOUT", "1e300", "should be a number of seconds"),
+    ("WANDB_PROJECT", "a/b", "cannot contain"),
+    ("WANDB_RUN_ID", "a/b", "cannot contain"),
+    ("WANDB_INIT_TIMEOUT", "abc", "should be a valid number"),
+    ("WANDB_CONSOLE", "loud", "should be 'auto', 'off', "),
+    ("WANDB_RESUME", "maybe", "should be 'allow', 'must', "),
+    ("WANDB_SILENT", "perhaps", "should be a valid boolean"),
+    ("WANDB_TAGS", "a,,b", "empty"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "told"), WRONG)
+def test_a_variable_that_wandb_cannot_read_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        check_environment("auto")
+    line = str(caught.value)
+    assert line.startswith(f"{name}={value}: ")
+    assert told in line
+    assert "\n" not in line
+    check_environment("disabled")  # what the line advises
+
+
+def test_the_value_of_a_secret_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: object, environ: dict[str, str]) -> None:
+        if "WANDB_API_KEY" in environ:
+            raise ValueError("should have 40 characters")
+
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "s3cret")
+    monkeypatch.setattr(wandb.Settings, "update_from_env_vars", refuse)
+    with pytest.raises(UserError, match=r"^WANDB_API_KEY: should have 40") as caught:
+        check_environment("auto")
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [WRONG[0][:2], WRONG[1][:2], WRONG[2][:2]])
+@pytest.mark.parametrize("sweep", [[], ["-m"]])
+def test_it_is_said_before_anything_is_trained(
+    command: Command, monkeypatch: pytest.MonkeyPatch, name: str, value: str, sweep: list[str]
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv(name, value)
+    words = ["arch@student=resnet8", "arch@teacher=resnet8", "teacher.train=true", "method=kd"]
+    assert one_line(command, *sweep, *words).startswith(f"{name}={value}: ")
+
+
+EMPTY = ["MODE", "PROJECT", "ENTITY", "BASE_URL", "FINISH_TIMEOUT", "RUN_ID", "TAGS", "SILENT"]
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv(f"WANDB_{name}", "")
+    check_environment("auto")
+    assert asked_mode("auto") == "auto"
+    with surroundings("auto", agents=False):
+        assert f"WANDB_{name}" not in os.environ
+        assert choose_mode("auto") == "offline"  # there is no login
+
+
+def test_a_wrong_mode_of_the_configuration_is_still_the_configurations() -> None:
+    with initialize_config_dir(str(CONF), version_base=None):
+        composed = compose("student", ["wandb.mode=onlin"])
+    with pytest.raises(UserError, match=r"^wandb\.mode: should be "):
+        read_config(composed)

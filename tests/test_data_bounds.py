@@ -1,0 +1,258 @@
+"""Decoding a stranger's images: the formats that are meant, and bounds on what they may take."""
+
+from __future__ import annotations
+
+import io
+import struct
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import EpsImagePlugin, Image, ImageDraw, ImageFile, ImageOps
+from test_data_folder import load, make_folder, refused, settings
+
+import sskd.data.decode
+from sskd.data.decode import FORMATS, MOST_BYTES, MOST_PIXELS, MOST_TILES, decode
+from sskd.data.folder import EXTENSIONS, folder_fingerprint
+from sskd.errors import UserError
+
+# ---- formats ----
+
+
+def image_as(form: str, **how: Any) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (32, 32), (200, 100, 50)).save(stream, form, **how)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("form", ["EPS", "GIF", "ICO", "PCX", "SGI", "TGA", "DDS", "ICNS"])
+@pytest.mark.parametrize("name", ["b.png", "b.jpg"])
+def test_another_format_is_refused_whatever_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, name: str
+) -> None:
+    def run(*args: Any, **how: Any) -> None:
+        raise AssertionError("PostScript is a program, and must not be run")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    root = make_folder(tmp_path)
+    (root / "train/dog/b.png").unlink()
+    (root / "train/dog" / name).write_bytes(image_as(form))
+    assert f"{name} cannot be read as an image: cannot identify" in refused(root)
+
+
+def test_a_page_of_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Any] = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **how: ran.append(args))
+    root = make_folder(tmp_path)
+    page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
+    for start in (b"", b"\xc5\xd0\xd3\xc6" + struct.pack("<LL", 32, len(page)) + bytes(20)):
+        (root / "train/dog/b.png").write_bytes(start + page)
+        refused(root)
+    assert ran == []
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_each_format_that_is_meant_is_read(form: str) -> None:
+    colour = decode(image_as(form), 32).flatten(1).float().mean(1)
+    assert colour.tolist() == pytest.approx([200, 100, 50], abs=3)
+
+
+def test_every_extension_is_of_a_format_that_is_meant() -> None:
+    assert {Image.registered_extensions()[extension] for extension in EXTENSIONS} == set(FORMATS)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_photograph_is_upright_in_every_format(form: str) -> None:
+    picture = Image.new("RGB", (64, 64))
+    ImageDraw.Draw(picture).rectangle((0, 0, 63, 31), fill=(255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # held upside down
+    stream = io.BytesIO()
+    picture.save(stream, form, exif=exif)
+    image = decode(stream.getvalue(), 32)
+    assert image[:, :12].max() < 20
+    assert image[:, -12:].min() > 235
+
+
+# ---- bounds ----
+
+
+def png(width: int, height: int) -> bytes:
+    """Return a PNG of one colour, with a bit a pixel."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    rows = zlib.compress(bytes((1 + (width + 7) // 8) * height), 9)
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def jpeg(width: int, height: int) -> bytes:
+    """Return a JPEG of 32 x 32 pixels whose header says other ones."""
+    content = bytearray(image_as("JPEG"))
+    start = content.index(b"\xff\xc0")  # the frame's header: length, bits, height, width
+    content[start + 5 : start + 9] = struct.pack(">HH", height, width)
+    return bytes(content)
+
+
+def bmp(width: int, height: int) -> bytes:
+    content = bytearray(image_as("BMP"))
+    content[18:26] = struct.pack("<ii", width, height)
+    return bytes(content)
+
+
+def tiff(tags: list[tuple[int, int, int]], data: bytes = b"") -> bytes:
+    """Return a little-endian TIFF: ``tags`` are (tag, count, value), of 32 bits each."""
+    table = b"".join(struct.pack("<HHLL", tag, 4, count, value) for tag, count, value in tags)
+    return b"II*\0" + struct.pack("<LH", 8, len(tags)) + table + bytes(4) + data
+
+
+def grey_tiff(width: int, height: int, *more: tuple[int, int, int], data: bytes = b"") -> bytes:
+    tags = [(256, 1, width), (257, 1, height), (258, 1, 8), (259, 1, 8), (262, 1, 1), (277, 1, 1)]
+    return tiff([*tags, *more], data)
+
+
+def tiff_of_one_tile(side: int) -> bytes:
+    """Return a TIFF of 1 x 1 pixel in a tile of ``side`` x ``side``, which is decoded whole."""
+    data = zlib.compress(bytes(side * side), 9)
+    start = 8 + 2 + 12 * 10 + 4
+    tile = [(322, 1, side), (323, 1, side), (324, 1, start), (325, 1, len(data))]
+    return grey_tiff(1, 1, *tile, data=data)
+
+
+def tiff_of_strips(count: int) -> bytes:
+    start = 8 + 2 + 12 * 9 + 4
+    strips = [(273, count, start), (278, 1, 1), (279, count, start + 4 * count)]
+    return grey_tiff(1, count, *strips, data=bytes(8 * count))
+
+
+def big_tiff_of_strips(count: int) -> bytes:
+    table = struct.pack("<HHQQ", 273, 4, count, 36)
+    return b"II" + struct.pack("<HHHQQ", 43, 8, 0, 16, 1) + table + bytes(8 * count)
+
+
+BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "a PNG": (lambda: png(13_000, 13_000), "it has 13000 x 13000 pixels"),
+    "a PNG beyond Pillow's own limit": (lambda: png(20_000, 20_000), "exceeds limit"),
+    "a PNG of one row more": (lambda: png(8192, 8193), "it has 8192 x 8193 pixels"),
+    "a JPEG's header": (lambda: jpeg(13_000, 13_000), "it has 13000 x 13000 pixels"),
+    "a JPEG's largest header": (lambda: jpeg(65_500, 65_500), "exceeds limit"),
+    "a BMP's header": (lambda: bmp(13_000, 13_000), "it has 13000 x 13000 pixels"),
+    "a PPM's header": (lambda: b"P6 13000 13000 255\n", "it has 13000 x 13000 pixels"),
+    "a TIFF's header": (lambda: grey_tiff(13_000, 13_000), "it has 13000 x 13000 pixels"),
+    "a TIFF's tile": (lambda: tiff_of_one_tile(8200), "its tiles have 8200 x 8200 pixels"),
+    "a TIFF's strips": (lambda: tiff_of_strips(MOST_TILES + 1), "262,145 strips or tiles"),
+    "a BigTIFF's strips": (lambda: big_tiff_of_strips(MOST_TILES + 1), "262,145 strips or tiles"),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_bomb_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    make, told = BOMBS[kind]
+    root = make_folder(tmp_path)
+    loaded, load_image = [], ImageFile.ImageFile.load
+
+    def watched(image: Any) -> Any:
+        loaded.append(image.size)
+        return load_image(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", watched)
+    (root / "train/dog/b.png").write_bytes(make())
+    message = refused(root)
+    assert f"{root / 'train/dog/b.png'} cannot be read as an image: " in message
+    assert told in message
+    assert max(width * height for width, height in loaded) < 10_000, "only the small ones"
+    assert capfd.readouterr().err == "", "no warning of Pillow beside the one line"
+
+
+def test_the_bound_on_pixels_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sskd.data.decode, "MOST_PIXELS", 32 * 40)
+    assert decode(png(40, 32), 32).shape == (3, 32, 32)
+    with pytest.raises(ValueError, match="41 x 32 pixels"):
+        decode(png(41, 32), 32)
+    assert MOST_PIXELS == 8192 * 8192
+
+
+def test_a_tiled_tiff_is_read() -> None:
+    assert decode(tiff_of_one_tile(256), 32).unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("size", [MOST_BYTES + 1, 60 * 2**30])
+def test_a_file_beyond_the_bound_is_not_read(tmp_path: Path, size: int) -> None:
+    root = make_folder(tmp_path)
+    with (root / "train/dog/b.png").open("r+b") as stream:
+        stream.truncate(size)  # sparse
+    start = time.monotonic()
+    assert f"it has {size:,} bytes, and the limit is" in refused(root)
+    with pytest.raises(UserError, match="bytes, and the limit is"):
+        folder_fingerprint(settings(root))
+    assert time.monotonic() - start < 5
+
+
+def test_large_images_are_decoded_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_folder(tmp_path)
+    at_once, most, guard, fit = 0, [], threading.Lock(), ImageOps.fit
+
+    def slow(*args: Any) -> Any:
+        nonlocal at_once
+        with guard:
+            at_once += 1
+            most.append(at_once)
+        time.sleep(0.02)
+        with guard:
+            at_once -= 1
+        return fit(*args)
+
+    monkeypatch.setattr(ImageOps, "fit", slow)
+    load(root)
+    assert max(most) > 1, "small ones side by side"
+    most.clear()
+    monkeypatch.setattr(sskd.data.decode, "_LARGE", 0)
+    load(root)
+    assert max(most) == 1
+
+
+def test_a_text_that_unpacks_to_much_is_refused() -> None:
+    """Pillow's own bound on what a PNG's compressed texts and profiles may take."""
+    content = image_as("PNG")
+    end = content.index(b"IDAT") - 4
+    for kind, data in ((b"zTXt", b"a\0\0"), (b"iTXt", b"a\0\1\0\0\0")):
+        data += zlib.compress(bytes(100 * 2**20), 9)
+        crc = struct.pack(">I", zlib.crc32(kind + data))
+        chunk = struct.pack(">I", len(data)) + kind + data + crc
+        with pytest.raises(ValueError, match=r"[Dd]ecompressed"):
+            decode(content[:end] + chunk + content[end:], 32)
+
+
+@pytest.mark.parametrize("form", ["TIFF", "WEBP", "PNG"])
+def test_of_an_image_with_many_frames_one_is_decoded(form: str) -> None:
+    frames = [Image.new("RGB", (64, 64), (k, 0, 0)) for k in range(50)]
+    stream = io.BytesIO()
+    how = {"lossless": True} if form == "WEBP" else {}
+    frames[0].save(stream, form, save_all=True, append_images=frames[1:], **how)
+    assert decode(stream.getvalue(), 32).unique().tolist() == [0]
+
+
+def test_pillows_warnings_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    # Tags that point beyond the file: Pillow warns of each.
+    table = b"".join(struct.pack("<HHLL", 40_000 + k, 1, 2**20, 8) for k in range(100))
+    exif = b"Exif\0\0II*\0" + struct.pack("<LH", 8, 100) + table + bytes(4)
+    (root / "train/dog/b.png").write_bytes(image_as("PNG", exif=exif))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load(root)
+    assert [warning for warning in caught if "PIL" in str(warning.filename)] == []

@@ -1,0 +1,184 @@
+"""What `wandb agent` gets: the command's own cell in its run, and no other cell."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from conftest import Command, Compose
+from test_run import SMALL, CrashError, at_step, crash
+from test_tracking import history, inspect, offline_runs
+
+from sskd.wandb_environment import surroundings
+from train_student import train
+
+AGENT = {
+    "WANDB_SWEEP_ID": "sweep123",
+    "WANDB_RUN_ID": "proposal",
+    "WANDB_PROJECT": "tuned",
+    "WANDB_ENTITY": "team",
+    "WANDB_RESUME": "never",
+    "WANDB_RUN_GROUP": "proposals",
+    "WANDB_NAME": "brisk-sweep-3",
+    "WANDB_JOB_TYPE": "sweep",
+    "WANDB_NOTES": "a proposal",
+}
+TAUGHT = [*(word for word in SMALL if "epochs" not in word), "schedule.epochs=1", "method=kd"]
+ALONE = ["method=vanilla" if word == "method=kd" else word for word in TAUGHT]
+
+
+@pytest.fixture
+def agent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Be what `wandb agent` starts, without a login; return the file of the proposal's settings."""
+    monkeypatch.delenv("WANDB_MODE")
+    settings = tmp_path / "config-proposal.yaml"
+    settings.write_text("wandb_version: 1\noptimizer.lr:\n  value: 0.05\n")
+    for name, value in (AGENT | {"WANDB_SWEEP_PARAM_PATH": str(settings)}).items():
+        monkeypatch.setenv(name, value)
+    return settings
+
+
+def told(path: Path) -> dict[str, Any]:
+    (about,) = (record["run"] for record in inspect(path) if record["type"] == "run")
+    assert isinstance(about, dict)
+    return about
+
+
+def by_kind(runs: Path) -> dict[str, dict[str, Any]]:
+    """Return what W&B is told of each run, by its kind and id."""
+    return {
+        f"{about['job_type']} {about['run_id']}": about for about in map(told, offline_runs(runs))
+    }
+
+
+@pytest.mark.usefixtures("agent")
+def test_a_teacher_on_the_way_is_not_the_agents_run(composed: Compose, tmp_path: Path) -> None:
+    before = dict(os.environ)
+    result = train(composed(*TAUGHT))
+    assert {k: v for k, v in os.environ.items() if k in AGENT} == AGENT
+    assert os.environ["WANDB_SWEEP_PARAM_PATH"] == before["WANDB_SWEEP_PARAM_PATH"]
+    runs = {about["job_type"]: about for about in map(told, offline_runs(tmp_path / "runs"))}
+    assert runs.keys() == {"teacher", "student"}
+    own, other = runs["student"], runs["teacher"]
+    assert (own["run_id"], own["sweep_id"]) == ("proposal", "sweep123")
+    assert (own["project"], own["entity"]) == ("tuned", "team")
+    assert other["run_id"] != "proposal"
+    assert not other.get("sweep_id")
+    assert other["project"] == "sskd"
+    assert other["display_name"].startswith("digits/scratch/resnet14/")
+    assert not other.get("notes")
+    assert "brisk" not in other["display_name"]
+    student = next(path for path in offline_runs(tmp_path / "runs") if "/distill/" in str(path))
+    (summary,) = inspect(student, "--summary")
+    assert summary["summary"]["last/top1"] == pytest.approx(result["top1"]["last"])
+
+
+@pytest.mark.usefixtures("agent")
+def test_a_proposal_that_has_finished_reports_its_result(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = composed(*ALONE, "dataset.holdout=0.2", "schedule.epochs=2")
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        result = train(config)
+    assert not offline_runs(tmp_path / "runs")
+    monkeypatch.setenv("WANDB_RUN_ID", "again")
+    assert train(config) == json.loads(json.dumps(result))
+    (path,) = offline_runs(tmp_path / "runs")
+    assert (told(path)["run_id"], told(path)["sweep_id"]) == ("again", "sweep123")
+    (metrics,) = (tmp_path / "runs").rglob("metrics.jsonl")
+    lines = [json.loads(line) for line in metrics.open()]
+    assert [step["holdout/top1"] for step in history(path)] == [
+        pytest.approx(line["holdout/top1"]) for line in lines
+    ]
+    (summary,) = inspect(path, "--summary")
+    shown = summary["summary"]  # whichever of these the agent's sweep optimises
+    assert shown["test/top1"] == pytest.approx(lines[-1]["test/top1"])
+    assert shown["holdout/top1"] == pytest.approx(lines[-1]["holdout/top1"])
+    assert shown["last/top1"] == pytest.approx(result["top1"]["last"])
+    assert shown["best/top1"] == pytest.approx(result["top1"]["best"])
+
+
+@pytest.mark.usefixtures("agent")
+def test_a_finished_proposal_with_damaged_metrics_reports_its_summary(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    config = composed(*ALONE)
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        result = train(config)
+    (metrics,) = (tmp_path / "runs").rglob("metrics.jsonl")
+    metrics.write_text("{")
+    train(config)
+    assert "warning: " in capsys.readouterr().err
+    (summary,) = inspect(*offline_runs(tmp_path / "runs"), "--summary")
+    assert summary["summary"]["last/top1"] == pytest.approx(result["top1"]["last"])
+
+
+@pytest.mark.usefixtures("agent")
+def test_a_proposal_that_was_stopped_is_whole_in_the_next_agents_run(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = composed(*ALONE, "schedule.epochs=2", "checkpoint_minutes=1e-9")
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, crash)
+        with pytest.raises(CrashError):
+            train(config)
+    monkeypatch.setenv("WANDB_RUN_ID", "second")
+    train(config)
+    whole = next(path for path in offline_runs(tmp_path / "runs") if "second" in path.name)
+    assert [step["_step"] for step in history(whole)] == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("agent")
+def test_the_cells_of_a_sweep_are_runs_of_their_own(command: Command) -> None:
+    assert command("-m", *ALONE, "seed=0,1")[0] == 0
+    cells = by_kind(command.runs)
+    assert len(cells) == 2
+    assert not any("proposal" in name for name in cells)
+    assert not any(about.get("sweep_id") for about in cells.values())
+
+
+@pytest.mark.usefixtures("agent")
+def test_the_command_of_one_cell_is_the_agents_run(command: Command) -> None:
+    assert command(*ALONE)[0] == 0
+    assert by_kind(command.runs).keys() == {"teacher proposal"}
+
+
+def test_a_later_run_of_the_process_is_not_the_agents(
+    composed: Compose, agent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(composed(*ALONE))
+    for name in (*AGENT, "WANDB_SWEEP_PARAM_PATH"):
+        monkeypatch.delenv(name)
+    agent.unlink()
+    train(composed(*ALONE, "seed=1"))
+    ids = [told(path).get("sweep_id") for path in offline_runs(tmp_path / "runs")]
+    assert sorted(filter(None, ids)) == ["sweep123"]
+    assert len(ids) == 2
+
+
+def test_a_result_is_reported_to_an_agent_alone(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(composed(*ALONE))
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(wandb, "init", None)  # nothing is to call it
+    train(composed(*ALONE))
+    assert not offline_runs(tmp_path / "runs")
+
+
+@pytest.mark.parametrize("name", [*AGENT, "WANDB_SWEEP_PARAM_PATH"])
+@pytest.mark.parametrize("agents", [True, False])
+def test_only_the_agents_run_sees_what_names_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, agents: bool
+) -> None:
+    monkeypatch.setenv(name, "value")
+    of_all = name in ("WANDB_PROJECT", "WANDB_ENTITY")
+    with surroundings("offline", agents=agents):
+        assert (name in os.environ) == (agents or of_all)
+    assert os.environ[name] == "value"
