@@ -190,8 +190,8 @@ def _explained(error: Exception) -> str:
         )
     if type(error).__module__.startswith("submitit."):  # goes on with all that the job has printed
         return " ".join(str(error).splitlines()[:2]) + "; the other jobs go on (see squeue)"
-    if told := about_plus(error):
-        return told
+    if advice := about_plus(error):
+        return advice
     if isinstance(error, yaml.YAMLError):
         return f"not YAML that can be read: {' '.join(str(error).split())}"
     if isinstance(error, OverrideParseException):

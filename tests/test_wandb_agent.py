@@ -115,7 +115,8 @@ def test_a_finished_proposal_with_damaged_metrics_reports_its_summary(
     metrics.write_text("{")
     train(config)
     assert "warning: " in capsys.readouterr().err
-    (summary,) = inspect(*offline_runs(tmp_path / "runs"), "--summary")
+    (path,) = offline_runs(tmp_path / "runs")
+    (summary,) = inspect(path, "--summary")
     assert summary["summary"]["last/top1"] == pytest.approx(result["top1"]["last"])
 
 
