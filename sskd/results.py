@@ -109,6 +109,7 @@ def _circumstances(images: Images) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "threads": torch.get_num_threads(),
         "peak_memory_mib": peak_memory(device),
         "versions": {
             "python": platform.python_version(),
