@@ -38,7 +38,7 @@ def summarise(
     agreement is in percent, the divergence in nats.
     """
     student = method.student
-    logits = predict(student, images.test, images)
+    logits = predict(student, images.test, images, f"{run.folder}: the student, test set")
     best = run.load_best(position.best_epoch)
     last = accuracy(logits, images.test.labels)
     result: dict[str, Any] = {
@@ -73,7 +73,8 @@ def summarise(
         **_circumstances(images),
     }
     if config.teacher:
-        teacher_logits = predict(method.teacher, images.test, images)
+        of = f"{run.folder}: the teacher {config.teacher.name}, test set"
+        teacher_logits = predict(method.teacher, images.test, images, of)
         result["teacher_top1"] = accuracy(teacher_logits, images.test.labels)
         result["agreement"] = agreement(logits, teacher_logits)
         result["kl"] = mean_kl(logits, teacher_logits)
