@@ -244,7 +244,7 @@ class Lost(nn.Module):
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_the_first_wrong_image_is_named(value: float) -> None:
     images = random_images(8, 10)
-    bright = [images.test.images[i].float().mean() > 0.4 * 255 for i in range(10)]
+    bright = [each.float().mean().item() > 0.4 * 255 for each in images.test.images]
     message = (
         f"the net: the logits of image {bright.index(True)} of 10 .*and of {sum(bright) - 1} others"
     )
