@@ -15,7 +15,7 @@ demo: $(READY)
 # Every test that runs on a CPU, one process a core. More of them run where SSKD_DATA names a folder
 # that holds cifar-100-python, and SSKD_TEACHERS one of published checkpoints (tests/conftest.py).
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # The same with the oldest versions that pyproject.toml admits, and with the newest, Hydra's and
 # OmegaConf's release candidates among them (the launchers of a cluster need Hydra 1.3).
@@ -23,13 +23,13 @@ test-oldest: $(READY)
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-oldest
 	$(BIN)/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct \
 	  --extra dev --extra cluster -r pyproject.toml
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --dist worksteal
 
 test-newest: $(READY)
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-newest
 	$(BIN)/uv pip install --quiet --python .venv-newest/bin/python --upgrade \
 	  --extra dev -r pyproject.toml 'hydra-core>=1.4.0rc1' 'omegaconf>=2.4.0rc1'
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n auto
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n auto --dist worksteal
 
 # Sweeps on a real SLURM, which is installed, started and stopped again on this machine: Debian, root.
 test-slurm: $(READY)
@@ -37,7 +37,7 @@ test-slurm: $(READY)
 
 # What the tests run of the suite's own code, in their processes' processes too, and what they do not.
 coverage: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov --cov-report=term-missing:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term-missing:skip-covered
 
 # Hundreds of kills, power failures and full disks; prints a row of the table for each.
 torture: $(READY)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import few_digits
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -18,10 +20,13 @@ import train_student
 from sskd import CONF
 from sskd.cli import run_command
 from sskd.config import Config, read_config
-from sskd.data import Images, Split
+from sskd.data import SOURCES, Images, Split
 from sskd.status import SWEEP_VARIABLE
+from sskd.teachers import missing_teacher
 
 Compose = Callable[..., Config]
+
+few_digits.install()
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +50,22 @@ def composed(tmp_path: Path) -> Compose:
             return read_config(compose(primary, [f"runs={tmp_path / 'runs'}", *overrides]))
 
     return compose_config
+
+
+@pytest.fixture(autouse=True)
+def _no_sync(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not wait for the disk in the tests' own process, which no power failure ends.
+
+    The processes that tests start sync, as test_faults.py does, which tests that they do.
+    """
+    if request.module.__name__ != "test_storage":
+        monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def all_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process read all test images of the digits: 356 where tests have 60 elsewhere."""
+    monkeypatch.setitem(SOURCES, "digits", few_digits.ALL)
 
 
 @pytest.fixture
@@ -109,6 +130,34 @@ class Command:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Command:
     return Command(monkeypatch, capsys, tmp_path / "runs")
+
+
+class SmallTeacher:
+    """The teacher of ``faults.SMALL``, trained once a session for the tests that are not about it.
+
+    They spend as long on it as on their student.
+    """
+
+    def __init__(self, runs: Path) -> None:
+        self._runs = runs
+
+    def put(self, *folders: Path) -> None:
+        """Copy its finished run into folders of runs; before the test changes how runs train."""
+        if not self._runs.exists():
+            from faults import SMALL
+
+            with initialize_config_dir(str(CONF), version_base=None):
+                words = [f"runs={self._runs}", *SMALL, "method=kd"]
+                config = missing_teacher(read_config(compose("student", words)))
+            assert config is not None
+            train_student.train(config)
+        for runs in folders:
+            shutil.copytree(self._runs, runs)
+
+
+@pytest.fixture(scope="session")
+def small_teacher(tmp_path_factory: pytest.TempPathFactory) -> SmallTeacher:
+    return SmallTeacher(tmp_path_factory.mktemp("teacher") / "runs")
 
 
 @pytest.fixture(scope="session")

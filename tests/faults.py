@@ -1,7 +1,7 @@
 """Processes that train a cell and are broken on purpose, at a moment of one's choice.
 
-A server process imports everything once and forks; so a start takes a fraction of a second, and a
-cell can be broken at each of the moments at which it touches the disk.
+The server of tests/commands.py forks; so a start takes a fraction of a second, and a cell can be
+broken at each of the moments at which it touches the disk.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from commands import forked
 
 SMALL = (
     "dataset=digits", "dataset.fraction=0.05", "teacher.fraction=0.05", "schedule.epochs=3",
@@ -299,11 +300,6 @@ def _train(overrides: tuple[str, ...], fault: Fault | None, told: Any) -> None:
     os._exit(status)
 
 
-_context = get_context("forkserver")
-_context.set_forkserver_preload(["train_student", "sskd.fit", "sskd.assembly", "sskd.tracking",
-    "sskd.results", "sskd.phases", "sskd.acceleration", "sklearn.datasets"])  # fmt: skip
-
-
 class Attempt:
     """A process that trains ``cell`` under ``runs``, broken by ``fault``."""
 
@@ -312,8 +308,7 @@ class Attempt:
     ) -> None:
         self.log = log or runs.with_name(f"{runs.name}.log")
         overrides = (*CELLS[cell], *more, f"runs={runs}")
-        self._process = _context.Process(target=_train, args=(overrides, fault, str(self.log)))
-        self._process.start()
+        self._process = forked(_train, overrides, fault, str(self.log))
 
     def end(self, after: float | None = None) -> int:
         """Wait for the process, kill it ``after`` seconds if it lives, return its exit status."""
@@ -322,12 +317,12 @@ class Attempt:
             self._process.kill()
             self._process.join()
         status = self._process.exitcode
-        assert status is not None
+        assert isinstance(status, int)
         return status
 
     def is_alive(self) -> bool:
         """Return whether the process is still at work."""
-        return self._process.is_alive()
+        return bool(self._process.is_alive())
 
     def is_stopped(self) -> bool:
         """Return whether the process stands still."""

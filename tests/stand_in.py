@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -14,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from sskd import CONF
+from commands import STDOUT, Started
 
 HANGS = 600.0  # seconds without an answer
 EPOCHS = 6  # of a run that reports to it
@@ -137,7 +134,7 @@ def wait_until(condition: Any, seconds: float = 30.0) -> None:
         time.sleep(0.02)
 
 
-def reporting_run(url: str, runs: Path, *more: str) -> subprocess.Popen[str]:
+def reporting_run(url: str, runs: Path, *more: str) -> Started:
     """Start a run that is to report to the server at ``url``."""
     environment = os.environ | {
         "WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online",
@@ -146,8 +143,4 @@ def reporting_run(url: str, runs: Path, *more: str) -> subprocess.Popen[str]:
     environment.pop("WANDB_SERVICE", None)  # of a test that was W&B's client in this process
     words = ["train_teacher.py", "arch=resnet8", "dataset=digits", "dataset.fraction=0.05"]
     words += [f"schedule.epochs={EPOCHS}", f"runs={runs}", *more]
-    return subprocess.Popen(
-        [sys.executable, *words], cwd=CONF.parent, env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's job ignores it
-    )  # fmt: skip
+    return Started(*words, env=environment, stderr=STDOUT)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run
 from faults import SMALL
 
 from benchmarks import grid
@@ -21,14 +21,12 @@ from sskd.methods.kd import kd_loss
 from sskd.methods.sskd import keep_rows, similarity
 from sskd.models import build_model
 
-ROOT = Path(__file__).parent.parent
-
 
 def test_the_cost_of_methods_is_a_table_and_figures(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.methods", "--pairs", "vgg13-MobileNetV2"]
+    command = ["-m", "benchmarks.methods", "--pairs", "vgg13-MobileNetV2"]
     small = ["--methods", "kd", "ft", "fsp", "--batch", "2", "--rounds", "2", "--images", "20"]
     out = ["--device", "cpu", "--out", str(tmp_path / "new" / "cost")]
-    done = subprocess.run([*command, *small, *out], cwd=ROOT, capture_output=True, text=True)
+    done = run(*command, *small, *out)
     assert done.returncode == 0, done.stderr
     assert "method=fsp vgg13-MobileNetV2: needs the same channels" in done.stderr
     costs = json.loads((tmp_path / "new" / "cost.json").read_text())["costs"]
@@ -43,14 +41,7 @@ def test_the_cost_of_methods_is_a_table_and_figures(tmp_path: Path) -> None:
 
 
 def test_throughput_is_two_tables_and_figures(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.throughput",
-        "--works",
-        "kd",
-        "evaluation",
-    ]
+    command = ["-m", "benchmarks.throughput", "--works", "kd", "evaluation"]
     small = ["--pair", "resnet14-resnet8", "--batch", "4", "--rounds", "2", "--steps", "1"]
     more = [
         "--images",
@@ -64,7 +55,7 @@ def test_throughput_is_two_tables_and_figures(tmp_path: Path) -> None:
         "--precompute",
     ]
     out = ["--out", str(tmp_path / "new" / "throughput")]
-    done = subprocess.run([*command, *small, *more, *out], cwd=ROOT, capture_output=True, text=True)
+    done = run(*command, *small, *more, *out)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "new" / "throughput.json").read_text())["rows"]
     assert [row["work"] for row in rows] == ["kd", "evaluation"]
@@ -81,13 +72,9 @@ def test_throughput_is_two_tables_and_figures(tmp_path: Path) -> None:
 
 
 def test_a_short_run_is_told_with_the_fast_path_and_without(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks.fast_path", "method=kd,sskd", *SMALL),
-            *("schedule.epochs=2", "wandb.mode=disabled", "--runs", str(tmp_path)),
-        ],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    command = ("-m", "benchmarks.fast_path", "method=kd,sskd", *SMALL)
+    done = run(*command, "schedule.epochs=2", "wandb.mode=disabled", "--runs", str(tmp_path))
+    assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
     assert [row[1] for row in rows] == ["distill", "distill", "ss_head", "distill", "distill"]
     for _, _, _, fast, plain, *_ in rows:
@@ -126,10 +113,10 @@ def test_the_conventional_choice_of_rows_is_the_suites() -> None:
 
 
 def test_scale_is_two_tables(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.scale", "--pair", "resnet14-resnet8"]
+    command = ["-m", "benchmarks.scale", "--pair", "resnet14-resnet8"]
     small = ["--batches", "2", "4", "--cells", "1", "2", "--seconds", "0.1", "--images", "20"]
     out = ["--device", "cpu", "--out", str(tmp_path / "scale")]
-    done = subprocess.run([*command, *small, *out], cwd=ROOT, capture_output=True, text=True)
+    done = run(*command, *small, *out)
     assert done.returncode == 0, done.stderr
     scales = json.loads((tmp_path / "scale.json").read_text())["scales"]
     assert [(each["batch"], each["cells"]) for each in scales] == [(2, 1), (4, 1), (2, 1), (2, 2)]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from breaking import outcome
+from commands import DEVNULL, Started, run
 from conftest import Command, Compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
@@ -274,13 +275,10 @@ def test_a_killed_process_goes_on_where_it_stopped(composed: Compose, tmp_path: 
     runs = tmp_path / "killed"
     arguments = [*SMALL, "schedule.epochs=12", "method=sskd", "checkpoint_minutes=1e-9"]
     train(composed(*arguments, f"runs={tmp_path / 'whole'}"))
-    command = [sys.executable, "train_student.py", *arguments, f"runs={runs}"]
-    environment = os.environ | {
-        "WANDB_MODE": "disabled",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
+    command = ["train_student.py", *arguments, f"runs={runs}"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     for waited_for in ("phases/*/*/*/last.pt", "distill/*/*/*/last.pt"):
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        process = Started(*command, env=environment, stdout=DEVNULL, stderr=DEVNULL)
         deadline = time.monotonic() + 120
         while not list(runs.glob(f"digits/{waited_for}")) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -288,16 +286,17 @@ def test_a_killed_process_goes_on_where_it_stopped(composed: Compose, tmp_path: 
         assert process.poll() is None, "it finished before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    last = run(*command, env=environment)
+    assert last.returncode == 0, last.stderr
     assert outcome(runs) == outcome(tmp_path / "whole")
 
 
 def test_a_terminated_process_ends_with_the_conventional_status(tmp_path: Path) -> None:
     arguments = [*SMALL, "schedule.epochs=400", "method=vanilla", f"runs={tmp_path / 'runs'}"]
-    environment = os.environ | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # the script as a user starts it
         [sys.executable, "train_student.py", *arguments],
-        cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list((tmp_path / "runs").rglob("last.pt")) and time.monotonic() < deadline:

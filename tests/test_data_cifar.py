@@ -11,8 +11,6 @@ import os
 import pickle
 import shutil
 import socket
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -27,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import Started
 from safetensors.torch import load, save
 from stand_in import wait_until
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -238,13 +237,10 @@ def served(small_cifar: Path) -> Iterator[tuple[type[Archive], dict[str, Any]]]:
         server.shutdown()
 
 
-def start_to_load(root: Path, published: dict[str, Any]) -> subprocess.Popen[str]:
+def start_to_load(root: Path, published: dict[str, Any]) -> Started:
     """Start a process that downloads the small CIFAR-100 into ``root`` and loads it."""
     told = {"published": published, "settings": settings("cifar100", root=str(root)).model_dump()}
-    return subprocess.Popen(
-        [sys.executable, "-c", LOADS, json.dumps(told)],
-        cwd=CONF.parent.parent, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    return Started("-c", LOADS, json.dumps(told))
 
 
 def test_processes_that_load_at_once_download_once(

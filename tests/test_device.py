@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import PIPE, Started
 
 from sskd.device import best_precision, peak_memory, reset_peak_memory
 
@@ -71,13 +72,10 @@ for _ in range(2):
 def test_processes_spread_over_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
 
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", CHOOSES],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+    def start() -> Started:
+        return Started("-c", CHOOSES, stdin=PIPE)
 
-    def choice(process: subprocess.Popen[str]) -> int:
+    def choice(process: Started) -> int:
         assert process.stdout is not None
         return int(process.stdout.readline())
 

@@ -8,13 +8,11 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import re
 import runpy
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import run
 from conftest import Compose, random_images
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -170,13 +169,6 @@ def add_lines(path: Path, table: str, added: list[str]) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def run(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *words], cwd=checkout, env=environment, capture_output=True, text=True
-    )
-
-
 def load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
     assert spec is not None
@@ -222,7 +214,7 @@ def test_the_pages_command_trains_its_network_on_its_data_with_its_method(
     (command,) = commands(SECTIONS[OWN_PARTS])
     words = [word.replace("FILE", str(tmp_path / "images.npz")) for word in command[1:]]
     small = ("schedule.epochs=16", "batch_size=16", "device=cpu", f"runs={tmp_path / 'runs'}")
-    finished = run(checkout, *words, *small, "wandb.mode=disabled")
+    finished = run(*words, *small, "wandb.mode=disabled", cwd=checkout)
     assert finished.returncode == 0, finished.stderr
 
     (path,) = tmp_path.glob("runs/mine/distill/resnet20-plain16/dist/*/result.json")
@@ -246,7 +238,7 @@ def test_a_wrong_setting_of_the_pages_method_is_refused_by_name(
     checkout: Path, tmp_path: Path
 ) -> None:
     wrong = ("method=dist", "method.intra=-1", "+method.inter=1", f"runs={tmp_path / 'runs'}")
-    refused = run(checkout, "train_student.py", "dataset=digits", *wrong)
+    refused = run("train_student.py", "dataset=digits", *wrong, cwd=checkout)
     assert refused.returncode == 1
     assert refused.stderr.count("\n") == 1, refused.stderr
     assert "method.intra: should be greater than or equal to 0" in refused.stderr
@@ -257,7 +249,7 @@ def test_a_wrong_setting_of_the_pages_method_is_refused_by_name(
 def test_the_suite_tests_the_pages_method_as_it_is(checkout: Path) -> None:
     """On the 11 pairs, overfitting a batch, with a batch of one image, loading its state."""
     quiet = ("-q", "-p", "no:cacheprovider", "--color=no")
-    tested = run(checkout, "-m", "pytest", "tests/test_methods.py", "-k", "dist", *quiet)
+    tested = run("-m", "pytest", "tests/test_methods.py", "-k", "dist", *quiet, cwd=checkout)
     assert tested.returncode == 0, tested.stdout
     passed = re.search(r"^(\d+) passed", tested.stdout, re.M)
     assert passed is not None, tested.stdout

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from breaking import outcome
-from conftest import Compose
+from conftest import Compose, SmallTeacher
 from damage import change_value
 from faults import SMALL
 from PIL import Image
@@ -77,8 +77,12 @@ def crash() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_stopped_anywhere_ends_like_an_undisturbed_one(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str,
+    small_teacher: SmallTeacher,
+) -> None:  # fmt: skip
+    """KD's teacher is stopped too; it is the same run with every other method."""
+    if method not in ("vanilla", "kd"):
+        small_teacher.put(tmp_path / "whole", tmp_path / "broken")
     whole = composed(*SMALL, f"method={method}", f"runs={tmp_path / 'whole'}")
     with monkeypatch.context() as patch:
         steps = at_step(patch, -1, crash)
@@ -135,8 +139,10 @@ def test_a_seed_gives_the_same_result_again_and_another_seed_another(
 
 @pytest.mark.parametrize(("method", "phase"), [("sskd", "ss_head"), ("ft", "paraphraser")])
 def test_a_first_phase_is_computed_once_and_shifts_nothing(
-    composed: Compose, tmp_path: Path, method: str, phase: str, capsys: Any
-) -> None:
+    composed: Compose, tmp_path: Path, method: str, phase: str, capsys: Any,
+    small_teacher: SmallTeacher,
+) -> None:  # fmt: skip
+    small_teacher.put(tmp_path / "alone", tmp_path / "second")
     alone, second = f"runs={tmp_path / 'alone'}", f"runs={tmp_path / 'second'}"
     train(composed(*SMALL, f"method={method}", alone))
     train(composed(*SMALL, f"method={method}", second, "arch@student=wrn_16_1"))
@@ -156,8 +162,10 @@ def test_a_first_phase_is_computed_once_and_shifts_nothing(
     [("ab", "boundary", "ab"), ("ft", "paraphraser", "reconstruction"), ("fsp", "flow", "fsp")],
 )
 def test_a_first_phase_is_told_under_its_own_name(
-    composed: Compose, tmp_path: Path, method: str, phase: str, term: str
-) -> None:
+    composed: Compose, tmp_path: Path, method: str, phase: str, term: str,
+    small_teacher: SmallTeacher,
+) -> None:  # fmt: skip
+    small_teacher.put(tmp_path / "runs")
     train(composed(*SMALL, f"method={method}", f"method.{phase}.epochs=0.67"))
     (path,) = tmp_path.glob(f"runs/digits/distill/*/{method}/*/metrics.jsonl")
     lines = [json.loads(line) for line in path.open()]
@@ -469,27 +477,39 @@ def test_a_lost_best_epoch_is_made_up_for(
     assert all(torch.equal(best["model"][name], value) for name, value in first_epoch.items())
 
 
+Stopped = Callable[..., tuple[Config, Path]]
+
+
+@pytest.fixture
 def stopped(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *words: str
-) -> tuple[Config, Path]:
-    """Stop SSKD in the second epoch of its head phase, which is a run that others share."""
-    config = composed(*SMALL, "method=sskd", "method.ss_head.epochs=0.7", *words)
-    with monkeypatch.context() as patch:
-        at_step(patch, TEACHER_STEPS + 5 + 2, crash)
-        with pytest.raises(CrashError):
-            train(config)
-    (folder,) = (path.parent for path in (tmp_path / "runs").glob("digits/phases/*/*/*/last.pt"))
-    return config, folder
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_teacher: SmallTeacher
+) -> Stopped:
+    """Return a function that stops SSKD in the second epoch of its head phase, a shared run."""
+
+    def stop(*words: str) -> tuple[Config, Path]:
+        small_teacher.put(tmp_path / "runs")
+        config = composed(*SMALL, "method=sskd", "method.ss_head.epochs=0.7", *words)
+        with monkeypatch.context() as patch:
+            at_step(patch, 5 + 2, crash)
+            with pytest.raises(CrashError):
+                train(config)
+        folders = (tmp_path / "runs").glob("digits/phases/*/*/*/last.pt")
+        (folder,) = (path.parent for path in folders)
+        return config, folder
+
+    return stop
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty", "foreign", "removed"])
 def test_where_the_last_checkpoint_is_damaged_the_one_before_it_serves(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, damage: str
-) -> None:
+    composed: Compose, tmp_path: Path, capsys: Any, damage: str, stopped: Stopped,
+    small_teacher: SmallTeacher,
+) -> None:  # fmt: skip
+    small_teacher.put(tmp_path / "whole")
     train(
         composed(*SMALL, "method=sskd", "method.ss_head.epochs=0.7", f"runs={tmp_path / 'whole'}")
     )
-    config, folder = stopped(composed, tmp_path, monkeypatch, "checkpoint_minutes=1e-9")
+    config, folder = stopped("checkpoint_minutes=1e-9")
     last, whole = folder / "last.pt", (folder / "last.pt").read_bytes()
     middle = len(whole) // 2
     if damage == "removed":  # between the two renames
@@ -510,11 +530,9 @@ def test_where_the_last_checkpoint_is_damaged_the_one_before_it_serves(
 
 
 @pytest.mark.parametrize("damage", ["both", "metrics", "a line short"])
-def test_a_damaged_run_is_named_with_the_folder_to_remove(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
-) -> None:
+def test_a_damaged_run_is_named_with_the_folder_to_remove(stopped: Stopped, damage: str) -> None:
     """Also where it is the first phase that is damaged, which force=true would not reach."""
-    config, folder = stopped(composed, tmp_path, monkeypatch, "checkpoint_minutes=1e-9")
+    config, folder = stopped("checkpoint_minutes=1e-9")
     metrics = folder / "metrics.jsonl"
     if damage == "both":
         for name in ("last.pt", "previous.pt"):
@@ -585,9 +603,9 @@ def test_a_shared_phase_that_is_damaged_is_named(composed: Compose, tmp_path: Pa
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: dict[str, Any]
+    stopped: Stopped, content: dict[str, Any]
 ) -> None:
-    config, folder = stopped(composed, tmp_path, monkeypatch, "checkpoint_minutes=1e-9")
+    config, folder = stopped("checkpoint_minutes=1e-9")
     state = load_sealed(folder / "last.pt")
     assert state["position"]["mid_epoch"]
     if "loader" in content:
@@ -624,20 +642,16 @@ def test_a_checkpoint_changed_anywhere_is_refused_in_a_line_or_goes_on(
 
 
 @pytest.mark.parametrize("stage", [[1], {"a": 1}, 3, "elsewhere"])
-def test_a_checkpoint_of_no_stage_is_damaged(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, stage: Any
-) -> None:
-    config, folder = stopped(composed, tmp_path, monkeypatch, "checkpoint_minutes=1e-9")
+def test_a_checkpoint_of_no_stage_is_damaged(stopped: Stopped, capsys: Any, stage: Any) -> None:
+    config, folder = stopped("checkpoint_minutes=1e-9")
     save_sealed(folder / "last.pt", {**load_sealed(folder / "last.pt"), "stage": stage})
     train(config)
     assert f"warning: {folder}: last.pt is damaged: it stands in stage" in capsys.readouterr().err
     assert load_sealed(folder / "damaged.pt")["stage"] == stage
 
 
-def test_a_run_keeps_its_files_in_its_own_folder(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, folder = stopped(composed, tmp_path, monkeypatch)
+def test_a_run_keeps_its_files_in_its_own_folder(stopped: Stopped, tmp_path: Path) -> None:
+    config, folder = stopped()
     elsewhere = tmp_path / "elsewhere"
     (folder / "metrics.jsonl").rename(elsewhere)
     (folder / "metrics.jsonl").symlink_to(elsewhere)

@@ -6,8 +6,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter, defaultdict
 from importlib import resources
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 from breaking import outcome
+from commands import STDOUT, Started
 from conftest import Command, Compose
 from test_run import SMALL, CrashError, at_step, crash
 
@@ -299,12 +298,10 @@ def test_a_student_alone_of_two_pairs_is_one_cell(command: Command) -> None:
     assert "1 of 1 cells have finished" in out
 
 
-def sweep_process(runs: Path, *words: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "train_student.py", "-m", *TINY, *words, f"runs={runs}"],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+def sweep_process(runs: Path, *words: str) -> Started:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = ("train_student.py", "-m", *TINY, *words, f"runs={runs}")
+    return Started(*command, env=environment, stderr=STDOUT)
 
 
 def test_two_processes_share_a_sweep(tmp_path: Path) -> None:
@@ -323,7 +320,7 @@ def test_two_processes_share_a_sweep(tmp_path: Path) -> None:
     assert {process.returncode for process in both} <= {0, 75}
 
 
-def wait_for_file(process: subprocess.Popen[str], runs: Path, pattern: str) -> Path:
+def wait_for_file(process: Started, runs: Path, pattern: str) -> Path:
     """Return the first file that ``pattern`` matches under ``runs``, as soon as there is one."""
     deadline = time.monotonic() + 300
     while not (found := sorted(runs.glob(pattern))):
@@ -364,7 +361,7 @@ def test_a_teacher_that_fails_is_not_tried_by_those_that_waited(tmp_path: Path) 
     assert "0 of 2 cells have finished" in text
 
 
-def launched_on_two_processes(runs: Path, *words: str) -> subprocess.Popen[str]:
+def launched_on_two_processes(runs: Path, *words: str) -> Started:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     return sweep_process(runs, "hydra/launcher=processes", "hydra.launcher.n_jobs=2", *words)
 

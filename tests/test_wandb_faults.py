@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import Started
 from stand_in import EPOCHS, StandIn, reporting_run, wait_until
 from test_tracking import history
 
@@ -16,7 +17,7 @@ OFFLINE = "W&B cannot be used online"
 LATER = "W&B did not answer; `wandb sync"
 
 
-def ends_well(run: subprocess.Popen[str], runs: Path) -> str:
+def ends_well(run: Started, runs: Path) -> str:
     """Wait for the run; hold what is on disk against its metrics; return what it said."""
     told, _ = run.communicate(timeout=240)
     assert run.returncode == 0, told

@@ -1,0 +1,53 @@
+"""What the server of tests/commands.py imports, and has done once, before it forks.
+
+The server alone imports it, in the folder of the tests.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import sys
+from importlib import import_module
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = (
+    "pytest",  # the main module of the process that asks for a fork, often
+    "sklearn.datasets",
+    "torch._dynamo",  # an optimizer imports it when it is made
+    "torchvision.transforms",
+    "wandb",
+    *(f"sskd.{name}" for name in ("acceleration", "fit", "phases", "precompute", "results")),
+    *(f"sskd.{name}" for name in ("sweep", "tracking")),
+    "train_student",
+    "train_teacher",
+)
+
+
+def prepare() -> None:
+    """Import what a command imports, and do once what Hydra and the data do once a process."""
+    sys.path.insert(0, str(ROOT))
+    for name in MODULES:
+        import_module(name)
+
+    import few_digits
+    from faults import CELLS
+    from hydra import compose, initialize_config_dir
+
+    from sskd import CONF
+    from sskd.config import read_config
+    from sskd.identity import recipe
+
+    few_digits.install()
+    with initialize_config_dir(str(CONF), version_base=None):
+        for words in CELLS.values():
+            config = read_config(compose("student", list(words)))
+            recipe(config)
+    few_digits.load(config.dataset)
+
+
+prepare()
+gc.collect()
+gc.freeze()  # a collection in a child would copy every page that it looks at
+atexit.register(gc.unfreeze)  # else C++ modules print what they take for leaks
