@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import Compose, random_images
-from faults import SMALL
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -29,6 +28,18 @@ from sskd.step import enter, take_step
 from train_student import train
 
 NAN, INF = math.nan, math.inf
+TINY = (
+    "dataset=digits", "dataset.fraction=0.02", "schedule.epochs=1", "batch_size=16",
+    "arch@teacher=resnet8", "arch@student=resnet8",
+)  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> list[str]:
+    """Return settings of a run of two steps, whose teacher is not trained."""
+    torch.manual_seed(3)
+    torch.save(build_model("resnet8", 10).state_dict(), tmp_path / "sound.pth")
+    return [*TINY, f"teacher.checkpoint={tmp_path / 'sound.pth'}"]
 
 
 def figures(**terms: float) -> dict[str, Tensor]:
@@ -139,13 +150,13 @@ def test_weights_that_are_all_zero_are_refused(composed: Compose, method: str) -
 
 
 def test_a_run_goes_on_without_a_term_of_no_weight(
-    composed: Compose, monkeypatch: pytest.MonkeyPatch
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, tiny: list[str]
 ) -> None:
     lose_kd(monkeypatch, NAN)
-    result = train(composed(*SMALL, "method=kd", "method.weights.kd=0", "schedule.epochs=1"))
+    result = train(composed(*tiny, "method=kd", "method.weights.kd=0"))
     assert result["accuracy"] >= 0
     with pytest.raises(UserError, match=r"epoch 1: the term 'kd' is not finite, in step 1; try"):
-        train(composed(*SMALL, "method=kd", "schedule.epochs=1"))
+        train(composed(*tiny, "method=kd"))
 
 
 ADVICE: dict[str, tuple[list[str], int, list[str], str]] = {
@@ -184,7 +195,12 @@ def test_the_advice_fits(composed: Compose, kind: str) -> None:
      ("sskd", "ss_head", "contrast")],
 )  # fmt: skip
 def test_a_first_phase_names_its_term(
-    composed: Compose, monkeypatch: pytest.MonkeyPatch, method: str, stage: str, term: str
+    composed: Compose,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny: list[str],
+    method: str,
+    stage: str,
+    term: str,
 ) -> None:
     kind = METHODS[method]
     original = kind.stages
@@ -203,7 +219,7 @@ def test_a_first_phase_names_its_term(
     with pytest.raises(
         UserError, match=rf"stage {stage}.*the term '{term}' is not finite, in step 1"
     ):
-        train(composed(*SMALL, f"method={method}", "schedule.epochs=1"))
+        train(composed(*tiny, f"method={method}"))
 
 
 def test_statistics_count_as_weights() -> None:
@@ -221,7 +237,7 @@ def test_statistics_count_as_weights() -> None:
 def overflowing(classes: int = 10) -> nn.Module:
     """Return a network of finite weights whose logits are not finite."""
     torch.manual_seed(0)
-    network = build_model("resnet14", classes)
+    network = build_model("resnet8", classes)
     with torch.no_grad():
         network.fc.weight.fill_(3e38)  # type: ignore[union-attr,operator]
         network.fc.bias.fill_(3e38)  # type: ignore[union-attr,operator]
@@ -263,15 +279,14 @@ def test_no_accuracy_is_told_of_lost_logits(
     assert evaluate.main([str(path), "dataset=digits"]) == 1
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert f"{path}: resnet14, digits test set: the logits of image 0 of " in err
+    assert f"{path}: resnet8, digits test set: the logits of image 0 of " in err
 
 
 @pytest.mark.parametrize("words", [[], ["teacher.precompute=true"]])
 def test_a_lost_teacher_is_named(composed: Compose, tmp_path: Path, words: list[str]) -> None:
     path = tmp_path / "teacher.pth"
     torch.save(overflowing().state_dict(), path)
-    small = [item for item in SMALL if not item.startswith("teacher.train")]
-    config = composed(*small, "method=kd", f"teacher.checkpoint={path}", *words)
+    config = composed(*TINY, "method=kd", f"teacher.checkpoint={path}", *words)
     with pytest.raises(UserError, match=r"the teacher.* are not finite.*; take another teacher"):
         train(config)
     assert not list((tmp_path / "runs").rglob("distill/**/result.json"))
@@ -282,8 +297,7 @@ def test_a_student_of_no_term_of_a_lost_teacher_has_no_figures_of_it(
 ) -> None:
     path = tmp_path / "teacher.pth"
     torch.save(overflowing().state_dict(), path)
-    small = [item for item in SMALL if not item.startswith("teacher.train")]
-    words = ["method=kd", "method.weights.kd=0", "schedule.epochs=1", f"teacher.checkpoint={path}"]
-    with pytest.raises(UserError, match=r"the teacher resnet14, test set: the logits of image 0"):
-        train(composed(*small, *words))
+    words = ["method=kd", "method.weights.kd=0", f"teacher.checkpoint={path}"]
+    with pytest.raises(UserError, match=r"the teacher resnet8, test set: the logits of image 0"):
+        train(composed(*TINY, *words))
     assert not list((tmp_path / "runs").rglob("result.json"))
