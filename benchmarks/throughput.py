@@ -222,7 +222,7 @@ def suite_evaluation(_: str, pair: str, images: Images, options: argparse.Namesp
     place(network, _device(images))
 
     def score(split: Split) -> float:
-        return accuracy(predict(network, split, images), split.labels)
+        return accuracy(predict(network, split, images, "the network"), split.labels)
 
     return Pipeline(lambda: images.test, score, _device(images), warmup=0)
 

@@ -34,7 +34,7 @@ def compile_loss(stage: Stage, config: Config) -> Stage:
         return stage
     torch.compiler.reset()  # of a cell before this one, which counts against a limit
     options = {**torch._inductor.list_mode_options(config.compile), "fallback_random": True}
-    compiled = torch.compile(stage.loss, dynamic=False, options=options)
+    compiled = torch.compile(stage.losses, dynamic=False, options=options)
 
     def loss(batch: Batch) -> Step:
         if len(batch.y) < config.batch_size:

@@ -140,7 +140,7 @@ def _ended(main: Callable[[], object], asked_for_traceback: bool) -> int:
         if asked_for_traceback:
             raise
         if isinstance(error, ValueError) and _raised_by_hydra(error):
-            complain(f"error: {' '.join(str(error).split())}")
+            complain(f"error: {_long_number() or ' '.join(str(error).split())}")
             return UserError.status
         if not _came_up_in_composing(error):
             raise

@@ -85,9 +85,10 @@ def evaluate(checkpoint: str, arch: str | None, device: str, overrides: Sequence
     network = build_model(arch, images.num_classes)
     stated = load_weights(network, path).accuracy
     place(network, images.test.images.device)
-    top1 = accuracy(predict(network, images.test, images), images.test.labels)
+    of = f"{path}: {arch}, {images.name} test set"
+    top1 = accuracy(predict(network, images.test, images, of), images.test.labels)
     told = "" if stated is None else f" (the file states {stated:.2f})"
-    return f"{path}: {arch}, {images.name} test set: top-1 {top1:.2f}{told}"
+    return f"{of}: top-1 {top1:.2f}{told}"
 
 
 def _dataset_of_run(checkpoint: Path) -> list[str]:

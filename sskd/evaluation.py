@@ -8,17 +8,33 @@ from torch import Tensor, nn
 
 from sskd.data import Images, Split, plain
 from sskd.device import inference_batch
+from sskd.errors import UserError
+
+
+class NotFiniteError(UserError):
+    """Logits are not finite, so that no accuracy, agreement or divergence means anything."""
 
 
 @torch.inference_mode()
-def predict(network: nn.Module, split: Split, images: Images) -> Tensor:
+def predict(network: nn.Module, split: Split, images: Images, of: str = "the network") -> Tensor:
     """Return ``network``'s logits [N, C] for the images of ``split``, unrotated and uncropped.
 
     Computed in float32 and in eval mode, whatever precision the network trains in.
+
+    Raises:
+        NotFiniteError: they are not finite; ``of`` is what it calls the network or the images.
     """
     network.eval()
     batches = plain(split, images.mean, images.std, inference_batch(split.images.device))
-    return torch.cat([network(x).logits for x, _ in batches])
+    logits = torch.cat([network(x).logits for x, _ in batches])
+    lost = (~logits.isfinite()).any(1)
+    if lost.any():
+        first = int(lost.int().argmax())
+        raise NotFiniteError(
+            f"{of}: the logits of image {first} of {len(logits)} (the first is 0) are not finite, "
+            f"and of {int(lost.sum()) - 1} others"
+        )
+    return logits
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -35,4 +51,5 @@ def mean_kl(student_logits: Tensor, teacher_logits: Tensor) -> float:
     """Return the mean over rows [N, C] of ``KL(softmax(teacher) || softmax(student))``, in nats."""
     student = F.log_softmax(student_logits.cpu().double(), dim=1)
     teacher = F.log_softmax(teacher_logits.cpu().double(), dim=1)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True).item()
+    mean = F.kl_div(student, teacher, reduction="batchmean", log_target=True).item()
+    return max(mean, 0.0)  # rounding takes that of equal predictions to -1e-17

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,10 +17,11 @@ from sskd.acceleration import compile_loss
 from sskd.config import Config
 from sskd.data import Batch, Images, Loader
 from sskd.errors import UserError
-from sskd.evaluation import accuracy, predict
+from sskd.evaluation import NotFiniteError, accuracy, predict
 from sskd.interrupt import StopSignals
 from sskd.meter import Meter
 from sskd.methods import Stage, load_own_state, own_state
+from sskd.not_finite import advise, first_lost, is_sound
 from sskd.optimizers import build_optimizer, load_optimizer
 from sskd.progress import Progress
 from sskd.run import Run
@@ -189,9 +190,10 @@ class Fit:
         position, images, figures = self.position, self.images, {}
         for name, split in (("test", images.test), ("holdout", images.holdout)):
             if split is not None:
-                logits = predict(self.evaluated, split, images)
-                if not logits.isfinite().all():
-                    raise self._not_finite(f"logits of {name} images are")
+                try:
+                    logits = predict(self.evaluated, split, images, f"{name} set")
+                except NotFiniteError as error:
+                    raise self._not_finite(str(error)) from None
                 figures[f"{name}/top1"] = accuracy(logits, split.labels)
         if figures["test/top1"] > position.best_top1:
             position.best_top1, position.best_epoch = figures["test/top1"], position.epoch + 1
@@ -208,27 +210,39 @@ class Fit:
             self.run.save_best(self.evaluated, position.best_epoch, position.best_top1)
 
     def _finite_figures(self) -> dict[str, float]:
+        """Return the epoch's figures so far, but for those of terms without a weight that are lost.
+
+        Raises UserError for the first term that was lost, in the first step in which it was.
+        """
         figures = self.meter.read()
-        for name, value in figures.items():
-            if name.startswith("loss/") and not math.isfinite(value):
-                term = name.removeprefix("loss/")
-                raise self._not_finite(f"the term '{term}' is", f" ({value})")
-        return figures
+        told, terms = first_lost(self.meter, figures, self.loader.position)
+        if told:
+            self._refuse_lost_teacher()
+            raise self._not_finite(told, terms)
+        return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+    def _refuse_lost_teacher(self) -> None:
+        """Raise UserError if it is the teacher that is not finite, which no setting mends."""
+        if isinstance(teacher := getattr(self.method, "teacher", None), nn.Module):
+            of = f"{self._where()}: a term is not finite: the teacher, test set"
+            try:
+                predict(teacher, self.images.test, self.images, of)
+            except NotFiniteError as error:
+                raise UserError(f"{error}; take another teacher") from None
 
     def _sound_figures(self) -> dict[str, float]:
         """Return the figures so far; nothing that has gone astray is worth going on from."""
         figures = self._finite_figures()
         # The last step may have lost the weights; its loss was computed before.
-        parameters = list(self.stage.trains.parameters())
-        if not torch.stack([parameter.isfinite().all() for parameter in parameters]).all():
-            raise self._not_finite("weights are")
+        if not is_sound(self.stage.trains):
+            raise self._not_finite("weights are not finite")
         return figures
 
-    def _not_finite(self, what: str, details: str = "") -> UserError:
-        return UserError(
-            f"{self.run.folder}: stage {self.stage.name}, epoch {self.position.epoch + 1}: {what} "
-            f"not finite{details}; try a smaller optimizer.lr, or precision=fp32"
-        )
+    def _not_finite(self, what: str, terms: Sequence[str] = ()) -> UserError:
+        return UserError(f"{self._where()}: {what}; {advise(self.config, self.stage, terms)}")
+
+    def _where(self) -> str:
+        return f"{self.run.folder}: stage {self.stage.name}, epoch {self.position.epoch + 1}"
 
     def _save(self) -> None:
         state = {

@@ -53,8 +53,12 @@ _DIGEST = "dataset.digest"
 
 def identity(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a configuration's plain ``values`` that decides what a run computes."""
+    return _without(values, *_NOT_IDENTITY, *_idle(values))
+
+
+def _without(values: Mapping[str, Any], *paths: tuple[str, ...]) -> dict[str, Any]:
     decisive = copy.deepcopy(dict(values))
-    for *parents, last in _NOT_IDENTITY:
+    for *parents, last in paths:
         node = decisive
         for parent in parents:
             node = node.get(parent) or {}
@@ -62,6 +66,22 @@ def identity(values: Mapping[str, Any]) -> dict[str, Any]:
                 node = {}
         node.pop(last, None)
     return decisive
+
+
+def _idle(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the teacher's settings that decide nothing beside the other ``values``.
+
+    Beside a checkpoint its digest says all. Without one, a setting that is given as what it is
+    by default is the default.
+    """
+    teacher, schedule = values.get("teacher"), values.get("schedule")
+    if not isinstance(teacher, dict):
+        return []
+    if teacher.get("checkpoint") is not None:
+        return [("teacher", key) for key in teacher if key not in ("name", "digest")]
+    epochs = schedule.get("epochs") if isinstance(schedule, dict) else None
+    usual = {"epochs": epochs, "precision": values.get("precision")}
+    return [("teacher", key) for key, value in usual.items() if teacher.get(key) == value]
 
 
 def recipe(config: Config) -> Config:
@@ -94,9 +114,18 @@ def difference(config: Config) -> dict[str, Any]:
 
     The seed and the dataset's name are left out: a run's folder is named after them anyway.
     """
+    return _unlike_recipe(config, identity(config.model_dump()))
+
+
+def earlier_difference(config: Config) -> dict[str, Any]:
+    """Return what ``difference`` returned in versions that listed settings of no effect too."""
+    return _unlike_recipe(config, _without(config.model_dump(), *_NOT_IDENTITY))
+
+
+def _unlike_recipe(config: Config, decisive: Mapping[str, Any]) -> dict[str, Any]:
     usual = flatten(identity(recipe(config).model_dump()))
-    own = flatten(identity(config.model_dump()))
     told_by_name = {"seed", "dataset.name"}
+    own = flatten(decisive)
     return {k: v for k, v in own.items() if k not in told_by_name and usual.get(k) != v}
 
 

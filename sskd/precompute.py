@@ -115,6 +115,7 @@ def _compute(
     try:
         with StopSignals() as signals:
             for rows in _outputs(teacher, images, config.precision, layout, at.images):
+                _refuse_lost(rows, at.images, run.folder)
                 data = rows.cpu().view(torch.uint8).numpy().tobytes()
                 done, offset = at.images + len(rows), at.images * layout.image_size
                 is_due = time.monotonic() - saved > 60 * config.checkpoint_minutes
@@ -132,6 +133,16 @@ def _compute(
     result = {"kind": "phase", "stage": STAGE, "seconds": at.seconds, "digest": at.digest}
     run.finish(None, result)
     return result
+
+
+def _refuse_lost(rows: Tensor, first: int, folder: Path) -> None:
+    lost = (~rows.isfinite()).flatten(1).any(1)
+    if lost.any():
+        image = first + int(lost.int().argmax())
+        raise UserError(
+            f"{folder}: the teacher's outputs for training image {image} (the first is 0) are not "
+            "finite; take another teacher"
+        )
 
 
 def _how_far(state: Mapping[str, Any], folder: Path, layout: Layout) -> Filled:

@@ -39,7 +39,7 @@ def summarise(
     agreement is in percent, the divergence in nats.
     """
     student = method.student
-    logits = predict(student, images.test, images)
+    logits = predict(student, images.test, images, f"{run.folder}: the student, test set")
     best = run.load_best(position.best_epoch)
     last = accuracy(logits, images.test.labels)
     result: dict[str, Any] = {
@@ -78,7 +78,8 @@ def summarise(
         **_circumstances(images),
     }
     if config.teacher:
-        teacher_logits = predict(method.teacher, images.test, images)
+        of = f"{run.folder}: the teacher {config.teacher.name}, test set"
+        teacher_logits = predict(method.teacher, images.test, images, of)
         result["teacher_top1"] = accuracy(teacher_logits, images.test.labels)
         result["agreement"] = agreement(logits, teacher_logits)
         result["kl"] = mean_kl(logits, teacher_logits)
@@ -114,6 +115,7 @@ def _circumstances(images: Images) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "threads": torch.get_num_threads(),
         "peak_memory_mib": peak_memory(device),
         "versions": {
             "python": platform.python_version(),

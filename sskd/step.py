@@ -28,7 +28,7 @@ def take_step(
         ``weighted/<term>``, and the stage's metrics.
     """
     with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        terms, metrics = stage.loss(batch)
+        terms, metrics = stage.losses(batch)
     weighted = stage.weigh(terms)
     loss = torch.stack(list(weighted.values())).sum()
     optimizer.zero_grad(set_to_none=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sskd.config import Config
 from sskd.errors import UserError
@@ -15,11 +16,18 @@ from sskd.identity import (
     describe,
     difference,
     differing,
+    earlier_difference,
     run_folder,
     teacher_config,
     training_command,
 )
-from sskd.models import find_checkpoint, load_weights, read_checkpoint, weights_digest
+from sskd.models import (
+    find_checkpoint,
+    load_weights,
+    read_checkpoint,
+    recognise,
+    weights_digest,
+)
 from sskd.run_files import BEST, CONFIG, WEIGHTS
 from sskd.run_folder import read_config_file, read_result
 
@@ -54,7 +62,8 @@ def find_teacher(config: Config) -> Teacher | None:
     if config.teacher.checkpoint is not None:
         path = find_checkpoint(config.teacher.checkpoint, config.teacher.epoch)
         content = path.stat()
-        return Teacher(path, _digest(path, content.st_mtime_ns, content.st_size))
+        name = config.teacher.name
+        return Teacher(path, _digest(path, name, content.st_mtime_ns, content.st_size))
     wanted = teacher_config(config)
     folder = run_folder(wanted, difference(wanted))
     result = read_result(folder)
@@ -81,19 +90,27 @@ def find_teacher(config: Config) -> Teacher | None:
 
 
 @cache  # every cell of a pair asks, several times; another content is another question
-def _digest(path: Path, modified: int, size: int) -> str:
-    return weights_digest(read_checkpoint(path).state)
+def _digest(path: Path, name: str, modified: int, size: int) -> str:
+    def fits(state: Mapping[str, Tensor]) -> bool:
+        known = recognise(state)
+        return known is not None and known[0] == name
+
+    return weights_digest(read_checkpoint(path, fits).state)
 
 
 def locate(config: Config) -> tuple[Path, dict[str, Any]]:
     """Return the folder of the run of ``config``, and what makes it differ from its recipe.
 
-    That a teacher of the suite is missing does not matter; a ``teacher.checkpoint`` is read.
+    That a teacher of the suite is missing does not matter; a ``teacher.checkpoint`` is read. A
+    folder that an earlier version named after settings of no effect too is the run's as well.
     """
-    changed = difference(config)
+    digest = {}
     if config.teacher and config.teacher.checkpoint and (found := find_teacher(config)):
-        changed["teacher.digest"] = found.digest
-    return run_folder(config, changed), changed
+        digest = {"teacher.digest": found.digest}
+    changed = difference(config) | digest
+    folder = run_folder(config, changed)
+    earlier = run_folder(config, earlier_difference(config) | digest)
+    return earlier if earlier.is_dir() and not folder.is_dir() else folder, changed
 
 
 def load_teacher(network: nn.Module, teacher: Teacher) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 
 import train_student
 from sskd import CONF
@@ -37,6 +38,7 @@ def _own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     yield
     GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None  # a later test starts in another folder
 
 
 @pytest.fixture

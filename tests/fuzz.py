@@ -56,6 +56,8 @@ def whole_files(folder: Path) -> dict[str, bytes]:
     torch.save({"state_dict": small, **facts}, folder / "facts.pth")
     old: dict[str, Any] = {"_use_new_zipfile_serialization": False}
     torch.save({"model": small, **facts}, folder / "legacy.pth", **old)
+    both = {"student": small, "model_ema": dict(small), "args": "a" * 20_000}
+    torch.save(both, folder / "both.pth")
     save_file(small, folder / "net.safetensors", metadata={"about": '{"epoch": 3, "acc": "7.5"}'})
     save_sealed(folder / "last.pt", {"stage": "distill", "lines": 2, "model": small})
     put_status(put_run(folder, "run", [10.0, 20.0]), "failed", error="it broke")

@@ -134,7 +134,7 @@ def test_predictions_are_the_plain_networks() -> None:
     images = random_images(4, 30)
     torch.manual_seed(0)
     network = with_statistics(build_model("resnet14", 5)).train()
-    found = predict(network, images.test, images)
+    found = predict(network, images.test, images, "it")
     mean, std = (torch.tensor(each)[:, None, None] for each in (images.mean, images.std))
     with torch.no_grad():
         expected = network.eval()((images.test.images / 255 - mean) / std).logits

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image, ImageDraw, ImageFile, ImageOps
+from PIL import EpsImagePlugin, Image, ImageFile, ImageOps
 from test_data_folder import load, make_folder, refused, settings
 
 import sskd.data.decode
@@ -66,17 +67,37 @@ def test_every_extension_is_of_a_format_that_is_meant() -> None:
     assert {Image.registered_extensions()[extension] for extension in EXTENSIONS} == set(FORMATS)
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_a_photograph_is_upright_in_every_format(form: str) -> None:
-    picture = Image.new("RGB", (64, 64))
-    ImageDraw.Draw(picture).rectangle((0, 0, 63, 31), fill=(255, 255, 255))
+# How each orientation of EXIF 2.3 stores an image that is shown as ``a``.
+STORED: dict[int, Callable[[Any], Any]] = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.T,
+    6: lambda a: a.T[::-1],
+    7: lambda a: a.T[::-1, ::-1],
+    8: lambda a: a.T[:, ::-1],
+}
+LOSSLESS = {"PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}, "TIFF lzw": {}}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("form", LOSSLESS)
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_a_photograph_is_upright(tmp_path: Path, form: str, orientation: int, mode: str) -> None:
+    """Also an uncompressed TIFF, which Pillow garbles if it maps the file into memory."""
+    shown = np.random.default_rng(0).integers(0, 256, (32, 48), dtype=np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = 3  # held upside down
-    stream = io.BytesIO()
-    picture.save(stream, form, exif=exif)
-    image = decode(stream.getvalue(), 32)
-    assert image[:, :12].max() < 20
-    assert image[:, -12:].min() > 235
+    exif[0x0112] = orientation
+    how: dict[str, Any] = {**LOSSLESS[form], "exif": exif}
+    name, _, compression = form.partition(" ")
+    if compression:
+        how["compression"] = f"tiff_{compression}"
+    root = make_folder(tmp_path)
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](shown)))
+    stored.convert(mode).save(root / "train/dog/b.png", name, **how)
+    image = load(root).train.images[6].numpy()
+    assert (image == shown[:, 8:40]).all(), "the centre, 32 pixels wide"
 
 
 # ---- bounds ----

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from conftest import Compose
 from omegaconf import OmegaConf
-from torch import nn
 
 import sskd.config
 import sskd.identity
@@ -213,8 +212,8 @@ def test_a_shared_phase_stays_in_its_folder(
 ) -> None:
     def settings() -> dict[str, Any]:
         config = composed(*RUN, "method=sskd")
-        networks = (build_model("resnet8", 5) for _ in range(2))
-        method = build_method(config.method, *networks, few_images)
+        student, teacher = (build_model("resnet8", 5) for _ in range(2))
+        method = build_method(config.method, student, teacher, few_images)
         return phase_settings(next(iter(method.stages())), config, Teacher(Path(), "0"))
 
     before = settings()
@@ -225,16 +224,16 @@ def test_a_shared_phase_stays_in_its_folder(
 def test_a_method_gets_its_constructors_default(
     composed: Compose, monkeypatch: pytest.MonkeyPatch, few_images: Images
 ) -> None:
-    class Later(AB):
+    class Widened(AB):
         def __init__(self, *networks: Any, widths: list[int] = [1, 2], **shared: Any) -> None:  # noqa: B006
             super().__init__(*networks, **shared)
             self.widths = widths
 
-    monkeypatch.setitem(METHODS, "ab", Later)
+    monkeypatch.setitem(METHODS, "ab", Widened)
     config = composed(*RUN, "method=ab")
-    networks: list[nn.Module] = [build_model("resnet8", 5) for _ in range(2)]
-    built = build_method(config.method, networks[0], networks[1], few_images)
-    assert isinstance(built, Later)
+    student, teacher = (build_model("resnet8", 5) for _ in range(2))
+    built = build_method(config.method, student, teacher, few_images)
+    assert isinstance(built, Widened)
     assert built.widths == [1, 2]
 
 

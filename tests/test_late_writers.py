@@ -111,7 +111,8 @@ def test_what_comes_late_does_not_get_in(tmp_path: Path, moments: Any, name: str
     number, refused, ended = 0, 0, False
     while not ended:
         number += 1
-        folder, runs = tmp_path / str(number), []
+        folder = tmp_path / str(number)
+        runs: list[Run] = []
         old = opened(folder)
         old.log(line(1, "old"))
         old.save({"stage": "train", "holder": "old"})

@@ -124,7 +124,7 @@ def test_a_loss_that_overflows_is_named(
     config = composed(*few, *rest, "schedule.epochs=1", "method=vanilla", f"precision={precision}")
     train(config)  # the teacher, which learns with the usual rate
     wild = [f"method={method}", f"precision={precision}", "optimizer.lr=1e30"]
-    with pytest.raises(UserError, match=r"stage \w+, epoch 1: the term '\w+' is not finite"):
+    with pytest.raises(UserError, match=r"stage \w+, epoch 1: the terms? '\w+'.* not finite, in"):
         train(composed(*few, *rest, "schedule.epochs=1", *wild))
     (folder,) = {
         path.parent for path in tmp_path.rglob("status.json") if "failed" in path.read_text()

@@ -35,7 +35,7 @@ class Collector(Sweeper):
         self.seeds = seeds
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
-        self.launcher = Plugins.instance().instantiate_launcher(
+        self.launcher: Any = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 

@@ -29,6 +29,7 @@ from sskd.lock import FolderLock
 from sskd.output import SteadyStream, complain, say, steady_output
 from sskd.progress import Progress
 from sskd.run import Run
+from sskd.run_folder import read_config_file
 from sskd.sealed import save_sealed
 from sskd.sweep import Cell, Sweep
 
@@ -207,7 +208,7 @@ def test_a_run_without_streams_keeps_them_out_of_its_files(tmp_path: Path) -> No
     found = subprocess.run(["bash", "-c", line], cwd=ROOT, env=environment)
     assert found.returncode == 0
     (folder,) = (path.parent for path in tmp_path.rglob("result.json"))
-    assert Run(folder, {}).load_best(1) is not None
+    assert Run(folder, read_config_file(folder / "config.yaml")).load_best(1) is not None
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
 
 
@@ -297,11 +298,12 @@ def test_a_strangers_checkpoint_is_told_clean(tmp_path: Path, capsys: Any, name:
     odd = {"stage": CODES, "epoch": CODES, "lines": 0}
     save_sealed(tmp_path / name, odd)
     save_sealed(tmp_path / "previous.pt", {"stage": "train", "lines": 0})
-    run = Run(tmp_path, {})
-    if name == "last.pt":
-        run.checkpoint(["train"])
-    else:
-        run.load_best(1)
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    with Run(tmp_path, {"seed": 1}).open() as run:
+        if name == "last.pt":
+            run.checkpoint(["train"])
+        else:
+            run.load_best(1)
     err = capsys.readouterr().err
     assert f"{name} is damaged" in err
     assert all(line.isprintable() for line in err.splitlines())

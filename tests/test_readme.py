@@ -28,6 +28,7 @@ from commands import run
 from conftest import Compose, random_images
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
 from torch import Tensor
 
 from sskd import CONF
@@ -64,10 +65,18 @@ TRAINING = [words for words in ELSEWHERE if words[1] != "-m"]
 TOOLS = [words for words in ELSEWHERE if words[1] == "-m"]
 
 
+def values_of(parsed: Override) -> Iterator[str]:
+    """Yield the values of a sweep, of an interval its two ends."""
+    value = parsed.value()
+    if isinstance(value, IntervalSweep):
+        return iter([str(value.start), str(value.end)])
+    return parsed.sweep_string_iterator()
+
+
 def cells(overrides: list[str]) -> Iterator[list[str]]:
     """Yield the overrides of each cell of a sweep."""
     choices = [
-        [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]
+        [f"{parsed.get_key_element()}={value}" for value in values_of(parsed)]
         if parsed.is_sweep_override()
         else [override]
         for override, parsed in zip(
@@ -91,6 +100,8 @@ def test_a_training_command_composes(words: list[str]) -> None:
     assert given.m or given.cd or len(several) == 1, "Hydra refuses several values without -m"
     if any(word.startswith("hydra/launcher") for word in words):
         pytest.importorskip("submitit", reason="the extra [cluster] is not installed")
+    if any(word.startswith("hydra/sweeper") for word in words):
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="[optuna] is missing")
     with initialize_config_dir(str(folder), version_base=None):
         for overrides in several:
             read_config(compose(given.cn, [f"hydra.searchpath=['file://{CONF}']", *overrides]))

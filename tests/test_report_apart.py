@@ -190,7 +190,7 @@ def test_a_configuration_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["", 3, ["folder"], "a\nb", "\x1b[2J", True])
 @pytest.mark.parametrize("key", ["dataset_source", "dataset_digest", "teacher_digest"])
-def test_an_odd_origin_is_named_and_left_out(tmp_path: Path, key: str, value: object) -> None:
+def test_an_odd_origin_is_named_and_left_out(tmp_path: Path, key: str, value: Any) -> None:
     put_run(tmp_path, "run", **{key: value})
     report, warnings = read(tmp_path)
     assert report.results == []

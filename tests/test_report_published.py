@@ -125,3 +125,37 @@ def test_published_figures_equal_the_reference(source: int, name: str) -> None:
     for table, pairs in zip(("similar", "cross"), published.tables.values(), strict=True):
         rows = [line for line in lines if line["table"] == table and line["row"] == "KD"]
         assert list(pairs) == [(line["teacher"], line["student"]) for line in rows]
+
+
+def readme_rows() -> list[list[str]]:
+    text = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    section = text.partition("## The results to reproduce")[2].partition("### Measured so far")[0]
+    lines = (line for line in section.splitlines() if line.startswith("|"))
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_readme_has_the_published_figures_and_the_reruns() -> None:
+    published, _ = published_for("cifar100")
+    pairs: list[tuple[str, str]] = []
+    found: dict[tuple[str, str, str], str] = {}
+    for name, *cells in readme_rows()[:-4]:  # the last table is the teachers'
+        if name == "teacher<br>student":
+            pairs = [(first, second) for first, _, second in (c.partition("<br>") for c in cells)]
+            continue
+        found |= {(*pair, name): cell for pair, cell in zip(pairs, cells, strict=True) if cell}
+    reruns = {
+        (*pair, f"re-run, {rerun.by} ({rerun.runs})"): rerun.text(pair)
+        for rerun in published.reruns
+        for pair in rerun.top1
+    }
+    figures = {key: f"{top1:.2f}" for key, top1 in published.top1.items()} | reruns
+    assert {key: cell for key, cell in found.items() if "---" not in cell} == figures
+
+
+@pytest.mark.parametrize("source", [0, 1])
+def test_the_readme_names_both_families_of_teachers(source: int) -> None:
+    (header, _, *families) = readme_rows()[-4:]
+    row = dict(zip(header, families[source], strict=True))
+    assert {name: row[name] for name in TEACHERS} == {
+        name: f"{top1[source]:.2f}" for name, top1 in TEACHERS.items()
+    }

@@ -26,7 +26,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         name = f"cifar100/distill/resnet56-resnet20/kd/seed{seed}"
         put_run(root, name, [top1 + 3, top1], seed=seed, peak_memory_mib=100.0)
     weights = {"method.weights.ce": 1.0, "method.weights.kd": 1.0}
-    at = {"method": "at", "difference": weights, "dataset_source": "cifar100"}
+    at: dict[str, Any] = {"method": "at", "difference": weights, "dataset_source": "cifar100"}
     put_run(root, "cifar100/distill/resnet56-resnet20/at/seed0-0123abcd", **at)
     folder = root / "cifar100/distill/resnet56-resnet20/sskd/seed0"
     put_status(folder, "failed", error="=not finite")

@@ -33,6 +33,15 @@ def bomb() -> bytes:
     return archive.getvalue()[:-2] + seal(archive.getvalue())
 
 
+def calling_a_long_text() -> bytes:
+    """Return a sealed file that wants to call a text of 20,000 signs."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        text = b"x" * 20_000
+        file.writestr("a/data.pkl", b"\x80\x02X" + len(text).to_bytes(4, "little") + text + b")R.")
+    return archive.getvalue()[:-2] + seal(archive.getvalue())
+
+
 def test_what_was_written_is_read_by_every_reader_of_torch_files(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     save_sealed(path, {"weights": torch.arange(3.0), "epoch": 2})
@@ -46,7 +55,7 @@ def test_what_was_written_is_read_by_every_reader_of_torch_files(tmp_path: Path)
     [
         (lambda: sealed({"a": Foreign()}), r"cannot be read \(UnpicklingError\)"),
         (lambda: sealed([1]), "is not a run's"),
-        (lambda: sealed({"a": "x" * 20_000}), "a text of 20000 signs"),
+        (calling_a_long_text, "a text of 20000 signs and asks for something to be called"),
         (bomb, "would unpack to 95 MiB"),
         (lambda: sealed({"a": 1})[:-1] + b"?", "its checksum differs"),
         (lambda: sealed({"a": 1})[:300], "its end is missing"),

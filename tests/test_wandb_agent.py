@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,10 @@ from conftest import Command, Compose
 from test_run import SMALL, CrashError, at_step, crash
 from test_tracking import history, inspect, offline_runs
 
+from sskd.config import Config
+from sskd.identity import describe, difference, run_folder
+from sskd.run import Run
+from sskd.tracking import Tracker
 from sskd.wandb_environment import surroundings
 from train_student import train
 
@@ -77,46 +80,54 @@ def test_a_teacher_on_the_way_is_not_the_agents_run(composed: Compose, tmp_path:
     assert summary["summary"]["last/top1"] == pytest.approx(result["top1"]["last"])
 
 
+LINES = [
+    {"stage": "distill", "epoch": 1, "test/top1": 40.0, "holdout/top1": 45.0},
+    {"stage": "distill", "epoch": 2, "test/top1": 30.0, "holdout/top1": 50.0},
+]
+
+
+def finish(config: Config) -> Path:
+    """Leave what a finished run of ``config`` leaves; return its folder."""
+    run = Run(run_folder(config, difference(config)), describe(config))
+    top1 = {"last": 30.0, "best": 40.0, "best_epoch": 1}
+    figures = dict.fromkeys(("teacher_top1", "agreement", "kl"))
+    cost = {"images_per_second": 100.0, "peak_memory_mib": 10.0, "seconds": 3600.0}
+    with run.open():
+        for line in LINES:
+            run.log(line)
+        run.finish(None, {"top1": top1, "holdout_top1": {"last": 50.0}, **figures, **cost})
+    return run.folder
+
+
 @pytest.mark.usefixtures("agent")
 def test_a_proposal_that_has_finished_reports_its_result(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, composed: Compose
 ) -> None:
-    config = composed(*ALONE, "dataset.holdout=0.2", "schedule.epochs=2")
-    with monkeypatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
-        result = train(config)
-    assert not offline_runs(tmp_path / "runs")
-    monkeypatch.setenv("WANDB_RUN_ID", "again")
-    assert train(config) == json.loads(json.dumps(result))
-    (path,) = offline_runs(tmp_path / "runs")
-    assert (told(path)["run_id"], told(path)["sweep_id"]) == ("again", "sweep123")
-    (metrics,) = (tmp_path / "runs").rglob("metrics.jsonl")
-    lines = [json.loads(line) for line in metrics.open()]
-    assert [step["holdout/top1"] for step in history(path)] == [
-        pytest.approx(line["holdout/top1"]) for line in lines
-    ]
+    folder = finish(composed(*ALONE))
+    status, out, err = command(*ALONE)
+    assert (status, err) == (0, "")
+    assert "finished already" in out
+    (path,) = offline_runs(command.runs)
+    assert (told(path)["run_id"], told(path)["sweep_id"]) == ("proposal", "sweep123")
+    assert path.is_relative_to(folder)
+    assert [step["holdout/top1"] for step in history(path)] == [45.0, 50.0]
     (summary,) = inspect(path, "--summary")
     shown = summary["summary"]  # whichever of these the agent's sweep optimises
-    assert shown["test/top1"] == pytest.approx(lines[-1]["test/top1"])
-    assert shown["holdout/top1"] == pytest.approx(lines[-1]["holdout/top1"])
-    assert shown["last/top1"] == pytest.approx(result["top1"]["last"])
-    assert shown["best/top1"] == pytest.approx(result["top1"]["best"])
+    assert (shown["test/top1"], shown["holdout/top1"]) == (30.0, 50.0)
+    assert (shown["last/top1"], shown["best/top1"], shown["hours"]) == (30.0, 40.0, 1.0)
 
 
 @pytest.mark.usefixtures("agent")
 def test_a_finished_proposal_with_damaged_metrics_reports_its_summary(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    composed: Compose, tmp_path: Path, capsys: Any
 ) -> None:
     config = composed(*ALONE)
-    with monkeypatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
-        result = train(config)
-    (metrics,) = (tmp_path / "runs").rglob("metrics.jsonl")
-    metrics.write_text("{")
+    (finish(config) / "metrics.jsonl").write_text("{")
     train(config)
     assert "warning: " in capsys.readouterr().err
-    (summary,) = inspect(*offline_runs(tmp_path / "runs"), "--summary")
-    assert summary["summary"]["last/top1"] == pytest.approx(result["top1"]["last"])
+    (path,) = offline_runs(tmp_path / "runs")
+    (summary,) = inspect(path, "--summary")
+    assert summary["summary"]["last/top1"] == 30.0
 
 
 @pytest.mark.usefixtures("agent")
@@ -143,33 +154,32 @@ def test_the_cells_of_a_sweep_are_runs_of_their_own(command: Command) -> None:
     assert not any(about.get("sweep_id") for about in cells.values())
 
 
-@pytest.mark.usefixtures("agent")
-def test_the_command_of_one_cell_is_the_agents_run(command: Command) -> None:
-    assert command(*ALONE)[0] == 0
-    assert by_kind(command.runs).keys() == {"teacher proposal"}
-
-
 def test_a_later_run_of_the_process_is_not_the_agents(
     composed: Compose, agent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(composed(*ALONE))
+    config = composed(*ALONE)
+    finish(config)
+    train(config)
     for name in (*AGENT, "WANDB_SWEEP_PARAM_PATH"):
         monkeypatch.delenv(name)
     agent.unlink()
-    train(composed(*ALONE, "seed=1"))
+    other = composed(*ALONE, "seed=1")
+    run = Run(run_folder(other, difference(other)), describe(other))
+    with run.open(), Tracker(run, other):
+        pass
     ids = [told(path).get("sweep_id") for path in offline_runs(tmp_path / "runs")]
     assert sorted(filter(None, ids)) == ["sweep123"]
     assert len(ids) == 2
 
 
 def test_a_result_is_reported_to_an_agent_alone(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(composed(*ALONE))
+    config = composed(*ALONE)
+    finish(config)
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setattr(wandb, "init", None)  # nothing is to call it
-    train(composed(*ALONE))
-    assert not offline_runs(tmp_path / "runs")
+    train(config)
 
 
 @pytest.mark.parametrize("name", [*AGENT, "WANDB_SWEEP_PARAM_PATH"])

@@ -142,7 +142,7 @@ def _markdown(source: Published, pairs: Sequence[tuple[str, str]]) -> str:
         found = [source.top1.get((*pair, row)) for pair in pairs]
         lines.append([row, *("" if value is None else f"{value:.2f}" for value in found)])
     for rerun in source.reruns:
-        found = [rerun.text(pair) for pair in pairs]
-        if any(found):
-            lines.append([f"{rerun.label}, re-run", *found])
+        texts = [rerun.text(pair) for pair in pairs]
+        if any(texts):
+            lines.append([f"{rerun.label}, re-run", *texts])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -4,7 +4,8 @@ The cache lies in the user's own cache folder: the images' folder may be read-on
 to somebody else, who could then vouch for files that were never read. A file counts as unchanged
 if its size, its inode and both its times are the same. The system sets the time of the last change
 (ctime) at every write, and nobody can set it back, so that a file is read again if only its
-modification time was set back. A cache that is damaged or foreign is as good as none.
+modification time was set back (FAT alone keeps no ctime). A cache that is damaged or foreign is as
+good as none.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sskd.data import Batch, Images
 from sskd.device import in_parts
+from sskd.errors import UserError
 from sskd.models import VECTORS, Features, partial_features
 from sskd.schedule import PhaseSettings
 
@@ -59,13 +60,26 @@ class Stage:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def weigh(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``terms`` times their weights; ValueError unless each has its weight."""
+        """Return ``terms`` times their weights; ValueError unless each has its weight.
+
+        What has a weight of 0 is left out, not multiplied: 0 times NaN is NaN, and so would be
+        the gradient.
+        """
         if terms.keys() != self.weights.keys():
             raise ValueError(
                 f"stage {self.name}: its terms are {sorted(terms)}, "
                 f"its weights {sorted(self.weights)}"
             )
-        return {name: self.weights[name] * term for name, term in terms.items()}
+        return {
+            name: self.weights[name] * term if self.weights[name] else torch.zeros_like(term)
+            for name, term in terms.items()
+        }
+
+    def losses(self, batch: Batch) -> Step:
+        """Return ``loss`` of the batch, without a gradient of the terms that have a weight of 0."""
+        terms, metrics = self.loss(batch)
+        kept = {k: term if self.weights.get(k) else term.detach() for k, term in terms.items()}
+        return Step(kept, metrics)
 
 
 class Method(nn.Module, ABC):
@@ -97,6 +111,8 @@ class Method(nn.Module, ABC):
         weights: Mapping[str, float],
     ) -> None:
         super().__init__()
+        if not any(weights.values()):
+            raise UserError("method.weights are all 0, so that nothing would be learnt")
         self.student = student
         self.weights = dict(weights)
         self.adapters: tuple[nn.Module, ...] = ()

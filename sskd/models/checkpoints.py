@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,23 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sskd.errors import UserError
+from sskd.models.layouts import (
+    State,
+    own_names,
+    own_numbers,
+    state_dicts,
+    stated_accuracy,
+    stated_epoch,
+)
 from sskd.models.recognition import recognise, tensor_shapes
 from sskd.models.safe_load import load_torch_file, unreadable
 from sskd.paths import expanded
 from sskd.storage import StillOurs, write_whole
 
-SUFFIXES = (".pth", ".pt", ".safetensors")
-# Where a torch file may hold the state dict: the CRD benchmark's files, and SSKD's.
+SUFFIXES = (".pth", ".pt", ".safetensors", ".tar", ".th", ".ckpt", ".bin")  # .tar: of .pth.tar
+EPOCHS = ("best", "last")
+# What to explain of a file in which nothing fits: the CRD benchmark's files, and SSKD's.
 STATE_KEYS = ("model", "state_dict")
-ACCURACY_KEYS = ("accuracy", "acc", "best_acc")
 ABOUT = "about"
 # What networks are made of. A file may hold other tensors (sparse, quantised, complex, in 4 bits),
 # which most operations do not take.
@@ -34,11 +41,9 @@ NUMBERS = frozenset(
         *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
     }
 )
-# SSKD's MobileNetV2 has its classifier bare, the CRD benchmark's inside a Sequential.
-BARE_CLASSIFIER = {
-    "classifier.weight": "classifier.0.weight",
-    "classifier.bias": "classifier.0.bias",
-}
+# A view may show a few values as terabytes, which a copy of it would take: how much larger than
+# its file a network may be, and what is small whatever the file.
+MOST_EXPANSION, SMALL = 10, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Checkpoint:
     """A network's own tensors, on the CPU, and what their file says about them.
 
     ``accuracy`` stands as the file has it (percent in the published ones); it and ``epoch``
-    are None where the file is silent.
+    are None if the file states none, or none that is a single number.
     """
 
     state: dict[str, Tensor]
@@ -59,15 +64,18 @@ def find_checkpoint(path: str | Path, epoch: str = "best") -> Path:
     """Return ``path`` if it is a file, else the one checkpoint of ``epoch`` in that folder.
 
     Looked for is a file with ``epoch`` (``best`` or ``last``) in its name, in the folder itself
-    or else in its ``ckpt`` folder. Raises ``UserError`` where there is none, or more than one.
+    or else in its ``ckpt`` folder; a folder's only checkpoint need not name an epoch. Raises
+    ``UserError`` where there is none, or more than one.
     """
     path = expanded(path)
     if not path.is_dir():
         _require_file(path)
         return path
     for folder in (path, path / "ckpt"):
-        files = sorted(file for file in folder.glob("*") if file.suffix in SUFFIXES)
+        files = sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in SUFFIXES)
         found = [file for file in files if epoch in file.name]
+        if len(files) == 1 and not any(each in files[0].name for each in EPOCHS):
+            found = files
         if len(found) == 1:
             return found[0]
         if found:
@@ -82,35 +90,57 @@ def find_checkpoint(path: str | Path, epoch: str = "best") -> Path:
     )
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def is_known(state: State) -> bool:
+    """Return whether ``state`` is of an architecture of this suite."""
+    return recognise(state) is not None
+
+
+def read_checkpoint(path: str | Path, fits: Callable[[State], bool] = is_known) -> Checkpoint:
     """Read weights from a safetensors or torch file, whichever of the known layouts it has.
 
-    Raises ``UserError`` where the file is missing, damaged, without weights, or asks for code.
+    Args:
+        path: the file; its content tells which of the two it is.
+        fits: which network is wanted, of several in one file.
+
+    Raises ``UserError`` if the file is missing, damaged, without weights, or asks for code, or
+    if several networks in it fit and differ.
     """
     path = expanded(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a checkpoint; name the file in it")
     _require_file(path)
-    raw, facts = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    if not _is_state_dict(raw):
-        found = ", ".join(str(key) for key in list(raw)[:5]) or "nothing"
+    content, facts = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
+    networks = {key: own_names(state) for key, state in state_dicts(content).items()}
+    if not networks:
+        found = ", ".join(str(key)[:100] for key in list(content)[:5]) or "nothing"
         raise UserError(
-            f"{path} holds no state dict, neither by itself nor under "
+            f"{path} holds no state dict, neither by itself nor under a key such as "
             f"'model' or 'state_dict' (found: {found})"
         )
-    _refuse_odd_tensors(raw, path)
-    state = _own_tensors(raw)
-    accuracy = next((facts[key] for key in ACCURACY_KEYS if key in facts), None)
-    epoch = facts.get("epoch")
-    try:
-        return Checkpoint(
-            state=state,
-            accuracy=None if accuracy is None else _finite(accuracy),
-            epoch=None if epoch is None else int(epoch),
-            path=path,
+    chosen = networks[_choose(networks, fits, path)]
+    if problem := _problem(chosen, path):
+        raise UserError(f"{path} {problem}; save it as an ordinary tensor")
+    accuracy, epoch = stated_accuracy(facts), stated_epoch(facts)
+    return Checkpoint(own_numbers(chosen), accuracy, epoch, path)
+
+
+def _choose(networks: Mapping[str, State], fits: Callable[[State], bool], path: Path) -> str:
+    """Return the key of the network that ``fits``, or of the one to explain if none does."""
+    sound = [key for key in networks if not _problem(networks[key], path)]
+    fitting = [key for key in sound if fits(networks[key])]
+    several = fitting if len(fitting) > 1 else []
+    if len({weights_digest(own_numbers(networks[key])) for key in several}) > 1:
+        found = ", ".join(
+            f"'{key}' ({' with '.join(map(str, recognise(networks[key]) or ()))} classes)"
+            for key in fitting
         )
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise UserError(f"{path} states an accuracy or epoch that is no number: {error}") from error
+        raise UserError(
+            f"{path} holds several networks that fit: {found}; save the one that you mean in a "
+            "file of its own"
+        )
+    known = [key for key in sound if is_known(networks[key])]
+    usual = [key for key in STATE_KEYS if key in networks]
+    return [*fitting, *known, *usual, *networks][0]
 
 
 def load_weights(model: nn.Module, path: str | Path) -> Checkpoint:
@@ -119,9 +149,10 @@ def load_weights(model: nn.Module, path: str | Path) -> Checkpoint:
     Raises ``UserError`` where the file cannot be read, holds another network or other
     classes, or holds weights that are not finite; the model then stays as it was.
     """
-    checkpoint = read_checkpoint(path)
     own_state = model.state_dict()
-    if tensor_shapes(checkpoint.state) != tensor_shapes(own_state):
+    shapes = tensor_shapes(own_state)
+    checkpoint = read_checkpoint(path, lambda state: tensor_shapes(state) == shapes)
+    if tensor_shapes(checkpoint.state) != shapes:
         raise UserError(_explain_mismatch(checkpoint, own_state))
     for name, tensor in checkpoint.state.items():
         if own_state[name].is_floating_point() and not tensor.is_floating_point():
@@ -171,6 +202,15 @@ def _require_file(path: Path) -> None:
         raise UserError(f"no checkpoint at {path} (looked for {path.absolute()})")
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Return whether the file begins like a safetensors file: 8 bytes, then JSON."""
+    try:
+        with path.open("rb") as file:
+            return file.read(9)[8:] == b"{"
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: permission denied") from error
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -184,65 +224,31 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise unreadable(path) from error
 
 
-def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the state dict and the dict that it stood in (empty where it stood alone)."""
+def _read_torch(path: Path) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """Return what the file holds, as weights and as facts about them."""
     content = load_torch_file(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
-    for key in STATE_KEYS:
-        if isinstance(content.get(key), dict):
-            return content[key], content
-    return content, {}
+    return content, content
 
 
-def _is_state_dict(raw: dict[Any, Any]) -> bool:
-    return bool(raw) and all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in raw.items()
-    )
-
-
-def _refuse_odd_tensors(raw: dict[str, Tensor], path: Path) -> None:
-    for name, tensor in raw.items():
+def _problem(state: State, path: Path) -> str:
+    """Say which tensor is no plain one, or is shown larger than it is; "" for sound tensors."""
+    whole, limit = 0, max(MOST_EXPANSION * path.stat().st_size, SMALL)
+    for name, tensor in state.items():
         plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
         if not plain or tensor.dtype not in NUMBERS:
-            raise UserError(
-                f"{path} holds '{name}' as no plain numbers ({tensor.dtype}, {tensor.layout}, on "
-                f"'{tensor.device.type}'); save it as an ordinary tensor"
+            return (
+                f"holds '{name}' as no plain numbers ({tensor.dtype}, {tensor.layout}, on "
+                f"'{tensor.device.type}')"
             )
-        # Views may show a few values as terabytes, which a copy of them would take.
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise UserError(
-                f"{path} holds fewer values for '{name}' than its shape {tuple(tensor.shape)} "
-                "says; save it as an ordinary tensor"
+        whole += tensor.numel() * max(tensor.element_size(), 4)  # as it is in float32
+        if whole > limit:
+            return (
+                f"holds fewer values for '{name}' than its shape {tuple(tensor.shape)} says: "
+                f"{whole >> 20} MiB so far, far more than the file's own size"
             )
-
-
-def _finite(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"it says {number}")
-    return number
-
-
-def _own_tensors(raw: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop what wrappers added to the network's own names: DataParallel, SSKD's student."""
-    # Half-precision files load into float32 networks; their digest is that of the network.
-    state = {
-        name: tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
-        for name, tensor in raw.items()
-    }
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    if any(name.startswith("backbone.") for name in state):
-        state = {
-            name.removeprefix("backbone."): tensor
-            for name, tensor in state.items()
-            if not name.startswith("proj_head.")
-        }
-    if "classifier.weight" in state:
-        renamed = {BARE_CLASSIFIER.get(name, name): tensor for name, tensor in state.items()}
-        return renamed if recognise(renamed) else state
-    return state
+    return ""
 
 
 def _explain_mismatch(checkpoint: Checkpoint, own_state: dict[str, Tensor]) -> str:

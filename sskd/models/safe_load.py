@@ -36,7 +36,7 @@ class _Dtype:
     def __setstate__(self, state: tuple[object, ...]) -> None:
         version, order, *rest = state
         if version != 3 or order not in ("<", ">") or rest != [None, None, None, -1, -1, 0]:
-            raise pickle.UnpicklingError(f"not the state of a plain number's type: {state}")
+            raise pickle.UnpicklingError("not the state of a plain number's type")
         self.code = f"{order}{self.code}"
 
 
@@ -55,9 +55,17 @@ _ALLOWED_GLOBALS: list[Any] = [
 # Torch does not compress what it writes; a file that someone packed again hardly shrinks. Small
 # files that would fill the memory do.
 _MOST_EXPANSION = 10
-# Torch looks through its own messages, which hold names of the file, in a time that grows with the
-# square of their length: minutes for 300,000 signs.
+# Torch looks through its own messages, which quote what the file wants to call, in a time that
+# grows with the square of their length: minutes for 300,000 signs. A value may be longer.
 _LONGEST = 10_000
+_LONGEST_TOLD = 100
+_NAMES = ("GLOBAL", "INST")
+_CALLS = ("REDUCE", "NEWOBJ")
+# What tensors are made of, and no more.
+_HARMLESS = (
+    r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v2|parameter)|torch\.\w*Storage"
+)
+_MARK, _NAME, _VALUE = "mark", "name", "value"
 _LEGACY_PICKLES = 5  # in a row, in front of the tensors' bytes, which may look like anything
 
 
@@ -67,12 +75,16 @@ def load_torch_file(path: Path) -> Any:
     Raises ``UserError`` where the file is damaged, or asks for anything else to be built.
     """
     try:
-        with path.open("rb") as stream:
-            refuse_traps(stream, path)
+        # A stream, because of a path torch would take the name for what tells the format.
         # A warning, of another protocol for one, would only tell what is told in an error's line.
-        with torch.serialization.safe_globals(_ALLOWED_GLOBALS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with (
+            path.open("rb") as stream,
+            torch.serialization.safe_globals(_ALLOWED_GLOBALS),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            refuse_traps(stream, path)
+            stream.seek(0)
+            return torch.load(stream, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except PermissionError as error:
@@ -81,6 +93,11 @@ def load_torch_file(path: Path) -> Any:
         wanted = _refused_globals(path, error)
         if not wanted:
             raise unreadable(path) from error
+        if all(re.fullmatch(_HARMLESS, name) for name in wanted):
+            raise UserError(
+                f"{path} is pickled by another protocol than torch.save's own, which cannot be "
+                "read without running it; save it again without pickle_protocol"
+            ) from error
         raise UserError(
             f"{path} asks for code, which weights do not need: {', '.join(wanted[:5])}; "
             "it was refused without being run"
@@ -106,19 +123,62 @@ def refuse_traps(file: BinaryIO, path: Path) -> None:
 
 
 def _refuse_long_words(stream: io.BytesIO, path: Path) -> None:
-    """Raise UserError where the next pickle in ``stream`` holds one, or breaks off."""
-    started = False
+    """Raise UserError where the next pickle in ``stream`` breaks off, or may have one quoted."""
+    start, started, longest = stream.tell(), False, 0
     try:
-        for _, argument, _ in pickletools.genops(stream):
+        for opcode, argument, _ in pickletools.genops(stream):
             started = True
-            if isinstance(argument, str | bytes) and len(argument) > _LONGEST:
+            length = len(argument) if isinstance(argument, str | bytes) else 0
+            if opcode.name in _NAMES and length > _LONGEST:
                 raise UserError(
-                    f"{path} holds a name or a text of {len(argument)} signs, which no checkpoint "
-                    "does; fetch it again from where it is published"
+                    f"{path} holds a name of {length} signs, which no checkpoint does; fetch it "
+                    "again from where it is published"
                 )
+            longest = max(longest, length)
     except ValueError as error:  # the end of the file, or bytes that are no instruction
         if started:
             raise unreadable(path) from error
+        return
+    end = stream.tell()
+    stream.seek(start)
+    if longest > _LONGEST and _calls_a_value(stream):
+        raise UserError(
+            f"{path} holds a text of {longest} signs and asks for something to be called that it "
+            "does not name, which no checkpoint does; fetch it again from where it is published"
+        )
+    stream.seek(end)
+
+
+def _calls_a_value(stream: io.BytesIO) -> bool:
+    """Return whether the next pickle, which is whole, calls anything but what it imports by name.
+
+    It is followed instruction by instruction, as ``pickletools.dis`` does; nothing is built.
+    """
+    stack: list[str] = []
+    memo: dict[Any, str] = {}
+    for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name in _CALLS and stack[-2:-1] != [_NAME]:
+            return True
+        if opcode.name.endswith("PUT"):
+            memo[argument] = stack[-1] if stack else _VALUE
+        elif opcode.name.endswith("GET"):
+            stack.append(memo.get(argument, _VALUE))
+        else:
+            _move(stack, opcode)
+    return False
+
+
+def _move(stack: list[str], opcode: pickletools.OpcodeInfo) -> None:
+    """Take from ``stack`` what the instruction takes, and put on it what it puts there."""
+    taken = list(opcode.stack_before)
+    if pickletools.markobject in taken:
+        while stack and stack.pop() != _MARK:
+            pass
+        taken = taken[: taken.index(pickletools.markobject)]
+    if taken:
+        del stack[-len(taken) :]
+    made = _NAME if opcode.name == "GLOBAL" else _VALUE
+    stack += [_MARK if each is pickletools.markobject else made for each in opcode.stack_after]
 
 
 def unreadable(path: Path) -> UserError:
@@ -144,15 +204,20 @@ def _imports(path: Path) -> list[str]:
     """List the names that the file's pickles import, by parsing them."""
     names: dict[str, None] = {}
     strings: list[str] = []
+    memo: list[str] = []
     with path.open("rb") as file:
         pickled = _pickled_bytes(file)
     for opcode, argument in _instructions(io.BytesIO(pickled)):
         if opcode == "STACK_GLOBAL":
-            names[".".join(strings[-2:])] = None
+            names[".".join(text[-_LONGEST_TOLD:] for text in strings[-2:])] = None
         elif opcode in ("GLOBAL", "INST"):
             names[str(argument).replace(" ", ".")] = None
         elif isinstance(argument, str):
             strings.append(argument)
+        elif opcode == "MEMOIZE":
+            memo += strings[-1:] or [""]
+        elif opcode.endswith("GET") and argument < len(memo):
+            strings.append(memo[argument])
     return list(names)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sskd.report.origin import FIXED, SHOWN, Origin
 
 if TYPE_CHECKING:
-    from sskd.report.results import Result
+    from sskd.report.results import Result, Settings
 
 EPOCHS = "epochs"
 Warn = Callable[[str], None]
@@ -72,7 +72,7 @@ def _by_epochs(results: Sequence[Result], warn: Warn) -> list[Result]:
 
     That is so if a default was changed in ``conf``: the difference from it does not say so.
     """
-    found: dict[tuple[object, ...], set[int]] = {}
+    found: dict[tuple[str, Settings], set[int]] = {}
     for run in results:
         if run.epochs is not None:
             found.setdefault((run.dataset, run.setting), set()).add(run.epochs)

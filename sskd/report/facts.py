@@ -17,10 +17,9 @@ def read_figures(
     numbers: Sequence[str] = ("top1",),
     optional: Collection[str] = (),
 ) -> list[dict[str, str]]:
-    """Return the lines of ``file`` by column.
+    """Return the lines of the CSV ``file`` by column.
 
     Args:
-        file: the name of the CSV file.
         columns: the names in its first line.
         cell: the columns that set a line apart from all others.
         numbers: the columns whose text is a number above 0 and up to 100.

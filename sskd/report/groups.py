@@ -107,7 +107,7 @@ class Group:
     def pair_entries(self, table: str, pair: Pair) -> dict[RowKey, Entry]:
         """Return the figures of one column by row, the teacher's first."""
         rows = self.pair_runs(pair)
-        values = {TEACHER: self._teacher_top1(pair)}
+        values = {TEACHER: _teacher_top1(self, pair)}
         values |= {key: [run.top1(self.epoch) for run in runs] for key, runs in rows.items()}
         return {
             key: self._entry(table, pair, key, values[key], self._published_top1(pair, key))
@@ -155,14 +155,6 @@ class Group:
         if self.published is None or without_digest(variant) or not is_comparable(self.setting):
             return None
         return self.published.top1.get((*pair, name))
-
-    def _teacher_top1(self, pair: Pair) -> list[float]:
-        trained = [run.top1(self.epoch) for run in _plain_scratch(self.shared, pair[0])]
-        # A teacher from elsewhere has no run here, but its students have measured it.
-        measured = {
-            run.teacher_top1 for run in self.distilled if (run.teacher, run.student) == pair
-        }
-        return trained or sorted(value for value in measured if value is not None)
 
     def _entry(
         self, table: str, pair: Pair, row: RowKey, values: Sequence[float], published: float | None
@@ -215,6 +207,13 @@ def _by_teacher(row: RowKey, runs: list[Result]) -> Iterator[tuple[RowKey, list[
     for digest in digests:
         key = (name, tuple(sorted((*variant, (DIGEST, digest or "unknown")))))
         yield key, [run for run in runs if run.origin.teacher == digest]
+
+
+def _teacher_top1(group: Group, pair: Pair) -> list[float]:
+    trained = [run.top1(group.epoch) for run in _plain_scratch(group.shared, pair[0])]
+    # A teacher from elsewhere has no run here, but its students have measured it.
+    measured = {run.teacher_top1 for run in group.distilled if (run.teacher, run.student) == pair}
+    return trained or sorted(value for value in measured if value is not None)
 
 
 def _plain_scratch(runs: Iterable[Result], network: str) -> list[Result]:

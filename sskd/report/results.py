@@ -153,7 +153,6 @@ def parse_result(text: str, folder: Path) -> Result | None:
     if not isinstance(top1, dict):
         raise ValueError("'top1' is not an object")
     method = fields.text(record, "method")
-    difference = _difference(fields.get(record, "difference"))
     return Result(
         kind=kind,
         dataset=fields.text(record, "dataset"),
@@ -161,7 +160,7 @@ def parse_result(text: str, folder: Path) -> Result | None:
         student=fields.text(record, "student"),
         method=method,
         seed=fields.integer(record, "seed"),
-        difference=tuple(sorted(name_weighting(method, _recipe(record), difference).items())),
+        difference=_difference(record, method),
         last=fields.number(top1, "last", high=100),
         best=fields.number(top1, "best", high=100),
         teacher_top1=fields.number_or_none(record, "teacher_top1", high=100),
@@ -187,12 +186,14 @@ def _recipe(record: fields.Record) -> int:
     return recipe
 
 
-def _difference(value: object) -> dict[str, str]:
+def _difference(record: fields.Record, method: str) -> Settings:
+    value = fields.get(record, "difference")
     if not isinstance(value, dict):
         raise ValueError("'difference' is not an object")
     if not all(key and key.isprintable() for key in value):
         raise ValueError("'difference' has a key that is not a name")
-    return {key: _as_text(item) for key, item in value.items()}
+    texts = {key: _as_text(item) for key, item in value.items()}
+    return tuple(sorted(name_weighting(method, _recipe(record), texts).items()))
 
 
 def _as_text(value: object) -> str:

@@ -1,0 +1,112 @@
+"""What checkpoints from elsewhere look like: where their weights lie, and what wraps the names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sskd.models.recognition import recognise
+
+State = Mapping[str, Tensor]
+# Of torch.compile, DataParallel, Lightning and the like, and SSKD's student.
+PREFIXES = ("_orig_mod.", "module.", "model.", "network.", "net.", "backbone.")
+# Beside a network's own tensors: SSKD's student has a head, AveragedModel a counter.
+WRAPPERS = {"backbone.": "proj_head.", "module.": "n_averaged"}
+ACCURACY_KEYS = ("accuracy", "acc", "best_acc", "top1", "acc1", "best_acc1", "best_top1")
+# SSKD's MobileNetV2 has its classifier bare, the CRD benchmark's inside a Sequential.
+BARE_CLASSIFIER = {
+    "classifier.weight": "classifier.0.weight",
+    "classifier.bias": "classifier.0.bias",
+}
+VARIANCE, COUNTER = "running_var", "num_batches_tracked"
+_DEPTH = 2  # of dicts in dicts
+_MOST_EPOCHS = 10**9
+
+
+def state_dicts(content: Mapping[Any, Any], depth: int = _DEPTH) -> dict[str, State]:
+    """Return each dict of nothing but named tensors in ``content``, by its keys joined by dots."""
+    named = all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    if content and named:
+        return {"": content}
+    inner = {k: v for k, v in content.items() if isinstance(v, dict) and depth}
+    return {
+        f"{key}.{name}".removesuffix("."): state
+        for key, value in inner.items()
+        for name, state in state_dicts(value, depth - 1).items()
+    }
+
+
+def own_names(raw: State) -> State:
+    """Return ``raw`` by the network's own names, which wrappers have put their own in front of.
+
+    A known network gets the counters of batches that files of old versions lack, at 0.
+    """
+    state = raw
+    while prefix := next((each for each in PREFIXES if _wraps(each, state)), None):
+        state = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in state.items()
+            if name.startswith(prefix)
+        }
+    counters = {
+        name.removesuffix(VARIANCE) + COUNTER: torch.tensor(0)
+        for name in state
+        if name.endswith(VARIANCE)
+    }
+    renamed = {BARE_CLASSIFIER.get(name, name): tensor for name, tensor in state.items()}
+    for known in (state, renamed, {**counters, **state}, {**counters, **renamed}):
+        if recognise(known):
+            return known
+    return state
+
+
+def _wraps(prefix: str, state: State) -> bool:
+    """Return whether every name in ``state`` has ``prefix``, but for what comes beside it."""
+    own = [name for name in state if name.startswith(prefix)]
+    beside = WRAPPERS.get(prefix)
+    rest = [name for name in state if not (beside and name.startswith(beside))]
+    return bool(own) and own == rest
+
+
+def own_numbers(state: State) -> dict[str, Tensor]:
+    """Return ``state`` in float32, and counters of batches as the whole numbers that they are.
+
+    The digest of half-precision weights is then that of the float32 network that they load into.
+    """
+    return {
+        name: _own_number(name, tensor.detach().resolve_neg()) for name, tensor in state.items()
+    }
+
+
+def _own_number(name: str, tensor: Tensor) -> Tensor:
+    if name.endswith(COUNTER) and tensor.isfinite().all():
+        return tensor.long()
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def stated_accuracy(facts: Mapping[Any, Any]) -> float | None:
+    """Return the top-1 in percent that ``facts`` state; None if that is no one number to 100."""
+    stated = (_number(facts[key]) for key in ACCURACY_KEYS if key in facts)
+    return next((each for each in stated if each is not None and 0 <= each <= 100), None)
+
+
+def stated_epoch(facts: Mapping[Any, Any]) -> int | None:
+    """Return the epoch that ``facts`` state; None if that is no count."""
+    epoch = _number(facts.get("epoch"))
+    return int(epoch) if epoch is not None and 0 <= epoch <= _MOST_EPOCHS else None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, Mapping):
+        return stated_accuracy(value)
+    if isinstance(value, list | tuple) and len(value) == 1:
+        (value,) = value
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+    return number if math.isfinite(number) else None
