@@ -187,6 +187,7 @@ def test_channel_statistics_are_those_of_all_pixels() -> None:
     assert 0 < std[2] < 1e-3
 
 
+@pytest.mark.usefixtures("all_digits")
 def test_digits_are_scikit_learns_images_scaled_up() -> None:
     images = load_images(settings("digits"))
     published = load_digits()
