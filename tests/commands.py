@@ -272,14 +272,16 @@ def _status(words: tuple[str, ...]) -> int:
 
 
 def _execute(first: str, *rest: str) -> None:
+    """Run a command's words in a main module of its own, which its own processes ask for too."""
     sys.path[:] = [path for path in sys.path if path != str(ROOT / "tests")]
-    if first == "-c":
+    main = sys.modules["__main__"] = sys.modules["__mp_main__"] = ModuleType("__main__")
+    if first == "-m":
+        sys.argv, sys.path[0:0] = ["-m", *rest[1:]], [os.getcwd()]  # noqa: PTH109
+        runpy._run_module_as_main(rest[0])  # type: ignore[attr-defined]
+    elif first == "-c":
         sys.argv, sys.path[0:0] = ["-c", *rest[1:]], [""]
-        main = sys.modules["__main__"] = ModuleType("__main__")
         exec(compile(rest[0], "<string>", "exec"), main.__dict__)
-    elif first == "-m":
-        sys.argv, sys.path[0:0] = list(rest), [os.getcwd()]  # noqa: PTH109
-        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv, sys.path[0:0] = [first, *rest], [str(Path(first).resolve().parent)]
-        runpy.run_path(first, run_name="__main__")
+        main.__file__ = str(Path(first).absolute())
+        exec(compile(Path(first).read_bytes(), first, "exec"), main.__dict__)

@@ -6,8 +6,6 @@ images than on those. Whoever needs them all asks for the fixture ``all_digits``
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
 from sskd.data import SOURCES, DatasetSettings
@@ -16,6 +14,7 @@ from sskd.data.reading import Source
 
 ALL = SOURCES["digits"]
 OF_A_CLASS = 6
+_read: dict[int, Source] = {}  # by the pixels of a side
 
 
 def install() -> None:
@@ -25,13 +24,13 @@ def install() -> None:
 
 def load(settings: DatasetSettings) -> Source:
     """Return the digits with six test images of each class."""
-    source = _read(settings.size)
+    if settings.size not in _read:
+        _read[settings.size] = _with_few_test_images(ALL.load(settings))
+    source = _read[settings.size]
     return source._replace(train=_copy(source.train), test=_copy(source.test))
 
 
-@cache
-def _read(size: int) -> Source:
-    source = ALL.load(DatasetSettings.model_construct(size=size))
+def _with_few_test_images(source: Source) -> Source:
     labels = source.test.labels
     rank = torch.stack([(labels[:i] == label).sum() for i, label in enumerate(labels)])
     return source._replace(test=source.test.take((rank < OF_A_CLASS).nonzero()[:, 0]))

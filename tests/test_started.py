@@ -79,6 +79,25 @@ def test_it_has_torch_and_a_module_and_a_script_of_its_own(tmp_path: Path) -> No
         assert (found.stdout, found.stderr) == ("__main__ ['x'] True\n", "")
 
 
+def test_its_own_processes_know_what_its_main_module_makes(tmp_path: Path) -> None:
+    (tmp_path / "said.py").write_text(
+        "from multiprocessing import get_context\n"
+        "class Made: pass\n"
+        "if __name__ == '__main__':\n"
+        "    with get_context('spawn').Pool(1) as pool:\n"
+        "        print(type(pool.apply(Made)) is not None)\n"
+    )
+    for words in (("said.py",), ("-m", "said")):
+        found = run(*words, cwd=tmp_path, timeout=60)
+        assert (found.stdout, found.stderr) == ("True\n", "")
+
+
+def test_a_module_that_there_is_not_is_told_as_pythons_own() -> None:
+    own = subprocess.run([sys.executable, "-m", "nowhere"], capture_output=True, text=True)
+    found = run("-m", "nowhere")
+    assert (found.returncode, found.stderr) == (own.returncode, own.stderr)
+
+
 def test_it_runs_the_suite_of_its_folder(tmp_path: Path) -> None:
     (tmp_path / "sskd").mkdir()
     (tmp_path / "sskd" / "__init__.py").write_text("print('another')")
