@@ -13,11 +13,11 @@ from sskd.config import Config
 from sskd.errors import UserError
 from sskd.identity import difference
 from sskd.interrupt import Interrupted
-from sskd.nested import as_override
+from sskd.nested import as_override, flatten
 from sskd.output import complain, say
 from sskd.run import Run
 from sskd.wandb_runs import open_run, sync_folder, sync_later
-from sskd.weightings import RECIPE, name_weighting
+from sskd.weightings import CE, KD, RECIPE, find_weighting
 
 # Figures about the student as a whole; the others are named after their stage.
 _UNPREFIXED = ("test/", "holdout/", "best/")
@@ -71,7 +71,12 @@ class Tracker:
             group=f"{pair}/{method}",
             job_type="student" if config.teacher else "teacher",
             tags=[config.dataset.name, *config.wandb.tags],
-            config={**self._run.config, "pair": pair, "variant": self._variant()},
+            config={
+                **self._run.config,
+                "pair": pair,
+                "variant": self._variant(),
+                "recipe": RECIPE,
+            },
         )
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -144,12 +149,18 @@ class Tracker:
         self._send(lambda: self._wandb.summary.update(summary))
 
     def _variant(self) -> str:
-        """Return the method and what differs from its recipe: its seeds share it, no other run."""
+        """Return the method and what differs from its recipe: its seeds share it, no other run.
+
+        The weighting of CE and KD is always named, since a default of an earlier recipe had another
+        in runs that W&B may still have.
+        """
         config = self._config
         changed = difference(config)
         texts = {key: str(value) for key, value in changed.items()}
-        named = name_weighting(config.method.name, RECIPE, texts)
-        changed = {key: changed.get(key, text) for key, text in named.items()}
+        if weighting := find_weighting(config.method.name, RECIPE, texts):
+            own = flatten(config.model_dump())
+            changed = {key: value for key, value in changed.items() if key not in (CE, KD)}
+            changed |= {key: own.get(key, text) for key, text in weighting.items()}
         if config.teacher and config.teacher.checkpoint:
             changed["teacher.digest"] = self._run.config["teacher"]["digest"][:8]
         # Two folders of images may have one name.
