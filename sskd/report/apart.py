@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from sskd.report.origin import FIXED, SHOWN, Origin
-
-if TYPE_CHECKING:
-    from sskd.report.results import Result, Settings
+from sskd.report.result import Result, Settings
 
 EPOCHS = "epochs"
 Warn = Callable[[str], None]

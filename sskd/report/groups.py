@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sskd.report.published import Pair, Published, is_comparable, published_for
-from sskd.report.results import DIGEST, Epoch, Result, Settings, without_digest
+from sskd.report.result import DIGEST, Epoch, Result, Settings, without_digest
 from sskd.report.rows import (
     ROWS,
     STUDENT,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sskd.report.facts import read_figures
-from sskd.report.results import Result, Settings, without_digest
+from sskd.report.result import Result, Settings, without_digest
 from sskd.weightings import WEIGHTING
 
 Pair = tuple[str, str]
