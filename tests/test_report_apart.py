@@ -189,7 +189,9 @@ def test_a_configuration_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["", 3, ["folder"], "a\nb", "\x1b[2J", True])
-@pytest.mark.parametrize("key", ["dataset_source", "dataset_digest", "teacher_digest"])
+@pytest.mark.parametrize(
+    "key", ["dataset_source", "dataset_digest", "teacher_digest", "teacher_epoch"]
+)
 def test_an_odd_origin_is_named_and_left_out(tmp_path: Path, key: str, value: Any) -> None:
     put_run(tmp_path, "run", **{key: value})
     report, warnings = read(tmp_path)
@@ -302,6 +304,7 @@ def test_a_run_records_its_data_and_its_teacher(composed: Compose, tmp_path: Pat
     assert student["dataset_digest"] == teacher["dataset_digest"]
     assert student["teacher_digest"] == teacher["digest"]["best"]
     assert teacher["teacher_digest"] is None
+    assert (student["teacher_epoch"], teacher["teacher_epoch"]) == ("best", None)
     # An older result has the same from its configuration.
     report = read_report(tmp_path / "runs", never)
     assert len(report.results) == 3

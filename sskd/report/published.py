@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sskd.report.facts import read_figures
-from sskd.report.result import Result, Settings, without_digest
+from sskd.report.result import DIGEST, Result, Settings
 from sskd.weightings import WEIGHTING
 
 Pair = tuple[str, str]
@@ -17,6 +17,7 @@ COLUMNS = ("table", "teacher", "student", "row", "top1")
 RERUN_COLUMNS = ("teacher", "student", "by", "top1", "std", "runs")
 # What a setting may hold beside the recipe without being another experiment.
 COMPARABLE = frozenset({"precision"})
+TEACHER_EPOCH, USUAL_EPOCH = "teacher.epoch", "best"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,21 @@ class Published:
 
     def holds(self, row: str, run: Result) -> bool:
         """Return whether ``run``, of the method in ``row``, was made as the figures were."""
-        return self.variants.get(row) == without_digest(run.variant)
+        return self.variants.get(row) == _asked_for(run)
+
+
+def _asked_for(run: Result) -> Settings:
+    """Return what ``run`` changed in its method and teacher, with the epoch of the teacher.
+
+    The digest of a teacher from a file decides what a run computes, so that the epoch that was
+    asked for is recorded beside the difference. Older results have it in their difference.
+    """
+    variant = dict(run.variant)
+    if variant.pop(DIGEST, None) is not None and run.teacher_epoch is not None:
+        variant.pop(TEACHER_EPOCH, None)
+        if run.teacher_epoch != USUAL_EPOCH:
+            variant[TEACHER_EPOCH] = run.teacher_epoch
+    return tuple(sorted(variant.items()))
 
 
 SSKD = Source(
@@ -104,7 +119,7 @@ SSKD = Source(
     ),
     reruns={"SSKD": "published_sskd_reruns.csv"},
 )
-FROM_LAST = (("teacher.epoch", "last"),)
+FROM_LAST = ((TEACHER_EPOCH, "last"),)
 CRD_BENCHMARK = Source(
     "published_crd_benchmark.csv",
     "the CRD benchmark",

@@ -25,7 +25,8 @@ class Result:
     network trained from scratch, whose name is ``student``. ``difference`` holds what the run
     changed in today's recipe: dotted keys and their values as text, sorted by key, and the weights
     of CE and KD as ``weighting`` if they have a name. ``epochs`` counts those of the last stage.
-    ``peak_memory_mib``, ``commit`` and ``epochs`` are None if they were not recorded.
+    ``teacher_epoch`` is the epoch that was asked for, which ``difference`` does not have if the
+    teacher is a file. It, ``peak_memory_mib``, ``commit`` and ``epochs`` are None if not recorded.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class Result:
     difference: Settings
     last: float
     best: float
+    teacher_epoch: str | None
     teacher_top1: float | None
     agreement: float | None
     kl: float | None

@@ -104,6 +104,9 @@ def parse_result(text: str, folder: Path) -> Result | None:
         difference=_difference(record, method),
         last=fields.number(top1, "last", high=100),
         best=fields.number(top1, "best", high=100),
+        teacher_epoch=(
+            None if record.get("teacher_epoch") is None else fields.text(record, "teacher_epoch")
+        ),
         teacher_top1=fields.number_or_none(record, "teacher_top1", high=100),
         agreement=fields.number_or_none(record, "agreement", high=100),
         # Rounding can take a divergence of two equal distributions just below zero.
