@@ -15,6 +15,9 @@ from sskd import CONF
 from sskd.errors import nearest, printable
 from sskd.nested import as_override, flatten
 
+# What earlier versions had, and what to type now.
+_RENAMED = {"kd_weight": "weighting=crd_benchmark (0) or weighting=common (1)"}
+
 
 def about_quotes(word: str) -> str:
     """Return how to quote ``KEY=VALUE`` for the shell and for Hydra; nothing for other words."""
@@ -45,6 +48,8 @@ def about_plus(error: Exception) -> str | None:
 
 
 def _unknown_setting(key: str) -> str:
+    if key in _RENAMED:
+        return f"{key}: is now {_RENAMED[key]}"
     known = _known_settings()
     if key in known:
         word = _word_of(key) or f"{key}=VALUE"

@@ -119,6 +119,15 @@ def test_a_setting_of_another_choice_is_not_said_to_take_a_plus(command: Command
     assert "plus" not in told
 
 
+@pytest.mark.parametrize("words", [
+    ("kd_weight=0",), ("kd_weight=1", "method=at"), ("kd_weight=0.5",), ("-m", "kd_weight=0,1"),
+])  # fmt: skip
+def test_a_setting_that_has_another_name_now(command: Command, words: tuple[str, ...]) -> None:
+    assert one_line(command, *words) == (
+        "kd_weight: is now weighting=crd_benchmark (0) or weighting=common (1)"
+    )
+
+
 def test_train_teacher_says_it_too(command: Command) -> None:
     status, _, err = command("arch=vgg8", "+seed=1", script=train_teacher)
     assert (status, err.count("\n")) == (1, 1)
