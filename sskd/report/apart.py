@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from sskd.report.origin import FIXED, SHOWN, Origin
+from sskd.report.published import published_for
 from sskd.report.result import Result, Settings
 
 EPOCHS = "epochs"
@@ -67,7 +68,8 @@ def _labels(name: str, datasets: Sequence[Origin]) -> dict[Origin, str]:
 def _by_epochs(results: Sequence[Result], warn: Warn) -> list[Result]:
     """Add the number of epochs to the settings of one name that have several.
 
-    That is so if a default was changed in ``conf``: the difference from it does not say so.
+    That is so if a default was changed in ``conf``: the difference from it does not say so. The
+    number of the published experiment is not added, so that its figures stay beside those runs.
     """
     found: dict[tuple[str, Settings], set[int]] = {}
     for run in results:
@@ -80,7 +82,13 @@ def _by_epochs(results: Sequence[Result], warn: Warn) -> list[Result]:
         warn(f"runs of '{dataset}' by {told} have {numbers} epochs, shown apart")
     return [
         replace(run, difference=tuple(sorted((*run.difference, (EPOCHS, str(run.epochs))))))
-        if run.epochs is not None and (run.dataset, run.setting) in several
+        if (run.dataset, run.setting) in several and not _is_usual(run)
         else run
         for run in results
     ]
+
+
+def _is_usual(run: Result) -> bool:
+    """Return whether ``run`` trained as long as a published experiment, or has no number."""
+    published = {source.epochs for source in published_for(run.dataset)}
+    return run.epochs is None or run.epochs in published

@@ -27,7 +27,7 @@ class Source:
     ``variant`` is what its students changed in their method and teacher, where ``variant_of``
     says nothing else of a row; ``name`` sets its tables apart from those of other sources.
     ``reruns`` has the files of what others measured of its rows. A note may name its
-    ``{teachers}``, each with its accuracy.
+    ``{teachers}``, each with its accuracy. ``epochs`` is for how many its networks trained.
     """
 
     file: str
@@ -36,6 +36,7 @@ class Source:
     variant: Settings = ()
     variant_of: Mapping[str, Settings] = field(default_factory=dict)
     reruns: Mapping[str, str] = field(default_factory=dict)
+    epochs: int = 240
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Published:
     ``tables`` maps a table's name to its (teacher, student) pairs in the printed order, and
     ``rows`` are in that order too; ``top1`` is keyed by (teacher, student, row); ``alone``
     holds the networks trained from scratch by name; ``variants`` is what the runs of a
-    method's row have changed in the recipe; ``reruns`` are what others measured; ``notes`` tell
-    what a reader must know before comparing.
+    method's row have changed in the recipe; ``reruns`` are what others measured; ``epochs`` is for
+    how many the networks trained; ``notes`` say what a reader must know before comparing.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Published:
     alone: dict[str, float]
     variants: dict[str, Settings]
     reruns: tuple[Rerun, ...]
+    epochs: int
     notes: tuple[str, ...]
 
     def holds(self, row: str, run: Result) -> bool:
@@ -114,8 +116,8 @@ SSKD = Source(
         "SSKD keeps the best epoch on the test set, so its figures compare with the best epoch"
         " (--best); the last epoch is the fairer measure of a method.",
         "Published re-runs of SSKD, with the number of runs: HSAKD's authors (Yang et al., IJCAI"
-        " 2021), mean ± standard deviation; the repository FN8211/SSKD, best epoch, its vgg13 of"
-        " 74.49.",
+        " 2021), mean ± standard deviation; the repository FN8211/SSKD, best epoch, from its own"
+        " vgg13 (74.49).",
     ),
     reruns={"SSKD": "published_sskd_reruns.csv"},
 )
@@ -185,6 +187,7 @@ def _load(source: Source) -> Published:
             if row not in (TEACHER_ROW, STUDENT_ROW)
         },
         reruns=_load_reruns(source),
+        epochs=source.epochs,
         notes=tuple(note.format(teachers=told) for note in source.notes),
     )
 
