@@ -21,7 +21,18 @@ from sskd.weightings import CE, KD, RECIPE, find_weighting
 
 # Figures about the student as a whole; the others are named after their stage.
 _UNPREFIXED = ("test/", "holdout/", "best/")
-_SUMMARISED = ("teacher_top1", "agreement", "kl", "images_per_second", "peak_memory_mib")
+# Where a result has the figures of W&B's summary.
+_SUMMARISED = {
+    "last/top1": "top1.last",
+    "best/top1": "top1.best",
+    "best/epoch": "top1.best_epoch",
+    "hours": "seconds",
+    "teacher_top1": "teacher_top1",
+    "agreement": "agreement",
+    "kl": "kl",
+    "images_per_second": "images_per_second",
+    "peak_memory_mib": "peak_memory_mib",
+}
 
 
 def report_finished(run: Run, config: Config, result: Mapping[str, Any]) -> None:
@@ -136,16 +147,13 @@ class Tracker:
         self._send(lambda: self._wandb.log({name: wandb.Image(str(path))}, step=0))
 
     def summarise(self, result: Mapping[str, Any]) -> None:
-        """Show the result in the run's row of a table."""
+        """Show the result in the run's row of a table, as far as its version has recorded it."""
         self._result = result
-        top1 = result["top1"]
-        summary = {
-            "last/top1": top1["last"],
-            "best/top1": top1["best"],
-            "best/epoch": top1["best_epoch"],
-            "hours": result["seconds"] / 3600,
-            **{name: result[name] for name in _SUMMARISED if result[name] is not None},
-        }
+        flat = flatten(result)
+        figures = {shown: flat.get(name) for shown, name in _SUMMARISED.items()}
+        summary = {k: v for k, v in figures.items() if isinstance(v, int | float)}
+        if "hours" in summary:
+            summary["hours"] /= 3600  # seconds
         self._send(lambda: self._wandb.summary.update(summary))
 
     def _variant(self) -> str:
