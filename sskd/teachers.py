@@ -116,7 +116,7 @@ def locate(config: Config) -> tuple[Path, dict[str, Any]]:
     return folder, changed
 
 
-def _earlier_folders(config: Config, digest: Mapping[str, str]) -> Iterator[Path]:
+def _earlier_folders(config: Config, digest: dict[str, str]) -> Iterator[Path]:
     """Yield the folders with a name from an earlier version that hold the run of ``config``."""
     for earlier in earlier_differences(config):
         with suppress(UserError):  # it is a link, or its configuration cannot be read

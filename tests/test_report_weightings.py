@@ -221,8 +221,8 @@ def test_beside_a_checkpoint_the_epoch_is_the_one_asked_for(
     changed = locate(config)[1]
     assert "teacher.epoch" not in changed
     assert config.teacher
-    asked = {"teacher_epoch": config.teacher.epoch}
-    put_run(tmp_path, "run", method=config.method.name, difference=changed, **asked)
+    asked, method = config.teacher.epoch, config.method.name
+    put_run(tmp_path, "run", method=method, difference=changed, teacher_epoch=asked)
     (found,) = (entry for name, entry in every_row(tmp_path).items() if name != "teacher")
     expected = None if source is None else figure(display_name(config.method.name), source)
     assert found.published == expected
