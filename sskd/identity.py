@@ -29,6 +29,7 @@ from sskd.data import SOURCES, DatasetSettings
 from sskd.nested import as_override, flatten
 from sskd.output import complain
 from sskd.paths import below
+from sskd.weightings import CE, FORMER, KD, METHODS
 
 # What may change between two starts of one run without changing what it computes.
 _NOT_IDENTITY = (
@@ -117,16 +118,36 @@ def difference(config: Config) -> dict[str, Any]:
     return _unlike_recipe(config, identity(config.model_dump()))
 
 
-def earlier_difference(config: Config) -> dict[str, Any]:
-    """Return what ``difference`` returned in versions that listed settings of no effect too."""
-    return _unlike_recipe(config, _without(config.model_dump(), *_NOT_IDENTITY))
+def earlier_differences(config: Config) -> list[dict[str, Any]]:
+    """Return what else ``difference`` returned in earlier versions.
+
+    They listed settings of no effect too, and had other weights of CE and KD by default.
+    """
+    values = config.model_dump()
+    without_idle, whole = identity(values), _without(values, *_NOT_IDENTITY)
+    found = [_unlike_recipe(config, whole)]
+    if config.method.name in METHODS:
+        for former in FORMER.values():
+            usual = dict(zip((CE, KD), former, strict=True))
+            found += [_unlike_recipe(config, own, usual) for own in (whole, without_idle)]
+    return found
 
 
-def _unlike_recipe(config: Config, decisive: Mapping[str, Any]) -> dict[str, Any]:
-    usual = flatten(identity(recipe(config).model_dump()))
+def _unlike_recipe(
+    config: Config, decisive: Mapping[str, Any], former: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what of ``decisive`` is not as in the recipe, with ``former`` in place of today's."""
+    usual = flatten(identity(recipe(config).model_dump())) | dict(former or {})
     told_by_name = {"seed", "dataset.name"}
     own = flatten(decisive)
     return {k: v for k, v in own.items() if k not in told_by_name and usual.get(k) != v}
+
+
+def is_of(config: Config, found: Mapping[str, Any]) -> bool:
+    """Return whether ``found``, as a run's folder keeps it, is ``config``; digests do not count."""
+    return not differing(
+        _without(found, ("dataset", "digest"), ("teacher", "digest")), config.model_dump()
+    )
 
 
 def run_folder(config: Config, changed: Mapping[str, Any]) -> Path:

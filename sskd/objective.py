@@ -31,7 +31,7 @@ def objective(result: Mapping[str, Any], folder: Path) -> float:
         return float(result["holdout_top1"]["last"])
     except (LookupError, TypeError, ValueError):
         raise UserError(
-            f"{folder / RESULT}: has no accuracy on held-out images; start afresh with force=true"
+            f"{folder / RESULT}: has no accuracy on held-out images; start again with force=true"
         ) from None
 
 

@@ -148,7 +148,7 @@ class Run:
         other = differing(read_config_file(self.folder / CONFIG), self.config)
         if other:
             raise UserError(
-                f"{self.folder}: holds a run of another configuration: {other}; start afresh with "
+                f"{self.folder}: holds a run of another configuration: {other}; start again with "
                 "force=true (the old run is kept under .old/), or use another runs=FOLDER"
             )
 

@@ -74,15 +74,16 @@ class Sweep:
     def __init__(
         self, grid: Iterable[Overrides], compose: Callable[[list[str]], DictConfig]
     ) -> None:
-        cells: dict[Path, Cell] = {}
+        cells: dict[str, Cell] = {}
         for overrides in grid:
             composed = compose(list(overrides))
             own = [str(key) for key in composed if key != "hydra"]
             config = read_config(OmegaConf.masked_copy(composed, own))
             check_environment(config.wandb.mode)
-            folder, _ = locate(config)
+            folder, changed = locate(config)
             cell = Cell(list(overrides), _command(composed, overrides), config, folder)
-            cells.setdefault(folder, cell)
+            # A run that has the folder's name from an earlier recipe may be another cell's.
+            cells.setdefault(f"{folder} {changed}", cell)
         self.cells = list(cells.values())
 
     def begin(self) -> list[list[str]]:

@@ -229,15 +229,15 @@ def _use_streams(streams: list[int], unbuffered: bool) -> None:
     sys.stdin = sys.__stdin__ = open(0, closefd=False)  # type: ignore[misc] # noqa: SIM115
     for name, number in (("stdout", 1), ("stderr", 2)):
         before, raw = getattr(sys, name), io.FileIO(number, "w", closefd=False)
-        stream = io.TextIOWrapper(
-            raw if unbuffered else io.BufferedWriter(raw),  # type: ignore[arg-type]
+        wrapper = io.TextIOWrapper(
+            raw if unbuffered else io.BufferedWriter(raw),
             encoding=before.encoding,
             errors=before.errors,
             line_buffering=name == "stderr" or os.isatty(number),
             write_through=unbuffered,
         )
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
+        setattr(sys, name, wrapper)
+        setattr(sys, f"__{name}__", wrapper)
 
 
 def _forget_the_suite() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,36 @@ def test_a_finished_proposal_with_damaged_metrics_reports_its_summary(
     (path,) = offline_runs(tmp_path / "runs")
     (summary,) = inspect(path, "--summary")
     assert summary["summary"]["last/top1"] == 30.0
+
+
+# What the first version did not record, and more that a result may lack.
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        ["peak_memory_mib"],
+        ["images_per_second", "agreement", "kl", "teacher_top1"],
+        ["top1.best", "top1.best_epoch"],
+        ["seconds"],
+    ],
+)
+def test_an_older_result_is_reported_without_what_it_lacks(
+    composed: Compose, tmp_path: Path, agent: Path, lacking: list[str]
+) -> None:
+    config = composed(*ALONE)
+    path = finish(config) / "result.json"
+    result = json.loads(path.read_text())
+    for name in lacking:
+        del (result["top1"] if "top1." in name else result)[name.removeprefix("top1.")]
+    path.write_text(json.dumps(result))
+    train(config)
+    (offline,) = offline_runs(tmp_path / "runs")
+    (summary,) = inspect(offline, "--summary")
+    shown = summary["summary"]
+    assert shown["last/top1"] == 30.0
+    assert ("best/top1" in shown) == ("best/epoch" in shown) == ("top1.best" not in lacking)
+    assert shown.get("hours") == (None if "seconds" in lacking else 1.0)
+    assert ("peak_memory_mib" in shown) == ("peak_memory_mib" not in lacking)
+    assert ("images_per_second" in shown) == ("images_per_second" not in lacking)
 
 
 @pytest.mark.usefixtures("agent")
