@@ -367,9 +367,9 @@ def test_a_folder_of_one_checkpoint(name: str, tmp_path: Path) -> None:
 
 def test_a_folder_that_leaves_a_choice(tmp_path: Path) -> None:
     for names, told in (
-        (["a.pth", "b.th"], "no best checkpoint"),
+        (["a.pth", "b.pt"], "no best checkpoint"),
         (["last.pth.tar"], "no best checkpoint"),
-        (["best.pth", "best.tar"], "more than one best checkpoint: best.pth, best.tar"),
+        (["best.th", "best.tar"], "more than one best checkpoint: best.tar, best.th"),
     ):
         folder = tmp_path / names[0]
         folder.mkdir()
