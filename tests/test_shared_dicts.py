@@ -65,7 +65,8 @@ def test_a_network_under_a_million_keys_is_read_once(tmp_path: Path) -> None:
     path = tmp_path / "net.pth"
     started = time.process_time()
     is_read(dict.fromkeys(map(str, range(1000)), inner), path)
-    torch.save(dict.fromkeys(range(1000), dict.fromkeys(range(1000), {})), path)
+    empty: dict[int, Any] = {key: {} for key in range(1000)}
+    torch.save(dict.fromkeys(range(1000), empty), path)
     assert "holds no state dict" in refusal(path)
     assert time.process_time() - started < 20
 
@@ -110,5 +111,5 @@ def test_files_of_other_kinds_are_taken_alone(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     assert find_checkpoint(tmp_path) == tmp_path / "net_best.ckpt"
     (tmp_path / "net_best.bin").touch()
-    with pytest.raises(UserError, match="more than one best checkpoint: net_best.bin, net_best.c"):
+    with pytest.raises(UserError, match=r"more than one best .*: net_best\.bin, net_best\.c"):
         find_checkpoint(tmp_path)

@@ -16,6 +16,7 @@ from torch import nn
 
 import sskd.run_files
 import sskd.status
+import sskd.storage
 from sskd.errors import UserError
 from sskd.report.cells import read_cells
 from sskd.report.metrics import read_metrics
@@ -113,7 +114,7 @@ def test_a_report_names_a_file_without_end(tmp_path: Path, name: str) -> None:
 def test_a_checkpoint_without_end_is_damaged(tmp_path: Path, name: str, end: bytes) -> None:
     with sparse(tmp_path / name).open("ab") as stream:
         stream.write(end)
-    with pytest.raises(DamagedError, match=r"bytes, which no run's has|its end is missing"):
+    with pytest.raises(DamagedError, match=r"bytes, the limit|its end is missing"):
         load_sealed(tmp_path / name)
     run = Run(tmp_path, {})
     if name == "best.pt":
@@ -151,6 +152,37 @@ def test_only_a_plain_file_is_read(tmp_path: Path, make: Callable[[Path], Any], 
     make(tmp_path / "file")
     with pytest.raises(error):
         read_bounded(tmp_path / "file", 10)
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_a_file_that_grows_is_read_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, follow: bool
+) -> None:
+    path, status_of = tmp_path / "file", os.fstat
+    path.write_bytes(b"0123456789")
+
+    def grows(descriptor: int) -> os.stat_result:
+        status = status_of(descriptor)
+        with path.open("ab") as stream:
+            stream.write(b"more" * 1000)
+        return status
+
+    monkeypatch.setattr(sskd.storage.os, "fstat", grows)
+    assert read_bounded(path, 10, follow=follow) == b"0123456789"
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="more than 10 bytes, the limit for such a file"):
+        read_bounded(path, 10, follow=follow)
+
+
+def test_a_link_is_followed_on_request_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"01")
+    (tmp_path / "link").symlink_to("file")
+    assert read_bounded(tmp_path / "link", 10, follow=True) == b"01"
+    with pytest.raises(OSError, match="symbolic links"):
+        read_bounded(tmp_path / "link", 10)
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="it is not a regular file"):
+        read_bounded(tmp_path / "zero", 10, follow=True)
 
 
 def test_a_file_of_the_bound_is_read(tmp_path: Path) -> None:
