@@ -8,6 +8,7 @@ is given up. Importing this costs nothing.
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import logging
 import os
@@ -30,6 +31,12 @@ def say(text: str, *, clear_screen: bool = False) -> None:
 def complain(text: str) -> None:
     """Write lines, an error or a warning, to standard error."""
     _write(sys.stderr, cleaned(text))
+
+
+@functools.cache
+def complain_once(text: str) -> None:
+    """Do what ``complain`` does, unless this process has done so with the same ``text``."""
+    complain(text)
 
 
 def cleaned(text: str) -> str:

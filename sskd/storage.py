@@ -3,8 +3,13 @@
 A process can stop at any moment, and another one can then take its run's folder. So each function
 that writes takes ``still_ours``, which raises if the folder has another holder. It is called when
 the write is prepared and nothing has changed yet. A new holder first removes prepared files and
-writes ``metrics.jsonl`` as a new file, so a write that passed the check and comes later has no
-effect.
+writes ``metrics.jsonl`` as a new file, so a write of theirs that passed the check and comes later
+has no effect.
+
+``write_at`` has no such guard: who resumes a teacher's outputs fills the same file, because a copy
+of it would take tens of GiB of the disk for a second time. A late write there can change bytes.
+It is noticed, not prevented: the file's SHA-256 is compared when it is resumed and before it is
+used.
 """
 
 from __future__ import annotations

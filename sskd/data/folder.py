@@ -19,7 +19,7 @@ from sskd.data.images import Split
 from sskd.data.reading import Source, absolute, one_line, some
 from sskd.data.settings import DatasetSettings
 from sskd.errors import UserError
-from sskd.output import complain
+from sskd.output import complain_once
 from sskd.storage import read_bounded
 
 PARTS = ("train", "test")
@@ -87,7 +87,7 @@ def folder(settings: DatasetSettings) -> Source:
     root = absolute(settings.root)
     train, test, passed_over = _list_folder(root)
     if told := str(passed_over):
-        complain(f"{root}: passed over {told}")
+        complain_once(f"{root}: passed over {told}")
     content = hashlib.sha256()
     train_split = _read_part(root, train, settings.size, content.update)
     test_split = _read_part(root, test, settings.size, content.update)
