@@ -100,8 +100,7 @@ def test_nothing_is_lost_at_the_bounds(kind: str, temperature: float) -> None:
         return  # float64 has no digit of a difference of 1e-15 between two predictions
     exact = by_definition if temperature <= 1 else by_parts
     wanted, slope = exact(student.detach(), teacher, temperature)
-    close = {"rtol": 1e-3, "atol": 1e-9}
-    torch.testing.assert_close(found.double(), wanted, **close)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-9)
     size = slope.abs().max().item()
     torch.testing.assert_close(gradient.double(), slope, rtol=2e-3, atol=1e-3 * size + 1e-37)
 

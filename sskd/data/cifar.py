@@ -144,7 +144,7 @@ def _read_files(dataset: type[CIFAR10], root: Path) -> Files:
             files.missing.append(name)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {one_line(error)}") from error
-        except ValueError:  # no file, or far too large
+        except ValueError:  # not a regular file, or far too large
             files.differing.append(name)
         else:
             if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:

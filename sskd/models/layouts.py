@@ -36,7 +36,7 @@ def state_dicts(content: Mapping[Any, Any]) -> dict[str, State]:
     level: list[tuple[list[str], Mapping[Any, Any]]] = [([], content)]
     seen = {id(content)}
     for _ in range(_DEPTH + 1):
-        deeper = []
+        deeper: list[tuple[list[str], Mapping[Any, Any]]] = []
         for keys, each in level:
             if each and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in each.items()):
                 states[".".join(keys)] = each
