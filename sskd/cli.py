@@ -123,7 +123,7 @@ def _ended(main: Callable[[], object], asked_for_traceback: bool) -> int:
     try:
         main()
     except Interrupted as stop:
-        complain(f"{stop}: the state is saved, {_again()} goes on from it")
+        complain(f"{stop}: the state is saved, {_again()} resumes")
         return 128 + stop.signum
     except KeyboardInterrupt:
         if "wandb" in sys.modules:

@@ -193,7 +193,7 @@ class Run:
                 damage = damage or f"{self.folder}: {error}"
                 continue
             if damage:
-                complain(f"warning: {damage}; goes on from {path.name}")
+                complain(f"warning: {damage}; resuming from {path.name}")
                 self._lock.check()
                 if last.exists():
                     last.replace(self.folder / DAMAGED)  # for whoever wants to look into it

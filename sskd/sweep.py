@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from sskd.cli import explain
 from sskd.config import Config, read_config
 from sskd.errors import BusyError, UnfinishedError, UserError
-from sskd.identity import describe
+from sskd.identity import describe, fingerprints_kept
 from sskd.interrupt import termination_raised
 from sskd.lock import is_held
 from sskd.output import complain, say
@@ -89,7 +89,8 @@ class Sweep:
     def begin(self) -> list[list[str]]:
         """Mark the cells that are to be launched as queued, and return their overrides."""
         os.environ[SWEEP_VARIABLE] = uuid.uuid4().hex  # launchers hand it on to their processes
-        left = [cell for cell in self.cells if cell.config.force or not cell.has_finished()]
+        with fingerprints_kept():
+            left = [cell for cell in self.cells if cell.config.force or not cell.has_finished()]
         for cell in left:
             with suppress(UserError):  # it is not this sweep's then, or its own job tells
                 write_queued(cell.folder, command=cell.command)

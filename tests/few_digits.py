@@ -31,7 +31,8 @@ def load(settings: DatasetSettings) -> Source:
 
 @cache
 def _read(size: int) -> Source:
-    source = ALL.load(DatasetSettings.model_construct(size=size)  # type: ignore[call-arg])
+    settings = DatasetSettings.model_construct(size=size)  # type: ignore[call-arg]
+    source = ALL.load(settings)
     labels = source.test.labels
     rank = torch.stack([(labels[:i] == label).sum() for i, label in enumerate(labels)])
     return source._replace(test=source.test.take((rank < OF_A_CLASS).nonzero()[:, 0]))

@@ -18,12 +18,12 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from test_run import SMALL
 
-import sskd.objective
 import sskd.results
 import train_teacher
 from sskd.errors import CellError, UserError
 from sskd.models import build_model
 from sskd.objective import objective
+from sskd.output import complain_once
 
 CELL = [*(word for word in SMALL if "epochs" not in word), "schedule.epochs=1", "method=vanilla"]
 HOLDOUT = "dataset.holdout=0.2"
@@ -67,7 +67,6 @@ def _collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     }
     ConfigStore.instance().store("collector", settings, group="hydra/sweeper")
     Collector.returned.clear()
-    sskd.objective._warn.cache_clear()
     yield
     del ConfigStore.instance().repo["hydra"]["sweeper"]["collector.yaml"]
 
@@ -105,7 +104,7 @@ def test_without_them_it_is_the_test_sets_and_that_is_said_once(command: Command
     assert "test set" in err
     assert "dataset.holdout=" in err
     # A run and a grid choose nothing.
-    sskd.objective._warn.cache_clear()
+    complain_once.cache_clear()
     assert command(*CELL)[2] == ""
     assert command("-m", *CELL, "seed=0,1")[2] == ""
     assert command("-m", "hydra/sweeper=basic", *CELL, "seed=0,1")[2] == ""

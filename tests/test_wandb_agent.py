@@ -213,13 +213,36 @@ def test_a_result_is_reported_to_an_agent_alone(
     train(config)
 
 
-@pytest.mark.parametrize("name", [*AGENT, "WANDB_SWEEP_PARAM_PATH"])
+@pytest.mark.parametrize("name", [*AGENT, "WANDB_SWEEP_PARAM_PATH", "WANDB_TAGS"])
 @pytest.mark.parametrize("agents", [True, False])
 def test_only_the_agents_run_sees_what_names_it(
     monkeypatch: pytest.MonkeyPatch, name: str, agents: bool
 ) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep123")
     monkeypatch.setenv(name, "value")
     of_all = name in ("WANDB_PROJECT", "WANDB_ENTITY")
     with surroundings("offline", agents=agents):
         assert (name in os.environ) == (agents or of_all)
     assert os.environ[name] == "value"
+
+
+@pytest.mark.parametrize("name", ["NOTES", "TAGS", "RUN_GROUP", "JOB_TYPE", "PROJECT", "ENTITY"])
+def test_a_users_own_words_are_kept_without_an_agent(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(f"WANDB_{name}", "value")
+    for agents in (True, False):
+        with surroundings("offline", agents=agents):
+            assert os.environ[f"WANDB_{name}"] == "value"
+
+
+def test_a_users_own_notes_reach_the_run(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_NOTES", "before the new loss")
+    config = composed(*ALONE)
+    with Run(tmp_path / "runs" / "seed0", describe(config)).open() as run, Tracker(run, config):
+        pass
+    (path,) = offline_runs(tmp_path)
+    assert told(path)["notes"] == "before the new loss"
