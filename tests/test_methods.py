@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from conftest import Compose, random_images
@@ -106,7 +108,7 @@ def test_overfits_one_batch(composed: Compose, method: str) -> None:
     images = random_images(16, 4)
     built = make(composed, method, "resnet14-resnet8", images)
     if built.teacher is not None:
-        fit_teacher(built.teacher, images)
+        built.teacher.load_state_dict(fitted_teacher().state_dict())
     for stage in built.stages():
         enter(stage, built)
         batch = first_batch(images, stage, 16)
@@ -118,18 +120,22 @@ def test_overfits_one_batch(composed: Compose, method: str) -> None:
     assert stage.loss(batch).metrics["top1"] == 100
 
 
-def fit_teacher(teacher: nn.Module, images: Images) -> None:
-    """Teach ``teacher`` its training images in all four rotations."""
+@cache
+def fitted_teacher() -> nn.Module:
+    """Return a teacher that has learnt the images of a batch in all four rotations."""
+    images = random_images(16, 4)
+    torch.manual_seed(0)
+    teacher = build_model("resnet14", images.num_classes)
     loader = Loader(images.train, images.mean, images.std, len(images.train), 4)
     batch = loader.next_batch()
     labels = batch.y.repeat_interleave(4)
-    teacher.requires_grad_(True).train()
+    teacher.train()
     optimizer = torch.optim.SGD(teacher.parameters(), lr=0.05, momentum=0.9)
     for _ in range(40):
         optimizer.zero_grad()
         nn.functional.cross_entropy(teacher(batch.x).logits, labels).backward()
         optimizer.step()
-    teacher.requires_grad_(False).eval()
+    return teacher
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
