@@ -14,6 +14,8 @@ from sskd import CONF
 from sskd.cli import run_command, run_job
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sskd.config import Config
 
 
@@ -28,17 +30,24 @@ def train_composed(composed: DictConfig) -> float:
     # Importing torch takes seconds, which --help and tab completion should not.
     from sskd.config import read_config
     from sskd.objective import check_search, objective
-    from sskd.teachers import locate
 
     alone = HydraConfig.get().mode == RunMode.RUN
     config = read_config(composed)
     check_search(config.dataset.holdout)
-    result = train(config, commanded=alone)
-    return objective(result, locate(config)[0])
+    folder, result = carry_out(config, commanded=alone)
+    return objective(result, folder)
 
 
-def train(config: Config, *, wait: bool = False, commanded: bool = True) -> dict[str, Any]:
-    """Carry one run from its configuration to its result; a finished run is returned as it is.
+def train(config: Config) -> dict[str, Any]:
+    """Carry one run from its configuration to its result; a finished run is returned as it is."""
+    _, result = carry_out(config)
+    return result
+
+
+def carry_out(
+    config: Config, *, wait: bool = False, commanded: bool = True
+) -> tuple[Path, dict[str, Any]]:
+    """Do what ``train`` does, and return the run's folder and its result.
 
     Args:
         wait: wait for another process that is at work on the same run, instead of an error.
@@ -71,7 +80,7 @@ def train(config: Config, *, wait: bool = False, commanded: bool = True) -> dict
         refuse_missing(config.dataset)  # else the teacher would be reported, and then the data
         refuse_misfits(config)  # before anyone trains a teacher for them
         if config.teacher and config.teacher.train:
-            train(missing, wait=True, commanded=False)
+            carry_out(missing, wait=True, commanded=False)
     found = find_teacher(config)
     folder, changed = locate(config)
     run = Run(folder, describe(config, found.digest if found else None))
@@ -80,7 +89,7 @@ def train(config: Config, *, wait: bool = False, commanded: bool = True) -> dict
         say(f"{run.folder}: finished already, last top-1 {last_top1(result, run.folder):.2f}")
         if agents:
             report_finished(run, config, result)
-        return result
+        return folder, result
 
     # ---- data, networks, method ----
     reset_peak_memory(device)
@@ -96,7 +105,7 @@ def train(config: Config, *, wait: bool = False, commanded: bool = True) -> dict
         if (result := run.finished()) is not None:  # by another process, in the meantime
             if agents:
                 report_finished(run, config, result)
-            return result
+            return folder, result
 
         # ---- training, stage by stage, on from the last checkpoint ----
         stages = list(method.stages())
@@ -126,7 +135,7 @@ def train(config: Config, *, wait: bool = False, commanded: bool = True) -> dict
             run.finish(student, result)
     top1 = result["top1"]
     say(f"{run.folder}: last top-1 {top1['last']:.2f}, best {top1['best']:.2f}")
-    return result
+    return folder, result
 
 
 if __name__ == "__main__":

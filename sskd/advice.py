@@ -15,6 +15,9 @@ from sskd import CONF
 from sskd.errors import nearest, printable
 from sskd.nested import as_override, flatten
 
+# What earlier versions had, and what to type now.
+_RENAMED = {"kd_weight": "weighting=crd_benchmark (0) or weighting=common (1)"}
+
 
 def about_quotes(word: str) -> str:
     """Return how to quote ``KEY=VALUE`` for the shell and for Hydra; nothing for other words."""
@@ -35,20 +38,22 @@ def about_plus(error: Exception) -> str | None:
     if match := re.match(r"Could not override '([^']+)'\. No match in the defaults list", told):
         return _group_without_plus(match[1])
     if match := re.search(r"An item is already at '([^']+)'", told):
-        return f"{match[1]}: is there already, so that it takes no plus: {_without_plus(match[1])}"
+        return f"{match[1]}: already exists; write it without a plus: {_without_plus(match[1])}"
     match = re.match(r"Multiple values for ([^\s]+)\. ", told) or re.match(
         r"force-add of config groups is not supported: '\+\+([^=]+)=", told
     )
     if match and _word_of(match[1], "+"):
-        return f"{match[1]}: is chosen already, so that it takes no plus: {_without_plus(match[1])}"
+        return f"{match[1]}: is already chosen; write it without a plus: {_without_plus(match[1])}"
     return None
 
 
 def _unknown_setting(key: str) -> str:
+    if key in _RENAMED:
+        return f"{key}: is now {_RENAMED[key]}"
     known = _known_settings()
     if key in known:
         word = _word_of(key) or f"{key}=VALUE"
-        return f"{key}: is in no file of this choice, so that it takes a plus: +{shlex.quote(word)}"
+        return f"{key}: is not in the chosen files; add it with a plus: +{shlex.quote(word)}"
     return f"{key}: no such setting{nearest(key, known)}"
 
 
@@ -57,7 +62,7 @@ def _group_without_plus(group: str) -> str | None:
     if group.partition("@")[0] in [path.name for path in CONF.iterdir()]:
         return None
     word = _word_of(group) or f"{group}=NAME"
-    return f"{group}: is a group that nothing chooses yet, so that it takes a plus: +{word}"
+    return f"{group}: no option of this group is chosen yet; add it with a plus: +{word}"
 
 
 def _word_of(key: str, sign: str = "") -> str | None:

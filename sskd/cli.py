@@ -56,7 +56,7 @@ _PLUGINS = {
 
 
 def run_job(job: Callable[[DictConfig], float], composed: DictConfig) -> float:
-    """Run one job of a Hydra command; what the user can put right is told in one line.
+    """Run one job of a Hydra command; an error that the user can fix is reported in one line.
 
     Returns what ``job`` does: a number, for sweepers that search.
 
@@ -123,7 +123,7 @@ def _ended(main: Callable[[], object], asked_for_traceback: bool) -> int:
     try:
         main()
     except Interrupted as stop:
-        complain(f"{stop}: the state is saved, {_again()} goes on from it")
+        complain(f"{stop}: the state is saved, {_again()} resumes")
         return 128 + stop.signum
     except KeyboardInterrupt:
         if "wandb" in sys.modules:

@@ -35,7 +35,7 @@ class UnfinishedError(UserError):
 
 
 class CellError(UserError):
-    """One cell of a sweep has failed, which has been told in a line of its own."""
+    """One cell of a sweep failed; the error was already reported."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message, status)  # so that it can be pickled

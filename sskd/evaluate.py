@@ -79,8 +79,8 @@ def evaluate(checkpoint: str, arch: str | None, device: str, overrides: Sequence
         config = read_config(compose("student", choices))
     images = load_images(config.dataset).to(choose_device(device))
     if _digest_of_run(path) not in (None, images.digest):
-        told = f"whether the images in {config.dataset.root} are those of its run is not certain"
-        told += "; its config.yaml has another dataset.digest"
+        told = f"the images in {config.dataset.root} may differ from those of its run"
+        told += ": config.yaml has another dataset.digest"
         complain(f"warning: {path}: {told}")
     network = build_model(arch, images.num_classes)
     stated = load_weights(network, path).accuracy

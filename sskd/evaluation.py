@@ -31,10 +31,15 @@ def predict(network: nn.Module, split: Split, images: Images, of: str = "the net
     if lost.any():
         first = int(lost.int().argmax())
         raise NotFiniteError(
-            f"{of}: the logits of image {first} of {len(logits)} (the first is 0) are not finite, "
-            f"and of {int(lost.sum()) - 1} others"
+            f"{of}: the logits of image {first} of {len(logits)} (the first is 0) are not finite"
+            f"{_and_others(int(lost.sum()) - 1)}"
         )
     return logits
+
+
+def _and_others(count: int) -> str:
+    images = "image" if count == 1 else "images"
+    return f", and those of {count} other {images}" if count else ""
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

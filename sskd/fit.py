@@ -210,7 +210,7 @@ class Fit:
             self.run.save_best(self.evaluated, position.best_epoch, position.best_top1)
 
     def _finite_figures(self) -> dict[str, float]:
-        """Return the epoch's figures so far, but for those of terms without a weight that are lost.
+        """Return the epoch's figures so far, without the non-finite terms of weight 0.
 
         Raises UserError for the first term that was lost, in the first step in which it was.
         """

@@ -7,7 +7,8 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from sskd.config import (
 )
 from sskd.data import SOURCES, DatasetSettings
 from sskd.nested import as_override, flatten
-from sskd.output import complain
+from sskd.output import complain_once
 from sskd.paths import below
+from sskd.weightings import CE, FORMER, KD, METHODS
 
 # What may change between two starts of one run without changing what it computes.
 _NOT_IDENTITY = (
@@ -117,16 +119,36 @@ def difference(config: Config) -> dict[str, Any]:
     return _unlike_recipe(config, identity(config.model_dump()))
 
 
-def earlier_difference(config: Config) -> dict[str, Any]:
-    """Return what ``difference`` returned in versions that listed settings of no effect too."""
-    return _unlike_recipe(config, _without(config.model_dump(), *_NOT_IDENTITY))
+def earlier_differences(config: Config) -> list[dict[str, Any]]:
+    """Return what else ``difference`` returned in earlier versions.
+
+    They listed settings of no effect too, and had other weights of CE and KD by default.
+    """
+    values = config.model_dump()
+    without_idle, whole = identity(values), _without(values, *_NOT_IDENTITY)
+    found = [_unlike_recipe(config, whole)]
+    if config.method.name in METHODS:
+        for former in FORMER.values():
+            usual = dict(zip((CE, KD), former, strict=True))
+            found += [_unlike_recipe(config, own, usual) for own in (whole, without_idle)]
+    return found
 
 
-def _unlike_recipe(config: Config, decisive: Mapping[str, Any]) -> dict[str, Any]:
-    usual = flatten(identity(recipe(config).model_dump()))
+def _unlike_recipe(
+    config: Config, decisive: Mapping[str, Any], former: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what of ``decisive`` is not as in the recipe, with ``former`` in place of today's."""
+    usual = flatten(identity(recipe(config).model_dump())) | dict(former or {})
     told_by_name = {"seed", "dataset.name"}
     own = flatten(decisive)
     return {k: v for k, v in own.items() if k not in told_by_name and usual.get(k) != v}
+
+
+def is_of(config: Config, found: Mapping[str, Any]) -> bool:
+    """Return whether ``found``, as a run's folder keeps it, is ``config``; digests do not count."""
+    return not differing(
+        _without(found, ("dataset", "digest"), ("teacher", "digest")), config.model_dump()
+    )
 
 
 def run_folder(config: Config, changed: Mapping[str, Any]) -> Path:
@@ -185,6 +207,34 @@ def teacher_config(config: Config) -> Config:
     )
 
 
+_kept: dict[str, str | None] | None = None
+
+
+@contextmanager
+def fingerprints_kept() -> Iterator[None]:
+    """Take the fingerprint of each dataset once while this lasts, for many cells at one moment.
+
+    A folder of 20,000 images takes a tenth of a second. What a cell trains on is not compared with
+    what is kept here: it takes the fingerprint again when it starts.
+    """
+    global _kept
+    _kept = {}
+    try:
+        yield
+    finally:
+        _kept = None
+
+
+def _fingerprint(settings: DatasetSettings) -> str | None:
+    take = SOURCES[settings.source].fingerprint
+    if _kept is None:
+        return take(settings)
+    key = settings.model_dump_json()
+    if key not in _kept:
+        _kept[key] = take(settings)
+    return _kept[key]
+
+
 def describe(
     config: Config,
     teacher_digest: str | None = None,
@@ -200,7 +250,7 @@ def describe(
             them out, so that what is made of the rest stays the same when one is added.
     """
     values = config.model_dump(exclude_defaults=not defaults)
-    fingerprint = data_digest or SOURCES[config.dataset.source].fingerprint(config.dataset)
+    fingerprint = data_digest or _fingerprint(config.dataset)
     if fingerprint is not None:
         values["dataset"]["digest"] = fingerprint
     if teacher_digest is not None:
@@ -261,17 +311,12 @@ def _is_earlier_digest(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> b
     if SOURCES[settings.source].earlier_fingerprint(settings) != found[_DIGEST]:
         return False
     student, method, seed = (found.get(key) for key in ("student.name", "method.name", "seed"))
-    _warn_once(
-        f"the run of {student} ({method}, seed {seed}) was made by a version that recorded the "
-        f"names and sizes of the files in {settings.root}: these are the same, but whether the "
-        "images are cannot be checked; force=true trains it again"
+    complain_once(
+        f"warning: the run of {student} ({method}, seed {seed}) was made by a version that "
+        f"recorded the names and sizes of the files in {settings.root}: these are the same, but "
+        "whether the images are cannot be checked; force=true trains it again"
     )
     return True
-
-
-@cache
-def _warn_once(text: str) -> None:
-    complain(f"warning: {text}")
 
 
 def training_command(config: Config) -> str:

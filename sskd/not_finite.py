@@ -1,4 +1,4 @@
-"""What to say, and to advise, if a figure of a run is no finite number any more."""
+"""What to say, and to advise, if a figure of a run is not finite."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _WEIGHTED = "weighted/"
 
 
 def first_lost(meter: Meter, figures: Mapping[str, float], step: int) -> tuple[str, list[str]]:
-    """Say which terms were the first to be no finite number, and list their names.
+    """Return which terms first became non-finite, in words, and list their names.
 
-    A term that has a weight of 0 does not count. Nothing is said, "", if all are finite.
+    A term that has a weight of 0 does not count. The words are "" if all are finite.
 
     Args:
         meter: what the epoch's figures were added to.
@@ -37,7 +37,9 @@ def first_lost(meter: Meter, figures: Mapping[str, float], step: int) -> tuple[s
         what = f"the term {quoted} times its weight is"
     told = f"{what} not finite, in step {step - ago + 1}"
     if not is_single and len(terms) == len(counted):
-        told += " (all at once: of a gradient or a step that was too large, or of the input)"
+        told += (
+            " (all at once: the gradient or the step was too large, or the input was not finite)"
+        )
     return told, terms
 
 

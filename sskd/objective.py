@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from sskd.errors import UserError
-from sskd.output import complain
+from sskd.output import complain_once
 from sskd.results import last_top1
 from sskd.run_files import RESULT
 
@@ -31,7 +30,7 @@ def objective(result: Mapping[str, Any], folder: Path) -> float:
         return float(result["holdout_top1"]["last"])
     except (LookupError, TypeError, ValueError):
         raise UserError(
-            f"{folder / RESULT}: has no accuracy on held-out images; start afresh with force=true"
+            f"{folder / RESULT}: has no accuracy on held-out images; start again with force=true"
         ) from None
 
 
@@ -53,12 +52,7 @@ def check_search(holdout: float) -> None:
             "hydra.sweeper.direction=maximize"
         )
     if not holdout:
-        _warn()
-
-
-@functools.cache
-def _warn() -> None:
-    complain(
-        "warning: this search maximises the accuracy on the test set, which is then no measure "
-        "of what it finds; dataset.holdout=0.1 searches by held-out training images"
-    )
+        complain_once(
+            "warning: this search maximises the accuracy on the test set, which is then no "
+            "measure of what it finds; dataset.holdout=0.1 searches by held-out training images"
+        )

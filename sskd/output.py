@@ -1,16 +1,19 @@
 """What the suite writes to a terminal, a log or a pipe: all of it passes through this module.
 
 Names and messages can come from a stranger's file, so characters that control a terminal are
-replaced. A run must not fail because nobody reads its output, so a stream that cannot be written to
-is given up. Importing this costs nothing.
+replaced, in the lines of other libraries too while a command runs. A run must not fail because
+nobody reads its output, so a stream that cannot be written to is given up. Importing this costs
+nothing.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +21,8 @@ from typing import Any, TextIO
 
 from sskd.errors import printable
 
+# What progress bars and coloured logs need: colours, the cursor up, a line's start and end.
+_KEPT = re.compile(r"(\x1b\[[0-9;]{0,20}m|\x1b\[A|[\r\n\t])")
 CLEAR_SCREEN = "\x1b[H\x1b[2J\x1b[3J"
 
 
@@ -32,6 +37,12 @@ def complain(text: str) -> None:
     _write(sys.stderr, cleaned(text))
 
 
+@functools.cache
+def complain_once(text: str) -> None:
+    """Do what ``complain`` does, unless this process has done so with the same ``text``."""
+    complain(text)
+
+
 def cleaned(text: str) -> str:
     """Return ``text`` with a question mark for each control character but the line's end."""
     return "\n".join(printable(line) for line in text.split("\n"))
@@ -40,7 +51,7 @@ def cleaned(text: str) -> str:
 def _write(stream: TextIO | None, text: str) -> None:
     if stream is not None:  # Python's value for a stream that was closed at the start
         steady = stream if isinstance(stream, SteadyStream) else SteadyStream(stream)
-        steady.write(f"{text}\n")
+        steady.write_raw(f"{text}\n")
         steady.flush()
 
 
@@ -56,13 +67,19 @@ class SteadyStream:
         self.lost: OSError | ValueError | None = None
 
     def write(self, text: str) -> int:
-        """Write ``text``, if the stream still takes it."""
+        """Write another library's ``text``, with a question mark for what controls a terminal."""
+        self.write_raw(
+            "".join(p if _KEPT.fullmatch(p) else printable(p) for p in _KEPT.split(text))
+        )
+        return len(text)
+
+    def write_raw(self, text: str) -> None:
+        """Write ``text`` as it is, if the stream still takes it."""
         if self.lost is None:
             try:
                 self._stream.write(text)
             except (OSError, ValueError) as error:
                 self._give_up(error)
-        return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
         """Write ``lines``, if the stream still takes them."""

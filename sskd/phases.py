@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import nn
 
 from sskd.config import Config
@@ -23,6 +23,7 @@ from sskd.output import say
 from sskd.paths import below
 from sskd.run import Run
 from sskd.run_files import MOST_RESULT, WEIGHTS
+from sskd.storage import read_bounded
 from sskd.teachers import Teacher
 
 
@@ -56,12 +57,10 @@ def _load_result(module: nn.Module, path: Path, digest: object) -> None:
     """Load what a finished phase has left; ``digest`` is None in results that tell none."""
     most = 2 * sum(tensor.nbytes for tensor in module.state_dict().values()) + MOST_RESULT
     try:
-        if path.stat().st_size > most:
-            raise damaged(path)
-        state = load_file(path)
+        state = load(read_bounded(path, most))
         whole = digest in (None, weights_digest(state))
         module.load_state_dict(state)
-    except (OSError, SafetensorError, RuntimeError):
+    except (OSError, ValueError, SafetensorError, RuntimeError):
         whole = False
     if not whole:
         raise damaged(path)

@@ -60,6 +60,7 @@ def summarise(
         },
         "holdout_top1": _holdout(run),
         "teacher_digest": run.config["teacher"].get("digest") if config.teacher else None,
+        "teacher_epoch": config.teacher.epoch if config.teacher else None,
         "teacher_top1": None,
         "agreement": None,
         "kl": None,

@@ -148,7 +148,7 @@ class Run:
         other = differing(read_config_file(self.folder / CONFIG), self.config)
         if other:
             raise UserError(
-                f"{self.folder}: holds a run of another configuration: {other}; start afresh with "
+                f"{self.folder}: holds a run of another configuration: {other}; start again with "
                 "force=true (the old run is kept under .old/), or use another runs=FOLDER"
             )
 
@@ -193,7 +193,7 @@ class Run:
                 damage = damage or f"{self.folder}: {error}"
                 continue
             if damage:
-                complain(f"warning: {damage}; goes on from {path.name}")
+                complain(f"warning: {damage}; resuming from {path.name}")
                 self._lock.check()
                 if last.exists():
                     last.replace(self.folder / DAMAGED)  # for whoever wants to look into it

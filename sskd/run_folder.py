@@ -23,7 +23,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """Return the configuration that a run's folder was made with; UserError if it is not one."""
     try:
         if not is_plain_file(path):
-            raise ValueError("it is no file" if path.exists() else "it is missing")
+            raise ValueError("it is not a regular file" if path.exists() else "it is missing")
         text = read_bounded_text(path, MOST_CONFIG)
         _refuse_odd_yaml(text)
         config = OmegaConf.to_container(OmegaConf.create(text))

@@ -20,7 +20,7 @@ import torch
 from sskd.errors import UserError
 from sskd.models.safe_load import refuse_traps
 from sskd.run_files import MOST_CHECKPOINT
-from sskd.storage import StillOurs, read_end, write_whole
+from sskd.storage import StillOurs, open_bounded, write_whole
 
 _MARK = b"sha256 "
 _COMMENT = len(_MARK) + 2 * hashlib.sha256().digest_size
@@ -74,11 +74,10 @@ def load_sealed(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    _refuse_no_archive(path)
-    data = path.read_bytes()
+    data = _read_archive(path)
     if data[-_COMMENT:].startswith(_MARK):
-        archive = data[: -_COMMENT - _LENGTH]
-        if data[len(archive) :] != seal(archive + bytes(_LENGTH)):
+        archive = memoryview(data)[: -_COMMENT - _LENGTH]
+        if data[len(archive) :] != _seal_of(archive):
             raise DamagedError(path.name, "its checksum differs")
     try:
         refuse_traps(io.BytesIO(data), path)
@@ -96,17 +95,29 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_no_archive(path: Path) -> None:
-    """Raise DamagedError for a file that is too large for a run's, or does not end like one."""
-    size, end = read_end(path, _COMMENT)
-    if size > MOST_CHECKPOINT:
-        raise DamagedError(path.name, f"it has {size} bytes, which no run's has")
-    bare = end[-22:].startswith(_END) and end.endswith(bytes(_LENGTH))
-    if not end.startswith(_MARK) and not bare:
-        raise DamagedError(path.name, "it cannot be read (its end is missing)")
+def _read_archive(path: Path) -> bytes:
+    """Return what is in the file; DamagedError if it is too large, or does not end like a run's."""
+    try:
+        with open_bounded(path, MOST_CHECKPOINT) as (stream, status):
+            stream.seek(max(status.st_size - _COMMENT, 0))
+            end = stream.read(_COMMENT)
+            bare = end[-22:].startswith(_END) and end.endswith(bytes(_LENGTH))
+            if not end.startswith(_MARK) and not bare:
+                raise ValueError("it cannot be read (its end is missing)")
+            stream.seek(0)
+            return stream.read(status.st_size)
+    except ValueError as error:
+        raise DamagedError(path.name, str(error)) from None
 
 
 def seal(archive: bytes | memoryview) -> bytes:
     """Return what takes the place of the last bytes of ``archive``, the length of no comment."""
-    comment = _MARK + hashlib.sha256(archive).hexdigest().encode()
+    return _seal_of(memoryview(archive)[:-_LENGTH])
+
+
+def _seal_of(archive: memoryview) -> bytes:
+    """Return what follows ``archive``, which lacks the length of no comment; it is not copied."""
+    digest = hashlib.sha256(archive)
+    digest.update(bytes(_LENGTH))
+    comment = _MARK + digest.hexdigest().encode()
     return len(comment).to_bytes(_LENGTH, "little") + comment

@@ -25,7 +25,7 @@ def _as_float(value: object) -> object:
 
 def _not_lost(value: float) -> float:
     if 0 < abs(value) < SMALLEST:
-        raise ValueError(f"is nearer to 0 than float32 can tell (at least {SMALLEST:g})")
+        raise ValueError(f"is too close to 0 for float32 (at least {SMALLEST:g})")
     return value
 
 

@@ -3,8 +3,13 @@
 A process can stop at any moment, and another one can then take its run's folder. So each function
 that writes takes ``still_ours``, which raises if the folder has another holder. It is called when
 the write is prepared and nothing has changed yet. A new holder first removes prepared files and
-writes ``metrics.jsonl`` as a new file, so a write that passed the check and comes later has no
-effect.
+writes ``metrics.jsonl`` as a new file, so a write of theirs that passed the check and comes later
+has no effect.
+
+``write_at`` has no such guard: who resumes a teacher's outputs fills the same file, because a copy
+of it would take tens of GiB of the disk for a second time. A late write there can change bytes.
+It is noticed, not prevented: the file's SHA-256 is compared when it is resumed and before it is
+used.
 """
 
 from __future__ import annotations
@@ -146,23 +151,37 @@ def write_text(path: Path, text: str, *, still_ours: StillOurs | None = None) ->
     write_whole(path, lambda stream: stream.write(text.encode()), still_ours=still_ours)
 
 
-def read_bounded(path: Path, most: int) -> bytes:
-    """Return what is in the file ``path``, which may be a stranger's.
+@contextmanager
+def open_bounded(
+    path: Path, most: int, *, follow: bool = False
+) -> Iterator[tuple[BinaryIO, os.stat_result]]:
+    """Open the file ``path``, which may be a stranger's; yield it and its status at that moment.
+
+    A file can grow while it is read: read no more than the ``st_size`` of its status.
+
+    Args:
+        most: bytes; a larger file could fill the memory.
+        follow: open what a symbolic link leads to.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no plain file, or has more than ``most`` bytes.
+        OSError: it cannot be opened, or is a link that is not followed.
+        ValueError: it is not a regular file, or has more than ``most`` bytes.
     """
     # A pipe would wait for a writer, a link could lead anywhere.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    with os.fdopen(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("it is no file")
-        size = os.fstat(descriptor).st_size
-        data = stream.read(most + 1) if size <= most else b""
-    if max(size, len(data)) > most:
-        raise ValueError(f"it has more than {most} bytes, which no run's has")
-    return data
+    flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    with os.fdopen(os.open(path, flags), "rb") as stream:
+        status = os.fstat(stream.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a regular file")
+        if status.st_size > most:
+            raise ValueError(f"it has more than {most} bytes, the limit for such a file")
+        yield stream, status
+
+
+def read_bounded(path: Path, most: int, *, follow: bool = False) -> bytes:
+    """Return what is in the file ``path``; arguments and errors are as in ``open_bounded``."""
+    with open_bounded(path, most, follow=follow) as (stream, status):
+        return stream.read(status.st_size)
 
 
 def read_lines(path: Path, most: int, most_lines: int) -> Iterator[bytes]:
@@ -170,25 +189,14 @@ def read_lines(path: Path, most: int, most_lines: int) -> Iterator[bytes]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no plain file, or has more than ``most`` bytes or ``most_lines`` lines.
+        ValueError: it is not a regular file, or has more than ``most`` bytes or ``most_lines``
+            lines.
     """
     # One by one: a file of line ends alone would take forty times its size as a list.
     for number, line in enumerate(io.BytesIO(read_bounded(path, most))):
         if number == most_lines:
-            raise ValueError(f"it has more than {most_lines} lines, which no run's has")
+            raise ValueError(f"it has more than {most_lines} lines, the limit for such a file")
         yield line
-
-
-def read_end(path: Path, count: int) -> tuple[int, bytes]:
-    """Return how many bytes the file ``path`` has, and the last ``count`` of them, or all.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with path.open("rb") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(max(size - count, 0))
-        return size, stream.read(count)
 
 
 def read_bounded_text(path: Path, most: int) -> str:

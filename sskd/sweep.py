@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from sskd.cli import explain
 from sskd.config import Config, read_config
 from sskd.errors import BusyError, UnfinishedError, UserError
-from sskd.identity import describe
+from sskd.identity import describe, fingerprints_kept
 from sskd.interrupt import termination_raised
 from sskd.lock import is_held
 from sskd.output import complain, say
@@ -74,21 +74,23 @@ class Sweep:
     def __init__(
         self, grid: Iterable[Overrides], compose: Callable[[list[str]], DictConfig]
     ) -> None:
-        cells: dict[Path, Cell] = {}
+        cells: dict[str, Cell] = {}
         for overrides in grid:
             composed = compose(list(overrides))
             own = [str(key) for key in composed if key != "hydra"]
             config = read_config(OmegaConf.masked_copy(composed, own))
             check_environment(config.wandb.mode)
-            folder, _ = locate(config)
+            folder, changed = locate(config)
             cell = Cell(list(overrides), _command(composed, overrides), config, folder)
-            cells.setdefault(folder, cell)
+            # A run that has the folder's name from an earlier recipe may be another cell's.
+            cells.setdefault(f"{folder} {changed}", cell)
         self.cells = list(cells.values())
 
     def begin(self) -> list[list[str]]:
         """Mark the cells that are to be launched as queued, and return their overrides."""
         os.environ[SWEEP_VARIABLE] = uuid.uuid4().hex  # launchers hand it on to their processes
-        left = [cell for cell in self.cells if cell.config.force or not cell.has_finished()]
+        with fingerprints_kept():
+            left = [cell for cell in self.cells if cell.config.force or not cell.has_finished()]
         for cell in left:
             with suppress(UserError):  # it is not this sweep's then, or its own job tells
                 write_queued(cell.folder, command=cell.command)

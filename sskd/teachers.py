@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,8 @@ from sskd.identity import (
     describe,
     difference,
     differing,
-    earlier_difference,
+    earlier_differences,
+    is_of,
     run_folder,
     teacher_config,
     training_command,
@@ -102,15 +104,25 @@ def locate(config: Config) -> tuple[Path, dict[str, Any]]:
     """Return the folder of the run of ``config``, and what makes it differ from its recipe.
 
     That a teacher of the suite is missing does not matter; a ``teacher.checkpoint`` is read. A
-    folder that an earlier version named after settings of no effect too is the run's as well.
+    folder that an earlier version gave another name is the run's as well, if it holds this run.
     """
     digest = {}
     if config.teacher and config.teacher.checkpoint and (found := find_teacher(config)):
         digest = {"teacher.digest": found.digest}
     changed = difference(config) | digest
     folder = run_folder(config, changed)
-    earlier = run_folder(config, earlier_difference(config) | digest)
-    return earlier if earlier.is_dir() and not folder.is_dir() else folder, changed
+    if not folder.is_dir():
+        folder = next(_earlier_folders(config, digest), folder)
+    return folder, changed
+
+
+def _earlier_folders(config: Config, digest: dict[str, str]) -> Iterator[Path]:
+    """Yield the folders with a name from an earlier version that hold the run of ``config``."""
+    for earlier in earlier_differences(config):
+        with suppress(UserError):  # it is a link, or its configuration cannot be read
+            folder = run_folder(config, earlier | digest)
+            if folder.is_dir() and is_of(config, read_config_file(folder / CONFIG)):
+                yield folder
 
 
 def load_teacher(network: nn.Module, teacher: Teacher) -> None:

@@ -13,15 +13,26 @@ from sskd.config import Config
 from sskd.errors import UserError
 from sskd.identity import difference
 from sskd.interrupt import Interrupted
-from sskd.nested import as_override
+from sskd.nested import as_override, flatten
 from sskd.output import complain, say
 from sskd.run import Run
 from sskd.wandb_runs import open_run, sync_folder, sync_later
-from sskd.weightings import RECIPE, name_weighting
+from sskd.weightings import CE, KD, RECIPE, find_weighting
 
 # Figures about the student as a whole; the others are named after their stage.
 _UNPREFIXED = ("test/", "holdout/", "best/")
-_SUMMARISED = ("teacher_top1", "agreement", "kl", "images_per_second", "peak_memory_mib")
+# Where a result has the figures of W&B's summary.
+_SUMMARISED = {
+    "last/top1": "top1.last",
+    "best/top1": "top1.best",
+    "best/epoch": "top1.best_epoch",
+    "hours": "seconds",
+    "teacher_top1": "teacher_top1",
+    "agreement": "agreement",
+    "kl": "kl",
+    "images_per_second": "images_per_second",
+    "peak_memory_mib": "peak_memory_mib",
+}
 
 
 def report_finished(run: Run, config: Config, result: Mapping[str, Any]) -> None:
@@ -71,7 +82,12 @@ class Tracker:
             group=f"{pair}/{method}",
             job_type="student" if config.teacher else "teacher",
             tags=[config.dataset.name, *config.wandb.tags],
-            config={**self._run.config, "pair": pair, "variant": self._variant()},
+            config={
+                **self._run.config,
+                "pair": pair,
+                "variant": self._variant(),
+                "recipe": RECIPE,
+            },
         )
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -131,25 +147,28 @@ class Tracker:
         self._send(lambda: self._wandb.log({name: wandb.Image(str(path))}, step=0))
 
     def summarise(self, result: Mapping[str, Any]) -> None:
-        """Show the result in the run's row of a table."""
+        """Show the result in the run's row of a table, as far as its version has recorded it."""
         self._result = result
-        top1 = result["top1"]
-        summary = {
-            "last/top1": top1["last"],
-            "best/top1": top1["best"],
-            "best/epoch": top1["best_epoch"],
-            "hours": result["seconds"] / 3600,
-            **{name: result[name] for name in _SUMMARISED if result[name] is not None},
-        }
+        flat = flatten(result)
+        figures = {shown: flat.get(name) for shown, name in _SUMMARISED.items()}
+        summary = {k: v for k, v in figures.items() if isinstance(v, int | float)}
+        if "hours" in summary:
+            summary["hours"] /= 3600  # seconds
         self._send(lambda: self._wandb.summary.update(summary))
 
     def _variant(self) -> str:
-        """Return the method and what differs from its recipe: its seeds share it, no other run."""
+        """Return the method and what differs from its recipe: its seeds share it, no other run.
+
+        The weighting of CE and KD is always named, since a default of an earlier recipe had another
+        in runs that W&B may still have.
+        """
         config = self._config
         changed = difference(config)
         texts = {key: str(value) for key, value in changed.items()}
-        named = name_weighting(config.method.name, RECIPE, texts)
-        changed = {key: changed.get(key, text) for key, text in named.items()}
+        if weighting := find_weighting(config.method.name, RECIPE, texts):
+            own = flatten(config.model_dump())
+            changed = {key: value for key, value in changed.items() if key not in (CE, KD)}
+            changed |= {key: own.get(key, text) for key, text in weighting.items()}
         if config.teacher and config.teacher.checkpoint:
             changed["teacher.digest"] = self._run.config["teacher"]["digest"][:8]
         # Two folders of images may have one name.

@@ -13,18 +13,18 @@ from contextlib import contextmanager
 
 from sskd.errors import UserError, shortened
 
+# They name one run. A run of this suite names itself, so that a user's own do nothing for it.
 _OF_ONE_RUN = (
     "WANDB_SWEEP_ID",
     "WANDB_SWEEP_PARAM_PATH",
     "WANDB_RUN_ID",
     "WANDB_RUN_STORAGE_ID",
     "WANDB_RUN_DIR",
-    "WANDB_RUN_GROUP",
     "WANDB_RESUME",
     "WANDB_NAME",
-    "WANDB_NOTES",
-    "WANDB_JOB_TYPE",
 )
+# What else ``wandb agent`` may say of its run; without an agent it is the user's, for every run.
+_ABOUT_AN_AGENTS = ("WANDB_RUN_GROUP", "WANDB_JOB_TYPE", "WANDB_NOTES", "WANDB_TAGS")
 _SECRET = ("KEY", "TOKEN")  # in the names of variables whose values are never printed
 _FINISH_TIMEOUT = "60"  # seconds; what a server has not taken by then is left for `wandb sync`
 _LONGEST = 1e6  # seconds
@@ -95,10 +95,13 @@ def surroundings(mode: str, *, agents: bool) -> Iterator[None]:
         agents: this is the run that ``wandb agent`` has named in them.
     """
     off = asked_mode(mode) == "disabled"
+    others: tuple[str, ...] = () if agents else _OF_ONE_RUN
+    if is_agents() and not agents:
+        others += _ABOUT_AN_AGENTS
     hidden = {
         name: value
         for name, value in os.environ.items()
-        if name.startswith("WANDB_") and (not value or off or (name in _OF_ONE_RUN and not agents))
+        if name.startswith("WANDB_") and (not value or off or name in others)
     }
     for name in hidden:
         del os.environ[name]

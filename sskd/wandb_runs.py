@@ -72,7 +72,7 @@ def _open(asked: str, arguments: dict[str, Any]) -> wandb.Run:
 
 def _unusable(error: Exception) -> UserError:
     told = " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"W&B: {told}; wandb.mode=disabled goes on without it")
+    return UserError(f"W&B: {told}; wandb.mode=disabled runs without it")
 
 
 def _init(mode: str, arguments: dict[str, Any]) -> wandb.Run:

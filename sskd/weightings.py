@@ -22,26 +22,35 @@ RECIPE = 2
 FORMER = {1: WEIGHTINGS["common"]}
 
 
+def find_weighting(method: str, recipe: int, difference: Mapping[str, str]) -> dict[str, str]:
+    """Return the weights of CE and KD of a run whose ``difference`` is one from ``recipe``.
+
+    Exactly the weights of an option are ``weighting=OPTION``; others are both given. It is empty
+    for a method that has its own.
+    """
+    if method not in METHODS:
+        return {}
+    former = FORMER.get(recipe, USUAL)
+    texts = {k: difference.get(k, str(weight)) for k, weight in zip((CE, KD), former, strict=True)}
+    weights = tuple(map(_number, texts.values()))
+    names = (name for name, option in WEIGHTINGS.items() if option == weights)
+    return next(({WEIGHTING: name} for name in names), texts)
+
+
 def name_weighting(method: str, recipe: int, difference: Mapping[str, str]) -> dict[str, str]:
     """Return ``difference`` from today's recipe, with the name of its weighting if it has one.
 
     The weights of CE and KD that ``method`` had by default in ``recipe`` are added if they are
-    others today. Exactly the weights of an option become ``weighting=OPTION``, and today's default
-    leaves nothing.
+    others today, and today's default leaves nothing.
     """
-    if method not in METHODS:
+    found = find_weighting(method, recipe, difference)
+    if not found:
         return dict(difference)
-    former = FORMER.get(recipe, USUAL)
-    texts = [difference.get(key, str(weight)) for key, weight in zip((CE, KD), former, strict=True)]
     others = {key: text for key, text in difference.items() if key not in (CE, KD)}
-    weights = tuple(map(_number, texts))
-    if weights == USUAL:
-        return others
-    for name, named in WEIGHTINGS.items():
-        if weights == named:
-            return others | {WEIGHTING: name}
-    changed = zip((CE, KD), texts, weights, USUAL, strict=True)
-    return others | {key: text for key, text, weight, usual in changed if weight != usual}
+    usual = dict(zip((CE, KD), USUAL, strict=True))
+    if WEIGHTING in found:
+        return others if WEIGHTINGS[found[WEIGHTING]] == USUAL else others | found
+    return others | {key: text for key, text in found.items() if _number(text) != usual[key]}
 
 
 def _number(text: str) -> float | None:

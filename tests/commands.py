@@ -229,15 +229,15 @@ def _use_streams(streams: list[int], unbuffered: bool) -> None:
     sys.stdin = sys.__stdin__ = open(0, closefd=False)  # type: ignore[misc] # noqa: SIM115
     for name, number in (("stdout", 1), ("stderr", 2)):
         before, raw = getattr(sys, name), io.FileIO(number, "w", closefd=False)
-        stream = io.TextIOWrapper(
-            raw if unbuffered else io.BufferedWriter(raw),  # type: ignore[arg-type]
+        wrapper = io.TextIOWrapper(
+            raw if unbuffered else io.BufferedWriter(raw),
             encoding=before.encoding,
             errors=before.errors,
             line_buffering=name == "stderr" or os.isatty(number),
             write_through=unbuffered,
         )
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
+        setattr(sys, name, wrapper)
+        setattr(sys, f"__{name}__", wrapper)
 
 
 def _forget_the_suite() -> None:
@@ -246,7 +246,7 @@ def _forget_the_suite() -> None:
     own |= {"train_student", "train_teacher", *(path.stem for path in ROOT.glob("tests/*.py"))}
     for name in [name for name in sys.modules if name.partition(".")[0] in own]:
         del sys.modules[name]
-    sys.path[:] = [path for path in sys.path if not Path(path).is_relative_to(ROOT)]
+    sys.path[:] = [path for path in sys.path if path != str(ROOT)]
 
 
 def _status(words: tuple[str, ...]) -> int:

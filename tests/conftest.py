@@ -21,6 +21,7 @@ from sskd import CONF
 from sskd.cli import run_command
 from sskd.config import Config, read_config
 from sskd.data import SOURCES, Images, Split
+from sskd.output import complain_once
 from sskd.status import SWEEP_VARIABLE
 from sskd.teachers import missing_teacher
 
@@ -36,6 +37,7 @@ def _own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
     monkeypatch.setenv(SWEEP_VARIABLE, "")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    complain_once.cache_clear()
     yield
     GlobalHydra.instance().clear()
     HydraConfig.instance().cfg = None  # a later test starts in another folder

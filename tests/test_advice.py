@@ -83,7 +83,7 @@ def own_groups(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("group", ["experiment", "study", "experiment@more"])
 def test_a_group_that_takes_a_plus(command: Command, own_groups: Path, group: str) -> None:
     told = one_line(command, "-cd", str(own_groups), f"{group}=mine")
-    assert told.startswith(f"{group}: is a group that nothing chooses yet")
+    assert told.startswith(f"{group}: no option of this group is chosen yet; add it with a plus")
     assert told.endswith(f"+{group}=mine")
 
 
@@ -100,7 +100,7 @@ def test_with_the_plus_it_is_read(command: Command, own_groups: Path) -> None:
 def test_a_setting_that_takes_a_plus(command: Command, words: tuple[str, ...]) -> None:
     key, word = words[-1].partition("=")[0], words[-1]
     assert one_line(command, *words) == (
-        f"{key}: is in no file of this choice, so that it takes a plus: +{word}"
+        f"{key}: is not in the chosen files; add it with a plus: +{word}"
     )
 
 
@@ -110,7 +110,7 @@ def test_a_setting_that_takes_a_plus(command: Command, words: tuple[str, ...]) -
 ])  # fmt: skip
 def test_a_plus_too_many(command: Command, word: str) -> None:
     told = one_line(command, word)
-    assert told.endswith(f"so that it takes no plus: {word.lstrip('+')}")
+    assert told.endswith(f"; write it without a plus: {word.lstrip('+')}")
 
 
 def test_a_setting_of_another_choice_is_not_said_to_take_a_plus(command: Command) -> None:
@@ -119,10 +119,19 @@ def test_a_setting_of_another_choice_is_not_said_to_take_a_plus(command: Command
     assert "plus" not in told
 
 
+@pytest.mark.parametrize("words", [
+    ("kd_weight=0",), ("kd_weight=1", "method=at"), ("kd_weight=0.5",), ("-m", "kd_weight=0,1"),
+])  # fmt: skip
+def test_a_setting_that_has_another_name_now(command: Command, words: tuple[str, ...]) -> None:
+    assert one_line(command, *words) == (
+        "kd_weight: is now weighting=crd_benchmark (0) or weighting=common (1)"
+    )
+
+
 def test_train_teacher_says_it_too(command: Command) -> None:
     status, _, err = command("arch=vgg8", "+seed=1", script=train_teacher)
     assert (status, err.count("\n")) == (1, 1)
-    assert "seed: is there already, so that it takes no plus: seed=1" in err
+    assert "seed: already exists; write it without a plus: seed=1" in err
 
 
 # ---- W&B's variables ----

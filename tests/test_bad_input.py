@@ -521,7 +521,7 @@ FOLDERS: dict[str, tuple[Maker, str]] = {
     "a tree of links": (tree_of_links, ": is the same folder as "),
     "a pipe": (
         lambda root: os.mkfifo(root / "train/dog/c.png"),
-        "c.png cannot be read as an image: it is no file",
+        "c.png cannot be read as an image: it is not a regular file",
     ),
     "a link to itself": (
         lambda root: (root / "train/dog/c.png").symlink_to("c.png"),

@@ -304,4 +304,4 @@ def test_a_terminated_process_ends_with_the_conventional_status(tmp_path: Path) 
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert err == "stopped by SIGTERM: the state is saved, the same command goes on from it\n"
+    assert err == "stopped by SIGTERM: the state is saved, the same command resumes\n"

@@ -15,12 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Compose
+from omegaconf import OmegaConf
 from test_data_folder import settings
 from test_data_identity import digest, photos, reads  # noqa: F401
 
 import sskd.data.digests
-from sskd.data import load_images
+from sskd.data import SOURCES, DatasetSettings, load_images
 from sskd.errors import UserError
+from sskd.identity import describe
+from sskd.status import SWEEP_VARIABLE
+from sskd.sweep import Cell, Sweep
 
 
 def cache_file(tmp_path: Path) -> Path:
@@ -174,3 +179,33 @@ def test_processes_that_start_at_once_agree(photos: Path, reads: list[str], tmp_
     assert found == {digest(photos)}
     assert reads == [], "what they left is whole"
     assert [path.suffix for path in cache_file(tmp_path).parent.iterdir()] == [".json"]
+
+
+class Looked(Cell):
+    """A cell that has finished, which it takes the fingerprint of its images to know."""
+
+    def has_finished(self) -> bool:
+        return all(describe(self.config) for _ in range(2))
+
+
+def test_a_sweep_begins_with_one_look_at_a_folder(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    taken: list[float] = []
+
+    def fingerprint(settings: DatasetSettings) -> str:
+        taken.append(settings.fraction)
+        return "digest"
+
+    reader = SOURCES["digits"]._replace(fingerprint=fingerprint)
+    monkeypatch.setitem(SOURCES, "digits", reader)
+    words = ["dataset=digits", "method=vanilla"]
+    monkeypatch.setenv(SWEEP_VARIABLE, "")
+    configs = [composed(*words, f"seed={seed}") for seed in range(3)]
+    configs.append(composed(*words, "dataset.fraction=0.5"))
+    sweep = Sweep([], compose=lambda _: OmegaConf.create())
+    sweep.cells = [Looked([], "", config, tmp_path / "run") for config in configs]
+    assert sweep.begin() == []
+    assert taken == [1.0, 0.5]
+    describe(configs[0])  # as a cell does when it starts
+    assert taken == [1.0, 0.5, 1.0]

@@ -132,13 +132,13 @@ def test_what_was_decoded_has_the_digest_not_what_lies_there(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that changes for the moment of the load alone is noticed too."""
-    before, read = digest(photos), sskd.data.folder.read_regular
+    before, read = digest(photos), sskd.data.folder.read_bounded
 
-    def changed(path: Path, most: int) -> bytes:
-        content = read(path, most)
+    def changed(path: Path, most: int, **how: bool) -> bytes:
+        content = read(path, most, **how)
         return content[:-1] + bytes([content[-1] ^ 1])
 
-    monkeypatch.setattr(sskd.data.folder, "read_regular", changed)
+    monkeypatch.setattr(sskd.data.folder, "read_bounded", changed)
     with pytest.raises(UserError, match="its files changed"):
         load_images(settings(photos), before)
     assert digest(photos) == before

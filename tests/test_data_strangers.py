@@ -88,7 +88,8 @@ def test_what_is_passed_over_is_reported_in_one_line(
     root = make_folder(tmp_path)
     for name in [*HIDDEN, *NO_IMAGE, *NO_CLASS, "train/cat/\x1b[31m.txt"]:
         add(root / name)
-    load(root)
+    for _ in range(3):  # as the cells of a sweep do
+        load(root)
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert len(err) < 500

@@ -42,6 +42,20 @@ def by_parts(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tens
     )
 
 
+def by_definition(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return what ``by_parts`` does for predictions far apart, which overflow it."""
+
+    def log_softmax(values: Tensor) -> np.ndarray:
+        scaled = values.double().numpy().astype(np.longdouble) / temperature
+        scaled -= scaled.max(1, keepdims=True)
+        return scaled - np.log(np.exp(scaled).sum(1, keepdims=True))
+
+    log_q, log_p = log_softmax(student), log_softmax(teacher)
+    rows = (np.exp(log_p) * (log_p - log_q)).sum(1) * temperature**2
+    slope = (np.exp(log_q) - np.exp(log_p)) * temperature
+    return torch.tensor(rows.astype(float)), torch.tensor(slope.astype(float))
+
+
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize(("scale", "apart"), [(3, None), (10, None), (3, 1e-2), (5, 1e-4)])
 def test_value_and_gradient_at_any_temperature(
@@ -59,6 +73,46 @@ def test_value_and_gradient_at_any_temperature(
     torch.testing.assert_close(
         gradient.double(), slope, rtol=1e-3, atol=3e-5 * slope.abs().max().item()
     )
+
+
+def saturated(seed: int) -> Tensor:
+    """Return logits of 1e4 and -1e4, far from each other even at a temperature of 1000."""
+    return 1e4 * logits(1, seed).sign()
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1.0, 1e4, 1e12])
+@pytest.mark.parametrize("kind", ["apart", "near", "saturated", "saturated and not"])
+def test_nothing_is_lost_at_the_bounds(kind: str, temperature: float) -> None:
+    """The smallest and largest temperatures that make sense, and logits of a broken network."""
+    teacher = saturated(0) if "saturated" in kind else logits(10, 0)
+    student = {
+        "apart": logits(10, 1),
+        "near": teacher + logits(1e-3, 1),
+        "saturated": saturated(1),
+        "saturated and not": logits(10, 1),
+    }[kind].requires_grad_()
+    found = divergence(student, teacher, temperature)
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    assert found.isfinite().all()
+    assert (found >= 0).all()
+    assert gradient.isfinite().all()
+    if kind == "near" and temperature == 1e12:
+        return  # float64 has no digit of a difference of 1e-15 between two predictions
+    exact = by_definition if temperature <= 1 else by_parts
+    wanted, slope = exact(student.detach(), teacher, temperature)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-9)
+    size = slope.abs().max().item()
+    torch.testing.assert_close(gradient.double(), slope, rtol=2e-3, atol=1e-3 * size + 1e-37)
+
+
+def test_there_is_no_second_derivative() -> None:
+    """Beside other terms, PyTorch would take the gradient for a constant: 0, without a word."""
+    student = logits(1, 5).requires_grad_()
+    found = divergence(student, logits(1, 6), 4.0).sum() + student.square().sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(found, student, create_graph=True)
+    torch.autograd.grad(found, student, retain_graph=True)
+    torch.autograd.grad(found, student)
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)

@@ -111,7 +111,7 @@ def test_a_long_text_that_would_be_called_is_refused(kind: str, tmp_path: Path) 
     """Torch would quote it, and look through the quotation for minutes."""
     path = tmp_path / "net.pth"
     path.write_bytes(b"\x80\x02" + CALLS[kind])
-    assert "which no checkpoint does" in refusal(path)
+    assert "no valid checkpoint has that" in refusal(path)
 
 
 # ---- accuracies ----
@@ -367,9 +367,9 @@ def test_a_folder_of_one_checkpoint(name: str, tmp_path: Path) -> None:
 
 def test_a_folder_that_leaves_a_choice(tmp_path: Path) -> None:
     for names, told in (
-        (["a.pth", "b.th"], "no best checkpoint"),
+        (["a.pth", "b.pt"], "no best checkpoint"),
         (["last.pth.tar"], "no best checkpoint"),
-        (["best.pth", "best.tar"], "more than one best checkpoint: best.pth, best.tar"),
+        (["best.th", "best.tar"], "more than one best checkpoint: best.tar, best.th"),
     ):
         folder = tmp_path / names[0]
         folder.mkdir()

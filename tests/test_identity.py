@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Compose
+from conftest import Compose, SmallTeacher
 from faults import SMALL
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from test_run import CrashError, at_step, crash
 
+from sskd import CONF
 from sskd.config import Config
 from sskd.data import Images
-from sskd.identity import difference, earlier_difference, run_folder
+from sskd.identity import describe, difference, earlier_differences, run_folder
 from sskd.models import build_model
 from sskd.results import _circumstances
+from sskd.sweep import Sweep
 from sskd.teachers import locate, missing_teacher
 from train_student import train
 
@@ -59,7 +66,7 @@ def test_another_teacher_of_the_suite_is_a_variant(composed: Compose, said: str)
     changed = difference(composed(said))
     assert list(changed) == [key]
     assert str(changed[key]) == value
-    assert difference(composed(said)) == earlier_difference(composed(said))
+    assert earlier_differences(composed(said)) == [changed]
 
 
 @pytest.fixture
@@ -98,19 +105,26 @@ def test_beside_a_folder_the_epoch_chooses_the_file(composed: Compose, checkpoin
 EARLIER = "seed0-575746df"
 
 
+def put_aside_as(folder: Path, config: Config) -> None:
+    """Leave what a run of ``config`` writes first in ``folder``."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(describe(config, "0" * 64)))
+
+
 def test_a_run_that_an_earlier_version_named_is_found(
     composed: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = composed("teacher.epochs=240")
     earlier = folder_of(config).parent / EARLIER
-    earlier.mkdir(parents=True)
+    put_aside_as(earlier, config)
     assert folder_of(config) == earlier
     folder_of(composed("seed=1")).parent.joinpath("seed0").mkdir()
     assert folder_of(config).name == "seed0"
 
     given = composed(*SMALL, "method=kd", "teacher.epochs=3")
     result = train(composed(*SMALL, "method=kd"))
-    older = run_folder(given, earlier_difference(given))
+    (named,) = earlier_differences(given)
+    older = run_folder(given, named)
     folder_of(given).rename(older)
     config_file = older / "config.yaml"
     text = config_file.read_text()
@@ -120,6 +134,100 @@ def test_a_run_that_an_earlier_version_named_is_found(
     assert result["threads"] == torch.get_num_threads()
     assert train(given) == result
     assert f"{older}: finished already" in capsys.readouterr().out
+
+
+BENCHMARK = ("weighting=crd_benchmark", "teacher.epoch=last")
+
+
+# Beside it, the difference from CE + KD (1, 1) after which earlier versions named the folder.
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("method=fitnet", "weighting=common"), ""),
+        (("method=ab", "method.weights.ce=1", "method.weights.kd=1"), ""),
+        (("method=crd", *BENCHMARK), '{"method.weights.kd": 0.0, "teacher.epoch": "last"}'),
+        (("method=nst", *BENCHMARK), '{"method.weights.kd": 0.0, "teacher.epoch": "last"}'),
+        (("method=fsp", "weighting=common", "teacher.epochs=240"), '{"teacher.epochs": 240}'),
+        (("method=vid",), '{"method.weights.ce": 0.1, "method.weights.kd": 0.9}'),
+    ],
+)
+def test_a_run_of_the_first_recipe_is_found(
+    composed: Compose, words: tuple[str, ...], named: str
+) -> None:
+    config = composed(*words)
+    today = folder_of(config)
+    digits = f"-{hashlib.sha256(named.encode()).hexdigest()[:8]}" if named else ""
+    older = today.parent / f"seed0{digits}"
+    assert older != today
+    put_aside_as(older, config)
+    assert locate(config) == (older, difference(config))
+    today.mkdir()
+    assert folder_of(config) == today
+
+
+@pytest.mark.parametrize("content", ["weighting=sskd", "method.weights.fitnet=50", "{", ""])
+def test_a_folder_of_that_name_may_hold_another_run(composed: Compose, content: str) -> None:
+    config = composed("method=fitnet", "weighting=common")
+    today = folder_of(config)
+    older = today.parent / "seed0"
+    put_aside_as(older, composed("method=fitnet", content) if "=" in content else config)
+    if "=" not in content:
+        (older / "config.yaml").write_text(content)
+    assert folder_of(config) == today
+
+
+def test_a_link_of_that_name_is_passed_over(composed: Compose, tmp_path: Path) -> None:
+    config = composed("method=fitnet", "weighting=common")
+    today = folder_of(config)
+    put_aside_as(tmp_path / "elsewhere", config)
+    today.parent.mkdir(parents=True)
+    (today.parent / "seed0").symlink_to(tmp_path / "elsewhere")
+    assert folder_of(config) == today
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_run_of_the_first_recipe_is_not_trained_again(
+    composed: Compose,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    small_teacher: SmallTeacher,
+    stopped: bool,
+) -> None:
+    small_teacher.put(tmp_path / "runs")
+    config = composed(*SMALL, "method=at", "weighting=common", "checkpoint_minutes=1e-9")
+    with monkeypatch.context() as patch:
+        if stopped:
+            at_step(patch, 7, crash)
+        with pytest.raises(CrashError) if stopped else nullcontext():
+            train(config)
+    today = folder_of(config)
+    # By default, CE + KD (1, 1) was no difference.
+    weightless = {k: v for k, v in difference(config).items() if "weights" not in k}
+    older = today.rename(run_folder(config, weightless))
+    capsys.readouterr()
+    train(config)
+    out = capsys.readouterr().out
+    assert f"{older}: {'last top-1' if stopped else 'finished already'}" in out
+    assert ("goes on in" in out) == stopped
+    assert not today.exists()
+
+
+@pytest.mark.parametrize("order", [("sskd", "common"), ("common", "sskd")])
+def test_a_sweep_of_both_weightings_keeps_both_cells(
+    composed: Compose, tmp_path: Path, order: tuple[str, str]
+) -> None:
+    config = composed("method=fitnet", "weighting=common")
+    put_aside_as(folder_of(config).parent / "seed0", config)
+    with initialize_config_dir(str(CONF), version_base=None):
+        words = [f"runs={tmp_path / 'runs'}", "method=fitnet"]
+        cells = Sweep(
+            [[f"weighting={name}"] for name in order],
+            lambda own: compose("student", [*words, *own], return_hydra_config=True),
+        ).cells
+    assert [cell.config.model_dump()["method"]["weights"]["kd"] for cell in cells] == [
+        {"sskd": 0.9, "common": 1.0}[name] for name in order
+    ]
 
 
 @pytest.mark.parametrize("more", [0, 1])

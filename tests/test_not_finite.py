@@ -1,4 +1,4 @@
-"""What is no finite number: the first term that was lost is named, and no accuracy comes of it."""
+"""What is not finite: the first term that was lost is named, and no accuracy comes of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import sskd.methods.kd
 from sskd import evaluate
 from sskd.assembly import assemble
-from sskd.data import Images, Loader
+from sskd.data import Images, Loader, Split
 from sskd.errors import UserError
 from sskd.evaluation import NotFiniteError, predict
 from sskd.meter import Meter
@@ -261,12 +261,29 @@ class Lost(nn.Module):
 def test_the_first_wrong_image_is_named(value: float) -> None:
     images = random_images(8, 10)
     bright = [each.float().mean().item() > 0.4 * 255 for each in images.test.images]
-    message = (
-        f"the net: the logits of image {bright.index(True)} of 10 .*and of {sum(bright) - 1} others"
-    )
+    first, others = bright.index(True), sum(bright) - 1
+    message = f"the net: the logits of image {first} of 10 .*and those of {others} other images"
     with pytest.raises(NotFiniteError, match=message):
         predict(Lost(value), images.test, images, "the net")
     assert predict(Lost(1.0), images.test, images).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("lost", "end"),
+    [
+        (1, "not finite"),
+        (2, "not finite, and those of 1 other image"),
+        (3, "not finite, and those of 2 other images"),
+        (10, "not finite, and those of 9 other images"),
+    ],
+)
+def test_how_many_images_are_lost(lost: int, end: str) -> None:
+    images = random_images(8, 10)
+    pixels = torch.zeros_like(images.test.images)
+    pixels[:lost] = 255
+    test = Split(pixels, images.test.labels)
+    with pytest.raises(NotFiniteError, match=rf"image 0 of 10 \(the first is 0\) are {end}$"):
+        predict(Lost(NAN), test, images)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".th"])

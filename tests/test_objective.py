@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import Command
 from hydra.core.config_store import ConfigStore
@@ -17,10 +18,12 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from test_run import SMALL
 
-import sskd.objective
+import sskd.results
 import train_teacher
 from sskd.errors import CellError, UserError
+from sskd.models import build_model
 from sskd.objective import objective
+from sskd.output import complain_once
 
 CELL = [*(word for word in SMALL if "epochs" not in word), "schedule.epochs=1", "method=vanilla"]
 HOLDOUT = "dataset.holdout=0.2"
@@ -64,7 +67,6 @@ def _collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     }
     ConfigStore.instance().store("collector", settings, group="hydra/sweeper")
     Collector.returned.clear()
-    sskd.objective._warn.cache_clear()
     yield
     del ConfigStore.instance().repo["hydra"]["sweeper"]["collector.yaml"]
 
@@ -102,7 +104,7 @@ def test_without_them_it_is_the_test_sets_and_that_is_said_once(command: Command
     assert "test set" in err
     assert "dataset.holdout=" in err
     # A run and a grid choose nothing.
-    sskd.objective._warn.cache_clear()
+    complain_once.cache_clear()
     assert command(*CELL)[2] == ""
     assert command("-m", *CELL, "seed=0,1")[2] == ""
     assert command("-m", "hydra/sweeper=basic", *CELL, "seed=0,1")[2] == ""
@@ -117,6 +119,33 @@ def test_a_cell_that_fails_is_a_failure_of_the_search(command: Command) -> None:
     assert "no finished run of the teacher" in str(error)
     assert [line for line in err.splitlines() if line.startswith("error: ")] == [f"error: {error}"]
     assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_teacher_that_is_gone_by_the_end_fails_no_cell(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    """Its file is needed by the training, and not by the number that is returned."""
+    teacher = tmp_path / "teacher.pth"
+    state = build_model("resnet14", 10).state_dict()
+    torch.save(state, teacher)
+    words = [word for word in CELL if "method" not in word and "teacher.train" not in word]
+    words += ["method=kd", f"teacher.checkpoint={teacher}"]
+    if finished:
+        assert command(*words)[0] == 0
+
+    name = "last_top1" if finished else "summarise"
+    original = getattr(sskd.results, name)
+
+    def remove_then_do(*arguments: Any) -> Any:
+        teacher.unlink()
+        return original(*arguments)
+
+    monkeypatch.setattr(sskd.results, name, remove_then_do)
+    status, _, err = search(command, *words, "hydra.sweeper.seeds=[0]")
+    assert (status, "error" in err) == (0, False)
+    (line,) = last_lines(command.runs)
+    assert Collector.returned == [pytest.approx(line["test/top1"])]
 
 
 def test_train_teacher_returns_it_too(command: Command) -> None:

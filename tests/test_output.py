@@ -6,9 +6,11 @@ import ast
 import errno
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from faults import SMALL
 from filelock import Timeout
 from omegaconf import OmegaConf
 from report_runs import put_run
+from tqdm import tqdm
 
 import sskd.dashboard.__main__
 import sskd.evaluate
@@ -210,6 +213,40 @@ def test_a_run_without_streams_keeps_them_out_of_its_files(tmp_path: Path) -> No
     (folder,) = (path.parent for path in tmp_path.rglob("result.json"))
     assert Run(folder, read_config_file(folder / "config.yaml")).load_best(1) is not None
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_lines_of_other_libraries_are_cleaned(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, name, stream)
+    with steady_output():
+        handler = logging.StreamHandler(getattr(sys, name))
+        handler.emit(logging.makeLogRecord({"msg": f"Hydra: {CODES[:-3]}\u202eé"}))
+        warnings.showwarning(f"odd \x1b]0;title\x07 \x9b31m {name}", UserWarning, "a.py", 1)
+        for code in ("\x1b[2K", "\x1b[1;1H", "\x1b[6n", "\x1b[3A", "\x1bc", "\x00", "\x1b"):
+            getattr(sys, name).write(code)
+        getattr(sys, name).writelines(["[2J", "\x1b]8;;http://x\x1b\\link"])
+    written = stream.getvalue()
+    assert "Hydra: ?[2J?]0;title??31m?" in written
+    assert all(line.isprintable() for line in written.splitlines())
+
+
+def test_bars_and_colours_reach_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tqdm writes of two bars is the same through the stream as without it."""
+    kept = "\x1b[31mred\x1b[0m \x1b[1;32mgreen\x1b[m\ttab\r\n"
+    plain, steady = Terminal(), Terminal()
+    for terminal, stream in ((plain, plain), (steady, SteadyStream(steady))):
+        bars = [
+            tqdm(total=2, position=k, file=stream, colour="green", miniters=1, bar_format="{bar:9}")
+            for k in range(2)
+        ]
+        for bar in bars:
+            bar.update(1)
+            bar.close()
+        stream.write(kept)
+        assert "\x1b[A" in terminal.getvalue()
+    assert steady.getvalue() == plain.getvalue()
+    assert steady.getvalue().endswith(kept)
 
 
 def test_streams_are_as_before_after_a_command() -> None:

@@ -35,7 +35,8 @@ from sskd.methods.sskd import keep_rows
 from sskd.models import read_checkpoint
 from sskd.nested import as_override, flatten
 from sskd.report.metrics import EpochLine, read_metrics
-from sskd.report.results import Result, parse_result
+from sskd.report.result import Result
+from sskd.report.results import parse_result
 from sskd.sealed import DamagedError, load_sealed, save_sealed
 
 # The same examples each time, as many as a few seconds allow.

@@ -9,7 +9,8 @@ from report_runs import RESULT
 
 from sskd.report.groups import Entry
 from sskd.report.render import render_text
-from sskd.report.results import Result, read_results
+from sskd.report.result import Result
+from sskd.report.results import read_results
 from sskd.report.tables import Table, build_tables
 
 PUBLISHED_ORDER = [

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import Compose
 from report_runs import RESULT, never, put_alone, put_run
@@ -15,9 +16,11 @@ from report_runs import RESULT, never, put_alone, put_run
 from sskd import CONF
 from sskd import report as report_package
 from sskd.identity import difference
+from sskd.models import build_model
 from sskd.report.groups import Entry
 from sskd.report.report import read_report
 from sskd.report.rows import display_name
+from sskd.teachers import locate
 from sskd.weightings import METHODS, RECIPE, WEIGHTINGS, name_weighting
 
 HERE = ("resnet56", "resnet20")
@@ -32,9 +35,13 @@ COMPETITORS = [
 ]
 
 
-def rows(root: Path, table: str = "similar") -> dict[str, Entry]:
+def every_row(root: Path) -> dict[str, Entry]:
     entries = [entry for of in read_report(root, never).tables("last") for entry in of.entries]
-    return {entry.row: entry for entry in entries if entry.table == table}
+    return {entry.row: entry for entry in entries}
+
+
+def rows(root: Path, table: str = "similar") -> dict[str, Entry]:
+    return {name: entry for name, entry in every_row(root).items() if entry.table == table}
 
 
 def put(root: Path, method: str, recipe: int | None, **difference: Any) -> None:
@@ -162,7 +169,9 @@ def figure(row: str, source: int = 0) -> float:
         (BENCHMARK | FROM_LAST, False, True),
         (FROM_LAST, False, False),
         ({"method.weights.kd": 0.0} | FROM_LAST, False, False),
+        # As earlier versions wrote it, and a teacher from a file without the epoch.
         (BENCHMARK | FROM_LAST | {"teacher.digest": "0123456789abcdef"}, False, True),
+        (BENCHMARK | {"teacher.digest": "0123456789abcdef"}, False, False),
     ],
 )
 def test_published_figures_stand_beside_their_own_weights_alone(
@@ -182,6 +191,42 @@ def test_published_figures_stand_beside_their_own_weights_alone(
             expected = figure(name, source=1)
         assert found[name].published == expected, name
         assert found[name].table == ("the CRD benchmark, similar" if benchmark else "similar")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("elsewhere") / "resnet56.pth"
+    torch.save(build_model("resnet56", 100).state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "source"),
+    [
+        (["method=kd"], 0),
+        (["method=kd", "teacher.epoch=last"], 1),
+        (["method=fitnet"], 0),
+        (["method=fitnet", "weighting=crd_benchmark", "teacher.epoch=last"], 1),
+        (["method=crd", "weighting=crd_benchmark", "teacher.epoch=last"], 1),
+        (["method=fitnet", "teacher.epoch=last"], None),
+        (["method=crd", "weighting=crd_benchmark"], None),
+        (["method=sskd"], 0),
+        (["method=sskd", "teacher.epoch=last"], None),
+    ],
+)
+def test_beside_a_checkpoint_the_epoch_is_the_one_asked_for(
+    composed: Compose, tmp_path: Path, checkpoint: Path, words: list[str], source: int | None
+) -> None:
+    config = composed("pair=resnet56-resnet20", f"teacher.checkpoint={checkpoint}", *words)
+    changed = locate(config)[1]
+    assert "teacher.epoch" not in changed
+    assert config.teacher
+    asked, method = config.teacher.epoch, config.method.name
+    put_run(tmp_path, "run", method=method, difference=changed, teacher_epoch=asked)
+    (found,) = (entry for name, entry in every_row(tmp_path).items() if name != "teacher")
+    expected = None if source is None else figure(display_name(config.method.name), source)
+    assert found.published == expected
+    assert found.table == ("the CRD benchmark, similar" if source == 1 else "similar")
 
 
 def test_a_sweep_of_all_weightings_has_a_row_each(tmp_path: Path) -> None:

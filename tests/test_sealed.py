@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import sskd.sealed
 from sskd.sealed import DamagedError, load_sealed, save_sealed, seal
 
 
@@ -80,6 +82,18 @@ def test_a_file_that_cannot_be_read_now_is_not_called_damaged(
 
     monkeypatch.setattr(torch, "load", fail)
     if isinstance(error, OSError):
-        monkeypatch.setattr(Path, "read_bytes", fail)
+        monkeypatch.setattr(sskd.sealed, "open_bounded", fail)
     with pytest.raises(OSError, match=r"Cannot allocate memory: .*last\.pt|Input/output error"):
         load_sealed(path)
+
+
+def test_a_large_file_is_in_memory_once(tmp_path: Path) -> None:
+    """And the tensors that are made of it, which are not Python's memory."""
+    path = tmp_path / "last.pt"
+    save_sealed(path, {"state": [torch.zeros(2**15) for _ in range(200)]})
+    load_sealed(path)  # what torch imports on the way
+    tracemalloc.start()
+    load_sealed(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.3 * path.stat().st_size

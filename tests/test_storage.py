@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import stat
 from operator import methodcaller
 from pathlib import Path
 from typing import BinaryIO
@@ -40,6 +42,40 @@ def test_what_was_there_before_can_be_kept(tmp_path: Path) -> None:
     for content in (b"one", b"two", b"three"):
         write_whole(path, methodcaller("write", content), keep=kept)
     assert (path.read_text(), kept.read_text()) == ("three", "two")
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_disk_has_a_file_before_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool
+) -> None:
+    """A power failure would else leave an empty file in the place of a whole one."""
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"old")
+    steps: list[tuple[str, int, int]] = []
+    sync, rename = os.fsync, Path.replace
+
+    def recorded(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        kind = "folder" if stat.S_ISDIR(status.st_mode) else "file"
+        steps.append((kind, status.st_ino, 0 if kind == "folder" else status.st_size))
+        sync(descriptor)
+
+    def replace(source: Path, target: Path) -> Path:
+        if target == path:
+            steps.append(("name", source.stat().st_ino, 0))
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(Path, "replace", replace)
+    write_whole(
+        path, methodcaller("write", b"new"), keep=tmp_path / "previous.pt" if keep else None
+    )
+    number = path.stat().st_ino
+    assert steps == [
+        ("file", number, 3),
+        ("name", number, 0),
+        ("folder", tmp_path.stat().st_ino, 0),
+    ]
 
 
 def test_a_folder_is_made_with_those_above_it(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 
 import sskd.run_files
 import sskd.status
+import sskd.storage
 from sskd.errors import UserError
 from sskd.report.cells import read_cells
 from sskd.report.metrics import read_metrics
@@ -27,7 +28,7 @@ from sskd.status import read_status, write_failure
 from sskd.storage import read_bounded, read_lines
 from sskd.wandb_runs import run_id
 
-SECONDS = 5.0  # with room for a slow machine; without bounds it is minutes, or the memory
+SECONDS = 5.0  # with room for a slow machine
 
 
 def sparse(path: Path, size: int = 60 << 30) -> Path:
@@ -43,8 +44,12 @@ def told(warnings: list[str]) -> str:
     return line
 
 
-@pytest.fixture(autouse=True)
-def _in_time() -> Any:
+@contextlib.contextmanager
+def in_time() -> Iterator[None]:
+    """Let a reader take ``SECONDS`` of the processor; no import, command or training belongs here.
+
+    Without bounds most of these readers take minutes, or the memory.
+    """
     started = time.process_time()
     yield
     assert time.process_time() - started < SECONDS
@@ -63,7 +68,8 @@ YAML = {
 def test_a_large_configuration_is_refused_at_once(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(YAML[kind])
-    with pytest.raises(UserError, match=r"config\.yaml: cannot be read \(it has more than 65536"):
+    refused = r"config\.yaml: cannot be read \(it has more than 65536"
+    with in_time(), pytest.raises(UserError, match=refused):
         read_config_file(path)
 
 
@@ -72,7 +78,7 @@ def test_the_largest_configuration_takes_a_moment(tmp_path: Path, kind: str) -> 
     """Of the size that is let in, whatever fills it."""
     path = tmp_path / "config.yaml"
     path.write_text(YAML[kind][: sskd.run_files.MOST_CONFIG])
-    with contextlib.suppress(UserError):  # cut in the middle, some are no YAML
+    with in_time(), contextlib.suppress(UserError):  # cut in the middle, some are no YAML
         read_config_file(path)
 
 
@@ -80,19 +86,20 @@ def test_files_without_end_are_named(tmp_path: Path) -> None:
     run = put_run(tmp_path, "a")
     for name in ("result.json", "metrics.jsonl", "config.yaml", "wandb_id"):
         sparse(run / name)
-    with pytest.raises(UserError, match=r"result\.json: is not a result"):
-        read_result(run)
-    with pytest.raises(UserError, match=r"config\.yaml: cannot be read"):
-        read_config_file(run / "config.yaml")
-    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: it has more than"):
-        Run(run, {}).read_metrics()
-    assert len(run_id(run, "name")) == 16
-    for read in (read_results, read_cells):
-        warnings: list[str] = []
-        read(tmp_path, warnings.append)
-        assert all("more than" in line for line in warnings)
-    warnings = []
-    assert read_metrics(run, warnings.append) == []
+    with in_time():
+        with pytest.raises(UserError, match=r"result\.json: is not a result"):
+            read_result(run)
+        with pytest.raises(UserError, match=r"config\.yaml: cannot be read"):
+            read_config_file(run / "config.yaml")
+        with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: it has more than"):
+            Run(run, {}).read_metrics()
+        assert len(run_id(run, "name")) == 16
+        for read in (read_results, read_cells):
+            warnings: list[str] = []
+            read(tmp_path, warnings.append)
+            assert all("more than" in line for line in warnings)
+        warnings = []
+        assert read_metrics(run, warnings.append) == []
     assert "it has more than" in told(warnings)
 
 
@@ -100,11 +107,12 @@ def test_files_without_end_are_named(tmp_path: Path) -> None:
 def test_a_report_names_a_file_without_end(tmp_path: Path, name: str) -> None:
     sparse(tmp_path / name)
     warnings: list[str] = []
-    if name == "status.json":
-        assert read_cells(tmp_path, warnings.append) == []
-        assert read_status(tmp_path) == {}
-    else:
-        assert read_results(tmp_path, warnings.append) == []
+    with in_time():
+        if name == "status.json":
+            assert read_cells(tmp_path, warnings.append) == []
+            assert read_status(tmp_path) == {}
+        else:
+            assert read_results(tmp_path, warnings.append) == []
     assert f"{tmp_path / name}: it has more than" in told(warnings)
 
 
@@ -113,7 +121,7 @@ def test_a_report_names_a_file_without_end(tmp_path: Path, name: str) -> None:
 def test_a_checkpoint_without_end_is_damaged(tmp_path: Path, name: str, end: bytes) -> None:
     with sparse(tmp_path / name).open("ab") as stream:
         stream.write(end)
-    with pytest.raises(DamagedError, match=r"bytes, which no run's has|its end is missing"):
+    with in_time(), pytest.raises(DamagedError, match=r"bytes, the limit|its end is missing"):
         load_sealed(tmp_path / name)
     run = Run(tmp_path, {})
     if name == "best.pt":
@@ -128,7 +136,7 @@ def test_line_ends_alone_do_not_fill_the_memory(
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"\n" * 100_001)
-    with pytest.raises(ValueError, match="more than 100000 lines"):
+    with in_time(), pytest.raises(ValueError, match="more than 100000 lines"):
         list(read_lines(path, 10**6, 100_000))
     monkeypatch.setattr(sskd.report.metrics, "MOST_EPOCHS", 1000)
     warnings: list[str] = []
@@ -149,8 +157,39 @@ def test_line_ends_alone_do_not_fill_the_memory(
 )
 def test_only_a_plain_file_is_read(tmp_path: Path, make: Callable[[Path], Any], error: Any) -> None:
     make(tmp_path / "file")
-    with pytest.raises(error):
+    with in_time(), pytest.raises(error):
         read_bounded(tmp_path / "file", 10)
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_a_file_that_grows_is_read_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, follow: bool
+) -> None:
+    path, status_of = tmp_path / "file", os.fstat
+    path.write_bytes(b"0123456789")
+
+    def grows(descriptor: int) -> os.stat_result:
+        status = status_of(descriptor)
+        with path.open("ab") as stream:
+            stream.write(b"more" * 1000)
+        return status
+
+    monkeypatch.setattr(sskd.storage.os, "fstat", grows)
+    assert read_bounded(path, 10, follow=follow) == b"0123456789"
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="more than 10 bytes, the limit for such a file"):
+        read_bounded(path, 10, follow=follow)
+
+
+def test_a_link_is_followed_on_request_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"01")
+    (tmp_path / "link").symlink_to("file")
+    assert read_bounded(tmp_path / "link", 10, follow=True) == b"01"
+    with pytest.raises(OSError, match="symbolic links"):
+        read_bounded(tmp_path / "link", 10)
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="it is not a regular file"):
+        read_bounded(tmp_path / "zero", 10, follow=True)
 
 
 def test_a_file_of_the_bound_is_read(tmp_path: Path) -> None:
@@ -172,7 +211,7 @@ def test_a_phase_of_another_size_is_damaged(tmp_path: Path) -> None:
     import sskd.phases
 
     sparse(tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"model\.safetensors: is damaged"):
+    with in_time(), pytest.raises(UserError, match=r"model\.safetensors: is damaged"):
         sskd.phases._load_result(nn.Linear(2, 2), tmp_path / "model.safetensors", None)
 
 

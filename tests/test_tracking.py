@@ -28,6 +28,7 @@ from sskd.run import Run
 from sskd.status import read_status
 from sskd.tracking import Tracker
 from sskd.wandb_runs import choose_mode, run_id
+from sskd.weightings import RECIPE
 from train_student import train
 
 
@@ -137,8 +138,15 @@ def variant(config: Config) -> tuple[str, str]:
         (["weighting=crd_benchmark"], "at (weighting=crd_benchmark)"),
         (["weighting=common", "teacher.epoch=last"], "at (teacher.epoch=last, weighting=common)"),
         (["method.weights.ce=1", "method.weights.kd=1"], "at (weighting=common)"),
-        (["method.weights.kd=0"], "at (method.weights.kd=0.0)"),
-        (["weighting=sskd"], "at"),
+        (["method.weights.kd=0"], "at (method.weights.ce=0.1, method.weights.kd=0.0)"),
+        (["method.weights.kd=0.5"], "at (method.weights.ce=0.1, method.weights.kd=0.5)"),
+        (["weighting=sskd"], "at (weighting=sskd)"),
+        ([], "at (weighting=sskd)"),
+        (["method=ab"], "ab (weighting=sskd)"),
+        (["method=nst", "seed=3"], "nst (weighting=sskd)"),
+        (["method.weights.ce=1"], "at (method.weights.ce=1.0, method.weights.kd=0.9)"),
+        (["method=kd"], "kd"),
+        (["method=sskd"], "sskd"),
     ],
 )
 def test_wandb_names_a_weighting(composed: Compose, overrides: list[str], expected: str) -> None:
@@ -164,7 +172,10 @@ def test_two_datasets_of_one_name_are_not_one_to_wandb(composed: Compose, tmp_pa
 @pytest.mark.usefixtures("offline")
 def test_what_wandb_is_told_beside_the_configuration_is_not_part_of_it(composed: Compose) -> None:
     about, on_disk = described(composed("method=vanilla"))
-    assert about["config"]["update"].keys() - on_disk.keys() == {"_wandb", "pair", "variant"}
+    assert about["config"]["update"].keys() - on_disk.keys() == {
+        *("_wandb", "pair", "variant", "recipe"),
+    }
+    assert about["config"]["update"]["recipe"] == RECIPE
 
 
 @pytest.mark.usefixtures("offline")

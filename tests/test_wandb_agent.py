@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,36 @@ def test_a_finished_proposal_with_damaged_metrics_reports_its_summary(
     assert summary["summary"]["last/top1"] == 30.0
 
 
+# What the first version did not record, and more that a result may lack.
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        ["peak_memory_mib"],
+        ["images_per_second", "agreement", "kl", "teacher_top1"],
+        ["top1.best", "top1.best_epoch"],
+        ["seconds"],
+    ],
+)
+def test_an_older_result_is_reported_without_what_it_lacks(
+    composed: Compose, tmp_path: Path, agent: Path, lacking: list[str]
+) -> None:
+    config = composed(*ALONE)
+    path = finish(config) / "result.json"
+    result = json.loads(path.read_text())
+    for name in lacking:
+        del (result["top1"] if "top1." in name else result)[name.removeprefix("top1.")]
+    path.write_text(json.dumps(result))
+    train(config)
+    (offline,) = offline_runs(tmp_path / "runs")
+    (summary,) = inspect(offline, "--summary")
+    shown = summary["summary"]
+    assert shown["last/top1"] == 30.0
+    assert ("best/top1" in shown) == ("best/epoch" in shown) == ("top1.best" not in lacking)
+    assert shown.get("hours") == (None if "seconds" in lacking else 1.0)
+    assert ("peak_memory_mib" in shown) == ("peak_memory_mib" not in lacking)
+    assert ("images_per_second" in shown) == ("images_per_second" not in lacking)
+
+
 @pytest.mark.usefixtures("agent")
 def test_a_proposal_that_was_stopped_is_whole_in_the_next_agents_run(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -182,13 +213,36 @@ def test_a_result_is_reported_to_an_agent_alone(
     train(config)
 
 
-@pytest.mark.parametrize("name", [*AGENT, "WANDB_SWEEP_PARAM_PATH"])
+@pytest.mark.parametrize("name", [*AGENT, "WANDB_SWEEP_PARAM_PATH", "WANDB_TAGS"])
 @pytest.mark.parametrize("agents", [True, False])
 def test_only_the_agents_run_sees_what_names_it(
     monkeypatch: pytest.MonkeyPatch, name: str, agents: bool
 ) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep123")
     monkeypatch.setenv(name, "value")
     of_all = name in ("WANDB_PROJECT", "WANDB_ENTITY")
     with surroundings("offline", agents=agents):
         assert (name in os.environ) == (agents or of_all)
     assert os.environ[name] == "value"
+
+
+@pytest.mark.parametrize("name", ["NOTES", "TAGS", "RUN_GROUP", "JOB_TYPE", "PROJECT", "ENTITY"])
+def test_a_users_own_words_are_kept_without_an_agent(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(f"WANDB_{name}", "value")
+    for agents in (True, False):
+        with surroundings("offline", agents=agents):
+            assert os.environ[f"WANDB_{name}"] == "value"
+
+
+def test_a_users_own_notes_reach_the_run(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_NOTES", "before the new loss")
+    config = composed(*ALONE)
+    with Run(tmp_path / "runs" / "seed0", describe(config)).open() as run, Tracker(run, config):
+        pass
+    (path,) = offline_runs(tmp_path)
+    assert told(path)["notes"] == "before the new loss"

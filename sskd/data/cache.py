@@ -20,10 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from sskd.data.files import read_regular
 from sskd.data.images import Split
 from sskd.data.reading import Source, flaw
-from sskd.storage import write_whole
+from sskd.storage import read_bounded, write_whole
 
 ABOUT = "about"
 MOST_BYTES = 2**30  # CIFAR's caches have 184 MB
@@ -36,7 +35,7 @@ def read_cache(path: Path, published: Mapping[str, str]) -> Source | None:
     """
     try:
         # Read once, not mapped into memory: another process may replace the file at any moment.
-        content = read_regular(path, MOST_BYTES)
+        content = read_bounded(path, MOST_BYTES, follow=True)
         tensors = load(content)
         about = json.loads(_metadata(content)[ABOUT])
         source = Source(

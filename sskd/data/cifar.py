@@ -22,11 +22,11 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import download_and_extract_archive
 
 from sskd.data.cache import read_cache, write_cache
-from sskd.data.files import read_regular
 from sskd.data.images import Split
 from sskd.data.reading import Source, absolute, one_line, some
 from sskd.data.settings import DatasetSettings
 from sskd.errors import UserError
+from sskd.storage import read_bounded
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 CIFAR_SIZE = 32
@@ -139,12 +139,12 @@ def _read_files(dataset: type[CIFAR10], root: Path) -> Files:
     for name, md5 in _published(dataset).items():
         path = root / dataset.base_folder / name
         try:
-            content = read_regular(path, MOST_BYTES)
+            content = read_bounded(path, MOST_BYTES, follow=True)
         except FileNotFoundError:
             files.missing.append(name)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {one_line(error)}") from error
-        except ValueError:  # no file, or far too large
+        except ValueError:  # not a regular file, or far too large
             files.differing.append(name)
         else:
             if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:

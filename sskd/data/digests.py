@@ -22,10 +22,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sskd.data.files import regular_file
 from sskd.errors import UserError
 from sskd.paths import expanded
-from sskd.storage import write_whole
+from sskd.storage import open_bounded, write_whole
 
 FORMAT = 1  # of the cache: another number if an entry means something else
 MOST_BYTES = 2**29  # of a cache: more than two million files
@@ -70,8 +69,9 @@ def digests(
 
 
 def _read(path: Path, most: int) -> Entry:
-    with regular_file(path, most) as (stream, status):
-        return [*_stamp(status), hashlib.file_digest(stream, "sha256").hexdigest()]
+    with open_bounded(path, most, follow=True) as (stream, status):
+        content = stream.read(status.st_size)
+    return [*_stamp(status), hashlib.sha256(content).hexdigest()]
 
 
 def _stamp(status: os.stat_result) -> list[int]:
@@ -100,9 +100,9 @@ def _cache_of(root: Path) -> Path | None:
 def _recall(cache: Path) -> dict[str, Entry]:
     """Return what ``_remember`` wrote to ``cache``, by name; nothing if that is not certain."""
     try:
-        with regular_file(cache, MOST_BYTES) as (stream, status):
+        with open_bounded(cache, MOST_BYTES, follow=True) as (stream, status):
             own = status.st_uid == os.geteuid()
-            digest, _, content = stream.read().partition(b"\n")
+            digest, _, content = stream.read(status.st_size).partition(b"\n")
         if not own or hashlib.sha256(content).hexdigest().encode() != digest:
             return {}
         kept = json.loads(content)

@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from sskd.data.decode import MOST_BYTES, decode, quiet_pillow
 from sskd.data.digests import digests
-from sskd.data.files import read_regular
 from sskd.data.images import Split
 from sskd.data.reading import Source, absolute, one_line, some
 from sskd.data.settings import DatasetSettings
 from sskd.errors import UserError
-from sskd.output import complain
+from sskd.output import complain_once
+from sskd.storage import read_bounded
 
 PARTS = ("train", "test")
 _LAYOUT = "train/CLASS and test/CLASS"
@@ -87,7 +87,7 @@ def folder(settings: DatasetSettings) -> Source:
     root = absolute(settings.root)
     train, test, passed_over = _list_folder(root)
     if told := str(passed_over):
-        complain(f"{root}: passed over {told}")
+        complain_once(f"{root}: passed over {told}")
     content = hashlib.sha256()
     train_split = _read_part(root, train, settings.size, content.update)
     test_split = _read_part(root, test, settings.size, content.update)
@@ -243,7 +243,7 @@ def _read_part(root: Path, listing: Listing, size: int, update: Callable[[bytes]
 def _read_image(path: Path, size: int) -> tuple[Tensor, str]:
     """Return an image as ``decode`` does, and the SHA-256 of the very bytes that were decoded."""
     try:
-        content = read_regular(path, MOST_BYTES)
+        content = read_bounded(path, MOST_BYTES, follow=True)
         return decode(content, size), hashlib.sha256(content).hexdigest()
     except Exception as error:  # Pillow's decoders raise almost any class on a broken file
         raise _unreadable(path, error) from error

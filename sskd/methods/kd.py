@@ -21,6 +21,8 @@ class _Divergence(torch.autograd.Function):
     terms of both signs that cancel to 1/T^2: float32 has no digit of it left from T = 1e4 on.
     With ``q - p = p * expm1(-d)``, which adds up to 0, each class gives ``p * (d + expm1(-d))``,
     which is not negative. Metal has no float64; there T = 1e4 is accurate to 1e-3.
+
+    There is no second derivative: ``create_graph=True`` raises RuntimeError.
     """
 
     @staticmethod
@@ -37,6 +39,10 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        # once_differentiable sees the student's part of a second derivative only if ``gradient``
+        # depends on the student too; compiled code refuses a second derivative itself.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("the divergence has no second derivative (create_graph=True)")
         (slope,) = ctx.saved_tensors
         return gradient[:, None] * slope, None, None
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from sskd.models.safe_load import load_torch_file, unreadable
 from sskd.paths import expanded
 from sskd.storage import StillOurs, write_whole
 
-SUFFIXES = (".pth", ".pt", ".safetensors", ".tar", ".th", ".ckpt", ".bin")  # .tar: of .pth.tar
+# The second ones count if a folder has none of the first: a .bin may hold anything.
+SUFFIXES = ((".pth", ".pt", ".safetensors"), (".tar", ".th", ".ckpt", ".bin"))  # .tar: of .pth.tar
 EPOCHS = ("best", "last")
 # What to explain of a file in which nothing fits: the CRD benchmark's files, and SSKD's.
 STATE_KEYS = ("model", "state_dict")
@@ -44,6 +46,8 @@ NUMBERS = frozenset(
 # A view may show a few values as terabytes, which a copy of it would take: how much larger than
 # its file a network may be, and what is small whatever the file.
 MOST_EXPANSION, SMALL = 10, 64 << 20
+_MOST_NETWORKS = 100  # in one file; each is named, compared and perhaps hashed
+_LONGEST_KEY = 100  # characters of a key in a message
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,8 @@ def find_checkpoint(path: str | Path, epoch: str = "best") -> Path:
     if not path.is_dir():
         _require_file(path)
         return path
-    for folder in (path, path / "ckpt"):
-        files = sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in SUFFIXES)
+    for suffixes, folder in product(SUFFIXES, (path, path / "ckpt")):
+        files = sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in suffixes)
         found = [file for file in files if epoch in file.name]
         if len(files) == 1 and not any(each in files[0].name for each in EPOCHS):
             found = files
@@ -85,7 +89,7 @@ def find_checkpoint(path: str | Path, epoch: str = "best") -> Path:
             )
     present = ", ".join(sorted(entry.name for entry in path.iterdir())) or "nothing"
     raise UserError(
-        f"no {epoch} checkpoint ({', '.join(SUFFIXES)}) in {path} or its ckpt folder; "
+        f"no {epoch} checkpoint ({', '.join(chain(*SUFFIXES))}) in {path} or its ckpt folder; "
         f"it holds {present}; name the file"
     )
 
@@ -110,9 +114,15 @@ def read_checkpoint(path: str | Path, fits: Callable[[State], bool] = is_known) 
         raise UserError(f"{path} is a folder, not a checkpoint; name the file in it")
     _require_file(path)
     content, facts = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
-    networks = {key: own_names(state) for key, state in state_dicts(content).items()}
+    found_states = state_dicts(content)
+    if len(found_states) > _MOST_NETWORKS:
+        raise UserError(
+            f"{path} holds {len(found_states)} state dicts, more than {_MOST_NETWORKS}; save the "
+            "one that you mean in a file of its own"
+        )
+    networks = {key: own_names(state) for key, state in found_states.items()}
     if not networks:
-        found = ", ".join(str(key)[:100] for key in list(content)[:5]) or "nothing"
+        found = ", ".join(str(key)[:_LONGEST_KEY] for key in list(content)[:5]) or "nothing"
         raise UserError(
             f"{path} holds no state dict, neither by itself nor under a key such as "
             f"'model' or 'state_dict' (found: {found})"
@@ -131,8 +141,9 @@ def _choose(networks: Mapping[str, State], fits: Callable[[State], bool], path: 
     several = fitting if len(fitting) > 1 else []
     if len({weights_digest(own_numbers(networks[key])) for key in several}) > 1:
         found = ", ".join(
-            f"'{key}' ({' with '.join(map(str, recognise(networks[key]) or ()))} classes)"
-            for key in fitting
+            f"'{key[:_LONGEST_KEY]}' "
+            f"({' with '.join(map(str, recognise(networks[key]) or ()))} classes)"
+            for key in fitting[:5]
         )
         raise UserError(
             f"{path} holds several networks that fit: {found}; save the one that you mean in a "

@@ -1,4 +1,4 @@
-"""What checkpoints from elsewhere look like: where their weights lie, and what wraps the names."""
+"""What checkpoints from elsewhere look like: where their weights are, and what wraps the names."""
 
 from __future__ import annotations
 
@@ -23,21 +23,30 @@ BARE_CLASSIFIER = {
     "classifier.bias": "classifier.0.bias",
 }
 VARIANCE, COUNTER = "running_var", "num_batches_tracked"
-_DEPTH = 2  # of dicts in dicts
+_DEPTH = 2  # of dicts in dicts, which may also hold themselves
 _MOST_EPOCHS = 10**9
 
 
-def state_dicts(content: Mapping[Any, Any], depth: int = _DEPTH) -> dict[str, State]:
-    """Return each dict of nothing but named tensors in ``content``, by its keys joined by dots."""
-    named = all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
-    if content and named:
-        return {"": content}
-    inner = {k: v for k, v in content.items() if isinstance(v, dict) and depth}
-    return {
-        f"{key}.{name}".removesuffix("."): state
-        for key, value in inner.items()
-        for name, state in state_dicts(value, depth - 1).items()
-    }
+def state_dicts(content: Mapping[Any, Any]) -> dict[str, State]:
+    """Return each dict of nothing but named tensors in ``content``, by its keys joined by dots.
+
+    A dict that is there under several keys, as a small file can have a million, is returned once.
+    """
+    states: dict[str, State] = {}
+    level: list[tuple[list[str], Mapping[Any, Any]]] = [([], content)]
+    seen = {id(content)}
+    for _ in range(_DEPTH + 1):
+        deeper: list[tuple[list[str], Mapping[Any, Any]]] = []
+        for keys, each in level:
+            if each and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in each.items()):
+                states[".".join(keys)] = each
+                continue
+            for key, value in each.items():
+                if isinstance(value, dict) and id(value) not in seen:
+                    seen.add(id(value))
+                    deeper.append(([*keys, str(key)], value))
+        level = deeper
+    return states
 
 
 def own_names(raw: State) -> State:
@@ -88,9 +97,12 @@ def _own_number(name: str, tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def stated_accuracy(facts: Mapping[Any, Any]) -> float | None:
-    """Return the top-1 in percent that ``facts`` state; None if that is no one number to 100."""
-    stated = (_number(facts[key]) for key in ACCURACY_KEYS if key in facts)
+def stated_accuracy(facts: Mapping[Any, Any], depth: int = _DEPTH) -> float | None:
+    """Return the top-1 in percent that ``facts`` state.
+
+    None if that is not a single number up to 100, or if it is more than ``depth`` dicts deep.
+    """
+    stated = (_number(facts[key], depth) for key in ACCURACY_KEYS if key in facts)
     return next((each for each in stated if each is not None and 0 <= each <= 100), None)
 
 
@@ -100,9 +112,9 @@ def stated_epoch(facts: Mapping[Any, Any]) -> int | None:
     return int(epoch) if epoch is not None and 0 <= epoch <= _MOST_EPOCHS else None
 
 
-def _number(value: Any) -> float | None:
+def _number(value: Any, depth: int = 0) -> float | None:
     if isinstance(value, Mapping):
-        return stated_accuracy(value)
+        return stated_accuracy(value, depth - 1) if depth else None
     if isinstance(value, list | tuple) and len(value) == 1:
         (value,) = value
     try:

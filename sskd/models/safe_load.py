@@ -56,7 +56,7 @@ _ALLOWED_GLOBALS: list[Any] = [
 # files that would fill the memory do.
 _MOST_EXPANSION = 10
 # Torch looks through its own messages, which quote what the file wants to call, in a time that
-# grows with the square of their length: minutes for 300,000 signs. A value may be longer.
+# grows with the square of their length: minutes for 300,000 characters. A value may be longer.
 _LONGEST = 10_000
 _LONGEST_TOLD = 100
 _NAMES = ("GLOBAL", "INST")
@@ -131,8 +131,8 @@ def _refuse_long_words(stream: io.BytesIO, path: Path) -> None:
             length = len(argument) if isinstance(argument, str | bytes) else 0
             if opcode.name in _NAMES and length > _LONGEST:
                 raise UserError(
-                    f"{path} holds a name of {length} signs, which no checkpoint does; fetch it "
-                    "again from where it is published"
+                    f"{path} holds a name of {length} characters; no valid checkpoint has that; "
+                    "download it again"
                 )
             longest = max(longest, length)
     except ValueError as error:  # the end of the file, or bytes that are no instruction
@@ -143,8 +143,8 @@ def _refuse_long_words(stream: io.BytesIO, path: Path) -> None:
     stream.seek(start)
     if longest > _LONGEST and _calls_a_value(stream):
         raise UserError(
-            f"{path} holds a text of {longest} signs and asks for something to be called that it "
-            "does not name, which no checkpoint does; fetch it again from where it is published"
+            f"{path} holds a text of {longest} characters and asks for something to be called that "
+            "it does not name; no valid checkpoint has that; download it again"
         )
     stream.seek(end)
 

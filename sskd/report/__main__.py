@@ -15,7 +15,7 @@ from sskd.output import complain, output_status, reader_has_gone, say, steady_ou
 from sskd.report.files import write_files
 from sskd.report.render import render_text
 from sskd.report.report import Report, read_report
-from sskd.report.results import Epoch
+from sskd.report.result import Epoch
 from sskd.report.status import count_states, render_status
 from sskd.run_files import RESULT
 

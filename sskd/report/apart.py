@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from sskd.report.origin import FIXED, SHOWN, Origin
-
-if TYPE_CHECKING:
-    from sskd.report.results import Result, Settings
+from sskd.report.published import published_for
+from sskd.report.result import Result, Settings
 
 EPOCHS = "epochs"
 Warn = Callable[[str], None]
@@ -70,7 +68,8 @@ def _labels(name: str, datasets: Sequence[Origin]) -> dict[Origin, str]:
 def _by_epochs(results: Sequence[Result], warn: Warn) -> list[Result]:
     """Add the number of epochs to the settings of one name that have several.
 
-    That is so if a default was changed in ``conf``: the difference from it does not say so.
+    That is so if a default was changed in ``conf``: the difference from it does not say so. The
+    number of the published experiment is not added, so that its figures stay beside those runs.
     """
     found: dict[tuple[str, Settings], set[int]] = {}
     for run in results:
@@ -83,7 +82,13 @@ def _by_epochs(results: Sequence[Result], warn: Warn) -> list[Result]:
         warn(f"runs of '{dataset}' by {told} have {numbers} epochs, shown apart")
     return [
         replace(run, difference=tuple(sorted((*run.difference, (EPOCHS, str(run.epochs))))))
-        if run.epochs is not None and (run.dataset, run.setting) in several
+        if (run.dataset, run.setting) in several and not _is_usual(run)
         else run
         for run in results
     ]
+
+
+def _is_usual(run: Result) -> bool:
+    """Return whether ``run`` trained as long as a published experiment, or has no number."""
+    published = {source.epochs for source in published_for(run.dataset)}
+    return run.epochs is None or run.epochs in published

@@ -11,7 +11,7 @@ from sskd.errors import UserError
 from sskd.report.latex import render_latex
 from sskd.report.render import render_markdown
 from sskd.report.report import Report
-from sskd.report.results import Epoch
+from sskd.report.result import Epoch
 from sskd.storage import write_whole
 
 SUFFIXES = (".md", ".csv", ".tex", ".html")

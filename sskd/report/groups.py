@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sskd.report.published import Pair, Published, is_comparable, published_for
-from sskd.report.results import DIGEST, Epoch, Result, Settings, without_digest
+from sskd.report.result import DIGEST, Epoch, Result, Settings, without_digest
 from sskd.report.rows import (
     ROWS,
     STUDENT,
@@ -109,8 +109,9 @@ class Group:
         rows = self.pair_runs(pair)
         values = {TEACHER: _teacher_top1(self, pair)}
         values |= {key: [run.top1(self.epoch) for run in runs] for key, runs in rows.items()}
+        published = {key: self._published_top1(pair, key, rows.get(key, [])) for key in values}
         return {
-            key: self._entry(table, pair, key, values[key], self._published_top1(pair, key))
+            key: self._entry(table, pair, key, values[key], published[key])
             for key in values
             if values[key]
         }
@@ -150,11 +151,14 @@ class Group:
             return tuple(item for item in run.variant if item[0] == DIGEST)
         return run.variant
 
-    def _published_top1(self, pair: Pair, row: RowKey) -> float | None:
-        name, variant = row
-        if self.published is None or without_digest(variant) or not is_comparable(self.setting):
+    def _published_top1(self, pair: Pair, row: RowKey, runs: Iterable[Result]) -> float | None:
+        if self.published is None or not is_comparable(self.setting):
             return None
-        return self.published.top1.get((*pair, name))
+        name, _ = row
+        # Of runs from one file that differ only in the epoch that was asked for, one is enough.
+        if row in (TEACHER, STUDENT) or any(self.published.holds(name, run) for run in runs):
+            return self.published.top1.get((*pair, name))
+        return None
 
     def _entry(
         self, table: str, pair: Pair, row: RowKey, values: Sequence[float], published: float | None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sskd.report.groups import Group
 from sskd.report.published import STUDENT_ROW, TEACHER_ROW
-from sskd.report.results import without_digest
+from sskd.report.result import without_digest
 from sskd.report.rows import display_name
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sskd.report.facts import read_figures
-from sskd.report.results import Result, Settings, without_digest
+from sskd.report.result import DIGEST, Result, Settings
 from sskd.weightings import WEIGHTING
 
 Pair = tuple[str, str]
@@ -17,6 +17,7 @@ COLUMNS = ("table", "teacher", "student", "row", "top1")
 RERUN_COLUMNS = ("teacher", "student", "by", "top1", "std", "runs")
 # What a setting may hold beside the recipe without being another experiment.
 COMPARABLE = frozenset({"precision"})
+TEACHER_EPOCH, USUAL_EPOCH = "teacher.epoch", "best"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Source:
     ``variant`` is what its students changed in their method and teacher, where ``variant_of``
     says nothing else of a row; ``name`` sets its tables apart from those of other sources.
     ``reruns`` has the files of what others measured of its rows. A note may name its
-    ``{teachers}``, each with its accuracy.
+    ``{teachers}``, each with its accuracy. ``epochs`` is for how many its networks trained.
     """
 
     file: str
@@ -35,6 +36,7 @@ class Source:
     variant: Settings = ()
     variant_of: Mapping[str, Settings] = field(default_factory=dict)
     reruns: Mapping[str, str] = field(default_factory=dict)
+    epochs: int = 240
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ class Published:
     ``tables`` maps a table's name to its (teacher, student) pairs in the printed order, and
     ``rows`` are in that order too; ``top1`` is keyed by (teacher, student, row); ``alone``
     holds the networks trained from scratch by name; ``variants`` is what the runs of a
-    method's row have changed in the recipe; ``reruns`` are what others measured; ``notes`` tell
-    what a reader must know before comparing.
+    method's row have changed in the recipe; ``reruns`` are what others measured; ``epochs`` is for
+    how many the networks trained; ``notes`` say what a reader must know before comparing.
     """
 
     name: str
@@ -81,11 +83,26 @@ class Published:
     alone: dict[str, float]
     variants: dict[str, Settings]
     reruns: tuple[Rerun, ...]
+    epochs: int
     notes: tuple[str, ...]
 
     def holds(self, row: str, run: Result) -> bool:
         """Return whether ``run``, of the method in ``row``, was made as the figures were."""
-        return self.variants.get(row) == without_digest(run.variant)
+        return self.variants.get(row) == _asked_for(run)
+
+
+def _asked_for(run: Result) -> Settings:
+    """Return what ``run`` changed in its method and teacher, with the epoch of the teacher.
+
+    The digest of a teacher from a file decides what a run computes, so that the epoch that was
+    asked for is recorded beside the difference. Older results have it in their difference.
+    """
+    variant = dict(run.variant)
+    if variant.pop(DIGEST, None) is not None and run.teacher_epoch is not None:
+        variant.pop(TEACHER_EPOCH, None)
+        if run.teacher_epoch != USUAL_EPOCH:
+            variant[TEACHER_EPOCH] = run.teacher_epoch
+    return tuple(sorted(variant.items()))
 
 
 SSKD = Source(
@@ -99,12 +116,12 @@ SSKD = Source(
         "SSKD keeps the best epoch on the test set, so its figures compare with the best epoch"
         " (--best); the last epoch is the fairer measure of a method.",
         "Published re-runs of SSKD, with the number of runs: HSAKD's authors (Yang et al., IJCAI"
-        " 2021), mean ± standard deviation; the repository FN8211/SSKD, best epoch, its vgg13 of"
-        " 74.49.",
+        " 2021), mean ± standard deviation; the repository FN8211/SSKD, best epoch, from its own"
+        " vgg13 (74.49).",
     ),
     reruns={"SSKD": "published_sskd_reruns.csv"},
 )
-FROM_LAST = (("teacher.epoch", "last"),)
+FROM_LAST = ((TEACHER_EPOCH, "last"),)
 CRD_BENCHMARK = Source(
     "published_crd_benchmark.csv",
     "the CRD benchmark",
@@ -170,6 +187,7 @@ def _load(source: Source) -> Published:
             if row not in (TEACHER_ROW, STUDENT_ROW)
         },
         reruns=_load_reruns(source),
+        epochs=source.epochs,
         notes=tuple(note.format(teachers=told) for note in source.notes),
     )
 

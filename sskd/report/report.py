@@ -10,7 +10,8 @@ from sskd.report.cells import Cell, read_cells
 from sskd.report.groups import Group, build_groups
 from sskd.report.missing import MissingCell, find_missing
 from sskd.report.render import render_csv
-from sskd.report.results import Epoch, Result, read_results
+from sskd.report.result import Epoch, Result
+from sskd.report.results import read_results
 from sskd.report.tables import Table, build_tables
 
 

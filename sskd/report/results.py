@@ -5,75 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from sskd.report import fields
 from sskd.report.apart import tell_apart
 from sskd.report.origin import Origin, parse_origin, read_origin
+from sskd.report.result import Result, Settings
 from sskd.run_files import MOST_RESULT, RESULT
 from sskd.storage import is_plain_file, read_bounded_text
-from sskd.weightings import RECIPE, WEIGHTING, name_weighting
-
-Epoch = Literal["last", "best"]
-Settings = tuple[tuple[str, str], ...]
-
-DIGEST = "teacher.digest"
-# What differs under these keys belongs to one row of a table; all else is the table's setting.
-ROW_KEYS = ("teacher.", "method.", WEIGHTING)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one finished run reached.
-
-    Accuracies and ``agreement`` are percentages, ``kl`` is in nats. ``teacher`` is None for a
-    network trained from scratch, whose name is ``student``. ``difference`` holds what the run
-    changed in today's recipe: dotted keys and their values as text, sorted by key, and the weights
-    of CE and KD as ``weighting`` if they have a name. ``epochs`` counts those of the last stage.
-    ``peak_memory_mib``, ``commit`` and ``epochs`` are None if they were not recorded.
-    """
-
-    kind: str
-    dataset: str
-    teacher: str | None
-    student: str
-    method: str
-    seed: int
-    difference: Settings
-    last: float
-    best: float
-    teacher_top1: float | None
-    agreement: float | None
-    kl: float | None
-    seconds: float
-    images_per_second: float
-    parameters: int
-    peak_memory_mib: float | None
-    commit: str | None
-    epochs: int | None
-    origin: Origin
-    folder: Path
-
-    @property
-    def setting(self) -> Settings:
-        """The part of the difference that all runs of one table share."""
-        return tuple(item for item in self.difference if not item[0].startswith(ROW_KEYS))
-
-    @property
-    def variant(self) -> Settings:
-        """The part of the difference that gives the run a row of its own."""
-        return tuple(item for item in self.difference if item[0].startswith(ROW_KEYS))
-
-    def top1(self, epoch: Epoch) -> float:
-        """Return the test accuracy, in percent, of the last or of the best epoch."""
-        return self.last if epoch == "last" else self.best
-
-
-def without_digest(settings: Settings) -> Settings:
-    """Return ``settings`` without the digest of the teacher's weights."""
-    return tuple((key, value) for key, value in settings if key != DIGEST)
+from sskd.weightings import RECIPE, name_weighting
 
 
 def read_results(root: Path, warn: Callable[[str], None]) -> list[Result]:
@@ -163,6 +104,9 @@ def parse_result(text: str, folder: Path) -> Result | None:
         difference=_difference(record, method),
         last=fields.number(top1, "last", high=100),
         best=fields.number(top1, "best", high=100),
+        teacher_epoch=(
+            None if record.get("teacher_epoch") is None else fields.text(record, "teacher_epoch")
+        ),
         teacher_top1=fields.number_or_none(record, "teacher_top1", high=100),
         agreement=fields.number_or_none(record, "agreement", high=100),
         # Rounding can take a divergence of two equal distributions just below zero.

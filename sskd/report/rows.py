@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sskd.report.published import STUDENT_ROW, TEACHER_ROW
-from sskd.report.results import DIGEST, Settings
+from sskd.report.result import DIGEST, Settings
 
 # The order of rows where nothing is published; other methods follow in alphabetical order.
 ROWS = (

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from sskd.report.groups import NETWORKS_TABLE, Entry, Group, build_groups
 from sskd.report.published import Pair, is_comparable
-from sskd.report.results import Epoch, Result
+from sskd.report.result import Epoch, Result
 from sskd.report.rows import RowKey, row_label
 
 COST_TITLE = "cost and agreement, means over seeds"
