@@ -70,6 +70,12 @@ def all_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SOURCES, "digits", few_digits.ALL)
 
 
+def with_rate(config: Config, rate: float) -> Config:
+    """Return ``config`` with a learning rate that may be larger than a user's can be."""
+    optimizer = config.optimizer.model_copy(update={"lr": rate})
+    return config.model_copy(update={"optimizer": optimizer})
+
+
 @pytest.fixture
 def few_images() -> Images:
     """Return 40 training and 20 test images of noise in 5 classes, 32x32."""

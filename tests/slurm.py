@@ -250,7 +250,7 @@ class Sweep:
 def test_cells_have_a_gpu_each_and_one_that_fails_takes_none_with_it(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    sweep = Sweep(cluster, tmp_path / "runs", *ALONE, "optimizer.lr=0.05,1e30,0.02")
+    sweep = Sweep(cluster, tmp_path / "runs", *ALONE, "optimizer.weight_decay=5e-4,1e12,1e-4")
     status, out, err = sweep.end()
     assert {sweep.visible_gpus(0), sweep.visible_gpus(1)} == {"0", "1"}
     begun, ended = cluster.jobs(sweep.runs, "%S"), cluster.jobs(sweep.runs, "%e")

@@ -236,11 +236,11 @@ def test_a_data_root_that_is_empty_is_told(command: Command, tmp_path: Path) -> 
 
 
 def test_a_sweep_goes_on_after_a_cell_that_fails(command: Command) -> None:
-    status, _, err = command("-m", *SMALL, "method=vanilla", "optimizer.lr=1e30,0.05")
+    status, _, err = command("-m", *SMALL, "method=vanilla", "optimizer.weight_decay=1e12,5e-4")
     assert status == 1
     assert "the term 'ce' is not finite" in err
     finished = [json.loads(path.read_text()) for path in command.runs.rglob("result.json")]
-    assert [result["difference"].get("optimizer.lr") for result in finished] == [None]
+    assert [result["difference"].get("optimizer.weight_decay") for result in finished] == [None]
 
 
 def test_a_sweep_of_settings_gives_each_cell_a_folder(command: Command) -> None:

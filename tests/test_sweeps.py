@@ -353,7 +353,7 @@ def test_a_sweep_that_is_killed_ends_like_an_undisturbed_one(tmp_path: Path) -> 
 
 
 def test_a_teacher_that_fails_is_not_tried_by_those_that_waited(tmp_path: Path) -> None:
-    runs, words = tmp_path / "runs", ("method=kd,at", "teacher.base_lr=1e30")
+    runs, words = tmp_path / "runs", ("method=kd,at", "optimizer.weight_decay=1e12")
     process = launched_on_two_processes(runs, *words)
     text, _ = process.communicate()
     assert process.returncode == 1
@@ -368,7 +368,9 @@ def launched_on_two_processes(runs: Path, *words: str) -> Started:
 
 def test_processes_train_cells_side_by_side_and_tell_what_failed(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    process = launched_on_two_processes(runs, "method=vanilla,kd", "optimizer.lr=0.05,1e30")
+    process = launched_on_two_processes(
+        runs, "method=vanilla,kd", "optimizer.weight_decay=5e-4,1e12"
+    )
     text, _ = process.communicate()
     assert process.returncode == 1, text
     found = [read_status(path.parent) for path in runs.rglob("status.json")]
