@@ -694,7 +694,7 @@ def test_the_folder_of_runs_may_be_a_link(composed: Compose, tmp_path: Path) -> 
     ("lr", "lost"),
     [
         (1e300, "weights are not finite"),
-        (1e38, r"test set: the logits of image 0 of .* are not finite, and those of \d+ other images"),
+        (1e38, r"test set: the logits of image 0 of .* are not finite, and those of \d+"),
     ],
 )
 def test_what_an_epochs_last_step_loses_is_told(
@@ -702,7 +702,7 @@ def test_what_an_epochs_last_step_loses_is_told(
 ) -> None:
     """There is no loss after it that would show it."""
     words = ("batch_size=1000", "schedule.epochs=1")
-    with pytest.raises(UserError, match=rf"stage train, epoch 1: {lost}; try"):
+    with pytest.raises(UserError, match=rf"stage train, epoch 1: {lost}.*; try"):
         train(with_rate(composed(*SMALL, "method=vanilla", *words), lr))
     assert not list((tmp_path / "runs").rglob("last.pt"))
 
