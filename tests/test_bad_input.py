@@ -234,7 +234,7 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
     "a name without end": (
         "net.pth",
         lambda _: b"\x80\2c" + b"a" * 300_000 + b"\nb\n.",
-        "holds a name of 300002 signs",
+        "holds a name of 300002 characters",
     ),
     "a name without end, of no text": (
         "net.pth",
