@@ -241,6 +241,7 @@ def test_a_users_own_notes_reach_the_run(
 ) -> None:
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_NOTES", "before the new loss")
+    wandb.teardown()  # W&B reads its variables once a process
     config = composed(*ALONE)
     with Run(tmp_path / "runs" / "seed0", describe(config)).open() as run, Tracker(run, config):
         pass
