@@ -26,7 +26,7 @@ MODULES = (
 
 
 def prepare() -> None:
-    """Import what a command imports, and do once what Hydra and the data do once a process."""
+    """Import what a command imports, and do what each process of the suite does once."""
     sys.path.insert(0, str(ROOT))
     for name in MODULES:
         import_module(name)
@@ -38,6 +38,7 @@ def prepare() -> None:
     from sskd import CONF
     from sskd.config import read_config
     from sskd.identity import recipe
+    from sskd.models.recognition import recognise
 
     few_digits.install()
     with initialize_config_dir(str(CONF), version_base=None):
@@ -45,6 +46,7 @@ def prepare() -> None:
             config = read_config(compose("student", list(words)))
             recipe(config)
     few_digits.load(config.dataset)
+    recognise({})
 
 
 prepare()
