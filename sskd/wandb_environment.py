@@ -26,7 +26,11 @@ _OF_ONE_RUN = (
 # What else ``wandb agent`` may say of its run; without an agent it is the user's, for every run.
 _ABOUT_AN_AGENTS = ("WANDB_RUN_GROUP", "WANDB_JOB_TYPE", "WANDB_NOTES", "WANDB_TAGS")
 _SECRET = ("KEY", "TOKEN")  # in the names of variables whose values are never printed
-_FINISH_TIMEOUT = "60"  # seconds; what a server has not taken by then is left for `wandb sync`
+# Seconds. After the first a run without a network is an offline one; what a server has not taken
+# after the second is left for `wandb sync`.
+INIT_TIMEOUT = "WANDB_INIT_TIMEOUT"
+FINISH_TIMEOUT = "WANDB_FINISH_TIMEOUT"
+_TIMEOUTS = {INIT_TIMEOUT: "20", FINISH_TIMEOUT: "60"}
 _LONGEST = 1e6  # seconds
 
 
@@ -50,7 +54,8 @@ def check_environment(mode: str) -> None:
         return
     given = {k: v for k, v in sorted(os.environ.items()) if k.startswith("WANDB_") and v}
     if given:
-        finish_timeout()
+        for variable in _TIMEOUTS:
+            timeout(variable)
         _refuse_odd(given)
 
 
@@ -71,16 +76,23 @@ def _refuse_odd(given: dict[str, str]) -> None:
             ) from None
 
 
-def finish_timeout() -> float:
-    """Return how many seconds a finished run waits for W&B's server."""
-    given = os.environ.get("WANDB_FINISH_TIMEOUT") or _FINISH_TIMEOUT
+def timeout(variable: str) -> float:
+    """Return how many seconds a run waits for W&B's server.
+
+    Args:
+        variable: ``INIT_TIMEOUT``, at the run's start, or ``FINISH_TIMEOUT``, at its end.
+
+    Raises:
+        UserError: the environment's value is not a number of seconds.
+    """
+    given = os.environ.get(variable) or _TIMEOUTS[variable]
     try:
         seconds = float(given)
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds <= _LONGEST:
         raise UserError(
-            f"WANDB_FINISH_TIMEOUT={shortened(given)[1:-1]}: should be a number of seconds, "
+            f"{variable}={shortened(given)[1:-1]}: should be a number of seconds, "
             f"0 to {_LONGEST:.0f}"
         )
     return seconds

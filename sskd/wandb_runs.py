@@ -15,12 +15,18 @@ import wandb
 from sskd.errors import UserError
 from sskd.output import say
 from sskd.storage import is_plain_file, read_bounded_text, write_text
-from sskd.wandb_environment import asked_mode, check_environment, finish_timeout, surroundings
+from sskd.wandb_environment import (
+    FINISH_TIMEOUT,
+    INIT_TIMEOUT,
+    asked_mode,
+    check_environment,
+    surroundings,
+    timeout,
+)
 
 _ID = "wandb_id"
 _ID_LENGTH = 16  # characters
 _ANSWER_TIMEOUT = 10  # seconds
-_INIT_TIMEOUT = 20  # seconds; after that a run without a network is an offline one
 
 
 def open_run(
@@ -77,8 +83,8 @@ def _unusable(error: Exception) -> UserError:
 
 def _init(mode: str, arguments: dict[str, Any]) -> wandb.Run:
     settings = wandb.Settings(
-        init_timeout=_INIT_TIMEOUT,
-        finish_timeout=finish_timeout(),
+        init_timeout=timeout(INIT_TIMEOUT),
+        finish_timeout=timeout(FINISH_TIMEOUT),
         finish_timeout_raises=True,
         console="off",
         silent=True,
@@ -115,7 +121,7 @@ def choose_mode(mode: str) -> str:
 def _require_answer(url: str) -> None:
     """Raise ``wandb.Error`` where nobody answers at ``url``: W&B itself may wait for minutes."""
     try:
-        requests.head(url, timeout=_ANSWER_TIMEOUT)
+        requests.head(url, timeout=min(_ANSWER_TIMEOUT, timeout(INIT_TIMEOUT)))
     except (requests.exceptions.SSLError, requests.exceptions.ProxyError):
         pass  # W&B may know better
     except requests.RequestException as error:

@@ -28,6 +28,13 @@ from sskd.teachers import missing_teacher
 Compose = Callable[..., Config]
 
 few_digits.install()
+# A pool of compilers imports torch in each of its processes, on cores that all have their tests.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return one process more than cores: some tests wait for a server or a clock."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +73,7 @@ def _no_sync(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def all_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this process read all test images of the digits: 356 where tests have 60 elsewhere."""
+    """Let this process read all test images of the digits: 356 where tests have 30 elsewhere."""
     monkeypatch.setitem(SOURCES, "digits", few_digits.ALL)
 
 

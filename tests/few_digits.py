@@ -1,6 +1,6 @@
-"""Scikit-learn's digits with 60 test images instead of 356, read once in a process.
+"""Scikit-learn's digits with 30 test images instead of 356, read once in a process.
 
-A run of the tests trains on some 70 images; without this it would spend more time on its test
+A run of the tests trains on some 40 images; without this it would spend more time on its test
 images than on those. Whoever needs them all asks for the fixture ``all_digits`` (conftest.py).
 """
 
@@ -13,7 +13,7 @@ from sskd.data.images import Split
 from sskd.data.reading import Source
 
 ALL = SOURCES["digits"]
-OF_A_CLASS = 6
+OF_A_CLASS = 3
 _read: dict[int, Source] = {}  # by the pixels of a side
 
 
@@ -23,7 +23,7 @@ def install() -> None:
 
 
 def load(settings: DatasetSettings) -> Source:
-    """Return the digits with six test images of each class."""
+    """Return the digits with three test images of each class."""
     if settings.size not in _read:
         _read[settings.size] = _with_few_test_images(ALL.load(settings))
     source = _read[settings.size]

@@ -32,6 +32,7 @@ def prepare() -> None:
         import_module(name)
 
     import few_digits
+    import torch
     from faults import CELLS
     from hydra import compose, initialize_config_dir
 
@@ -40,6 +41,7 @@ def prepare() -> None:
     from sskd.identity import recipe
     from sskd.models.recognition import recognise
 
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: a child would wait for them
     few_digits.install()
     with initialize_config_dir(str(CONF), version_base=None):
         for words in CELLS.values():

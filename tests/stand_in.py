@@ -138,7 +138,7 @@ def reporting_run(url: str, runs: Path, *more: str) -> Started:
     """Start a run that is to report to the server at ``url``."""
     environment = os.environ | {
         "WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online",
-        "WANDB_FINISH_TIMEOUT": "5",
+        "WANDB_INIT_TIMEOUT": "5", "WANDB_FINISH_TIMEOUT": "5",
     }  # fmt: skip
     environment.pop("WANDB_SERVICE", None)  # of a test that was W&B's client in this process
     words = ["train_teacher.py", "arch=resnet8", "dataset=digits", "dataset.fraction=0.05"]

@@ -100,7 +100,7 @@ def test_the_methods_that_look_at_vectors_alone() -> None:
 def test_rows_are_what_the_teacher_computes(
     composed: Compose, teacher: str, precision: str
 ) -> None:
-    images = random_images(2, 4)
+    images = random_images(1, 4)
     pair = (f"arch@teacher={teacher}", "arch@student=resnet8")
     config = composed("method=rkd", *pair, f"precision={precision}", "dataset=digits")
     method = made(config, images)

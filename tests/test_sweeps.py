@@ -243,7 +243,7 @@ def test_a_result_that_is_not_this_cells_is_kept_and_told(command: Command) -> N
     assert command("-m", *TINY, "method=vanilla", "seed=0,1")[0] == 0
     other, damaged = sorted(command.runs.rglob("result.json"))
     config = other.with_name("config.yaml")
-    config.write_text(config.read_text().replace("batch_size: 16", "batch_size: 17"))
+    config.write_text(config.read_text().replace("batch_size: 9", "batch_size: 10"))
     damaged.write_text("{")
     before = other.read_bytes()
     status, out, err = command("-m", *TINY, "method=vanilla", "seed=0,1")

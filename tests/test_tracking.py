@@ -218,7 +218,7 @@ def test_a_run_that_was_stopped_together_with_wandb_is_whole_when_it_comes_back(
         os.kill(os.getpid(), signal.SIGTERM)
 
     config = composed(*SMALL, "method=vanilla")
-    steps_an_epoch = 5  # 70 images in batches of 16
+    steps_an_epoch = 5  # 40 images in batches of 9
     with monkeypatch.context() as patch:
         at_step(patch, 2 * steps_an_epoch, stop_all)  # the second epoch's figures come after it
         with pytest.raises(Interrupted):
