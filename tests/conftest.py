@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import few_digits
 import pytest
 import torch
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 
 import train_student
 from sskd import CONF
@@ -55,10 +59,18 @@ def composed(tmp_path: Path) -> Compose:
     """Return a function that composes and checks the real configuration."""
 
     def compose_config(*overrides: str, primary: str = "student") -> Config:
-        with initialize_config_dir(str(CONF), version_base=None):
-            return read_config(compose(primary, [f"runs={tmp_path / 'runs'}", *overrides]))
+        found = copy.deepcopy(compose_once(primary, *overrides))
+        if not any(override.startswith("runs=") for override in overrides):
+            found.runs = str(tmp_path / "runs")
+        return read_config(found)
 
     return compose_config
+
+
+@cache  # Hydra takes a tenth of a second, and many tests have the same words
+def compose_once(primary: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base=None):
+        return compose(primary, list(overrides))
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +160,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Com
 
 
 class SmallTeacher:
-    """The teacher of ``faults.SMALL``, trained once a session for the tests that are not about it.
+    """The teacher of ``faults.SMALL``, trained once for the tests that are not about it.
 
     They spend as long on it as on their student.
     """
@@ -158,25 +170,34 @@ class SmallTeacher:
 
     def put(self, *folders: Path) -> None:
         """Copy its finished run into folders of runs; before the test changes how runs train."""
-        if not self._runs.exists():
-            from faults import SMALL
+        with FileLock(f"{self._runs}.lock"):
+            if not self._runs.exists():
+                from faults import SMALL
 
-            with initialize_config_dir(str(CONF), version_base=None):
-                words = [f"runs={self._runs}", *SMALL, "method=kd"]
-                config = missing_teacher(read_config(compose("student", words)))
-            assert config is not None
-            train_student.train(config)
+                words = (f"runs={self._runs}", *SMALL, "method=kd")
+                config = missing_teacher(read_config(compose_once("student", *words)))
+                assert config is not None
+                train_student.train(config)
         for runs in folders:
             shutil.copytree(self._runs, runs)
 
 
 @pytest.fixture(scope="session")
-def small_teacher(tmp_path_factory: pytest.TempPathFactory) -> SmallTeacher:
-    return SmallTeacher(tmp_path_factory.mktemp("teacher") / "runs")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that all processes of this session share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def small_teacher(shared_folder: Path) -> SmallTeacher:
+    return SmallTeacher(shared_folder / "teacher")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(shared_folder: Path) -> Any:
     from breaking import Undisturbed
 
-    return Undisturbed(tmp_path_factory.mktemp("undisturbed"))
+    root = shared_folder / "undisturbed"
+    root.mkdir(exist_ok=True)
+    return Undisturbed(root)

@@ -36,7 +36,7 @@ CELLS = {
     # Saved at every chance: how often does not depend on the clock.
     "precomputed": (
         *SMALL, "method=kd", "teacher.precompute=true", "dataset.fraction=0.014",
-        "checkpoint_minutes=1e-9",
+        "arch@teacher=resnet8", "checkpoint_minutes=1e-9",
     ),
 }  # fmt: skip
 

@@ -92,7 +92,7 @@ def leaves(root: torch.Tensor) -> set[int]:
 
 @pytest.mark.parametrize(("method", "pair"), CASES)
 def test_every_stage_of_every_pair(composed: Compose, method: str, pair: str) -> None:
-    images = random_images(4, 4)
+    images = random_images(2, 4)
     built = make(composed, method, pair, images)
     saved = {id(parameter) for parameter in built.parameters()}
     for stage in built.stages():
@@ -100,7 +100,7 @@ def test_every_stage_of_every_pair(composed: Compose, method: str, pair: str) ->
         assert saved.issuperset(id(parameter) for parameter in stage.trains.parameters())
         own = {id(tensor) for tensor in [*stage.trains.parameters(), *stage.trains.buffers()]}
         frozen = {name: tensor.clone() for name, tensor in tensors(built) if id(tensor) not in own}
-        loss = total(stage, stage.loss(first_batch(images, stage, 4)))
+        loss = total(stage, stage.loss(first_batch(images, stage, 2)))
         assert loss.isfinite()
         assert leaves(loss) == {id(parameter) for parameter in stage.trains.parameters()}
         loss.backward()

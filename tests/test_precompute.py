@@ -151,7 +151,8 @@ def test_losses_are_those_of_the_teacher_itself(composed: Compose, name: str) ->
 
 def cell(runs: Path, *more: str) -> list[str]:
     """Return the words of a run on ten images, one of each class."""
-    return [f"runs={runs}", *SMALL, "dataset.fraction=0.007", "teacher.precompute=true", *more]
+    small = (*SMALL, "arch@teacher=resnet8", "dataset.fraction=0.007")
+    return [f"runs={runs}", *small, "teacher.precompute=true", *more]
 
 
 def kd(runs: Path, *more: str) -> list[str]:

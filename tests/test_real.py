@@ -48,7 +48,8 @@ def test_a_student_learns_from_it(
     monkeypatch.setitem(SOURCES, "cifar100", source._replace(load=load))
     config = composed(
         "pair=resnet56-resnet20", "arch@student=resnet8", "schedule.epochs=2",
-        "schedule.milestones=[]", "dataset.fraction=0.02", f"dataset.root={cifar100_root}",
+        "schedule.milestones=[]", "dataset.fraction=0.01", "batch_size=32",
+        f"dataset.root={cifar100_root}",
         f"teacher.checkpoint={teachers_root / 'resnet56_cifar100.pth'}", "precision=bf16",
     )  # fmt: skip
     result = train(config)
