@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import wandb
@@ -17,7 +18,7 @@ from sskd.advice import about_quotes
 from sskd.config import read_config
 from sskd.errors import UserError
 from sskd.wandb_environment import asked_mode, check_environment, surroundings
-from sskd.wandb_runs import choose_mode
+from sskd.wandb_runs import choose_mode, open_run
 
 
 def one_line(command: Command, *words: str) -> str:
@@ -191,6 +192,23 @@ def test_it_is_said_before_anything_is_trained(
     monkeypatch.setenv(name, value)
     words = ["arch@student=resnet8", "arch@teacher=resnet8", "teacher.train=true", "method=kd"]
     assert one_line(command, *sweep, *words).startswith(f"{name}={value}: ")
+
+
+def test_the_environment_sets_how_long_wandb_may_take(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings: list[wandb.Settings] = []
+
+    def init(**words: Any) -> None:
+        settings.append(words["settings"])
+        raise wandb.Error("stops here")
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "7")
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "3")
+    with pytest.raises(UserError, match="stops here"):
+        open_run("offline", tmp_path, "name")
+    assert {(found.init_timeout, found.finish_timeout) for found in settings} == {(7, 3)}
 
 
 EMPTY = ["MODE", "PROJECT", "ENTITY", "BASE_URL", "FINISH_TIMEOUT", "RUN_ID", "TAGS", "SILENT"]
