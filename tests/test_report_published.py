@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import PUBLISHED_ORDER, crd, read, record
+from test_report import PUBLISHED_ORDER, crd, read, record, scratch, top1
 
 from sskd.report.published import published_for
 from sskd.report.tables import build_tables
@@ -75,6 +75,56 @@ def test_reruns_of_sskd_stand_beneath_its_row(tmp_path: Path) -> None:
     assert "HSAKD's authors (Yang et al., IJCAI 2021)" in " ".join(
         note for each in build_tables(read(tmp_path / "more", *runs), "last") for note in each.notes
     )
+
+
+FILE = {"teacher.digest": "0123456789abcdef"}
+BENCHMARK = {"weighting": "crd_benchmark", "teacher.epoch": "last"}
+
+
+# resnet56: SSKD's teacher has 73.44, the CRD benchmark's 72.34, and KD's figure is from the latter.
+@pytest.mark.parametrize(
+    ("method", "changes", "teacher_top1", "figure"),
+    [
+        ("fitnet", {}, 73.44, 71.60),
+        ("fitnet", {}, 73.40, 71.60),
+        ("fitnet", {}, 72.34, None),
+        ("fitnet", {}, 70.64, None),
+        ("fitnet", {}, 75.0, None),
+        ("fitnet", {}, None, None),
+        ("sskd", {}, 73.44, 71.49),
+        ("sskd", {}, 72.34, None),
+        ("kd", {}, 72.34, 70.66),
+        ("kd", {}, 73.44, None),
+        ("fitnet", BENCHMARK, 72.34, 69.21),
+        ("fitnet", BENCHMARK, 73.44, None),
+        ("kd", {"teacher.epoch": "last"}, 72.34, 70.66),
+        ("kd", {"teacher.epoch": "last"}, 73.44, None),
+    ],
+)
+def test_a_figure_stands_beside_students_of_its_own_teacher(
+    tmp_path: Path,
+    method: str,
+    changes: dict[str, str],
+    teacher_top1: float | None,
+    figure: float | None,
+) -> None:
+    run = record(method=method, difference=FILE | changes, teacher_top1=teacher_top1)
+    table, *_ = build_tables(read(tmp_path, run), "last")
+    entries = {entry.row.partition(" ")[0]: entry for entry in table.entries}
+    (student,) = (entry for name, entry in entries.items() if name != "teacher")
+    assert student.published == figure
+    assert "its accuracy is the published teacher's" in " ".join(table.notes)
+    assert any("re-run" in row[0] for row in table.rows) == (figure == 71.49)
+    if teacher_top1 is not None:
+        own = 72.34 if "teacher.epoch" in changes else 73.44
+        assert entries["teacher"].published == (own if abs(teacher_top1 - own) <= 0.1 else None)
+
+
+def test_a_teacher_that_was_trained_here_compares_whatever_it_reached(tmp_path: Path) -> None:
+    alone = scratch("resnet56", top1=top1(71.0, 72.0))
+    table, *_ = build_tables(read(tmp_path, alone, record(method="at", teacher_top1=72.0)), "best")
+    published = {entry.row: entry.published for entry in table.entries}
+    assert published == {"teacher": 73.44, "AT": 71.78}
 
 
 @pytest.mark.parametrize(

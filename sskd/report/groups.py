@@ -109,7 +109,8 @@ class Group:
         rows = self.pair_runs(pair)
         values = {TEACHER: _teacher_top1(self, pair)}
         values |= {key: [run.top1(self.epoch) for run in runs] for key, runs in rows.items()}
-        published = {key: self._published_top1(pair, key, rows.get(key, [])) for key in values}
+        rows[TEACHER] = _students_of_elsewhere(self, pair)
+        published = {key: self._published_top1(pair, key, rows[key]) for key in values}
         return {
             key: self._entry(table, pair, key, values[key], published[key])
             for key in values
@@ -155,10 +156,12 @@ class Group:
         if self.published is None or not is_comparable(self.setting):
             return None
         name, _ = row
-        # Of runs from one file that differ only in the epoch that was asked for, one is enough.
-        if row in (TEACHER, STUDENT) or any(self.published.holds(name, run) for run in runs):
-            return self.published.top1.get((*pair, name))
-        return None
+        if row == TEACHER:
+            same = all(self.published.has_its_teacher(name, run) for run in runs)
+        else:
+            # Of runs from one file that differ only in the epoch asked for, one is enough.
+            same = row == STUDENT or any(self.published.compares(name, run) for run in runs)
+        return self.published.top1.get((*pair, name)) if same else None
 
     def _entry(
         self, table: str, pair: Pair, row: RowKey, values: Sequence[float], published: float | None
@@ -216,8 +219,15 @@ def _by_teacher(row: RowKey, runs: list[Result]) -> Iterator[tuple[RowKey, list[
 def _teacher_top1(group: Group, pair: Pair) -> list[float]:
     trained = [run.top1(group.epoch) for run in _plain_scratch(group.shared, pair[0])]
     # A teacher from elsewhere has no run here, but its students have measured it.
-    measured = {run.teacher_top1 for run in group.distilled if (run.teacher, run.student) == pair}
+    measured = {run.teacher_top1 for run in _students_of_elsewhere(group, pair)}
     return trained or sorted(value for value in measured if value is not None)
+
+
+def _students_of_elsewhere(group: Group, pair: Pair) -> list[Result]:
+    """Return the students that say which teacher the pair has, if it was not trained here."""
+    if _plain_scratch(group.shared, pair[0]):
+        return []
+    return [run for run in group.distilled if (run.teacher, run.student) == pair]
 
 
 def _plain_scratch(runs: Iterable[Result], network: str) -> list[Result]:

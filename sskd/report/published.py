@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from sskd.report.facts import read_figures
@@ -18,6 +18,8 @@ RERUN_COLUMNS = ("teacher", "student", "by", "top1", "std", "runs")
 # What a setting may hold beside the recipe without being another experiment.
 COMPARABLE = frozenset({"precision"})
 TEACHER_EPOCH, USUAL_EPOCH = "teacher.epoch", "best"
+# Points. The closest two published teachers of one network differ by 0.21.
+SAME_TEACHER = 0.1
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Source:
     ``variant`` is what its students changed in their method and teacher, where ``variant_of``
     says nothing else of a row; ``name`` sets its tables apart from those of other sources.
     ``reruns`` has the files of what others measured of its rows. A note may name its
-    ``{teachers}``, each with its accuracy. ``epochs`` is for how many its networks trained.
+    ``{teachers}``, each with its accuracy. ``teachers_of`` has the file of the teachers of a row
+    that was copied from there. ``epochs`` is the number of epochs that its networks trained.
     """
 
     file: str
@@ -36,6 +39,7 @@ class Source:
     variant: Settings = ()
     variant_of: Mapping[str, Settings] = field(default_factory=dict)
     reruns: Mapping[str, str] = field(default_factory=dict)
+    teachers_of: Mapping[str, str] = field(default_factory=dict)
     epochs: int = 240
 
 
@@ -72,8 +76,9 @@ class Published:
     ``tables`` maps a table's name to its (teacher, student) pairs in the printed order, and
     ``rows`` are in that order too; ``top1`` is keyed by (teacher, student, row); ``alone``
     holds the networks trained from scratch by name; ``variants`` is what the runs of a
-    method's row have changed in the recipe; ``reruns`` are what others measured; ``epochs`` is for
-    how many the networks trained; ``notes`` say what a reader must know before comparing.
+    method's row have changed in the recipe; ``teachers`` has the accuracies of each row's
+    teachers; ``reruns`` are what others measured; ``epochs`` is the number of epochs that the
+    networks trained; ``notes`` say what a reader must know before comparing.
     """
 
     name: str
@@ -82,6 +87,7 @@ class Published:
     top1: dict[tuple[str, str, str], float]
     alone: dict[str, float]
     variants: dict[str, Settings]
+    teachers: dict[str, dict[str, float]]
     reruns: tuple[Rerun, ...]
     epochs: int
     notes: tuple[str, ...]
@@ -89,6 +95,23 @@ class Published:
     def holds(self, row: str, run: Result) -> bool:
         """Return whether ``run``, of the method in ``row``, was made as the figures were."""
         return self.variants.get(row) == _asked_for(run)
+
+    def compares(self, row: str, run: Result) -> bool:
+        """Return whether the figure of ``row`` and ``run`` are of the same experiment.
+
+        A teacher that this suite trained has the recipe of the published one. Of a teacher from a
+        file only the accuracy is known, which must be that of the row's own teacher.
+        """
+        return self.holds(row, run) and self.has_its_teacher(row, run)
+
+    def has_its_teacher(self, row: str, run: Result) -> bool:
+        """Return whether the teacher of ``run``, if it is a file, is as accurate as the row's."""
+        if DIGEST not in dict(run.variant):
+            return True
+        expected = self.teachers[row].get(run.teacher or "")
+        if expected is None or run.teacher_top1 is None:
+            return False
+        return abs(run.teacher_top1 - expected) <= SAME_TEACHER
 
 
 def _asked_for(run: Result) -> Settings:
@@ -120,6 +143,7 @@ SSKD = Source(
         " vgg13 (74.49).",
     ),
     reruns={"SSKD": "published_sskd_reruns.csv"},
+    teachers_of={"KD": "published_crd_benchmark.csv"},
 )
 FROM_LAST = ((TEACHER_EPOCH, "last"),)
 CRD_BENCHMARK = Source(
@@ -161,35 +185,43 @@ def published_for(dataset: str) -> tuple[Published, ...]:
 
 
 def _load(source: Source) -> Published:
-    lines = read_figures(source.file, COLUMNS, ("teacher", "student", "row"))
+    lines = _read(source.file)
     tables: dict[str, dict[Pair, None]] = {}
     top1: dict[tuple[str, str, str], float] = {}
-    alone: dict[str, float] = {}
     for line in lines:
         pair = (line["teacher"], line["student"])
         name = f"{source.name}, {line['table']}" if source.name else line["table"]
         tables.setdefault(name, {})[pair] = None
         top1[(*pair, line["row"])] = float(line["top1"])
-        if line["row"] in (TEACHER_ROW, STUDENT_ROW):
-            alone[line[line["row"]]] = float(line["top1"])
     rows = tuple(dict.fromkeys(line["row"] for line in lines))
-    teachers = {line["teacher"]: alone[line["teacher"]] for line in lines}
-    told = ", ".join(f"{name} {top1:.2f}" for name, top1 in teachers.items())
+    teachers = _alone(lines, TEACHER_ROW)
+    named = ", ".join(f"{name} {top1:.2f}" for name, top1 in teachers.items())
     return Published(
         name=source.name,
         rows=rows,
         tables={name: tuple(pairs) for name, pairs in tables.items()},
         top1=top1,
-        alone=alone,
+        alone=teachers | _alone(lines, STUDENT_ROW),
         variants={
             row: source.variant_of.get(row, source.variant)
             for row in rows
             if row not in (TEACHER_ROW, STUDENT_ROW)
         },
+        teachers=dict.fromkeys(rows, teachers)
+        | {row: _alone(_read(file), TEACHER_ROW) for row, file in source.teachers_of.items()},
         reruns=_load_reruns(source),
         epochs=source.epochs,
-        notes=tuple(note.format(teachers=told) for note in source.notes),
+        notes=tuple(note.format(teachers=named) for note in source.notes),
     )
+
+
+def _read(file: str) -> list[dict[str, str]]:
+    return read_figures(file, COLUMNS, ("teacher", "student", "row"))
+
+
+def _alone(lines: Iterable[Mapping[str, str]], row: str) -> dict[str, float]:
+    """Return the accuracies by network in ``row``, that of the teacher or of the student alone."""
+    return {line[row]: float(line["top1"]) for line in lines if line["row"] == row}
 
 
 def _load_reruns(source: Source) -> tuple[Rerun, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from sskd.report.groups import NETWORKS_TABLE, Entry, Group, build_groups
-from sskd.report.published import Pair, is_comparable
+from sskd.report.published import SAME_TEACHER, Pair, is_comparable
 from sskd.report.result import Epoch, Result
 from sskd.report.rows import RowKey, row_label
 
@@ -16,8 +16,9 @@ COST_TITLE = "cost and agreement, means over seeds"
 EPOCH_TITLES: dict[Epoch, str] = {"last": "last epoch", "best": "best epoch on the test set"}
 LEGEND = "Top-1 in %: mean ± sample standard deviation over seeds (number of runs)."
 PUBLISHED_LEGEND = (
-    "Beside or beneath it, the published figure and ours - published; only where nothing but the"
-    " precision differs from the published setting and configuration."
+    "Beside or beneath it, the published figure and ours - published; only if nothing but the"
+    " precision differs from the published setting and configuration, and, if the teacher is a file,"
+    f" its accuracy is the published teacher's (within {SAME_TEACHER} points)."
 )
 INCOMPARABLE_LEGEND = (
     "Without published figures: they were made with another schedule, batch size, optimizer or"
