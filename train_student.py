@@ -28,11 +28,15 @@ def main(composed: DictConfig) -> float:
 def train_composed(composed: DictConfig) -> float:
     """Check the composed configuration, then train; return the accuracy that a sweep maximises."""
     # Importing torch takes seconds, which --help and tab completion should not.
+    from sskd.advice import about_weighting
     from sskd.config import read_config
     from sskd.objective import check_search, objective
+    from sskd.output import say
 
     alone = HydraConfig.get().mode == RunMode.RUN
     config = read_config(composed)
+    if alone and (line := about_weighting(config.method.name, HydraConfig.get().overrides.task)):
+        say(line)
     check_search(config.dataset.holdout)
     folder, result = carry_out(config, commanded=alone)
     return objective(result, folder)

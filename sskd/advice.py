@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -12,11 +14,60 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from sskd import CONF
-from sskd.errors import nearest, printable
+from sskd.errors import UserError, nearest, printable
 from sskd.nested import as_override, flatten
+from sskd.weightings import METHODS, WEIGHTING, about_renamed
 
-# What earlier versions had, and what to type now.
-_RENAMED = {"kd_weight": "weighting=crd_benchmark (0) or weighting=common (1)"}
+# The one group that the defaults leave open.
+_OPTIONAL_GROUP = "pair"
+
+
+def refuse_odd_choices(words: Iterable[str]) -> None:
+    """Refuse what Hydra takes for the choice of a group, or refuses without its name.
+
+    Args:
+        words: of the command line.
+
+    Raises:
+        UserError: a group of the suite gets a list, of which Hydra would merge all options; no
+            text; or nothing.
+    """
+    words = list(words)
+    added = {match[1] for word in words if (match := re.match(r"\+([\w@/]+)=", word))}
+    for word in words:
+        match = re.fullmatch(r"(~|\+*)([\w@]+)(?:=(.*))?", word, re.DOTALL)
+        group = match[2].partition("@")[0] if match else ""
+        if match is None or not (CONF / group).is_dir() or not group:
+            continue
+        key, value = match[2], match[3]
+        deleted = match[1] == "~" and key != _OPTIONAL_GROUP and key not in added
+        if deleted or (value is not None and _is_no_option(value)):
+            options = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+            raise UserError(
+                f"{printable(word)}: {key} needs one option (there are: {options}); "
+                f"a sweep takes several: -m {key}=OPTION,OPTION"
+            )
+
+
+def _is_no_option(value: str) -> bool:
+    """Return whether Hydra reads ``value`` as something else than the name of an option."""
+    return (
+        re.fullmatch(
+            r"\s*(\[.*|\{.*|null|true|false|[+-]?[\d.]+(e[+-]?\d+)?)\s*", value, re.I | re.S
+        )
+        is not None
+    )
+
+
+def about_weighting(method: str, words: Iterable[str]) -> str:
+    """Return a line if one of ``words`` chooses a weighting that ``method`` does not have."""
+    given = [word for word in words if re.match(rf"\+*{WEIGHTING}[.=]", word)]
+    if method in METHODS or not given:
+        return ""
+    return (
+        f"{printable(given[0])}: has no effect on method={method}, whose weights are its own "
+        "(method.weights.KEY=VALUE changes them)"
+    )
 
 
 def about_quotes(word: str) -> str:
@@ -48,8 +99,8 @@ def about_plus(error: Exception) -> str | None:
 
 
 def _unknown_setting(key: str) -> str:
-    if key in _RENAMED:
-        return f"{key}: is now {_RENAMED[key]}"
+    if line := about_renamed(key):
+        return line
     known = _known_settings()
     if key in known:
         word = _word_of(key) or f"{key}=VALUE"
@@ -60,9 +111,17 @@ def _unknown_setting(key: str) -> str:
 def _group_without_plus(group: str) -> str | None:
     """Return the line about a group of the user's own; the suite's are chosen by default."""
     if group.partition("@")[0] in [path.name for path in CONF.iterdir()]:
-        return None
+        return _group_of_the_student(group)
     word = _word_of(group) or f"{group}=NAME"
     return f"{group}: no option of this group is chosen yet; add it with a plus: +{word}"
+
+
+def _group_of_the_student(group: str) -> str | None:
+    if Path(sys.argv[0]).stem != "train_teacher":
+        return None
+    return (
+        f"{group}: is a group of train_student.py; train_teacher.py trains one network, arch=NAME"
+    )
 
 
 def _word_of(key: str, sign: str = "") -> str | None:

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sskd import CONF
-from sskd.advice import about_plus, about_quotes
+from sskd.advice import about_plus, about_quotes, refuse_odd_choices
 from sskd.errors import (
     BusyError,
     CellError,
@@ -121,6 +121,7 @@ def run_command(main: Callable[[], object]) -> int:
 
 def _ended(main: Callable[[], object], asked_for_traceback: bool) -> int:
     try:
+        refuse_odd_choices(sys.argv[1:])
         main()
     except Interrupted as stop:
         complain(f"{stop}: the state is saved, {_again()} resumes")

@@ -44,6 +44,7 @@ from sskd.settings import (
     ShareBelowAll,
     ShareOfAny,
 )
+from sskd.weightings import about_renamed
 
 
 class ArchSettings(Settings):
@@ -248,6 +249,8 @@ def _choice(
 def _explain(problem: Any, model: type[BaseModel], values: Mapping[str, Any]) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
+        if line := about_renamed(path):
+            return line
         known = list(fields_of(model))
         return f"{path}: no such setting{nearest(path, known)}"
     if problem["type"] == "missing":

@@ -222,7 +222,7 @@ class Fit:
         return {name: value for name, value in figures.items() if math.isfinite(value)}
 
     def _refuse_lost_teacher(self) -> None:
-        """Raise UserError if it is the teacher that is not finite, which no setting mends."""
+        """Raise UserError if it is the teacher that is not finite, which no setting can fix."""
         if isinstance(teacher := getattr(self.method, "teacher", None), nn.Module):
             of = f"{self._where()}: a term is not finite: the teacher, test set"
             try:

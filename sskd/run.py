@@ -125,7 +125,7 @@ class Run:
                     f"{path}: is a {kind}, but a run keeps its files in its own folder; "
                     "put the file itself there"
                 )
-        # This is also what keeps out a holder before this one that stands still in mid-write.
+        # This is also what keeps out an earlier holder that is suspended during a write.
         for path in leftovers(self.folder):
             self._lock.check()
             path.unlink(missing_ok=True)  # a sweep that queues this run may be writing

@@ -90,7 +90,7 @@ def write_queued(folder: Path, **details: Any) -> None:
     """
     make_folder(folder)
     lock = FolderLock(folder)
-    lock.acquire(watch=False)  # whoever may have died there is its own job's concern
+    lock.acquire(watch=False)  # a process that died there is handled by its own job
     try:
         write_status(folder, "queued", still_ours=lock.check, **details)
     finally:

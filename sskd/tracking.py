@@ -188,5 +188,5 @@ class Tracker:
 
     def _lose(self, lost: Exception) -> None:
         if not self._lost:
-            say(f"W&B has stopped ({type(lost).__name__}); the run goes on without it")
+            say(f"W&B has stopped ({type(lost).__name__}); the run continues without it")
         self._lost = True

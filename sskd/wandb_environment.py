@@ -23,14 +23,15 @@ _OF_ONE_RUN = (
     "WANDB_RESUME",
     "WANDB_NAME",
 )
-# What else ``wandb agent`` may say of its run; without an agent it is the user's, for every run.
+# Others that ``wandb agent`` may set. Without an agent they are the user's, for every run.
 _ABOUT_AN_AGENTS = ("WANDB_RUN_GROUP", "WANDB_JOB_TYPE", "WANDB_NOTES", "WANDB_TAGS")
 _SECRET = ("KEY", "TOKEN")  # in the names of variables whose values are never printed
-# Seconds. After the first a run without a network is an offline one; what a server has not taken
-# after the second is left for `wandb sync`.
+# Seconds. A run that W&B has not started by the first stays offline; what is not sent by the second
+# is left for `wandb sync`.
 INIT_TIMEOUT = "WANDB_INIT_TIMEOUT"
 FINISH_TIMEOUT = "WANDB_FINISH_TIMEOUT"
 _TIMEOUTS = {INIT_TIMEOUT: "20", FINISH_TIMEOUT: "60"}
+_SHORTEST = {INIT_TIMEOUT: 1, FINISH_TIMEOUT: 0}  # seconds; no server answers in none
 _LONGEST = 1e6  # seconds
 
 
@@ -90,10 +91,11 @@ def timeout(variable: str) -> float:
         seconds = float(given)
     except ValueError:
         seconds = math.nan
-    if not 0 <= seconds <= _LONGEST:
+    least = _SHORTEST[variable]
+    if not least <= seconds <= _LONGEST:
         raise UserError(
             f"{variable}={shortened(given)[1:-1]}: should be a number of seconds, "
-            f"0 to {_LONGEST:.0f}"
+            f"{least} to {_LONGEST:.0f}"
         )
     return seconds
 

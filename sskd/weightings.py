@@ -16,10 +16,21 @@ METHODS = frozenset(
         *("cc", "nst", "fsp"),
     }
 )
+# What earlier versions had, and what to type now.
+_RENAMED = {
+    "kd_weight": "weighting=crd_benchmark (0), weighting=common (1), or another value as "
+    "method.weights.ce=1 method.weights.kd=VALUE"
+}
 # The version of the default settings, which a run records beside its ``difference`` from them.
 RECIPE = 2
 # The default weights (CE, KD) of METHODS in earlier versions, none of which had other methods.
 FORMER = {1: WEIGHTINGS["common"]}
+
+
+def about_renamed(key: str) -> str | None:
+    """Return the line about the dotted ``key`` if it is a setting of an earlier version."""
+    name = key.rpartition(".")[2]
+    return f"{key}: is now {_RENAMED[name]}" if name in _RENAMED else None
 
 
 def find_weighting(method: str, recipe: int, difference: Mapping[str, str]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ def without_times(values: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Undisturbed:
-    """Each cell's outcome, moments and seconds, found out once by all processes with this root."""
+    """Each cell's outcome, moments and seconds, measured once for all processes with this root."""
 
     root: Path
     _known: dict[str, tuple[dict[str, Any], int, float]] = field(default_factory=dict)
@@ -49,7 +50,8 @@ class Undisturbed:
             runs, facts = self.root / cell, self.root / f"{cell}.json"
             with FileLock(self.root / f"{cell}.lock"):
                 if not facts.exists():
-                    forked(int).join()  # the server's own start, of seconds, is not the cell's
+                    shutil.rmtree(runs, ignore_errors=True)  # of a process that failed
+                    forked(int).join()  # exclude the server's start, which takes seconds
                     started = time.monotonic()
                     attempt = Attempt(cell, runs, fault=Fault("undisturbed", 0, runs))
                     assert attempt.end(after=300) == 0, attempt.told

@@ -32,10 +32,11 @@ from sskd.teachers import missing_teacher
 Compose = Callable[..., Config]
 
 few_digits.install()
-# A pool of compilers imports torch in each of its processes, on cores that all have their tests.
+# A pool of compilers imports torch in each of its processes, while all cores run tests.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 
+@pytest.hookimpl(optionalhook=True)  # of a plugin that may be switched off
 def pytest_xdist_auto_num_workers() -> int:
     """Return one process more than cores: some tests wait for a server or a clock."""
     return (os.cpu_count() or 1) + 1
@@ -174,10 +175,11 @@ class SmallTeacher:
             if not self._runs.exists():
                 from faults import SMALL
 
-                words = (f"runs={self._runs}", *SMALL, "method=kd")
+                words = (f"runs={self._runs}.part", *SMALL, "method=kd")
                 config = missing_teacher(read_config(compose_once("student", *words)))
                 assert config is not None
                 train_student.train(config)
+                Path(f"{self._runs}.part").rename(self._runs)
         for runs in folders:
             shutil.copytree(self._runs, runs)
 

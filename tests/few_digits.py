@@ -1,7 +1,7 @@
 """Scikit-learn's digits with 30 test images instead of 356, read once in a process.
 
 A run of the tests trains on some 40 images; without this it would spend more time on its test
-images than on those. Whoever needs them all asks for the fixture ``all_digits`` (conftest.py).
+images than on those. A test that needs all of them uses the fixture ``all_digits`` (conftest.py).
 """
 
 from __future__ import annotations

@@ -210,7 +210,10 @@ def trace(loss: Callable[[Batch], Step], **_: object) -> Callable[[Batch], Step]
 def test_a_compiled_loss_is_the_same(
     composed: Compose, monkeypatch: pytest.MonkeyPatch, method: str, compiler: Any
 ) -> None:
-    """CRD's draws random numbers and changes its banks on the way."""
+    """CRD's loss draws random numbers and changes its banks.
+
+    SSKD's is only traced: its machine code, which takes a minute to make, is not tested.
+    """
     monkeypatch.setattr(torch, "compile", compiler)
     built, stages, batch = made(composed, method, "resnet8-resnet8")
     config = composed("compile=default", "batch_size=8")

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 
 import train_teacher
 from sskd import CONF
-from sskd.advice import about_quotes
+from sskd.advice import about_quotes, refuse_odd_choices
 from sskd.config import read_config
 from sskd.errors import UserError
 from sskd.wandb_environment import asked_mode, check_environment, surroundings
@@ -122,11 +122,60 @@ def test_a_setting_of_another_choice_is_not_said_to_take_a_plus(command: Command
 
 @pytest.mark.parametrize("words", [
     ("kd_weight=0",), ("kd_weight=1", "method=at"), ("kd_weight=0.5",), ("-m", "kd_weight=0,1"),
+    ("+kd_weight=1",), ("++kd_weight=0.5",), ("method.kd_weight=0",), ("+method.kd_weight=0",),
 ])  # fmt: skip
 def test_a_setting_that_has_another_name_now(command: Command, words: tuple[str, ...]) -> None:
+    key = words[-1].partition("=")[0].lstrip("+") if words[0] != "-m" else "kd_weight"
+    key = "kd_weight" if "method=at" in words else key
     assert one_line(command, *words) == (
-        "kd_weight: is now weighting=crd_benchmark (0) or weighting=common (1)"
+        f"{key}: is now weighting=crd_benchmark (0), weighting=common (1), or another value as "
+        "method.weights.ce=1 method.weights.kd=VALUE"
     )
+
+
+@pytest.mark.parametrize("word", [
+    "weighting=null", "weighting=0.1", "weighting=[sskd,common]", "~weighting", "weighting=[]",
+    "method=[kd,at]", "optimizer=1", "schedule=true", "dataset={a: 1}", "arch@teacher=null",
+    "arch@student=[vgg8,vgg13]", "~optimizer", "+method=[kd,at]", "pair=null",
+])  # fmt: skip
+@pytest.mark.parametrize("sweep", [[], ["-m"]])
+def test_the_choice_of_a_group_is_one_option(command: Command, sweep: list[str], word: str) -> None:
+    line = one_line(command, *sweep, "seed=0", word)
+    assert line.startswith(f"{word}: ")
+    group = word.lstrip("+~").partition("=")[0]
+    assert f"{group} needs one option (there are: " in line
+    assert f"-m {group}=OPTION,OPTION" in line
+
+
+def test_a_group_may_be_replaced_by_one_of_the_users_own() -> None:
+    refuse_odd_choices(["~method", "+method=mine", "~pair", "method=kd,at", "dataset=cifar100"])
+    refuse_odd_choices(["hydra/launcher=joblib", "seed=1", "-m", "method.weights.ce=null", "x=[1]"])
+
+
+def test_train_teacher_names_the_command_that_has_the_group(command: Command) -> None:
+    for word in ("weighting=common", "pair=vgg13-vgg8"):
+        status, _, err = command("arch=vgg8", word, script=train_teacher)
+        assert (status, err.count("\n")) == (1, 1)
+        assert f"{word.partition('=')[0]}: is a group of train_student.py" in err
+
+
+@pytest.mark.parametrize("method", ["kd", "sskd", "vanilla"])
+@pytest.mark.parametrize("word", ["weighting=common", "weighting=sskd", "weighting.kd=0.5"])
+def test_a_weighting_without_effect_is_said(command: Command, method: str, word: str) -> None:
+    """A run that ends at once: its teacher, or the data of one without, is missing."""
+    words = ("dataset=cifar100", "dataset.download=false", "dataset.root=/nonexistent")
+    status, out, _ = command(*words, f"method={method}", word)
+    assert status == 1
+    (line,) = (line for line in out.splitlines() if "no effect" in line)
+    assert line.startswith(f"{word}: has no effect on method={method}, whose weights are its own")
+
+
+def test_a_weighting_with_an_effect_is_not(command: Command) -> None:
+    words = ("dataset=cifar100", "dataset.download=false", "dataset.root=/nonexistent")
+    for more in (["method=at", "weighting=common"], ["method=kd"], ["method=kd", "wandb.tags=[a]"]):
+        status, out, _ = command(*words, *more)
+        assert status == 1
+        assert "no effect" not in out
 
 
 def test_train_teacher_says_it_too(command: Command) -> None:
@@ -148,6 +197,7 @@ WRONG = [
     ("WANDB_RUN_ID", "a/b", "cannot contain"),
     ("WANDB_INIT_TIMEOUT", "abc", "should be a number of seconds"),
     ("WANDB_INIT_TIMEOUT", "-1", "should be a number of seconds"),
+    ("WANDB_INIT_TIMEOUT", "0", "should be a number of seconds, 1 to"),
     ("WANDB_CONSOLE", "loud", "should be 'auto', 'off', "),
     ("WANDB_RESUME", "maybe", "should be 'allow', 'must', "),
     ("WANDB_SILENT", "perhaps", "should be a valid boolean"),

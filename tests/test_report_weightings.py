@@ -66,7 +66,7 @@ def test_a_label_is_what_composes_the_row(composed: Compose, method: str, weight
     pair = ("pair=resnet56-resnet20", f"method={method}")
     changed = difference(composed(*pair, f"weighting={weighting}"))
     named = name_weighting(method, RECIPE, {key: str(value) for key, value in changed.items()})
-    # The default is told by nothing; any other by the very word of the command line.
+    # The default has no label; any other has the word of the command line.
     assert named == ({} if weighting == "sskd" else {"weighting": weighting})
 
 

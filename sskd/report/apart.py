@@ -15,7 +15,7 @@ Warn = Callable[[str], None]
 
 
 def tell_apart(results: Sequence[Result], warn: Warn) -> list[Result]:
-    """Return ``results``, renamed where one name stands for what must not be averaged.
+    """Return ``results``, renamed if one name covers runs that must not be averaged.
 
     The name of a dataset that is of several sources or digests gets these, and the setting of runs
     that trained for other numbers of epochs gets that number. ``warn`` gets a line for each.

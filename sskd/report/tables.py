@@ -17,8 +17,8 @@ EPOCH_TITLES: dict[Epoch, str] = {"last": "last epoch", "best": "best epoch on t
 LEGEND = "Top-1 in %: mean ± sample standard deviation over seeds (number of runs)."
 PUBLISHED_LEGEND = (
     "Beside or beneath it, the published figure and ours - published; only if nothing but the"
-    " precision differs from the published setting and configuration, and, if the teacher is a file,"
-    f" its accuracy is the published teacher's (within {SAME_TEACHER} points)."
+    " precision differs from the published setting and configuration, and, if the teacher is a"
+    f" file, its accuracy is the published teacher's (within {SAME_TEACHER} points)."
 )
 INCOMPARABLE_LEGEND = (
     "Without published figures: they were made with another schedule, batch size, optimizer or"
