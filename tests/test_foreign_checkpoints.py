@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import pickle
 import time
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from sskd.models import (
     recognise,
     weights_digest,
 )
+from sskd.models.checkpoints import MOST_BYTES
 
 State = dict[str, Tensor]
 
@@ -426,3 +429,42 @@ def test_a_text_of_a_small_archive_is_a_bomb(tmp_path: Path) -> None:
             to.writestr(part.filename, whole.read(part) if "data.pkl" in part.filename else b"")
     path.write_bytes(packed.getvalue())
     assert "far more than its own size" in refusal(path)
+
+
+# ---- sizes ----
+
+
+@pytest.mark.parametrize("start", [b"", b"PK\x03\x04", b"\x80\x02", bytes(8) + b"{"])
+def test_a_file_too_large_for_a_checkpoint_is_not_read(
+    start: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "net.pth"
+    path.write_bytes(start)
+    os.truncate(path, MOST_BYTES + (1 << 20))
+    for reader in ("_read_torch", "_read_safetensors"):
+        monkeypatch.setattr(f"sskd.models.checkpoints.{reader}", lambda _: pytest.fail("read"))
+    assert "has 2049 MiB, more than the limit of 2048 MiB for a checkpoint" in refusal(path)
+
+
+def peak_memory(call: Callable[[], Any]) -> int:
+    """The most bytes that Python's own objects take during ``call``."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_tensors_of_a_legacy_file_are_not_scanned(tmp_path: Path) -> None:
+    path = tmp_path / "net.pth"
+    is_read({"net": STATE}, path, _use_new_zipfile_serialization=False)
+    os.truncate(path, 128 << 20)
+    assert peak_memory(lambda: read_checkpoint(path)) < 64 << 20
+
+
+def test_a_legacy_file_of_more_than_tensors_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "net.pth"
+    content = {"net": STATE, "log": "a" * (17 << 20)}
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    assert "is damaged, or holds more than 16 MiB beside its tensors" in refusal(path)

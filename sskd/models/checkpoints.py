@@ -46,6 +46,8 @@ NUMBERS = frozenset(
 # A view may show a few values as terabytes, which a copy of it would take: how much larger than
 # its file a network may be, and what is small whatever the file.
 MOST_EXPANSION, SMALL = 10, 64 << 20
+# The largest network takes 100 MB in float32, with copies and an optimizer's state some times that.
+MOST_BYTES = 2 << 30
 _MOST_NETWORKS = 100  # in one file; each is named, compared and perhaps hashed
 _LONGEST_KEY = 100  # characters of a key in a message
 
@@ -106,13 +108,14 @@ def read_checkpoint(path: str | Path, fits: Callable[[State], bool] = is_known) 
         path: the file; its content tells which of the two it is.
         fits: which network is wanted, of several in one file.
 
-    Raises ``UserError`` if the file is missing, damaged, without weights, or asks for code, or
-    if several networks in it fit and differ.
+    Raises ``UserError`` if the file is missing, too large, damaged, without weights, or asks for
+    code, or if several networks in it fit and differ.
     """
     path = expanded(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a checkpoint; name the file in it")
     _require_file(path)
+    _refuse_large(path)
     content, facts = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
     found_states = state_dicts(content)
     if len(found_states) > _MOST_NETWORKS:
@@ -211,6 +214,16 @@ def weights_digest(weights: nn.Module | Mapping[str, Tensor]) -> str:
 def _require_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path} (looked for {path.absolute()})")
+
+
+def _refuse_large(path: Path) -> None:
+    """Raise UserError if the file has more bytes than any checkpoint; nothing is read."""
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        raise UserError(
+            f"{path} has {size >> 20} MiB, more than the limit of {MOST_BYTES >> 20} MiB for a "
+            "checkpoint; save the state dict alone"
+        )
 
 
 def _is_safetensors(path: Path) -> bool:

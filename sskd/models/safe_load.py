@@ -67,6 +67,7 @@ _HARMLESS = (
 )
 _MARK, _NAME, _VALUE = "mark", "name", "value"
 _LEGACY_PICKLES = 5  # in a row, in front of the tensors' bytes, which may look like anything
+_MOST_LEGACY_PICKLED = 16 << 20  # bytes of those pickles; a network's take about 100 a tensor
 
 
 def load_torch_file(path: Path) -> Any:
@@ -136,9 +137,14 @@ def _refuse_long_words(stream: io.BytesIO, path: Path) -> None:
                 )
             longest = max(longest, length)
     except ValueError as error:  # the end of the file, or bytes that are no instruction
-        if started:
-            raise unreadable(path) from error
-        return
+        if not started:
+            return
+        if stream.tell() >= _MOST_LEGACY_PICKLED:
+            raise UserError(
+                f"{path} is damaged, or holds more than {_MOST_LEGACY_PICKLED >> 20} MiB beside "
+                "its tensors; fetch it again, or save the state dict alone"
+            ) from error
+        raise unreadable(path) from error
     end = stream.tell()
     stream.seek(start)
     if longest > _LONGEST and _calls_a_value(stream):
@@ -232,8 +238,9 @@ def _instructions(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
 
 
 def _pickled_bytes(file: BinaryIO) -> bytes:
+    """Return the pickles of a torch file; of the legacy format the tensors' first bytes, too."""
     if not zipfile.is_zipfile(file):
         file.seek(0)
-        return file.read()
+        return file.read(_MOST_LEGACY_PICKLED)
     with zipfile.ZipFile(file) as archive:
         return b"".join(archive.read(n) for n in archive.namelist() if n.endswith("data.pkl"))
