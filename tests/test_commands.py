@@ -49,6 +49,10 @@ MISTAKES = [
     (["optimizer.lr=nan"], "optimizer.lr: should be"),
     (["optimizer.lr=inf"], "optimizer.lr: should be"),
     (["optimizer.momentum=1"], "optimizer.momentum: should be less than 1"),
+    (
+        ["optimizer.nesterov=true", "optimizer.momentum=0"],
+        "optimizer: nesterov=true needs a momentum above 0; set one, or nesterov=false",
+    ),
     (["optimizer.nesterov=1"], "optimizer.nesterov: should be a valid boolean"),
     (["batch_size=0"], "batch_size: should be greater than 0"),
     (["batch_size=1.5"], "batch_size: should be a valid integer"),
