@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from sskd.data import Batch, Images
@@ -22,7 +23,10 @@ from sskd.methods.base import Stage, Step, in_float32
 from sskd.methods.kd import KD
 from sskd.models import Features
 from sskd.schedule import PhaseSettings
-from sskd.settings import Multiple
+from sskd.settings import EARLY, LATE
+
+# The factor's channels in relation to the teacher's; its layers' weights grow with the square.
+FactorRate = Annotated[float, Field(gt=0, le=4, allow_inf_nan=False), EARLY, LATE]
 
 
 @in_float32
@@ -75,7 +79,7 @@ class FT(KD):
         teacher: nn.Module,
         data: Images,
         *,
-        rate: Multiple,
+        rate: FactorRate,
         paraphraser: PhaseSettings,
         **shared: Any,
     ) -> None:
