@@ -30,6 +30,7 @@ from sskd.models import (
     weights_digest,
 )
 from sskd.models.checkpoints import MOST_BYTES
+from sskd.models.layouts import known_parts
 
 State = dict[str, Tensor]
 
@@ -181,6 +182,18 @@ NAMES: dict[str, Callable[[], State]] = {
         **prefixed("_orig_mod.", state=HEAD),
     },
     "an average": lambda: {"n_averaged": torch.tensor(3), **prefixed("module.")},
+    "an average under a name": lambda: {
+        "ema.n_averaged": torch.tensor(3),
+        **prefixed("ema.", "module."),
+    },
+    "a student": lambda: prefixed("student."),
+    "an encoder of two names": lambda: prefixed("base_model.", "model."),
+    "a number": lambda: prefixed("0."),
+    "FSDP": lambda: prefixed("_fsdp_wrapped_module."),
+    "a student's parallel backbone with a head": lambda: {
+        **prefixed("student.", "module.", "backbone."),
+        **prefixed("student.", "module.", state=HEAD),
+    },
     "five wrappers": lambda: prefixed("model.", "_orig_mod.", "module.", "net.", "network."),
 }
 
@@ -194,9 +207,9 @@ def test_wrappers_leave_their_names(kind: str, tmp_path: Path) -> None:
 def test_only_a_prefix_of_all_names_is_a_wrappers(tmp_path: Path) -> None:
     path = tmp_path / "net.pth"
     mixed = {("module." if name.startswith("fc") else "") + name: STATE[name] for name in STATE}
-    for content in (mixed, {**prefixed("module."), "extra": torch.ones(1)}, prefixed("modul.")):
+    for content in (mixed, {**STATE, "extra": torch.ones(1)}, prefixed("modul")):
         torch.save(content, path)
-        assert "does not fit: missing:" in refusal(path)
+        assert "does not fit: " in refusal(path)
 
 
 def test_a_real_wrapper_is_read(tmp_path: Path) -> None:
@@ -207,6 +220,68 @@ def test_a_real_wrapper_is_read(tmp_path: Path) -> None:
     averaged = torch.optim.swa_utils.AveragedModel(model)
     is_read(wrapped.state_dict(), tmp_path / "wrapped.pth")
     is_read({"ema": averaged.state_dict()}, tmp_path / "averaged.pth")
+
+
+PROFILED = {
+    f"{layer}{count}": torch.zeros(1)
+    for layer in ("", "conv1.", "layer1.0.bn1.")
+    for count in ("total_ops", "total_params")
+}
+BESIDE: dict[str, Callable[[], State]] = {
+    "a profiler's counts": lambda: {**STATE, **PROFILED},
+    "a profiler's counts in a wrapper": lambda: prefixed("module.", state=STATE | PROFILED),
+    "a criterion's weight": lambda: {**prefixed("model."), "criterion.weight": torch.ones(10)},
+    "another network's part": lambda: {
+        **prefixed("model."),
+        **prefixed("teacher.", state={k: v for k, v in STATE.items() if "fc" not in k}),
+    },
+    "a metric's count, in a wrapper": lambda: {
+        **prefixed("module.", "net."),
+        "module.accuracy.total": torch.zeros(1),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_a_network_is_read_without_what_stands_beside_it(kind: str, tmp_path: Path) -> None:
+    is_read({"state_dict": BESIDE[kind](), "epoch": 3}, tmp_path / "net.pth")
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "resnet14"])
+@pytest.mark.parametrize("around", ["", "module."])
+def test_two_networks_in_a_state_dict_are_refused(arch: str, around: str, tmp_path: Path) -> None:
+    """Student and teacher: which of them is meant is not a guess to make."""
+    path = tmp_path / "net.pth"
+    both = {**prefixed("model."), **prefixed("teacher.", state=network(arch, seed=2))}
+    torch.save({"state_dict": prefixed(around, state=both)}, path)
+    for message in (refusal(path), refusal(path, "resnet14")):
+        assert "several networks in one state dict" in message
+        assert "beginning with 'model.', 'teacher.'; save the one that you mean" in message
+    torch.save({"state_dict": both, "model": STATE}, path)
+    load_weights(build_model("resnet8", 10), path)
+
+
+@pytest.mark.parametrize("other", [5, None, "text", {"lr": 0.1}, [STATE["fc.bias"]]])
+def test_other_values_may_stand_among_the_tensors(other: Any, tmp_path: Path) -> None:
+    is_read({**STATE, "other": other}, tmp_path / "net.pth")
+    is_read({"net": prefixed("student.") | {"other": other}}, tmp_path / "net.pth")
+    torch.save({**STATE, "epoch": 5, "acc": 61.5}, tmp_path / "net.pth")
+    checkpoint = read_checkpoint(tmp_path / "net.pth")
+    assert (checkpoint.epoch, checkpoint.accuracy) == (5, 61.5)
+
+
+def test_many_networks_in_a_state_dict_are_not_compared() -> None:
+    crowd = {f"{n}.{name}": STATE[name] for n in range(101) for name in STATE}
+    assert known_parts(crowd) == {}
+    assert len(known_parts(prefixed("a.") | prefixed("b."))) == 2
+
+
+def test_many_small_dicts_are_looked_through_quickly(tmp_path: Path) -> None:
+    few: dict[str, Any] = dict(list(STATE.items())[:12])
+    torch.save({str(number): {**few, "a": None} for number in range(2000)}, tmp_path / "net.pth")
+    assert "holds no state dict" in refusal(tmp_path / "net.pth")
+    torch.save({"net": {"a." * 10_000 + name: few[name] for name in few}}, tmp_path / "net.pth")
+    assert "does not fit" in refusal(tmp_path / "net.pth")
 
 
 KEYS = ["net", "student", "model_state_dict", "state_dict_ema", "teacher", "weights", "net.inner"]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sskd.errors import UserError
 from sskd.models.layouts import (
     State,
+    known_parts,
     own_names,
     own_numbers,
     state_dicts,
@@ -133,6 +134,12 @@ def read_checkpoint(path: str | Path, fits: Callable[[State], bool] = is_known) 
     chosen = networks[_choose(networks, fits, path)]
     if problem := _problem(chosen, path):
         raise UserError(f"{path} {problem}; save it as an ordinary tensor")
+    if not fits(chosen) and len(parts := known_parts(chosen)) > 1:
+        prefixes = ", ".join(f"'{prefix[:_LONGEST_KEY]}'" for prefix in list(parts)[:5])
+        raise UserError(
+            f"{path} holds several networks in one state dict, their names beginning with "
+            f"{prefixes}; save the one that you mean in a file of its own"
+        )
     accuracy, epoch = stated_accuracy(facts), stated_epoch(facts)
     return Checkpoint(own_numbers(chosen), accuracy, epoch, path)
 
@@ -298,5 +305,7 @@ def _differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
         ],
     }
     return "; ".join(
-        f"{what}: {len(names)} (first '{names[0]}')" for what, names in groups.items() if names
+        f"{what}: {len(names)} (first '{names[0][:_LONGEST_KEY]}')"
+        for what, names in groups.items()
+        if names
     )

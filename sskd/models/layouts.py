@@ -16,6 +16,8 @@ State = Mapping[str, Tensor]
 PREFIXES = ("_orig_mod.", "module.", "model.", "network.", "net.", "backbone.")
 # Beside a network's own tensors: SSKD's student has a head, AveragedModel a counter.
 WRAPPERS = {"backbone.": "proj_head.", "module.": "n_averaged"}
+# Of a profiler (thop), which registers them as buffers of every layer.
+PROFILED = ("total_ops", "total_params")
 ACCURACY_KEYS = ("accuracy", "acc", "best_acc", "top1", "acc1", "best_acc1", "best_top1")
 # SSKD's MobileNetV2 has its classifier bare, the CRD benchmark's inside a Sequential.
 BARE_CLASSIFIER = {
@@ -25,12 +27,16 @@ BARE_CLASSIFIER = {
 VARIANCE, COUNTER = "running_var", "num_batches_tracked"
 _DEPTH = 2  # of dicts in dicts, which may also hold themselves
 _MOST_EPOCHS = 10**9
+_MOST_WRAPPERS = 10  # around each other
+_MOST_PARTS = 100  # of one state dict; each is compared with every architecture
+_FEWEST_TENSORS = 10  # no network of this suite has fewer
 
 
 def state_dicts(content: Mapping[Any, Any]) -> dict[str, State]:
-    """Return each dict of nothing but named tensors in ``content``, by its keys joined by dots.
+    """Return each dict of named tensors in ``content``, by its keys joined by dots.
 
-    A dict that is there under several keys, as a small file can have a million, is returned once.
+    A dict that holds other values too counts if its tensors are a known network's. One that is
+    there under several keys, as a small file can have a million, is returned once.
     """
     states: dict[str, State] = {}
     level: list[tuple[list[str], Mapping[Any, Any]]] = [([], content)]
@@ -38,8 +44,11 @@ def state_dicts(content: Mapping[Any, Any]) -> dict[str, State]:
     for _ in range(_DEPTH + 1):
         deeper: list[tuple[list[str], Mapping[Any, Any]]] = []
         for keys, each in level:
-            if each and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in each.items()):
-                states[".".join(keys)] = each
+            tensors = _named_tensors(each)
+            mixed = len(tensors) < len(each)
+            if tensors and (not mixed or _holds_network(tensors)):
+                states[".".join(keys)] = tensors
+            if not mixed:
                 continue
             for key, value in each.items():
                 if isinstance(value, dict) and id(value) not in seen:
@@ -49,18 +58,67 @@ def state_dicts(content: Mapping[Any, Any]) -> dict[str, State]:
     return states
 
 
+def _named_tensors(values: Mapping[Any, Any]) -> State:
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
+
+
+def _holds_network(tensors: State) -> bool:
+    return len(tensors) >= _FEWEST_TENSORS and recognise(own_names(tensors)) is not None
+
+
 def own_names(raw: State) -> State:
     """Return ``raw`` by the network's own names, which wrappers have put their own in front of.
 
-    A known network gets the counters of batches that files of old versions lack, at 0.
+    A known network gets the counters of batches that files of old versions lack, at 0. If the
+    names of just one prefix are a known network, what stands beside it is left out.
     """
-    state = raw
-    while prefix := next((each for each in PREFIXES if _wraps(each, state)), None):
-        state = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in state.items()
-            if name.startswith(prefix)
-        }
+    state: State = {name: raw[name] for name in raw if name.rpartition(".")[2] not in PROFILED}
+    if known := _unwrapped(state):
+        return known
+    parts = known_parts(state)
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    while prefix := _usual_prefix(state):
+        state = _without(prefix, state)
+    return state
+
+
+def known_parts(state: State, depth: int = _MOST_WRAPPERS) -> dict[str, State]:
+    """Return the known networks in ``state`` by the prefix that tells each from what is beside it.
+
+    ``depth`` is how many prefixes all names may share.
+    """
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        groups.setdefault(f"{name.partition('.')[0]}.", {})[name] = tensor
+    if len(groups) == 1:
+        prefix = _shared_prefix(state)
+        return known_parts(_without(prefix, state), depth - 1) if prefix and depth else {}
+    large = {prefix: each for prefix, each in groups.items() if len(each) >= _FEWEST_TENSORS}
+    if len(large) > _MOST_PARTS:
+        return {}
+    networks = {prefix: _unwrapped(each) for prefix, each in large.items()}
+    return {prefix: network for prefix, network in networks.items() if network}
+
+
+def _unwrapped(state: State) -> State | None:
+    """Return the known network that ``state`` is under prefixes of any name, or None."""
+    for _ in range(_MOST_WRAPPERS + 1):
+        if known := _known(state):
+            return known
+        prefix = _usual_prefix(state) or _shared_prefix(state)
+        if not prefix:
+            return None
+        state = _without(prefix, state)
+    return None
+
+
+def _known(state: State) -> State | None:
+    """Return ``state`` with an architecture's very names, or None if it is of none."""
     counters = {
         name.removesuffix(VARIANCE) + COUNTER: torch.tensor(0)
         for name in state
@@ -70,7 +128,26 @@ def own_names(raw: State) -> State:
     for known in (state, renamed, {**counters, **state}, {**counters, **renamed}):
         if recognise(known):
             return known
-    return state
+    return None
+
+
+def _without(prefix: str, state: State) -> State:
+    """Return the tensors whose names have ``prefix``, without it."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }
+
+
+def _shared_prefix(state: State) -> str | None:
+    """Return the first part of a name, with its dot, if every name has it."""
+    prefix = f"{next(iter(state), '').partition('.')[0]}."
+    return prefix if state and all(name.startswith(prefix) for name in state) else None
+
+
+def _usual_prefix(state: State) -> str | None:
+    return next((prefix for prefix in PREFIXES if _wraps(prefix, state)), None)
 
 
 def _wraps(prefix: str, state: State) -> bool:
