@@ -177,10 +177,12 @@ def _own_number(name: str, tensor: Tensor) -> Tensor:
 def stated_accuracy(facts: Mapping[Any, Any], depth: int = _DEPTH) -> float | None:
     """Return the top-1 in percent that ``facts`` state.
 
-    None if that is not a single number up to 100, or if it is more than ``depth`` dicts deep.
+    None if that is not a single number up to 100, or if it is more than ``depth`` dicts deep. A
+    number above 0 and up to 1 counts as none: it may be a share.
     """
     stated = (_number(facts[key], depth) for key in ACCURACY_KEYS if key in facts)
-    return next((each for each in stated if each is not None and 0 <= each <= 100), None)
+    percent = (each for each in stated if each is not None and (each == 0 or 1 < each <= 100))
+    return next(percent, None)
 
 
 def stated_epoch(facts: Mapping[Any, Any]) -> int | None:
