@@ -27,9 +27,11 @@ from sskd.config import (
     read_config,
 )
 from sskd.data import SOURCES, DatasetSettings
+from sskd.errors import UserError
 from sskd.nested import as_override, flatten
 from sskd.output import complain_once
 from sskd.paths import below
+from sskd.run_files import NAME, RESULT
 from sskd.weightings import CE, FORMER, KD, METHODS
 
 # What may change between two starts of one run without changing what it computes.
@@ -275,6 +277,38 @@ def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
         for key in sorted(there.keys() | here.keys())
         if there.get(key) != here.get(key)
     )
+
+
+def other_run(content: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Return how the run that a file's ``content`` names differs from ``wanted``; "" if not.
+
+    Files of versions that named no run are of any.
+
+    Raises:
+        ValueError: what is there under ``NAME`` is no run.
+    """
+    if NAME not in content:
+        return ""
+    try:
+        named = json.loads(json.dumps(content[NAME]))
+    except (TypeError, RecursionError):
+        named = None
+    if not isinstance(named, dict):
+        raise ValueError("it names no run")
+    return differing(named, wanted)
+
+
+def refuse_other_result(folder: Path, result: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise UserError if the ``result`` that was read in ``folder`` is not that of ``wanted``."""
+    try:
+        other = other_run(result, wanted)
+    except ValueError as error:
+        other = str(error)
+    if other:
+        raise UserError(
+            f"{folder / RESULT}: is the result of another run: {other}; put back this run's, or "
+            "train it again with force=true"
+        )
 
 
 # Every version has written these; a term of the loss that a run lacks, it was trained without.

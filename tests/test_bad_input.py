@@ -775,14 +775,14 @@ RUNS: dict[str, tuple[Maker, str]] = {
     "a result of no JSON": (damage("result.json", "{"), "result.json: is not a result"),
     "a result of no text": (damage("result.json", b"\xff\xfe"), "result.json: is not a result"),
     "a list for a result": (damage("result.json", "[1]"), "result.json: is not a result"),
-    "an empty result": (damage("result.json", "{}"), "result.json: tells no accuracy"),
+    "an empty result": (damage("result.json", "{}"), "result.json: has no accuracy"),
     "a result of a number for a figure": (
         edit("result.json", top1=3),
-        "result.json: tells no accuracy",
+        "result.json: has no accuracy",
     ),
     "a result of a text for a figure": (
         edit("result.json", top1={"last": "high"}),
-        "result.json: tells no accuracy",
+        "result.json: has no accuracy",
     ),
     "a number of 5000 digits": (
         damage("result.json", '{"top1": ' + "1" * 5000 + "}"),

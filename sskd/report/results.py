@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from sskd.nested import flatten
 from sskd.report import fields
 from sskd.report.apart import tell_apart
 from sskd.report.origin import Origin, parse_origin, read_origin
 from sskd.report.result import Result, Settings
-from sskd.run_files import MOST_RESULT, RESULT
+from sskd.run_files import MOST_RESULT, NAME, RESULT
 from sskd.storage import is_plain_file, read_bounded_text
 from sskd.weightings import RECIPE, name_weighting
 
@@ -119,7 +120,24 @@ def parse_result(text: str, folder: Path) -> Result | None:
         epochs=fields.integer(record, "epoch") if "epoch" in record else None,
         origin=parse_origin(record),
         folder=folder,
+        settings=_settings(record),
     )
+
+
+# They tell runs of one row apart on purpose, or are shown in other ways.
+_NOT_SETTINGS = ("seed", "dataset.name", "dataset.digest", "teacher.digest")
+
+
+def _settings(record: fields.Record) -> Settings:
+    """Return what the result says of its run's settings, as text by dotted key, sorted."""
+    named = record.get(NAME)
+    if not isinstance(named, dict):
+        return ()
+    try:
+        flat = flatten(named)
+    except RecursionError:
+        raise ValueError(f"'{NAME}' is nested too deeply") from None
+    return tuple(sorted((k, _as_text(v)) for k, v in flat.items() if k not in _NOT_SETTINGS))
 
 
 def _recipe(record: fields.Record) -> int:
