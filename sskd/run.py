@@ -297,20 +297,23 @@ class Run:
         weights: dict[str, Tensor] = best["model"]
         return weights
 
-    def finish(self, model: nn.Module | None, result: Mapping[str, Any]) -> None:
+    def finish(self, model: nn.Module | None, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write ``model``'s weights, if there is one, and nothing else's, and then the result.
 
-        The result marks the run finished, so it comes last.
+        The result marks the run finished, so it comes last. Returns it as written: it names its
+        run.
         """
+        named = {**result, NAME: identity(self.config)}
         told = ("kind", "dataset", "student", "method", "seed", "epoch", "accuracy")
         about = {key: result[key] for key in told if key in result}
         with self._writing() as ours:
             if model is not None:
                 save_weights(self.folder / WEIGHTS, model, about, still_ours=ours)
-            text = json.dumps({**result, NAME: identity(self.config)}, indent=2) + "\n"
+            text = json.dumps(named, indent=2) + "\n"
             write_text(self.folder / RESULT, text, still_ours=ours)
             (self.folder / PREVIOUS).unlink(missing_ok=True)
             write_status(self.folder, "finished", still_ours=ours)
+        return named
 
     @contextmanager
     def _writing(self) -> Iterator[Callable[[], None]]:
