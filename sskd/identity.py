@@ -27,7 +27,7 @@ from sskd.config import (
     read_config,
 )
 from sskd.data import SOURCES, DatasetSettings
-from sskd.errors import UserError
+from sskd.errors import UserError, shortened
 from sskd.nested import as_override, flatten
 from sskd.output import complain_once
 from sskd.paths import below
@@ -273,7 +273,7 @@ def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     if there.get(_DIGEST) != here.get(_DIGEST) and _is_earlier_digest(there, wanted):
         there[_DIGEST] = here.get(_DIGEST)
     return ", ".join(
-        f"{key} ({there.get(key)!r} there, {here.get(key)!r} here)"
+        f"{key} ({shortened(there.get(key))} there, {shortened(here.get(key))} here)"
         for key in sorted(there.keys() | here.keys())
         if there.get(key) != here.get(key)
     )

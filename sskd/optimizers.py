@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sskd.settings import LearningRate, NonNegative, Settings, ShareBelowAll
 
@@ -19,6 +19,15 @@ class SGDSettings(Settings):
     momentum: ShareBelowAll
     weight_decay: NonNegative
     nesterov: bool
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Self:
+        if self.nesterov and not self.momentum:
+            raise ValueError(
+                "nesterov=true needs a momentum above 0; set optimizer.momentum=0.9, or "
+                "optimizer.nesterov=false"
+            )
+        return self
 
 
 class AdamWSettings(Settings):

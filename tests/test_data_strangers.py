@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 from conftest import Command, Compose
 from PIL import Image
+from report_runs import put_run
 from test_data_cifar import small_cifar  # noqa: F401
 from test_data_folder import load, make_folder, refused, settings
 from torchvision.datasets import ImageFolder
 
-from sskd.data.folder import folder_fingerprint
+from sskd.data.folder import DEEPEST, folder_fingerprint
 from sskd.errors import UserError
+from sskd.report.results import read_results
 from train_student import train
 
 # ---- what is passed over ----
@@ -41,6 +44,13 @@ HIDDEN = [
     "train/$RECYCLE.BIN/b.png",
     "test/System Volume Information/b.png",
     "test/lost+found/b.png",
+    "train/~snapshot/b.png",
+    "train/RECYCLER/b.png",
+    "test/TheVolumeSettingsFolder/b.png",
+    "train/_gsdata_/b.png",
+    "train/@SynoResource/b.png",
+    "train/cat/~$b.png",
+    "train/aquota.user/b.png",
 ]
 NO_IMAGE = [
     "train/README",
@@ -93,7 +103,7 @@ def test_what_is_passed_over_is_reported_in_one_line(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert len(err) < 500
-    for told in ("20 hidden", "2 outside of a class (test/b.JPG, train/a.png)", "9 without"):
+    for told in ("27 hidden", "2 outside of a class (test/b.JPG, train/a.png)", "9 without"):
         assert told in err
     assert "\x1b" not in err
 
@@ -235,3 +245,34 @@ def test_a_root_that_is_not_utf8_is_refused(
     link = tmp_path / "link"
     link.symlink_to(root)
     assert len(load(link).train) == 7, "as the error advises"
+
+
+def nest(top: Path, levels: int) -> Path:
+    """Make a folder in a folder, as long a path as no system takes at once."""
+    before = os.open(".", os.O_RDONLY)
+    top.mkdir(parents=True, exist_ok=True)
+    try:
+        os.chdir(top)
+        for _ in range(levels):
+            Path("d").mkdir()
+            os.chdir("d")
+    finally:
+        os.fchdir(before)
+        os.close(before)
+    return top
+
+
+def test_folders_without_end_are_one_line(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "data")
+    nest(root / "train" / "cat", DEEPEST - 1)
+    assert folder_fingerprint(settings(root))
+    nest(root / "train" / "cat" / "e", 1100)
+    with pytest.raises(UserError, match=f"more than {DEEPEST} deep") as caught:
+        folder_fingerprint(settings(root))
+    assert len(str(caught.value)) < 300 + len(str(root))
+    nest(tmp_path / "runs", 1100)
+    put_run(tmp_path / "runs", "run")
+    warnings: list[str] = []
+    assert len(read_results(tmp_path / "runs", warnings.append)) == 1
+    (line,) = warnings
+    assert "folders more than 64 deep; left out" in line

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import sskd.run_files
 import sskd.status
 import sskd.storage
 from sskd.errors import UserError
+from sskd.models import read_checkpoint
 from sskd.report.cells import read_cells
 from sskd.report.metrics import read_metrics
 from sskd.report.results import read_results
@@ -288,3 +291,46 @@ def test_a_grid_of_no_cells_or_endless_ones(
     status, out, err = command("-m", "dataset=digits", *words)
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert message in err
+
+
+@pytest.mark.parametrize(
+    "value", ["0x" + 5_000 * "f", 50_000 * "z", 10**4000, "0b" + 20_000 * "1", [1] * 20_000]
+)
+def test_a_long_value_of_another_run_is_one_short_line(tmp_path: Path, value: object) -> None:
+    (tmp_path / "last.pt").touch()
+    own = {"batch_size": 64, "wandb": {}}
+    (tmp_path / "config.yaml").write_text(f"batch_size: {value}")
+    with in_time(), pytest.raises(UserError, match=r"another configuration: batch_size") as caught:
+        Run(tmp_path, own).open()
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("changes", [{"seconds": -(10**400)}, {"agreement": 10**4000}])
+def test_a_long_number_of_a_result_is_one_short_line(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    put_run(tmp_path, "run", **changes)
+    warnings: list[str] = []
+    assert read_results(tmp_path, warnings.append) == []
+    assert len(told(warnings)) < 300 + len(str(tmp_path))
+
+
+def test_a_line_of_thousands_of_terms_is_left_out(tmp_path: Path) -> None:
+    folder = put_run(tmp_path, "run")
+    many = json.dumps({"stage": "distill", "epoch": 4} | {f"loss/t{n}": 1.0 for n in range(4000)})
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(many + "\n")
+    warnings: list[str] = []
+    assert len(read_metrics(folder, warnings.append)) == 3
+    assert "1 of 4 lines are no epoch's figures" in told(warnings)
+
+
+def test_a_large_file_is_no_checkpoint_and_is_not_read_whole(tmp_path: Path) -> None:
+    path = sparse(tmp_path / "x.pth", 3 << 30)
+    tracemalloc.start()
+    try:
+        with in_time(), pytest.raises(UserError, match="cannot be read as a checkpoint"):
+            read_checkpoint(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**28
+    finally:
+        tracemalloc.stop()

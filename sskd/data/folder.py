@@ -18,7 +18,7 @@ from sskd.data.digests import digests
 from sskd.data.images import Split
 from sskd.data.reading import Source, absolute, one_line, some
 from sskd.data.settings import DatasetSettings
-from sskd.errors import UserError
+from sskd.errors import UserError, shortened
 from sskd.output import complain_once
 from sskd.storage import read_bounded
 
@@ -26,8 +26,11 @@ PARTS = ("train", "test")
 _LAYOUT = "train/CLASS and test/CLASS"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
+# Levels of folders below a class; Python's own walk fails at its limit on recursion.
+DEEPEST = 64
 # What systems, cameras' cards and network drives leave in folders, beside names with a dot in
 # front; in lower case.
+SYSTEM_PREFIXES = (".", "~$", "@syno")
 SYSTEM_NAMES = frozenset(
     {
         "thumbs.db",
@@ -41,6 +44,12 @@ SYSTEM_NAMES = frozenset(
         "lost+found",
         "system volume information",
         "$recycle.bin",
+        "recycler",
+        "~snapshot",
+        "thevolumesettingsfolder",
+        "_gsdata_",
+        "aquota.user",
+        "aquota.group",
         "found.000",
         "#recycle",
         "#snapshot",
@@ -198,7 +207,7 @@ def _refuse_empty(part: Path, found: dict[str, list[str]]) -> None:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+    return name.lower().startswith(SYSTEM_PREFIXES) or name.lower() in SYSTEM_NAMES
 
 
 def _is_image(name: str) -> bool:
@@ -215,6 +224,8 @@ def _walk(top: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """
     seen: dict[tuple[int, int], str] = {}
     for step in os.walk(top, onerror=_raise, followlinks=True):
+        if Path(step[0]).relative_to(top).parts[DEEPEST:]:
+            raise UserError(f"{top}: has folders more than {DEEPEST} deep: {shortened(step[0])}")
         status = Path(step[0]).stat()
         first = seen.setdefault((status.st_dev, status.st_ino), step[0])
         if first != step[0] and status.st_ino:  # some systems number no folder

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from sskd.data import Batch, Images
@@ -23,6 +24,9 @@ from sskd.methods.kd import KD
 from sskd.models import Features
 from sskd.schedule import PhaseSettings
 from sskd.settings import Multiple
+
+# Of the teacher's channels. The paper tries 0.5 to 1; a large one takes all memory.
+Rate = Annotated[Multiple, Field(le=4)]
 
 
 @in_float32
@@ -75,7 +79,7 @@ class FT(KD):
         teacher: nn.Module,
         data: Images,
         *,
-        rate: Multiple,
+        rate: Rate,
         paraphraser: PhaseSettings,
         **shared: Any,
     ) -> None:

@@ -66,6 +66,8 @@ _HARMLESS = (
     r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v2|parameter)|torch\.\w*Storage"
 )
 _MARK, _NAME, _VALUE = "mark", "name", "value"
+# Bytes of a pickle: it has names and shapes, and the tensors' bytes stand elsewhere.
+_MOST_PICKLED = 2**26
 _LEGACY_PICKLES = 5  # in a row, in front of the tensors' bytes, which may look like anything
 
 
@@ -234,6 +236,7 @@ def _instructions(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
 def _pickled_bytes(file: BinaryIO) -> bytes:
     if not zipfile.is_zipfile(file):
         file.seek(0)
-        return file.read()
+        return file.read(_MOST_PICKLED)
     with zipfile.ZipFile(file) as archive:
-        return b"".join(archive.read(n) for n in archive.namelist() if n.endswith("data.pkl"))
+        names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        return b"".join(archive.open(name).read(_MOST_PICKLED) for name in names)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from sskd.errors import shortened
 from sskd.report import fields
 from sskd.run_files import METRICS, MOST_EPOCHS, MOST_METRICS
 from sskd.storage import is_plain_file, read_lines
@@ -15,6 +16,7 @@ from sskd.storage import is_plain_file, read_lines
 TEST_TOP1 = "test/top1"
 LOSS, WEIGHTED = "loss/", "weighted/"
 LARGEST = 1e30
+MOST_KEYS = 200  # of an epoch; each term of a loss is a curve of a plot
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def loss_curves(runs: list[list[EpochLine]], prefix: str) -> dict[str, Curve]:
 
 def _parse_line(text: str) -> EpochLine:
     record = fields.parse_object(text)
+    if len(record) > MOST_KEYS:
+        raise ValueError(f"has {len(record)} keys")
     figures = {
         key: float(value)
         for key, value in record.items()
@@ -103,7 +107,7 @@ def _parse_line(text: str) -> EpochLine:
     }
     epoch = fields.integer(record, "epoch")
     if epoch > MOST_EPOCHS:
-        raise ValueError(f"'epoch' is {epoch}, out of range")
+        raise ValueError(f"'epoch' is {shortened(epoch)}, out of range")
     return EpochLine(fields.text(record, "stage"), epoch, figures, fields.moment(record, "date"))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from sskd.errors import shortened
 from sskd.nested import flatten
 from sskd.report import fields
 from sskd.report.apart import tell_apart
@@ -16,6 +17,9 @@ from sskd.report.result import Result, Settings
 from sskd.run_files import MOST_RESULT, NAME, RESULT
 from sskd.storage import is_plain_file, read_bounded_text
 from sskd.weightings import RECIPE, name_weighting
+
+# Levels of folders; runs are at the sixth. Python's own walk fails at its limit on recursion.
+DEEPEST = 64
 
 
 def read_results(root: Path, warn: Callable[[str], None]) -> list[Result]:
@@ -72,6 +76,9 @@ def find_files(root: Path, names: Iterable[str], warn: Callable[[str], None]) ->
     """Yield the files under ``root`` with one of ``names``, but not in hidden folders; no links."""
     for folder, subfolders, files in os.walk(root, onerror=lambda error: warn(str(error))):
         subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
+        if subfolders and Path(folder).relative_to(root).parts[DEEPEST - 1 :]:
+            warn(f"{shortened(folder)}: folders more than {DEEPEST} deep; left out")
+            subfolders.clear()
         for path in (Path(folder, name) for name in names if name in files):
             if is_plain_file(path):
                 yield path
