@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -247,8 +248,15 @@ def test_a_root_that_is_not_utf8_is_refused(
     assert len(load(link).train) == 7, "as the error advises"
 
 
+@pytest.fixture
+def deep(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder that is removed afterwards: Python cannot remove one of 1,100 levels."""
+    yield tmp_path
+    subprocess.run(["rm", "-rf", str(tmp_path)], check=True)
+
+
 def nest(top: Path, levels: int) -> Path:
-    """Make a folder in a folder, as long a path as no system takes at once."""
+    """Make a folder in a folder, to a path that is too long for a single call."""
     before = os.open(".", os.O_RDONLY)
     top.mkdir(parents=True, exist_ok=True)
     try:
@@ -262,17 +270,17 @@ def nest(top: Path, levels: int) -> Path:
     return top
 
 
-def test_folders_without_end_are_one_line(tmp_path: Path) -> None:
-    root = make_folder(tmp_path / "data")
+def test_folders_without_end_are_one_line(deep: Path) -> None:
+    root = make_folder(deep / "data")
     nest(root / "train" / "cat", DEEPEST - 1)
     assert folder_fingerprint(settings(root))
     nest(root / "train" / "cat" / "e", 1100)
     with pytest.raises(UserError, match=f"more than {DEEPEST} deep") as caught:
         folder_fingerprint(settings(root))
     assert len(str(caught.value)) < 300 + len(str(root))
-    nest(tmp_path / "runs", 1100)
-    put_run(tmp_path / "runs", "run")
+    nest(deep / "runs", 1100)
+    put_run(deep / "runs", "run")
     warnings: list[str] = []
-    assert len(read_results(tmp_path / "runs", warnings.append)) == 1
+    assert len(read_results(deep / "runs", warnings.append)) == 1
     (line,) = warnings
     assert "folders more than 64 deep; left out" in line

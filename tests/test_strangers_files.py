@@ -307,7 +307,7 @@ def test_a_long_value_of_another_run_is_one_short_line(tmp_path: Path, value: ob
 
 @pytest.mark.parametrize("changes", [{"seconds": -(10**400)}, {"agreement": 10**4000}])
 def test_a_long_number_of_a_result_is_one_short_line(
-    tmp_path: Path, changes: dict[str, object]
+    tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     put_run(tmp_path, "run", **changes)
     warnings: list[str] = []
