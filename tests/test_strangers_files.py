@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -288,3 +290,38 @@ def test_a_grid_of_no_cells_or_endless_ones(
     status, out, err = command("-m", "dataset=digits", *words)
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert message in err
+
+
+def make_deep(top: Path, levels: int) -> Path:
+    """Make folders in folders, without end for a reader that calls itself for each."""
+    path = top.joinpath(*["d"] * levels)
+    path.mkdir(parents=True)
+    return path
+
+
+def test_a_run_too_deep_for_the_report_is_one_warning(tmp_path: Path) -> None:
+    deepest = make_deep(tmp_path, 64)
+    put_run(deepest.parent, "last that is read")
+    for name in ("a", "b", "c"):
+        put_run(deepest, name)
+        make_deep(deepest / name, 100)
+    for read in (read_results, read_cells):
+        warnings: list[str] = []
+        assert len(read(tmp_path, warnings.append)) == 1
+        line = told(warnings)
+        assert " and 2 more: more than 64 folders below " in line
+        assert len(line) < 400
+
+
+def test_a_tree_too_deep_for_the_stack_ends_no_report(tmp_path: Path) -> None:
+    """Without a bound ``os.walk`` needs a frame for each of its levels."""
+    make_deep(tmp_path, 400)
+    put_run(tmp_path, "run")
+    warnings: list[str] = []
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 200)
+    try:
+        assert len(read_results(tmp_path, warnings.append)) == 1
+    finally:
+        sys.setrecursionlimit(limit)
+    assert "left out" in told(warnings)

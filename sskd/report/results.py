@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from sskd.errors import shortened
 from sskd.report import fields
 from sskd.report.apart import tell_apart
 from sskd.report.origin import Origin, parse_origin, read_origin
 from sskd.report.result import Result, Settings
 from sskd.run_files import MOST_RESULT, RESULT
-from sskd.storage import is_plain_file, read_bounded_text
+from sskd.storage import MOST_DEPTH, is_plain_file, is_too_deep, read_bounded_text
 from sskd.weightings import RECIPE, name_weighting
 
 
@@ -68,12 +69,26 @@ def _may_be_one(run: Result, other: Result) -> bool:
 
 
 def find_files(root: Path, names: Iterable[str], warn: Callable[[str], None]) -> Iterator[Path]:
-    """Yield the files under ``root`` with one of ``names``, but not in hidden folders; no links."""
+    """Yield the files under ``root`` with one of ``names``, but not in hidden folders; no links.
+
+    What lies too deep is told to ``warn`` in one line and left out.
+    """
+    deep: list[str] = []
     for folder, subfolders, files in os.walk(root, onerror=lambda error: warn(str(error))):
+        if is_too_deep(folder, root):
+            deep.append(folder)
+            subfolders.clear()
+            continue
         subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
         for path in (Path(folder, name) for name in names if name in files):
             if is_plain_file(path):
                 yield path
+    if deep:
+        more = f" and {len(deep) - 1} more" if deep[1:] else ""
+        warn(
+            f"{shortened(deep[0], 120)}{more}: more than {MOST_DEPTH} folders below "
+            f"{shortened(str(root), 120)}; left out"
+        )
 
 
 def parse_result(text: str, folder: Path) -> Result | None:
