@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from sskd.errors import shortened
 from sskd.report import fields
 from sskd.run_files import METRICS, MOST_EPOCHS, MOST_METRICS
 from sskd.storage import is_plain_file, read_lines
@@ -103,7 +104,7 @@ def _parse_line(text: str) -> EpochLine:
     }
     epoch = fields.integer(record, "epoch")
     if epoch > MOST_EPOCHS:
-        raise ValueError(f"'epoch' is {epoch}, out of range")
+        raise ValueError(f"'epoch' is {shortened(epoch)}, out of range")
     return EpochLine(fields.text(record, "stage"), epoch, figures, fields.moment(record, "date"))
 
 
