@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import Command
-from report_runs import put_run
+from report_runs import epoch_line, put_metrics, put_run
 from torch import nn
 
 import sskd.run_files
@@ -325,3 +325,15 @@ def test_a_tree_too_deep_for_the_stack_ends_no_report(tmp_path: Path) -> None:
     finally:
         sys.setrecursionlimit(limit)
     assert "left out" in told(warnings)
+
+
+def test_losses_without_end_get_no_curves(tmp_path: Path) -> None:
+    """A curve and a line of the legend for each of thousands took the report minutes."""
+    few, many = ({f"loss/t{number}": 1.0 for number in range(most)} for most in (50, 4000))
+    others = [{f"loss/{line}/{number}": 1.0 for number in range(100)} for line in range(30)]
+    figures = [few, many, few, *others]
+    put_metrics(tmp_path, [epoch_line("distill", k, **more) for k, more in enumerate(figures, 1)])
+    warnings: list[str] = []
+    lines = read_metrics(tmp_path, warnings.append)
+    assert [line.epoch for line in lines] == [1, 3, 4]
+    assert "30 of 33 lines are no epoch's figures; left out" in told(warnings)
