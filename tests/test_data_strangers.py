@@ -41,6 +41,16 @@ HIDDEN = [
     "train/$RECYCLE.BIN/b.png",
     "test/System Volume Information/b.png",
     "test/lost+found/b.png",
+    "train/~snapshot/b.png",
+    "test/RECYCLER/b.png",
+    "train/TheVolumeSettingsFolder/b.png",
+    "train/_gsdata_/b.png",
+    "test/cat/@SynoResource/b.png",
+    "train/@SynoFinderMeta/b.png",
+    "train/aquota.user/b.png",
+    "test/cat/aquota.group",
+    "train/cat/~$b.png",
+    "train/~$cat/b.png",
 ]
 NO_IMAGE = [
     "train/README",
@@ -93,7 +103,11 @@ def test_what_is_passed_over_is_reported_in_one_line(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert len(err) < 500
-    for told in ("20 hidden", "2 outside of a class (test/b.JPG, train/a.png)", "9 without"):
+    for told in (
+        f"{len(HIDDEN)} hidden",
+        "2 outside of a class (test/b.JPG, train/a.png)",
+        "9 without",
+    ):
         assert told in err
     assert "\x1b" not in err
 

@@ -26,8 +26,8 @@ PARTS = ("train", "test")
 _LAYOUT = "train/CLASS and test/CLASS"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-# What systems, cameras' cards and network drives leave in folders, beside names with a dot in
-# front; in lower case.
+# What systems, office programs, cameras' cards and network drives leave in folders; in lower case.
+SYSTEM_STARTS = (".", "~$", "@syno")
 SYSTEM_NAMES = frozenset(
     {
         "thumbs.db",
@@ -41,15 +41,21 @@ SYSTEM_NAMES = frozenset(
         "lost+found",
         "system volume information",
         "$recycle.bin",
+        "recycler",
         "found.000",
         "#recycle",
         "#snapshot",
+        "~snapshot",
         "@eadir",
         "@recycle",
         "@recently-snapshot",
         "@tmp",
         "network trash folder",
         "temporary items",
+        "thevolumesettingsfolder",
+        "_gsdata_",
+        "aquota.user",
+        "aquota.group",
     }
 )
 
@@ -198,7 +204,7 @@ def _refuse_empty(part: Path, found: dict[str, list[str]]) -> None:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+    return name.lower().startswith(SYSTEM_STARTS) or name.lower() in SYSTEM_NAMES
 
 
 def _is_image(name: str) -> bool:
