@@ -27,6 +27,7 @@ from sskd.config import (
     read_config,
 )
 from sskd.data import SOURCES, DatasetSettings
+from sskd.data.reading import some
 from sskd.errors import UserError, shortened
 from sskd.nested import as_override, flatten
 from sskd.output import complain_once
@@ -53,6 +54,10 @@ _NOT_IDENTITY = (
 )
 
 _DIGEST = "dataset.digest"
+
+# Of a line about two runs that differ: settings, and characters of each value.
+_MOST_TOLD = 20
+_LONGEST_TOLD = 200
 
 
 def identity(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,7 +269,8 @@ def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Return the settings of two descriptions that decide the result and differ, in words.
 
     What ``found`` lacks, because it was made before there was such a setting, counts as its
-    default.
+    default. Long values are shortened and only the first of many settings are named: ``found``
+    may be of a stranger's file.
     """
     here = flatten(identity(wanted))
     usual = _defaults_of(wanted)
@@ -272,11 +278,22 @@ def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     there = assumed | flatten(identity(found))
     if there.get(_DIGEST) != here.get(_DIGEST) and _is_earlier_digest(there, wanted):
         there[_DIGEST] = here.get(_DIGEST)
-    return ", ".join(
-        f"{key} ({shortened(there.get(key))} there, {shortened(here.get(key))} here)"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
+    return some(
+        [
+            f"{_short_text(key)} ({_told(there.get(key))} there, {_told(here.get(key))} here)"
+            for key in sorted(there.keys() | here.keys())
+            if there.get(key) != here.get(key)
+        ],
+        _MOST_TOLD,
     )
+
+
+def _told(value: object) -> str:
+    return shortened(value, _LONGEST_TOLD)
+
+
+def _short_text(text: str) -> str:
+    return text if len(text) <= _LONGEST_TOLD else _told(text)
 
 
 def other_run(content: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -344,7 +361,8 @@ def _is_earlier_digest(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> b
     settings = DatasetSettings(**{key: dataset[key] for key in DatasetSettings.model_fields})
     if SOURCES[settings.source].earlier_fingerprint(settings) != found[_DIGEST]:
         return False
-    student, method, seed = (found.get(key) for key in ("student.name", "method.name", "seed"))
+    names = ("student.name", "method.name", "seed")
+    student, method, seed = (_short_text(str(found.get(name))) for name in names)
     complain_once(
         f"warning: the run of {student} ({method}, seed {seed}) was made by a version that "
         f"recorded the names and sizes of the files in {settings.root}: these are the same, but "

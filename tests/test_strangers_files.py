@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import inspect
 import os
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import Command
-from report_runs import put_run
+from report_runs import epoch_line, put_metrics, put_run
 from torch import nn
 
 import sskd.run_files
@@ -293,36 +294,51 @@ def test_a_grid_of_no_cells_or_endless_ones(
     assert message in err
 
 
-@pytest.mark.parametrize(
-    "value", ["0x" + 5_000 * "f", 50_000 * "z", 10**4000, "0b" + 20_000 * "1", [1] * 20_000]
-)
-def test_a_long_value_of_another_run_is_one_short_line(tmp_path: Path, value: object) -> None:
-    (tmp_path / "last.pt").touch()
-    own = {"batch_size": 64, "wandb": {}}
-    (tmp_path / "config.yaml").write_text(f"batch_size: {value}")
-    with in_time(), pytest.raises(UserError, match=r"another configuration: batch_size") as caught:
-        Run(tmp_path, own).open()
-    assert len(str(caught.value)) < 500 + len(str(tmp_path))
+def make_deep(top: Path, levels: int) -> Path:
+    """Make folders in folders, without end for a reader that calls itself for each."""
+    path = top.joinpath(*["d"] * levels)
+    path.mkdir(parents=True)
+    return path
 
 
-@pytest.mark.parametrize("changes", [{"seconds": -(10**400)}, {"agreement": 10**4000}])
-def test_a_long_number_of_a_result_is_one_short_line(
-    tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    put_run(tmp_path, "run", **changes)
+def test_a_run_too_deep_for_the_report_is_one_warning(tmp_path: Path) -> None:
+    deepest = make_deep(tmp_path, 64)
+    put_run(deepest.parent, "last that is read")
+    for name in ("a", "b", "c"):
+        put_run(deepest, name)
+        make_deep(deepest / name, 100)
+    for read in (read_results, read_cells):
+        warnings: list[str] = []
+        assert len(read(tmp_path, warnings.append)) == 1
+        line = told(warnings)
+        assert " and 2 more: more than 64 folders below " in line
+        assert len(line) < 400
+
+
+def test_a_tree_too_deep_for_the_stack_ends_no_report(tmp_path: Path) -> None:
+    """Without a bound ``os.walk`` needs a frame for each of its levels."""
+    make_deep(tmp_path, 400)
+    put_run(tmp_path, "run")
     warnings: list[str] = []
-    assert read_results(tmp_path, warnings.append) == []
-    assert len(told(warnings)) < 300 + len(str(tmp_path))
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 200)
+    try:
+        assert len(read_results(tmp_path, warnings.append)) == 1
+    finally:
+        sys.setrecursionlimit(limit)
+    assert "left out" in told(warnings)
 
 
-def test_a_line_of_thousands_of_terms_is_left_out(tmp_path: Path) -> None:
-    folder = put_run(tmp_path, "run")
-    many = json.dumps({"stage": "distill", "epoch": 4} | {f"loss/t{n}": 1.0 for n in range(4000)})
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(many + "\n")
+def test_losses_without_end_get_no_curves(tmp_path: Path) -> None:
+    """A curve and a line of the legend for each of thousands took the report minutes."""
+    few, many = ({f"loss/t{number}": 1.0 for number in range(most)} for most in (50, 4000))
+    others = [{f"loss/{line}/{number}": 1.0 for number in range(100)} for line in range(30)]
+    figures = [few, many, few, *others]
+    put_metrics(tmp_path, [epoch_line("distill", k, **more) for k, more in enumerate(figures, 1)])
     warnings: list[str] = []
-    assert len(read_metrics(folder, warnings.append)) == 3
-    assert "1 of 4 lines are no epoch's figures" in told(warnings)
+    lines = read_metrics(tmp_path, warnings.append)
+    assert [line.epoch for line in lines] == [1, 3, 4]
+    assert "30 of 33 lines are no epoch's figures; left out" in told(warnings)
 
 
 def test_a_large_file_is_no_checkpoint_and_is_not_read_whole(tmp_path: Path) -> None:

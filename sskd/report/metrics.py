@@ -16,7 +16,8 @@ from sskd.storage import is_plain_file, read_lines
 TEST_TOP1 = "test/top1"
 LOSS, WEIGHTED = "loss/", "weighted/"
 LARGEST = 1e30
-MOST_KEYS = 200  # of an epoch; each term of a loss is a curve of a plot
+# Names in all lines of a run, which writes some twenty: a curve is drawn for each loss.
+MOST_FIGURES = 200
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,20 @@ class Curve:
 def read_metrics(folder: Path, warn: Callable[[str], None]) -> list[EpochLine]:
     """Return the epochs of the run in ``folder``, in order; none where nothing was written.
 
-    Lines that are no epoch's are told to ``warn`` in one line and left out.
+    Lines that are no epoch's, or bring more than ``MOST_FIGURES``, are told to ``warn`` in one line
+    and left out.
     """
     path = folder / METRICS
     if not is_plain_file(path):
         return []
     epochs, damaged = [], 0
+    names: set[str] = set()
     try:
         for line in read_lines(path, MOST_METRICS, MOST_EPOCHS):
             try:
-                epochs.append(_parse_line(line.decode()))
+                epoch = _parse_line(line.decode())
+                names = _refuse_many(names | epoch.figures.keys())
+                epochs.append(epoch)
             except ValueError:
                 damaged += 1
     except (OSError, ValueError) as error:
@@ -94,10 +99,14 @@ def loss_curves(runs: list[list[EpochLine]], prefix: str) -> dict[str, Curve]:
     }
 
 
+def _refuse_many(names: set[str]) -> set[str]:
+    if len(names) > MOST_FIGURES:
+        raise ValueError(f"it has more than {MOST_FIGURES} figures")
+    return names
+
+
 def _parse_line(text: str) -> EpochLine:
     record = fields.parse_object(text)
-    if len(record) > MOST_KEYS:
-        raise ValueError(f"has {len(record)} keys")
     figures = {
         key: float(value)
         for key, value in record.items()

@@ -15,11 +15,8 @@ from sskd.report.apart import tell_apart
 from sskd.report.origin import Origin, parse_origin, read_origin
 from sskd.report.result import Result, Settings
 from sskd.run_files import MOST_RESULT, NAME, RESULT
-from sskd.storage import is_plain_file, read_bounded_text
+from sskd.storage import MOST_DEPTH, is_plain_file, is_too_deep, read_bounded_text
 from sskd.weightings import RECIPE, name_weighting
-
-# Levels of folders; runs are at the sixth. Python's own walk fails at its limit on recursion.
-DEEPEST = 64
 
 
 def read_results(root: Path, warn: Callable[[str], None]) -> list[Result]:
@@ -73,15 +70,26 @@ def _may_be_one(run: Result, other: Result) -> bool:
 
 
 def find_files(root: Path, names: Iterable[str], warn: Callable[[str], None]) -> Iterator[Path]:
-    """Yield the files under ``root`` with one of ``names``, but not in hidden folders; no links."""
+    """Yield the files under ``root`` with one of ``names``, but not in hidden folders; no links.
+
+    What lies too deep is told to ``warn`` in one line and left out.
+    """
+    deep: list[str] = []
     for folder, subfolders, files in os.walk(root, onerror=lambda error: warn(str(error))):
-        subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
-        if subfolders and Path(folder).relative_to(root).parts[DEEPEST - 1 :]:
-            warn(f"{shortened(folder)}: folders more than {DEEPEST} deep; left out")
+        if is_too_deep(folder, root):
+            deep.append(folder)
             subfolders.clear()
+            continue
+        subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
         for path in (Path(folder, name) for name in names if name in files):
             if is_plain_file(path):
                 yield path
+    if deep:
+        more = f" and {len(deep) - 1} more" if deep[1:] else ""
+        warn(
+            f"{shortened(deep[0], 120)}{more}: more than {MOST_DEPTH} folders below "
+            f"{shortened(str(root), 120)}; left out"
+        )
 
 
 def parse_result(text: str, folder: Path) -> Result | None:
@@ -151,7 +159,8 @@ def _recipe(record: fields.Record) -> int:
     """Return the number of the recipe that the result's ``difference`` is a difference from."""
     recipe = fields.integer({"recipe": 1} | record, "recipe")
     if not 1 <= recipe <= RECIPE:
-        raise ValueError(f"'recipe' is {recipe}, but this version of sskd knows 1 to {RECIPE}")
+        told = shortened(recipe)
+        raise ValueError(f"'recipe' is {told}, but this version of sskd knows 1 to {RECIPE}")
     return recipe
 
 
