@@ -14,12 +14,23 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from sskd import CONF
-from sskd.errors import UserError, nearest, printable
+from sskd.errors import UserError, nearest, printable, shortened
 from sskd.nested import as_override, flatten
 from sskd.weightings import METHODS, WEIGHTING, about_renamed
 
 # The one group that the defaults leave open.
 _OPTIONAL_GROUP = "pair"
+
+
+def refuse_missing_keys(words: Iterable[str]) -> None:
+    """Refuse a word of the command line that names no key: Hydra's message would not show it.
+
+    Raises:
+        UserError: one of ``words`` is empty, or has nothing before its equals sign.
+    """
+    for word in words:
+        if re.fullmatch(r"\s*[+~]*\s*(=.*)?", word, re.DOTALL):
+            raise UserError(f"{shortened(word)}: should be KEY=VALUE, such as seed=1")
 
 
 def refuse_odd_choices(words: Iterable[str]) -> None:
@@ -79,6 +90,19 @@ def about_quotes(word: str) -> str:
     # In double quotes a shell reads on in these only.
     for_shell = shlex.quote(quoted) if re.search(r'["$`\\!]', quoted) else f'"{quoted}"'
     return f"; a value with such signs is quoted twice, for the shell and for Hydra: {for_shell}"
+
+
+def about_commas(error: Exception) -> str | None:
+    """Return the line about several values without ``-m``, or None if ``error`` is another."""
+    match = re.match(r"Ambiguous value for argument '(.*?)'\n1\. To use", str(error), re.DOTALL)
+    if match is None:
+        return None
+    key, _, value = match[1].partition("=")
+    told = f"{match[1]}: is several values; a sweep over them takes -m (--multirun)"
+    if (CONF / key.partition("@")[0]).is_dir():
+        return told
+    listed = shlex.quote(f"{key}=[{value}]")
+    return f"{told}, a list takes brackets: {listed}{about_quotes(match[1])}"
 
 
 def about_plus(error: Exception) -> str | None:

@@ -69,6 +69,30 @@ def test_what_is_no_text_gets_no_quotes(word: str) -> None:
     assert about_quotes(word) == ""
 
 
+@pytest.mark.parametrize("sweep", [[], ["-m"]])
+@pytest.mark.parametrize("word", ["=x", "", " ", "+=x", "~=x", "~", "++", "=", " =1,2", "=a\nb"])
+def test_a_word_without_a_key_is_quoted(command: Command, sweep: list[str], word: str) -> None:
+    told = one_line(command, *sweep, word)
+    assert told == f"{word!r}: should be KEY=VALUE, such as seed=1"
+
+
+@pytest.mark.parametrize("word", ["runs=/tmp/a,b", "wandb.tags=a,b", "dataset.root=my data,b"])
+def test_a_comma_is_a_sweep_a_list_or_a_sign_of_the_value(command: Command, word: str) -> None:
+    told = one_line(command, word)
+    assert told.startswith(f"{word}: is several values; a sweep over them takes -m ")
+    assert told.endswith(about_quotes(word))
+    key, _, value = word.partition("=")
+    assert f"\"{key}='{value}'\"" in told
+    (listed,) = shlex.split(told.partition("brackets: ")[2].partition("; a value")[0])
+    assert listed == f"{key}=[{value}]"
+
+
+def test_several_options_of_a_group_are_a_sweep_alone(command: Command) -> None:
+    for word in ("method=kd,at", "arch@student=vgg8,vgg13"):
+        told = f"{word}: is several values; a sweep over them takes -m (--multirun)"
+        assert one_line(command, word) == told
+
+
 # ---- a plus that is missing, or too many ----
 
 
