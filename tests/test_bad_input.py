@@ -1003,7 +1003,7 @@ def test_no_name_is_run_or_leaves_the_reports_files(
 OPTIONS: dict[str, tuple[list[str], int, str]] = {
     "no such option": (["--bset"], 2, "unrecognized arguments: --bset"),
     "two folders": (["a", "b"], 2, "unrecognized arguments: b"),
-    "a time of no number": (["--watch", "soon"], 2, "invalid _seconds value: 'soon'"),
+    "a time of no number": (["--watch", "soon"], 2, "should be a number of seconds (got 'soon')"),
     "no time": (["--watch", "0"], 2, "must be more than 0"),
     "nothing to write to": (["--out"], 2, "expected one argument"),
     "no such folder": (["nowhere"], 1, "no readable result.json under 'nowhere'"),
