@@ -42,8 +42,8 @@ class Curve:
 def read_metrics(folder: Path, warn: Callable[[str], None]) -> list[EpochLine]:
     """Return the epochs of the run in ``folder``, in order; none where nothing was written.
 
-    Lines that are no epoch's, or bring more than ``MOST_FIGURES``, are told to ``warn`` in one line
-    and left out.
+    Malformed lines, and those that bring more than ``MOST_FIGURES``, are skipped and reported once
+    through ``warn``.
     """
     path = folder / METRICS
     if not is_plain_file(path):

@@ -72,7 +72,7 @@ def _may_be_one(run: Result, other: Result) -> bool:
 def find_files(root: Path, names: Iterable[str], warn: Callable[[str], None]) -> Iterator[Path]:
     """Yield the files under ``root`` with one of ``names``, but not in hidden folders; no links.
 
-    What lies too deep is told to ``warn`` in one line and left out.
+    What lies too deep is left out and reported once through ``warn``.
     """
     deep: list[str] = []
     for folder, subfolders, files in os.walk(root, onerror=lambda error: warn(str(error))):
@@ -102,7 +102,7 @@ def parse_result(text: str, folder: Path) -> Result | None:
     if kind == "phase":
         return None
     if kind not in ("scratch", "distill"):
-        raise ValueError(f"'kind' is {kind!r}, neither 'scratch' nor 'distill'")
+        raise ValueError(f"'kind' is {shortened(kind)}, neither 'scratch' nor 'distill'")
     if kind == "scratch" and fields.get(record, "teacher") is not None:
         raise ValueError("'teacher' is not null in a run from scratch")
     memory = {"peak_memory_mib": None} | record  # older results do not tell it
@@ -139,7 +139,7 @@ def parse_result(text: str, folder: Path) -> Result | None:
     )
 
 
-# They tell runs of one row apart on purpose, or are shown in other ways.
+# Runs of one row differ in these on purpose, or the table shows them in other ways.
 _NOT_SETTINGS = ("seed", "dataset.name", "dataset.digest", "teacher.digest")
 
 
