@@ -56,8 +56,8 @@ _NOT_IDENTITY = (
 _DIGEST = "dataset.digest"
 
 # Of a line about two runs that differ: settings, and characters of each value.
-_MOST_TOLD = 20
-_LONGEST_TOLD = 200
+_MOST_SHOWN = 20
+_LONGEST_SHOWN = 200
 
 
 def identity(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,20 +280,20 @@ def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
         there[_DIGEST] = here.get(_DIGEST)
     return some(
         [
-            f"{_short_text(key)} ({_told(there.get(key))} there, {_told(here.get(key))} here)"
+            f"{_short_text(key)} ({_shown(there.get(key))} there, {_shown(here.get(key))} here)"
             for key in sorted(there.keys() | here.keys())
             if there.get(key) != here.get(key)
         ],
-        _MOST_TOLD,
+        _MOST_SHOWN,
     )
 
 
-def _told(value: object) -> str:
-    return shortened(value, _LONGEST_TOLD)
+def _shown(value: object) -> str:
+    return shortened(value, _LONGEST_SHOWN)
 
 
 def _short_text(text: str) -> str:
-    return text if len(text) <= _LONGEST_TOLD else _told(text)
+    return text if len(text) <= _LONGEST_SHOWN else _shown(text)
 
 
 def other_run(content: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

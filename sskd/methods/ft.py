@@ -25,7 +25,7 @@ from sskd.models import Features
 from sskd.schedule import PhaseSettings
 from sskd.settings import Multiple
 
-# Of the teacher's channels. The paper tries 0.5 to 1; a large one takes all memory.
+# Of the teacher's channels; the memory grows with its square.
 Rate = Annotated[Multiple, Field(le=4)]
 
 

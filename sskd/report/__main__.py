@@ -189,8 +189,8 @@ def _seconds(text: str) -> float:
     try:
         seconds = float(text)
     except ValueError:
-        told = shortened(text)
-        raise argparse.ArgumentTypeError(f"should be a number of seconds (got {told})") from None
+        message = f"should be a number of seconds (got {shortened(text)})"
+        raise argparse.ArgumentTypeError(message) from None
     if not 0 < seconds <= 86_400:
         raise argparse.ArgumentTypeError("must be more than 0 and at most a day, 86400")
     return seconds

@@ -159,8 +159,9 @@ def _recipe(record: fields.Record) -> int:
     """Return the number of the recipe that the result's ``difference`` is a difference from."""
     recipe = fields.integer({"recipe": 1} | record, "recipe")
     if not 1 <= recipe <= RECIPE:
-        told = shortened(recipe)
-        raise ValueError(f"'recipe' is {told}, but this version of sskd knows 1 to {RECIPE}")
+        raise ValueError(
+            f"'recipe' is {shortened(recipe)}, but this version of sskd knows 1 to {RECIPE}"
+        )
     return recipe
 
 
