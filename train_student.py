@@ -136,7 +136,7 @@ def carry_out(
             # ---- the result ----
             result = summarise(run, config, changed, images, method, position)
             tracker.summarise(result)
-            run.finish(student, result)
+            result = run.finish(student, result)
     top1 = result["top1"]
     say(f"{run.folder}: last top-1 {top1['last']:.2f}, best {top1['best']:.2f}")
     return folder, result

@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from sskd import CONF
-from sskd.errors import UserError, nearest, printable
+from sskd.errors import UserError, nearest, printable, shortened
 from sskd.nested import as_override, flatten
 from sskd.weightings import METHODS, WEIGHTING, about_renamed
 
@@ -22,22 +22,31 @@ from sskd.weightings import METHODS, WEIGHTING, about_renamed
 _OPTIONAL_GROUP = "pair"
 
 
-def refuse_odd_choices(words: Iterable[str]) -> None:
-    """Refuse what Hydra takes for the choice of a group, or refuses without its name.
-
-    Args:
-        words: of the command line.
+def refuse_missing_keys(words: Iterable[str]) -> None:
+    """Refuse a word of the command line that names no key: Hydra's message would not show it.
 
     Raises:
-        UserError: a group of the suite gets a list, of which Hydra would merge all options; no
-            text; or nothing.
+        UserError: one of ``words`` is empty, or has nothing before its equals sign.
+    """
+    for word in words:
+        if re.fullmatch(r"\s*[+~]*\s*(=.*)?", word, re.DOTALL):
+            raise UserError(f"{shortened(word)}: should be KEY=VALUE, such as seed=1")
+
+
+def refuse_odd_choices(words: Iterable[str]) -> None:
+    """Refuse a word of the command line that gives a group of the suite anything but an option.
+
+    Hydra merges the options of a list, and its error about other values does not name the group.
+
+    Raises:
+        UserError: one of ``words`` gives a group a list or no text, or deletes it.
     """
     words = list(words)
     added = {match[1] for word in words if (match := re.match(r"\+([\w@/]+)=", word))}
     for word in words:
         match = re.fullmatch(r"(~|\+*)([\w@]+)(?:=(.*))?", word, re.DOTALL)
         group = match[2].partition("@")[0] if match else ""
-        if match is None or not (CONF / group).is_dir() or not group:
+        if match is None or not group or not (CONF / group).is_dir():
             continue
         key, value = match[2], match[3]
         deleted = match[1] == "~" and key != _OPTIONAL_GROUP and key not in added
@@ -50,13 +59,10 @@ def refuse_odd_choices(words: Iterable[str]) -> None:
 
 
 def _is_no_option(value: str) -> bool:
-    """Return whether Hydra reads ``value`` as something else than the name of an option."""
-    return (
-        re.fullmatch(
-            r"\s*(\[.*|\{.*|null|true|false|[+-]?[\d.]+(e[+-]?\d+)?)\s*", value, re.I | re.S
-        )
-        is not None
-    )
+    """Return whether Hydra reads ``value`` as anything but a name: a list, a dict, a number."""
+    number = r"[+-]?[\d.]+(e[+-]?\d+)?"
+    other = rf"\s*(\[.*|\{{.*|null|true|false|{number})\s*"
+    return bool(re.fullmatch(other, value, re.IGNORECASE | re.DOTALL))
 
 
 def about_weighting(method: str, words: Iterable[str]) -> str:
@@ -79,6 +85,19 @@ def about_quotes(word: str) -> str:
     # In double quotes a shell reads on in these only.
     for_shell = shlex.quote(quoted) if re.search(r'["$`\\!]', quoted) else f'"{quoted}"'
     return f"; a value with such signs is quoted twice, for the shell and for Hydra: {for_shell}"
+
+
+def about_commas(error: Exception) -> str | None:
+    """Return the line about several values without ``-m``, or None if ``error`` is another."""
+    match = re.match(r"Ambiguous value for argument '(.*?)'\n1\. To use", str(error), re.DOTALL)
+    if match is None:
+        return None
+    key, _, value = match[1].partition("=")
+    line = f"{match[1]}: is several values; a sweep over them takes -m (--multirun)"
+    if (CONF / key.partition("@")[0]).is_dir():
+        return line
+    as_list = shlex.quote(f"{key}=[{value}]")
+    return f"{line}, a list takes brackets: {as_list}{about_quotes(match[1])}"
 
 
 def about_plus(error: Exception) -> str | None:

@@ -24,7 +24,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sskd import CONF
-from sskd.advice import about_plus, about_quotes, refuse_odd_choices
+from sskd.advice import (
+    about_commas,
+    about_plus,
+    about_quotes,
+    refuse_missing_keys,
+    refuse_odd_choices,
+)
 from sskd.errors import (
     BusyError,
     CellError,
@@ -121,6 +127,7 @@ def run_command(main: Callable[[], object]) -> int:
 
 def _ended(main: Callable[[], object], asked_for_traceback: bool) -> int:
     try:
+        refuse_missing_keys(sys.argv[1:])
         refuse_odd_choices(sys.argv[1:])
         main()
     except Interrupted as stop:
@@ -214,7 +221,7 @@ def _explained(error: Exception) -> str:
         )
     if type(error).__module__.startswith("submitit."):  # goes on with all that the job has printed
         return " ".join(str(error).splitlines()[:2]) + "; the other jobs go on (see squeue)"
-    if advice := about_plus(error):
+    if advice := about_plus(error) or about_commas(error):
         return advice
     if isinstance(error, yaml.YAMLError):
         return f"not YAML that can be read: {' '.join(str(error).split())}"

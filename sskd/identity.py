@@ -27,9 +27,12 @@ from sskd.config import (
     read_config,
 )
 from sskd.data import SOURCES, DatasetSettings
+from sskd.data.reading import some
+from sskd.errors import UserError, shortened
 from sskd.nested import as_override, flatten
 from sskd.output import complain_once
 from sskd.paths import below
+from sskd.run_files import NAME, RESULT
 from sskd.weightings import CE, FORMER, KD, METHODS
 
 # What may change between two starts of one run without changing what it computes.
@@ -51,6 +54,10 @@ _NOT_IDENTITY = (
 )
 
 _DIGEST = "dataset.digest"
+
+# Of a line about two runs that differ: settings, and characters of each value.
+_MOST_SHOWN = 20
+_LONGEST_SHOWN = 200
 
 
 def identity(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,7 +269,8 @@ def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Return the settings of two descriptions that decide the result and differ, in words.
 
     What ``found`` lacks, because it was made before there was such a setting, counts as its
-    default.
+    default. Long values are shortened and only the first of many settings are named: ``found``
+    may be of a stranger's file.
     """
     here = flatten(identity(wanted))
     usual = _defaults_of(wanted)
@@ -270,11 +278,54 @@ def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     there = assumed | flatten(identity(found))
     if there.get(_DIGEST) != here.get(_DIGEST) and _is_earlier_digest(there, wanted):
         there[_DIGEST] = here.get(_DIGEST)
-    return ", ".join(
-        f"{key} ({there.get(key)!r} there, {here.get(key)!r} here)"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
+    return some(
+        [
+            f"{_short_text(key)} ({_shown(there.get(key))} there, {_shown(here.get(key))} here)"
+            for key in sorted(there.keys() | here.keys())
+            if there.get(key) != here.get(key)
+        ],
+        _MOST_SHOWN,
     )
+
+
+def _shown(value: object) -> str:
+    return shortened(value, _LONGEST_SHOWN)
+
+
+def _short_text(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else _shown(text)
+
+
+def other_run(content: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Return how the run that a file's ``content`` names differs from ``wanted``; "" if not.
+
+    Files of versions that named no run are of any.
+
+    Raises:
+        ValueError: what is there under ``NAME`` is no run.
+    """
+    if NAME not in content:
+        return ""
+    try:
+        named = json.loads(json.dumps(content[NAME]))
+    except (TypeError, RecursionError):
+        named = None
+    if not isinstance(named, dict):
+        raise ValueError("it names no run")
+    return differing(named, wanted)
+
+
+def refuse_other_result(folder: Path, result: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise UserError if the ``result`` that was read in ``folder`` is not that of ``wanted``."""
+    try:
+        other = other_run(result, wanted)
+    except ValueError as error:
+        other = str(error)
+    if other:
+        raise UserError(
+            f"{folder / RESULT}: is the result of another run: {other}; put back this run's, or "
+            "train it again with force=true"
+        )
 
 
 # Every version has written these; a term of the loss that a run lacks, it was trained without.
@@ -310,7 +361,8 @@ def _is_earlier_digest(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> b
     settings = DatasetSettings(**{key: dataset[key] for key in DatasetSettings.model_fields})
     if SOURCES[settings.source].earlier_fingerprint(settings) != found[_DIGEST]:
         return False
-    student, method, seed = (found.get(key) for key in ("student.name", "method.name", "seed"))
+    names = ("student.name", "method.name", "seed")
+    student, method, seed = (_short_text(str(found.get(name))) for name in names)
     complain_once(
         f"warning: the run of {student} ({method}, seed {seed}) was made by a version that "
         f"recorded the names and sizes of the files in {settings.root}: these are the same, but "

@@ -11,7 +11,7 @@ from hydra.types import RunMode
 
 from sskd.errors import UserError
 from sskd.output import complain_once
-from sskd.results import last_top1
+from sskd.results import last_top1, percent
 from sskd.run_files import RESULT
 
 # They run a grid, whatever comes out of it.
@@ -27,7 +27,7 @@ def objective(result: Mapping[str, Any], folder: Path) -> float:
     if result.get("holdout_top1") is None:
         return last_top1(result, folder)
     try:
-        return float(result["holdout_top1"]["last"])
+        return percent(result["holdout_top1"]["last"])
     except (LookupError, TypeError, ValueError):
         raise UserError(
             f"{folder / RESULT}: has no accuracy on held-out images; start again with force=true"

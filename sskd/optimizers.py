@@ -21,9 +21,12 @@ class SGDSettings(Settings):
     nesterov: bool
 
     @model_validator(mode="after")
-    def _has_momentum_for_nesterov(self) -> Self:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov=true needs a momentum above 0; set one, or nesterov=false")
+    def _nesterov_has_momentum(self) -> Self:
+        if self.nesterov and not self.momentum:
+            raise ValueError(
+                "nesterov=true needs a momentum above 0; set optimizer.momentum=0.9, or "
+                "optimizer.nesterov=false"
+            )
         return self
 
 

@@ -90,11 +90,18 @@ def summarise(
 def last_top1(result: Mapping[str, Any], folder: Path) -> float:
     """Return the last top-1 of a ``result`` that was read in ``folder``; UserError for none."""
     try:
-        return float(result["top1"]["last"])
+        return percent(result["top1"]["last"])
     except (LookupError, TypeError, ValueError):
         raise UserError(
-            f"{folder / RESULT}: tells no accuracy; start afresh with force=true"
+            f"{folder / RESULT}: has no accuracy; start again with force=true"
         ) from None
+
+
+def percent(value: object) -> float:
+    """Return ``value``, which was read from a file; ValueError if it is no percentage."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
+        raise ValueError("it is not a number from 0 to 100")
+    return float(value)
 
 
 def _holdout(run: Run) -> dict[str, float] | None:

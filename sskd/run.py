@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from sskd.errors import BusyError, UserError
-from sskd.identity import differing, identity
+from sskd.identity import differing, identity, other_run, refuse_other_result
 from sskd.lock import FolderLock
 from sskd.models import save_weights
 from sskd.output import complain
@@ -161,6 +161,7 @@ class Run:
         result = read_result(self.folder)
         if result is not None:
             self._refuse_other_config()
+            refuse_other_result(self.folder, result, self.config)
         return result
 
     def checkpoint(self, stages: Collection[str]) -> dict[str, Any] | None:
@@ -206,19 +207,11 @@ class Run:
         return None
 
     def _other_run(self, path: Path, state: Mapping[str, Any]) -> str:
-        """Return how the run that a file names differs from this one; "" if it names none or this.
-
-        Files of versions that named no run are let in.
-        """
-        if NAME not in state:
-            return ""
+        """Return how the run that a checkpoint names differs from this one; "" if it does not."""
         try:
-            named = json.loads(json.dumps(state[NAME]))
-        except (TypeError, ValueError, RecursionError):
-            named = None
-        if not isinstance(named, dict):
-            raise DamagedError(path.name, "it names no run")
-        return differing(named, self.config)
+            return other_run(state, self.config)
+        except ValueError as error:
+            raise DamagedError(path.name, str(error)) from None
 
     def _lines_of(self, state: Mapping[str, Any]) -> tuple[list[bytes], list[dict[str, Any]]]:
         """Return the lines of ``metrics.jsonl`` of when ``state`` was saved, and what they say."""
@@ -304,20 +297,23 @@ class Run:
         weights: dict[str, Tensor] = best["model"]
         return weights
 
-    def finish(self, model: nn.Module | None, result: Mapping[str, Any]) -> None:
+    def finish(self, model: nn.Module | None, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write ``model``'s weights, if there is one, and nothing else's, and then the result.
 
-        The result marks the run finished, so it comes last.
+        The result marks the run finished, so it comes last. Returns it as written: it names its
+        run.
         """
+        named = {**result, NAME: identity(self.config)}
         told = ("kind", "dataset", "student", "method", "seed", "epoch", "accuracy")
         about = {key: result[key] for key in told if key in result}
         with self._writing() as ours:
             if model is not None:
                 save_weights(self.folder / WEIGHTS, model, about, still_ours=ours)
-            text = json.dumps(dict(result), indent=2) + "\n"
+            text = json.dumps(named, indent=2) + "\n"
             write_text(self.folder / RESULT, text, still_ours=ours)
             (self.folder / PREVIOUS).unlink(missing_ok=True)
             write_status(self.folder, "finished", still_ours=ours)
+        return named
 
     @contextmanager
     def _writing(self) -> Iterator[Callable[[], None]]:

@@ -27,6 +27,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         text = read_bounded_text(path, MOST_CONFIG)
         _refuse_odd_yaml(text)
         config = OmegaConf.to_container(OmegaConf.create(text))
+        str(config)  # ValueError for an integer of more digits than Python writes
     except (OSError, OmegaConfBaseException, ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(config, dict):

@@ -25,6 +25,8 @@ from typing import BinaryIO
 
 StillOurs = Callable[[], object]
 
+MOST_DEPTH = 64  # of folders in one that is walked: os.walk calls itself for each level
+
 
 def write_whole(
     path: Path,
@@ -139,6 +141,11 @@ def sync_folder(path: Path) -> None:
 def is_plain_file(path: Path) -> bool:
     """Return whether ``path`` is a file, no link, and no pipe, which would wait for ever."""
     return path.is_file() and not path.is_symlink()
+
+
+def is_too_deep(folder: str, top: Path) -> bool:
+    """Return whether ``folder`` lies more than ``MOST_DEPTH`` levels below ``top``."""
+    return folder.count(os.sep) - str(top).count(os.sep) > MOST_DEPTH
 
 
 def leftovers(folder: Path) -> list[Path]:

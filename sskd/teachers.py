@@ -19,6 +19,7 @@ from sskd.identity import (
     differing,
     earlier_differences,
     is_of,
+    refuse_other_result,
     run_folder,
     teacher_config,
     training_command,
@@ -81,6 +82,7 @@ def find_teacher(config: Config) -> Teacher | None:
             f"{folder}: holds a teacher of another configuration: {other}; train it again with "
             f"`{training_command(wanted)} force=true`, or use another runs=FOLDER"
         )
+    refuse_other_result(folder, result, describe(wanted))
     epoch = config.teacher.epoch
     digest = result.get("digest")
     if not isinstance(digest, dict) or not isinstance(digest.get(epoch), str):

@@ -55,18 +55,44 @@ def test_the_quotes_that_are_advised_give_the_value_that_was_meant(word: str) ->
     assert composed == value
 
 
+def assert_advises_quotes(line: str, word: str) -> None:
+    key, _, value = word.partition("=")
+    assert line.endswith(about_quotes(word))
+    assert f"\"{key}='{value}'\"" in line
+
+
 @pytest.mark.parametrize("word", UNQUOTED[:3])
 def test_unquoted_signs_are_one_line_that_says_how_to_quote(command: Command, word: str) -> None:
     told = one_line(command, word)
     assert told.startswith(f"{word}: cannot be read as KEY=VALUE")
-    assert told.endswith(about_quotes(word))
-    key, _, value = word.partition("=")
-    assert f"\"{key}='{value}'\"" in told
+    assert_advises_quotes(told, word)
 
 
 @pytest.mark.parametrize("word", ["kd", "optimizer.lr=[1", "method={a: 1", "dataset.root='a", "=3"])
 def test_what_is_no_text_gets_no_quotes(word: str) -> None:
     assert about_quotes(word) == ""
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m"]])
+@pytest.mark.parametrize("word", ["=x", "", " ", "+=x", "~=x", "~", "++", "=", " =1,2", "=a\nb"])
+def test_a_word_without_a_key_is_quoted(command: Command, sweep: list[str], word: str) -> None:
+    line = one_line(command, *sweep, word)
+    assert line == f"{word!r}: should be KEY=VALUE, such as seed=1"
+
+
+@pytest.mark.parametrize("word", ["runs=/tmp/a,b", "wandb.tags=a,b", "dataset.root=my data,b"])
+def test_a_comma_is_a_sweep_a_list_or_a_sign_of_the_value(command: Command, word: str) -> None:
+    line = one_line(command, word)
+    assert line.startswith(f"{word}: is several values; a sweep over them takes -m ")
+    assert_advises_quotes(line, word)
+    (as_list,) = shlex.split(line.partition("brackets: ")[2].partition("; a value")[0])
+    assert as_list == "{}=[{}]".format(*word.split("=", 1))
+
+
+def test_several_options_of_a_group_are_a_sweep_alone(command: Command) -> None:
+    for word in ("method=kd,at", "arch@student=vgg8,vgg13"):
+        told = f"{word}: is several values; a sweep over them takes -m (--multirun)"
+        assert one_line(command, word) == told
 
 
 # ---- a plus that is missing, or too many ----

@@ -772,17 +772,29 @@ RUNS: dict[str, tuple[Maker, str]] = {
         damage("config.yaml", "=cmd|x!A1: 3"),
         "holds a run of another configuration: =cmd|x!A1 (3 there, None here)",
     ),
+    "a long text": (
+        damage("config.yaml", f"batch_size: {'x' * 50_000}"),
+        f"batch_size ('{'x' * 99}...{'x' * 99}' there, 64 here)",
+    ),
+    "a number that Python does not write": (
+        damage("config.yaml", f"batch_size: 0x{'f' * 5000}"),
+        "config.yaml: cannot be read (Exceeds the limit",
+    ),
+    "such a number for a key": (
+        damage("config.yaml", f"dataset:\n  ? 0x{'f' * 5000}\n  : 1"),
+        "config.yaml: cannot be read (Exceeds the limit",
+    ),
     "a result of no JSON": (damage("result.json", "{"), "result.json: is not a result"),
     "a result of no text": (damage("result.json", b"\xff\xfe"), "result.json: is not a result"),
     "a list for a result": (damage("result.json", "[1]"), "result.json: is not a result"),
-    "an empty result": (damage("result.json", "{}"), "result.json: tells no accuracy"),
+    "an empty result": (damage("result.json", "{}"), "result.json: has no accuracy"),
     "a result of a number for a figure": (
         edit("result.json", top1=3),
-        "result.json: tells no accuracy",
+        "result.json: has no accuracy",
     ),
     "a result of a text for a figure": (
         edit("result.json", top1={"last": "high"}),
-        "result.json: tells no accuracy",
+        "result.json: has no accuracy",
     ),
     "a number of 5000 digits": (
         damage("result.json", '{"top1": ' + "1" * 5000 + "}"),
@@ -889,7 +901,14 @@ RECORDS: dict[str, tuple[str | bytes, str]] = {
     "not a number": (json.dumps(RESULT | {"seconds": float("nan")}), "'seconds' is nan, out of"),
     "infinite": (json.dumps(RESULT | {"kl": float("inf")}), "'kl' is inf, out of range"),
     "5000 digits": (json.dumps(RESULT | {"seed": 0})[:-1] + f', "x": {"1" * 5000}}}', "not JSON"),
-    "400 digits": (json.dumps(RESULT | {"seconds": 10**400}), "'seconds' is 1000"),
+    "400 digits": (
+        json.dumps(RESULT | {"seconds": 10**400}),
+        f"'seconds' is 1{'0' * 29}...{'0' * 30}, out of range",
+    ),
+    "a recipe of 400 digits": (
+        json.dumps(RESULT | {"recipe": 10**400}),
+        f"'recipe' is 1{'0' * 29}...{'0' * 30}, but",
+    ),
     "below zero": (json.dumps(RESULT | {"agreement": -1}), "'agreement' is -1, out of range"),
     "above 100": (json.dumps(RESULT | {"teacher_top1": 101}), "'teacher_top1' is 101, out of"),
     "a name of two lines": (json.dumps(RESULT | {"dataset": "a\nb"}), "'dataset' is not a name"),
@@ -984,7 +1003,7 @@ def test_no_name_is_run_or_leaves_the_reports_files(
 OPTIONS: dict[str, tuple[list[str], int, str]] = {
     "no such option": (["--bset"], 2, "unrecognized arguments: --bset"),
     "two folders": (["a", "b"], 2, "unrecognized arguments: b"),
-    "a time of no number": (["--watch", "soon"], 2, "invalid _seconds value: 'soon'"),
+    "a time of no number": (["--watch", "soon"], 2, "should be a number of seconds (got 'soon')"),
     "no time": (["--watch", "0"], 2, "must be more than 0"),
     "nothing to write to": (["--out"], 2, "expected one argument"),
     "no such folder": (["nowhere"], 1, "no readable result.json under 'nowhere'"),

@@ -49,11 +49,9 @@ MISTAKES = [
     (["optimizer.lr=nan"], "optimizer.lr: should be"),
     (["optimizer.lr=inf"], "optimizer.lr: should be"),
     (["optimizer.momentum=1"], "optimizer.momentum: should be less than 1"),
-    (
-        ["optimizer.nesterov=true", "optimizer.momentum=0"],
-        "optimizer: nesterov=true needs a momentum above 0; set one, or nesterov=false",
-    ),
     (["optimizer.nesterov=1"], "optimizer.nesterov: should be a valid boolean"),
+    (["optimizer.nesterov=true", "optimizer.momentum=0"], "needs a momentum above 0; set optim"),
+    (["method=ft", "method.rate=100"], "method.rate: should be less than or equal to 4"),
     (["batch_size=0"], "batch_size: should be greater than 0"),
     (["batch_size=1.5"], "batch_size: should be a valid integer"),
     (["batch_size=true"], "batch_size: should be a valid integer"),

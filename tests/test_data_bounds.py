@@ -221,6 +221,11 @@ def test_a_file_beyond_the_bound_is_not_read(tmp_path: Path, size: int) -> None:
     assert time.monotonic() - start < 5
 
 
+def test_the_files_that_all_threads_hold_fit_into_memory() -> None:
+    most_threads = 32  # of a ThreadPoolExecutor, by default
+    assert most_threads * MOST_BYTES <= 2**31
+
+
 def test_large_images_are_decoded_one_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

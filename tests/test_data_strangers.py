@@ -14,7 +14,7 @@ from test_data_cifar import small_cifar  # noqa: F401
 from test_data_folder import load, make_folder, refused, settings
 from torchvision.datasets import ImageFolder
 
-from sskd.data.folder import folder_fingerprint
+from sskd.data.folder import folder_fingerprint, names_and_sizes
 from sskd.errors import UserError
 from train_student import train
 
@@ -41,6 +41,16 @@ HIDDEN = [
     "train/$RECYCLE.BIN/b.png",
     "test/System Volume Information/b.png",
     "test/lost+found/b.png",
+    "train/~snapshot/b.png",
+    "test/RECYCLER/b.png",
+    "train/TheVolumeSettingsFolder/b.png",
+    "train/_gsdata_/b.png",
+    "test/cat/@SynoResource/b.png",
+    "train/@SynoFinderMeta/b.png",
+    "train/aquota.user/b.png",
+    "test/cat/aquota.group",
+    "train/cat/~$b.png",
+    "train/~$cat/b.png",
 ]
 NO_IMAGE = [
     "train/README",
@@ -93,7 +103,11 @@ def test_what_is_passed_over_is_reported_in_one_line(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert len(err) < 500
-    for told in ("20 hidden", "2 outside of a class (test/b.JPG, train/a.png)", "9 without"):
+    for told in (
+        f"{len(HIDDEN)} hidden",
+        "2 outside of a class (test/b.JPG, train/a.png)",
+        "9 without",
+    ):
         assert told in err
     assert "\x1b" not in err
 
@@ -117,6 +131,23 @@ def test_images_come_in_the_order_of_torchvision(tmp_path: Path) -> None:
     assert ours.train.labels.tolist() == theirs.targets
     shades = [np.asarray(Image.open(path))[0, 0, 0] for path, _ in theirs.samples]
     assert ours.train.images[:, 0, 0, 0].tolist() == shades
+
+
+@pytest.mark.parametrize("levels", [65, 400])
+def test_a_folder_too_deep_is_one_line(tmp_path: Path, levels: int) -> None:
+    root = make_folder(tmp_path)
+    (root / "train/cat").joinpath(*["d"] * levels).mkdir(parents=True)
+    message = refused(root)
+    assert f"{root}/train/cat/d/"[:50] in message
+    assert "lies more than 64 folders below" in message
+    assert len(message) < 400
+
+
+def test_a_hidden_folder_may_be_as_deep_as_it_likes(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    (root / "train/.git").joinpath(*["d"] * 100).mkdir(parents=True)
+    assert len(load(root).train) == 7
+    assert names_and_sizes(settings(root)) is None
 
 
 # ---- what is missing ----

@@ -210,9 +210,13 @@ def test_wrappers_leave_their_names(kind: str, tmp_path: Path) -> None:
 def test_only_a_prefix_of_all_names_is_a_wrappers(tmp_path: Path) -> None:
     path = tmp_path / "net.pth"
     mixed = {("module." if name.startswith("fc") else "") + name: STATE[name] for name in STATE}
-    for content in (mixed, {**STATE, "extra": torch.ones(1)}, prefixed("modul")):
+    for content, problem in (
+        (mixed, "missing: 2 (first 'fc.weight'); not expected: 2 (first 'module.fc.weight')"),
+        ({**STATE, "extra": torch.ones(1)}, "not expected: 1 (first 'extra')"),
+        (prefixed("modul"), f"missing: {len(STATE)} (first 'conv1.weight')"),
+    ):
         torch.save(content, path)
-        assert "does not fit: " in refusal(path)
+        assert f"does not fit: {problem}" in refusal(path)
 
 
 def test_a_real_wrapper_is_read(tmp_path: Path) -> None:

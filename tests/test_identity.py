@@ -17,7 +17,7 @@ from test_run import CrashError, at_step, crash
 from sskd import CONF
 from sskd.config import Config
 from sskd.data import Images
-from sskd.identity import describe, difference, earlier_differences, run_folder
+from sskd.identity import describe, difference, differing, earlier_differences, run_folder
 from sskd.models import build_model
 from sskd.results import _circumstances
 from sskd.sweep import Sweep
@@ -238,3 +238,24 @@ def test_the_number_of_threads_is_in_the_result(few_images: Images, more: int) -
         assert _circumstances(few_images)["threads"] == threads + more
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"batch_size": "x" * 50_000},
+        {"batch_size": 1 << 20_000},
+        {"x" * 50_000: 1},
+        {f"k{number}": 1 for number in range(10_000)},
+    ],
+)
+def test_what_differs_is_a_short_line(found: dict[str, object]) -> None:
+    told = differing(found, {"batch_size": 64})
+    assert "batch_size (" in told
+    assert len(told) < 1000
+
+
+def test_a_digest_that_differs_is_told_whole() -> None:
+    one, other = (hashlib.sha256(text).hexdigest() for text in (b"one", b"other"))
+    told = differing({"dataset": {"digest": one}}, {"dataset": {"digest": other}})
+    assert told == f"dataset.digest ('{one}' there, '{other}' here)"

@@ -158,7 +158,10 @@ def goes_on(run: Run) -> None:
     assert state["holder"] == "new"
     assert [figures["epoch"] for figures in third.metrics] == [1, 2, 3, 4]
     third.finish(None, {"kind": "phase"})
-    assert json.loads((run.folder / "result.json").read_text()) == {"kind": "phase"}
+    assert json.loads((run.folder / "result.json").read_text()) == {
+        "kind": "phase",
+        "run": {"seed": 1},
+    }
     third.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,16 @@ def test_it_is_the_last_top1_on_held_out_images(command: Command) -> None:
     first = [*Collector.returned]
     assert search(command, *CELL, HOLDOUT)[0] == 0
     assert Collector.returned == first * 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -5, 100.5, True, "77", None, [70.0]])
+@pytest.mark.parametrize("key", ["top1", "holdout_top1"])
+def test_what_is_no_percentage_is_no_accuracy(tmp_path: Path, key: str, value: object) -> None:
+    found = {"top1": {"last": 70.0}, "holdout_top1": None}
+    assert objective(found, tmp_path) == 70.0
+    with pytest.raises(UserError, match="has no accuracy") as caught:
+        objective(found | {key: {"last": value}}, tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'result.json'}: ")
 
 
 def test_without_them_it_is_the_test_sets_and_that_is_said_once(command: Command) -> None:

@@ -94,7 +94,6 @@ def test_other_data_of_one_name_is_never_averaged(
         [data("folder", A), data("folder", A)],
         [data("npz", B, name="mine"), data("npz", B, name="mine")],
         [data("cifar100", name="cifar100"), data(None, name="cifar100")],
-        [data(None), data(None)],
         [data("cifar10"), data("cifar10")],
     ],
 )
@@ -326,3 +325,97 @@ def test_a_run_records_its_data_and_its_teacher(composed: Compose, tmp_path: Pat
     report = read_report(tmp_path / "runs", never)
     assert len(report.results) == 3
     assert all(read_origin(run.folder) == run.origin for run in report.results)
+
+
+# ---- a default that was changed in conf, which no difference from it says ----
+
+SETTINGS: dict[str, Any] = {
+    "seed": 0,
+    "student": {"name": "resnet20", "base_lr": 0.05},
+    "teacher": {"name": "resnet56", "digest": A},
+    "method": {"name": "kd", "temperature": 4.0, "weights": {"ce": 0.1, "kd": 0.9}},
+    "dataset": {"source": "cifar100", "name": "cifar100", "digest": None},
+    "optimizer": {"name": "sgd", "weight_decay": 0.0005},
+    "schedule": {"epochs": 240},
+}
+
+
+def named(seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """Return what a result says of its run: SETTINGS, with ``group__key`` changed."""
+    values = json.loads(json.dumps(SETTINGS | {"seed": seed}))
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        node = values
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return {"run": values, "seed": seed}
+
+
+@pytest.mark.parametrize(
+    ("change", "label"),
+    [
+        ({"optimizer__weight_decay": 0.3}, "optimizer.weight_decay=0.3"),
+        ({"optimizer__nesterov": True, "optimizer__weight_decay": 0.1}, "weight_decay=0.1"),
+        ({"student__base_lr": 0.01}, "student.base_lr=0.01"),
+    ],
+)
+def test_runs_before_and_after_a_changed_default_are_shown_apart(
+    tmp_path: Path, change: dict[str, Any], label: str
+) -> None:
+    put_run(tmp_path, "seed0", [70.0], **named(0))
+    put_run(tmp_path, "seed1", [72.0], **named(1))
+    put_run(tmp_path, "seed2", [30.0], **named(2, **change))
+    report, warnings = read(tmp_path)
+    found = {
+        e.setting: (e.mean, e.n) for t in report.tables("last") for e in t.entries if e.row == "KD"
+    }
+    assert len(found) == 2
+    assert {value for key, value in found.items() if label in key} == {(30.0, 1)}
+    assert {value for key, value in found.items() if label not in key} == {(71.0, 2)}
+    assert any(label.partition("=")[0] in line for line in warnings)
+
+
+def test_a_changed_default_of_a_method_has_a_row_of_its_own(tmp_path: Path) -> None:
+    put_run(tmp_path, "seed0", [70.0], **named(0))
+    put_run(tmp_path, "seed1", [50.0], **named(1, method__temperature=2.0))
+    put_run(tmp_path, "at", [60.0], method="at", **named(0, method__temperature=1.0))
+    report, _ = read(tmp_path)
+    rows = {e.row: e.mean for t in report.tables("last") for e in t.entries if e.row != "teacher"}
+    assert rows == {
+        "KD (method.temperature=2.0)": 50.0,
+        "KD (method.temperature=4.0)": 70.0,
+        "AT": 60.0,
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"teacher__digest": B}, {"dataset__digest": B}, {"dataset__name": "other"}],
+)
+def test_what_is_told_apart_otherwise_is_no_setting(tmp_path: Path, change: dict[str, Any]) -> None:
+    put_run(tmp_path, "seed0", [70.0], **named(0))
+    put_run(tmp_path, "seed1", [72.0], **named(1, **change))
+    put_run(tmp_path, "older", [74.0], seed=2)  # says nothing of its settings
+    report, warnings = read(tmp_path)
+    assert warnings == []
+    (entry,) = (e for t in report.tables("last") for e in t.entries if e.row == "KD")
+    assert (entry.mean, entry.n) == (72.0, 3)
+
+
+def test_another_students_learning_rate_sets_nothing_apart(tmp_path: Path) -> None:
+    put_run(tmp_path, "one", [70.0], **named(optimizer__lr=0.05))
+    other = named(optimizer__lr=0.01, student__name="ShuffleV1", student__base_lr=0.01)
+    put_run(tmp_path, "other", [72.0], student="ShuffleV1", **other)
+    report, warnings = read(tmp_path)
+    assert warnings == []
+    assert {run.difference for run in report.results} == {()}
+
+
+def test_runs_of_unknown_data_are_averaged_with_a_warning(tmp_path: Path) -> None:
+    for seed in range(2):
+        put_run(tmp_path, f"seed{seed}", [10.0 + 80 * seed], seed=seed, **data(None, name="pets"))
+    report, warnings = read(tmp_path)
+    assert entries(report)["pets"].n == 2
+    (line,) = warnings
+    assert "runs of 'pets' do not record their data" in line

@@ -192,9 +192,10 @@ HOSTILE = ("$\\frac{", "$x$ $y$", "</text><script>alert(1)</script>", "--><b>", 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_any_name_can_be_drawn(tmp_path: Path, name: str, recwarn: pytest.WarningsRecorder) -> None:
-    put_alone(tmp_path, "alone", [69.0, 70.0], student=name, dataset=name)
-    put_run(tmp_path, "kd", [69.0, 71.0], student=name, teacher=name, dataset=name)
-    folder = put_run(tmp_path, "x", student=name, teacher=name, dataset=name, method=name)
+    data: dict[str, Any] = {"dataset": name, "dataset_source": "folder", "student": name}
+    put_alone(tmp_path, "alone", [69.0, 70.0], **data)
+    put_run(tmp_path, "kd", [69.0, 71.0], teacher=name, **data)
+    folder = put_run(tmp_path, "x", teacher=name, method=name, **data)
     put_metrics(folder, [epoch_line(name, e, 50.0 + e, **{f"loss/{name}": 1.0}) for e in (1, 2)])
     for key, figure in figures(tmp_path).items():
         assert key.isascii()

@@ -28,6 +28,7 @@ NAMES = [
     *("_x_", "__x__", "x_", "~~s~~", "~s~", "&lt;b&gt;", "&#124;", "![i](//e.vil/x)", "$x$"),
     *("https://e.vil/x", "HTTP://e.vil", "ftp://e.vil", "www.e.vil", "WWW.e.vil", "<//e.vil>"),
     *("a@e.vil", "mailto:a@e.vil", "xmpp:a@e.vil/x", "[^1]", "[x]: //e.vil", "<!--", "a\\|b\\"),
+    *(":skull:", "a:+1:b", ":_x_:", "a:b"),
     *("wrn_40_2", "a_*_b_", "# x", "- x", "1. x", "> x", "---", "x #", "\\"),
 ]
 
@@ -48,6 +49,14 @@ def test_markdown_escapes_each_sign_of_markup() -> None:
         "| a\\|b<br>c | \\<img> \\[x\\](y) \\`z\\` \\\\\\| |\n"
         "| \\_x\\_ \\~y\\~ \\&amp; \\$z\\$ | wrn_40_2 www\\.x |\n"
     )
+
+
+@pytest.mark.parametrize("name", [":skull:", "a :+1:", ":flag_de:", ":_x_:", ":x-y:"])
+def test_no_emojis_name_is_left_in_one_piece(name: str) -> None:
+    """GitHub looks for them in the text of the page, in which a backslash has had its effect."""
+    text = render_markdown(as_table([name])).replace("\\", "")
+    assert re.search(r":[\w+-]+:", re.sub(r"\n\| :?---.*", "", text)) is None
+    assert name in text.replace("<!-- -->", "")
 
 
 @pytest.mark.skipif(shutil.which("cmark-gfm") is None, reason="no cmark-gfm, GitHub's own renderer")

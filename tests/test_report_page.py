@@ -196,10 +196,11 @@ HOSTILE = '</td><script>alert("x")</script><img src=//e.vil/x onerror=y>&amp;\'{
 
 def test_names_cannot_become_markup(tmp_path: Path) -> None:
     keys = ("dataset", "teacher", "student", "method")
-    names: dict[str, Any] = dict.fromkeys(keys, HOSTILE)
+    names: dict[str, Any] = dict.fromkeys(keys, HOSTILE) | {"dataset_source": "folder"}
     put_run(tmp_path, "run", **names, difference={HOSTILE: HOSTILE}, commit=HOSTILE)
     put_run(tmp_path, "kd", **(names | {"method": "kd"}))
-    put_alone(tmp_path, "alone", [1.0], dataset=HOSTILE, student=HOSTILE)
+    data = {"dataset": HOSTILE, "dataset_source": "folder"}
+    put_alone(tmp_path, "alone", [1.0], student=HOSTILE, **data)
     put_status(tmp_path / "<b>", "failed", error=HOSTILE, host=HOSTILE, command=HOSTILE)
     found = page(read_report(tmp_path, never))
     assert len(found.of("script")) == 1

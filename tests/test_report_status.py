@@ -260,3 +260,9 @@ def test_watch_refuses_times_that_are_none(
         command.main(["--watch", seconds])
     assert exit_.value.code == 2
     assert "--watch" in capsys.readouterr().err
+
+
+def test_watch_says_that_it_takes_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--watch", "x"])
+    assert "--watch: should be a number of seconds (got 'x')" in capsys.readouterr().err

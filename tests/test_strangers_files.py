@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
+import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Command
-from report_runs import put_run
+from report_runs import epoch_line, put_metrics, put_run
 from torch import nn
 
 import sskd.run_files
 import sskd.status
 import sskd.storage
 from sskd.errors import UserError
+from sskd.models import read_checkpoint
 from sskd.report.cells import read_cells
 from sskd.report.metrics import read_metrics
 from sskd.report.results import read_results
@@ -288,3 +292,61 @@ def test_a_grid_of_no_cells_or_endless_ones(
     status, out, err = command("-m", "dataset=digits", *words)
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert message in err
+
+
+def make_deep(top: Path, levels: int) -> Path:
+    """Make folders in folders, without end for a reader that calls itself for each."""
+    path = top.joinpath(*["d"] * levels)
+    path.mkdir(parents=True)
+    return path
+
+
+def test_a_run_too_deep_for_the_report_is_one_warning(tmp_path: Path) -> None:
+    deepest = make_deep(tmp_path, 64)
+    put_run(deepest.parent, "last that is read")
+    for name in ("a", "b", "c"):
+        put_run(deepest, name)
+        make_deep(deepest / name, 100)
+    for read in (read_results, read_cells):
+        warnings: list[str] = []
+        assert len(read(tmp_path, warnings.append)) == 1
+        line = told(warnings)
+        assert " and 2 more: more than 64 folders below " in line
+        assert len(line) < 400
+
+
+def test_a_tree_too_deep_for_the_stack_ends_no_report(tmp_path: Path) -> None:
+    """Without a bound ``os.walk`` needs a frame for each of its levels."""
+    make_deep(tmp_path, 400)
+    put_run(tmp_path, "run")
+    warnings: list[str] = []
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 200)
+    try:
+        assert len(read_results(tmp_path, warnings.append)) == 1
+    finally:
+        sys.setrecursionlimit(limit)
+    assert "left out" in told(warnings)
+
+
+def test_losses_without_end_get_no_curves(tmp_path: Path) -> None:
+    """A curve and a line of the legend for each of thousands took the report minutes."""
+    few, many = ({f"loss/t{number}": 1.0 for number in range(most)} for most in (50, 4000))
+    others = [{f"loss/{line}/{number}": 1.0 for number in range(100)} for line in range(30)]
+    figures = [few, many, few, *others]
+    put_metrics(tmp_path, [epoch_line("distill", k, **more) for k, more in enumerate(figures, 1)])
+    warnings: list[str] = []
+    lines = read_metrics(tmp_path, warnings.append)
+    assert [line.epoch for line in lines] == [1, 3, 4]
+    assert "30 of 33 lines are no epoch's figures; left out" in told(warnings)
+
+
+def test_a_large_file_is_no_checkpoint_and_is_not_read_whole(tmp_path: Path) -> None:
+    path = sparse(tmp_path / "x.pth", 3 << 30)
+    tracemalloc.start()
+    try:
+        with in_time(), pytest.raises(UserError, match="cannot be read as a checkpoint"):
+            read_checkpoint(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**28
+    finally:
+        tracemalloc.stop()

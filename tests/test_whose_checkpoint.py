@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from sskd.errors import UserError
 from sskd.identity import describe
 from sskd.run import Run
 from sskd.sealed import load_sealed, save_sealed
+from sskd.teachers import find_teacher, locate
+from train_student import train
 
 STUDENT = ("dataset=digits", "method=kd", "arch@teacher=resnet14", "arch@student=resnet8")
 OTHERS = {
@@ -135,3 +138,67 @@ def test_an_odd_name_is_damage_or_another_run(tmp_path: Path, odd: Any) -> None:
     save_sealed(folder / "last.pt", {**load_sealed(folder / "last.pt"), "run": odd})
     with pytest.raises(UserError, match=r"it names no run|another run"):
         resumed(folder, {"seed": 1})
+
+
+# ---- a result ----
+
+RESULT = {"kind": "distill", "top1": {"last": 70.0}}
+
+
+def finished(folder: Path, config: dict[str, Any]) -> Path:
+    with Run(folder, config).open() as run:
+        run.finish(nn.Linear(1, 1), RESULT)
+    return folder
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_another_runs_result_is_refused(composed: Compose, tmp_path: Path, key: str) -> None:
+    own = describe(composed(*STUDENT), "digest")
+    folder = finished(tmp_path / "own", own)
+    other = finished(tmp_path / "other", describe(composed(*STUDENT, OTHERS[key]), "digest"))
+    found = Run(folder, own).finished()
+    assert found is not None
+    assert found["top1"] == {"last": 70.0}
+    for name in ("result.json", "model.safetensors"):
+        shutil.copy(other / name, folder / name)
+    with pytest.raises(UserError, match=rf"result of another run: .*{key} \(") as caught:
+        Run(folder, own).finished()
+    assert str(caught.value).startswith(f"{folder / 'result.json'}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("word", SAME)
+def test_the_result_of_the_same_run_elsewhere_is_taken(
+    composed: Compose, tmp_path: Path, word: str
+) -> None:
+    folder = finished(tmp_path, describe(composed(*STUDENT), "digest"))
+    assert Run(folder, describe(composed(*STUDENT, word), "digest")).finished()
+
+
+def test_a_result_of_a_version_that_named_no_run_is_taken(
+    composed: Compose, tmp_path: Path
+) -> None:
+    own = describe(composed(*STUDENT), "digest")
+    folder = finished(tmp_path, own)
+    (folder / "result.json").write_text(json.dumps(RESULT))
+    assert Run(folder, own).finished() == RESULT
+    (folder / "result.json").write_text(json.dumps(RESULT | {"run": "resnet8"}))
+    with pytest.raises(UserError, match="it names no run"):
+        Run(folder, own).finished()
+
+
+def test_another_runs_result_and_weights_are_no_teacher(composed: Compose, tmp_path: Path) -> None:
+    words = ("dataset=digits", "dataset.fraction=0.05", "schedule.epochs=1", "device=cpu")
+    folders = []
+    for more in ((), ("seed=1",)):
+        config = composed(*words, "arch=resnet8", *more, primary="teacher")
+        train(config)
+        folders.append(locate(config)[0])
+    student = composed(
+        *words, "arch@teacher=resnet8", "arch@student=resnet8", "method=kd", "teacher.fraction=0.05"
+    )
+    assert find_teacher(student) is not None
+    for name in ("result.json", "model.safetensors", "best.pt"):
+        shutil.copy(folders[1] / name, folders[0] / name)
+    with pytest.raises(UserError, match=r"result of another run: seed \(1 there, 0 here\)"):
+        find_teacher(student)

@@ -19,7 +19,9 @@ from torchvision.transforms.functional import pil_to_tensor
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM")
 
 MOST_PIXELS = 2**26  # 67 megapixels: 256 MiB, as Pillow keeps 4 bytes a pixel
-MOST_BYTES = 2**28  # of a file: what 67 megapixels take uncompressed
+# Of a file: more than a camera's 67 megapixels take, or 22 uncompressed. The pool's threads, 32 at
+# most, each hold one file: 2 GiB.
+MOST_BYTES = 2**26
 MOST_TILES = 2**18  # of a TIFF file: 67 megapixels in tiles of 16 x 16; Pillow lists each
 
 # Larger images are decoded one at a time, so that many threads do not multiply the memory.

@@ -18,16 +18,16 @@ from sskd.data.digests import digests
 from sskd.data.images import Split
 from sskd.data.reading import Source, absolute, one_line, some
 from sskd.data.settings import DatasetSettings
-from sskd.errors import UserError
+from sskd.errors import UserError, shortened
 from sskd.output import complain_once
-from sskd.storage import read_bounded
+from sskd.storage import MOST_DEPTH, is_too_deep, read_bounded
 
 PARTS = ("train", "test")
 _LAYOUT = "train/CLASS and test/CLASS"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-# What systems, cameras' cards and network drives leave in folders, beside names with a dot in
-# front; in lower case.
+# What systems, office programs, cameras' cards and network drives leave in folders; in lower case.
+SYSTEM_STARTS = (".", "~$", "@syno")
 SYSTEM_NAMES = frozenset(
     {
         "thumbs.db",
@@ -41,15 +41,21 @@ SYSTEM_NAMES = frozenset(
         "lost+found",
         "system volume information",
         "$recycle.bin",
+        "recycler",
         "found.000",
         "#recycle",
         "#snapshot",
+        "~snapshot",
         "@eadir",
         "@recycle",
         "@recently-snapshot",
         "@tmp",
         "network trash folder",
         "temporary items",
+        "thevolumesettingsfolder",
+        "_gsdata_",
+        "aquota.user",
+        "aquota.group",
     }
 )
 
@@ -198,7 +204,7 @@ def _refuse_empty(part: Path, found: dict[str, list[str]]) -> None:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+    return name.lower().startswith(SYSTEM_STARTS) or name.lower() in SYSTEM_NAMES
 
 
 def _is_image(name: str) -> bool:
@@ -211,10 +217,15 @@ def _walk(top: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     Raises:
         OSError: a folder cannot be read; ``os.walk`` would leave it out.
         UserError: two names lead to one folder. Its images would count twice, and a few links
-            that lead back are as good as folders without end.
+            that lead back are as good as folders without end. Or a folder lies too deep.
     """
     seen: dict[tuple[int, int], str] = {}
     for step in os.walk(top, onerror=_raise, followlinks=True):
+        if is_too_deep(step[0], top):
+            raise UserError(
+                f"{shortened(step[0], 120)}: lies more than {MOST_DEPTH} folders below "
+                f"{shortened(str(top), 120)}; move or remove it"
+            )
         status = Path(step[0]).stat()
         first = seen.setdefault((status.st_dev, status.st_ino), step[0])
         if first != step[0] and status.st_ino:  # some systems number no folder

@@ -23,10 +23,10 @@ from sskd.methods.base import Stage, Step, in_float32
 from sskd.methods.kd import KD
 from sskd.models import Features
 from sskd.schedule import PhaseSettings
-from sskd.settings import EARLY, LATE
+from sskd.settings import Multiple
 
-# The factor's channels in relation to the teacher's; its layers' weights grow with the square.
-FactorRate = Annotated[float, Field(gt=0, le=4, allow_inf_nan=False), EARLY, LATE]
+# Of the teacher's channels; the memory grows with its square.
+Rate = Annotated[Multiple, Field(le=4)]
 
 
 @in_float32
@@ -79,7 +79,7 @@ class FT(KD):
         teacher: nn.Module,
         data: Images,
         *,
-        rate: FactorRate,
+        rate: Rate,
         paraphraser: PhaseSettings,
         **shared: Any,
     ) -> None:

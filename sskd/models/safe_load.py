@@ -66,8 +66,9 @@ _HARMLESS = (
     r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v2|parameter)|torch\.\w*Storage"
 )
 _MARK, _NAME, _VALUE = "mark", "name", "value"
+# Bytes of a pickle: it has names and shapes, and the tensors' bytes stand elsewhere.
+_MOST_PICKLED = 2**24
 _LEGACY_PICKLES = 5  # in a row, in front of the tensors' bytes, which may look like anything
-_MOST_LEGACY_PICKLED = 16 << 20  # bytes of those pickles; a network's take about 100 a tensor
 
 
 def load_torch_file(path: Path) -> Any:
@@ -139,9 +140,9 @@ def _refuse_long_words(stream: io.BytesIO, path: Path) -> None:
     except ValueError as error:  # the end of the file, or bytes that are no instruction
         if not started:
             return
-        if stream.tell() >= _MOST_LEGACY_PICKLED:
+        if stream.tell() >= _MOST_PICKLED:
             raise UserError(
-                f"{path} is damaged, or holds more than {_MOST_LEGACY_PICKLED >> 20} MiB beside "
+                f"{path} is damaged, or holds more than {_MOST_PICKLED >> 20} MiB beside "
                 "its tensors; fetch it again, or save the state dict alone"
             ) from error
         raise unreadable(path) from error
@@ -241,6 +242,7 @@ def _pickled_bytes(file: BinaryIO) -> bytes:
     """Return the pickles of a torch file; of the legacy format the tensors' first bytes, too."""
     if not zipfile.is_zipfile(file):
         file.seek(0)
-        return file.read(_MOST_LEGACY_PICKLED)
+        return file.read(_MOST_PICKLED)
     with zipfile.ZipFile(file) as archive:
-        return b"".join(archive.read(n) for n in archive.namelist() if n.endswith("data.pkl"))
+        names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        return b"".join(archive.open(name).read(_MOST_PICKLED) for name in names)

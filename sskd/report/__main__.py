@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from sskd.errors import UserError, printable
+from sskd.errors import UserError, printable, shortened
 from sskd.output import complain, output_status, reader_has_gone, say, steady_output
 from sskd.report.files import write_files
 from sskd.report.render import render_text
@@ -186,7 +186,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        message = f"should be a number of seconds (got {shortened(text)})"
+        raise argparse.ArgumentTypeError(message) from None
     if not 0 < seconds <= 86_400:
         raise argparse.ArgumentTypeError("must be more than 0 and at most a day, 86400")
     return seconds

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
 
 from sskd.report.origin import FIXED, SHOWN, Origin
 from sskd.report.published import published_for
-from sskd.report.result import Result, Settings
+from sskd.report.result import ROW_KEYS, Result, Settings
 
 EPOCHS = "epochs"
+EPOCHS_SETTING = "schedule.epochs"
 Warn = Callable[[str], None]
+# A dataset's name, a key, and which of its runs have one value of that setting.
+Scope = tuple[str, str, tuple[object, ...]]
 
 
 def tell_apart(results: Sequence[Result], warn: Warn) -> list[Result]:
     """Return ``results``, renamed if one name covers runs that must not be averaged.
 
     The name of a dataset that is of several sources or digests gets these, and the setting of runs
-    that trained for other numbers of epochs gets that number. ``warn`` gets a line for each.
+    that trained for other numbers of epochs, or by another value of a default that was changed in
+    ``conf``, gets that number or value. ``warn`` gets a line for each.
     """
-    return _by_epochs(_by_data(results, warn), warn)
+    return _by_settings(_by_epochs(_by_data(results, warn), warn), warn)
 
 
 def _by_data(results: Sequence[Result], warn: Warn) -> list[Result]:
@@ -36,6 +40,8 @@ def _by_data(results: Sequence[Result], warn: Warn) -> list[Result]:
         if len(own) > 1:
             found = ", ".join(f"'{label}' ({counts[name, data]})" for data, label in own.items())
             warn(f"the name '{name}' stands for {len(own)} datasets, shown apart: {found}")
+        elif counts[name, Origin()] > 1:
+            warn(f"runs of '{name}' do not record their data; they are averaged as if it were one")
     return [
         replace(run, dataset=labels[dataset])
         for run, dataset in zip(results, datasets, strict=True)
@@ -86,6 +92,30 @@ def _by_epochs(results: Sequence[Result], warn: Warn) -> list[Result]:
         else run
         for run in results
     ]
+
+
+def _by_settings(results: Sequence[Result], warn: Warn) -> list[Result]:
+    """Add the settings to the difference of runs of one name that differ in them."""
+    found: dict[Scope, set[str]] = {}
+    for run in results:
+        for key, value in run.settings:
+            if key != EPOCHS_SETTING:  # which is looked at already
+                found.setdefault(_scope(run, key), set()).add(value)
+    several = {scope: sorted(values) for scope, values in found.items() if len(values) > 1}
+    for (dataset, key, _), values in several.items():
+        warn(f"runs of '{dataset}' by one name have {key}={' or '.join(values)}, shown apart")
+    return [_with_settings(run, several) for run in results]
+
+
+def _scope(run: Result, key: str) -> Scope:
+    """Return what has one value of the setting ``key``: a row's, or those of one student."""
+    row = (run.teacher, run.method, run.variant) if key.startswith(ROW_KEYS) else ()
+    return run.dataset, key, (run.student, run.setting, *row)
+
+
+def _with_settings(run: Result, several: Container[Scope]) -> Result:
+    added = {key: value for key, value in run.settings if _scope(run, key) in several}
+    return replace(run, difference=tuple(sorted((added | dict(run.difference)).items())))
 
 
 def _is_usual(run: Result) -> bool:

@@ -9,7 +9,7 @@ from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
-from sskd.errors import printable
+from sskd.errors import printable, shortened
 from sskd.lock import is_held
 from sskd.report import fields
 from sskd.report.metrics import EpochLine, read_metrics
@@ -96,7 +96,7 @@ def _read_status(folder: Path, warn: Callable[[str], None]) -> fields.Record:
     try:
         status = fields.parse_object(read_bounded_text(path, MOST))
         if fields.text(status, "state") not in STATES:
-            raise ValueError(f"'state' is {status['state']!r}")
+            raise ValueError(f"'state' is {shortened(status['state'])}")
     except (OSError, ValueError) as error:
         warn(f"{path}: {error}; taken for no status")
         return {}

@@ -6,7 +6,7 @@ import json
 import sys
 from datetime import UTC, datetime
 
-from sskd.errors import printable
+from sskd.errors import printable, shortened
 
 Record = dict[str, object]
 
@@ -54,7 +54,7 @@ def number(record: Record, key: str, low: float = 0.0, high: float = sys.float_i
         raise ValueError(f"'{key}' is not a number")
     # False for NaN as well, and for infinity, which JSON files of Python's can hold.
     if not low <= value <= high:
-        raise ValueError(f"'{key}' is {value}, out of range")
+        raise ValueError(f"'{key}' is {shortened(value)}, out of range")
     return float(value)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from sskd.errors import shortened
 from sskd.report import fields
 from sskd.run_files import METRICS, MOST_EPOCHS, MOST_METRICS
 from sskd.storage import is_plain_file, read_lines
@@ -15,6 +16,8 @@ from sskd.storage import is_plain_file, read_lines
 TEST_TOP1 = "test/top1"
 LOSS, WEIGHTED = "loss/", "weighted/"
 LARGEST = 1e30
+# Names in all lines of a run, which writes some twenty: a curve is drawn for each loss.
+MOST_FIGURES = 200
 
 
 @dataclass(frozen=True)
@@ -39,16 +42,20 @@ class Curve:
 def read_metrics(folder: Path, warn: Callable[[str], None]) -> list[EpochLine]:
     """Return the epochs of the run in ``folder``, in order; none where nothing was written.
 
-    Lines that are no epoch's are told to ``warn`` in one line and left out.
+    Malformed lines, and those that bring more than ``MOST_FIGURES``, are skipped and reported once
+    through ``warn``.
     """
     path = folder / METRICS
     if not is_plain_file(path):
         return []
     epochs, damaged = [], 0
+    names: set[str] = set()
     try:
         for line in read_lines(path, MOST_METRICS, MOST_EPOCHS):
             try:
-                epochs.append(_parse_line(line.decode()))
+                epoch = _parse_line(line.decode())
+                names = _refuse_many(names | epoch.figures.keys())
+                epochs.append(epoch)
             except ValueError:
                 damaged += 1
     except (OSError, ValueError) as error:
@@ -92,6 +99,12 @@ def loss_curves(runs: list[list[EpochLine]], prefix: str) -> dict[str, Curve]:
     }
 
 
+def _refuse_many(names: set[str]) -> set[str]:
+    if len(names) > MOST_FIGURES:
+        raise ValueError(f"it has more than {MOST_FIGURES} figures")
+    return names
+
+
 def _parse_line(text: str) -> EpochLine:
     record = fields.parse_object(text)
     figures = {
@@ -103,7 +116,7 @@ def _parse_line(text: str) -> EpochLine:
     }
     epoch = fields.integer(record, "epoch")
     if epoch > MOST_EPOCHS:
-        raise ValueError(f"'epoch' is {epoch}, out of range")
+        raise ValueError(f"'epoch' is {shortened(epoch)}, out of range")
     return EpochLine(fields.text(record, "stage"), epoch, figures, fields.moment(record, "date"))
 
 

@@ -96,11 +96,14 @@ _MARKUP = re.compile(
     r"[\\`*\[\]|<&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.", re.IGNORECASE
 )
 
+# The colon in front of an emoji's name, in which underscores may be escaped by now.
+_EMOJI_OR_AT = re.compile(r":(?=[\w+\\-]+:)|@")
+
 
 def _escaped(text: str) -> str:
     escaped = _MARKUP.sub(r"\\\g<0>", text)
-    # An address with an @ stays one behind a backslash, but not with a comment in it.
-    return escaped.replace("@", "@<!-- -->").replace("\n", "<br>")
+    # Behind a backslash an address with an @, and an emoji's name, stay one; with a comment not.
+    return _EMOJI_OR_AT.sub(r"\g<0><!-- -->", escaped).replace("\n", "<br>")
 
 
 def _csv_cell(value: str | float | None) -> str | float:

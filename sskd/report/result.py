@@ -27,6 +27,7 @@ class Result:
     of CE and KD as ``weighting`` if they have a name. ``epochs`` counts those of the last stage.
     ``teacher_epoch`` is the epoch that was asked for, which ``difference`` does not have if the
     teacher is a file. It, ``peak_memory_mib``, ``commit`` and ``epochs`` are None if not recorded.
+    ``settings`` are all that decide the result but the seed and digests, empty if not recorded.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Result:
     epochs: int | None
     origin: Origin
     folder: Path
+    settings: Settings = ()
 
     @property
     def setting(self) -> Settings:

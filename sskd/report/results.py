@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from sskd.errors import shortened
+from sskd.nested import flatten
 from sskd.report import fields
 from sskd.report.apart import tell_apart
 from sskd.report.origin import Origin, parse_origin, read_origin
 from sskd.report.result import Result, Settings
-from sskd.run_files import MOST_RESULT, RESULT
-from sskd.storage import is_plain_file, read_bounded_text
+from sskd.run_files import MOST_RESULT, NAME, RESULT
+from sskd.storage import MOST_DEPTH, is_plain_file, is_too_deep, read_bounded_text
 from sskd.weightings import RECIPE, name_weighting
 
 
@@ -68,12 +70,26 @@ def _may_be_one(run: Result, other: Result) -> bool:
 
 
 def find_files(root: Path, names: Iterable[str], warn: Callable[[str], None]) -> Iterator[Path]:
-    """Yield the files under ``root`` with one of ``names``, but not in hidden folders; no links."""
+    """Yield the files under ``root`` with one of ``names``, but not in hidden folders; no links.
+
+    What lies too deep is left out and reported once through ``warn``.
+    """
+    deep: list[str] = []
     for folder, subfolders, files in os.walk(root, onerror=lambda error: warn(str(error))):
+        if is_too_deep(folder, root):
+            deep.append(folder)
+            subfolders.clear()
+            continue
         subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
         for path in (Path(folder, name) for name in names if name in files):
             if is_plain_file(path):
                 yield path
+    if deep:
+        more = f" and {len(deep) - 1} more" if deep[1:] else ""
+        warn(
+            f"{shortened(deep[0], 120)}{more}: more than {MOST_DEPTH} folders below "
+            f"{shortened(str(root), 120)}; left out"
+        )
 
 
 def parse_result(text: str, folder: Path) -> Result | None:
@@ -86,7 +102,7 @@ def parse_result(text: str, folder: Path) -> Result | None:
     if kind == "phase":
         return None
     if kind not in ("scratch", "distill"):
-        raise ValueError(f"'kind' is {kind!r}, neither 'scratch' nor 'distill'")
+        raise ValueError(f"'kind' is {shortened(kind)}, neither 'scratch' nor 'distill'")
     if kind == "scratch" and fields.get(record, "teacher") is not None:
         raise ValueError("'teacher' is not null in a run from scratch")
     memory = {"peak_memory_mib": None} | record  # older results do not tell it
@@ -119,14 +135,33 @@ def parse_result(text: str, folder: Path) -> Result | None:
         epochs=fields.integer(record, "epoch") if "epoch" in record else None,
         origin=parse_origin(record),
         folder=folder,
+        settings=_settings(record),
     )
+
+
+# Runs of one row differ in these on purpose, or the table shows them in other ways.
+_NOT_SETTINGS = ("seed", "dataset.name", "dataset.digest", "teacher.digest")
+
+
+def _settings(record: fields.Record) -> Settings:
+    """Return what the result says of its run's settings, as text by dotted key, sorted."""
+    named = record.get(NAME)
+    if not isinstance(named, dict):
+        return ()
+    try:
+        flat = flatten(named)
+    except RecursionError:
+        raise ValueError(f"'{NAME}' is nested too deeply") from None
+    return tuple(sorted((k, _as_text(v)) for k, v in flat.items() if k not in _NOT_SETTINGS))
 
 
 def _recipe(record: fields.Record) -> int:
     """Return the number of the recipe that the result's ``difference`` is a difference from."""
     recipe = fields.integer({"recipe": 1} | record, "recipe")
     if not 1 <= recipe <= RECIPE:
-        raise ValueError(f"'recipe' is {recipe}, but this version of sskd knows 1 to {RECIPE}")
+        raise ValueError(
+            f"'recipe' is {shortened(recipe)}, but this version of sskd knows 1 to {RECIPE}"
+        )
     return recipe
 
 
