@@ -10,20 +10,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-RUNS = ROOT / "results" / "runs" / "cpu"
+# A sweep's epochs, and the rows of it that have three seeds.
+SWEEPS = {
+    "cpu": (16, {"alone", "kd", "fitnet", "at", "nst", "crd", "sskd"}),
+    "short": (24, {"alone", "kd", "fitnet", "at", "crd", "sskd"}),
+}
 
 
-def curves() -> dict[str, list[float]]:
-    """Return by row the top-1 of each run's last epoch, read from its metrics alone."""
+def curves(sweep: str) -> dict[str, list[float]]:
+    """Return by row the top-1 of each bf16 run's last epoch, read from its metrics alone."""
     found: dict[str, list[float]] = {}
-    for path in sorted(RUNS.glob("*/*/*/**/metrics.jsonl")):
-        if "phases" in path.parts:
+    for path in sorted((ROOT / "results/runs" / sweep).glob("*/*/*/**/metrics.jsonl")):
+        config = path.with_name("config.yaml").read_text(encoding="utf-8")
+        if "phases" in path.parts or "precision: bf16" not in config:
             continue
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         folder = path.parent.parent.name
         row = "alone" if folder == "resnet20" else folder
         found.setdefault(row, []).append(lines[-1]["test/top1"])
-        assert lines[-1]["epoch"] == 16
+        assert lines[-1]["epoch"] == SWEEPS[sweep][0]
     return found
 
 
@@ -46,14 +51,15 @@ def table(page: str, heading: str, first: str) -> list[list[str]]:
 def test_the_front_page_has_what_the_runs_reached() -> None:
     header, cells, *_ = table("README.md", "### Measured so far", "alone")
     measured = {name.lower(): cell for name, cell in zip(header, cells, strict=True)}
-    reached = curves()
+    reached = curves("short")
     assert set(measured) == set(reached) - {"cc", "fsp", "nst"}
     assert measured == {name: figure(reached[name]) for name in measured}
 
 
-def test_the_page_of_results_has_what_the_runs_reached() -> None:
-    _, *rows = table("results/README.md", "## The `cpu` sweep", "resnet20")
-    reached = curves()
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_the_page_of_results_has_what_the_runs_reached(sweep: str) -> None:
+    _, *rows = table("results/README.md", f"## The `{sweep}` sweep", "resnet20")
+    reached = curves(sweep)
     assert {row[0].lower() for row in rows} == set(reached)
     means = {name: statistics.mean(values) for name, values in reached.items()}
     for name, top1, over_alone, over_kd, *_ in rows:
@@ -67,8 +73,9 @@ def test_the_page_of_results_has_what_the_runs_reached() -> None:
         assert bool(over_kd) == (row not in ("alone", "kd"))
 
 
-def test_all_seeds_of_the_first_rows_are_there() -> None:
-    several = {"alone", "kd", "fitnet", "at", "nst", "crd", "sskd"}
-    assert {name: len(values) for name, values in curves().items()} == {
-        name: 3 if name in several else 1 for name in curves()
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_all_seeds_of_the_first_rows_are_there(sweep: str) -> None:
+    several = SWEEPS[sweep][1]
+    assert {name: len(values) for name, values in curves(sweep).items()} == {
+        name: 3 if name in several else 1 for name in curves(sweep)
     }
