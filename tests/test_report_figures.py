@@ -181,6 +181,15 @@ def test_large_figures_and_long_names_can_be_drawn(tmp_path: Path) -> None:
     assert all(as_png(figure).startswith(b"\x89PNG") for figure in found.values())
 
 
+@pytest.mark.parametrize("least", [0.5, 1e-2, 3e-4, 1e-6, 1e-9])
+def test_losses_over_any_number_of_decades_have_a_few_labels(tmp_path: Path, least: float) -> None:
+    lines = [epoch_line("a", e, 50.0, **{"loss/kd": loss}) for e, loss in ((1, 9.0), (2, least))]
+    put_metrics(put_run(tmp_path, "run"), lines)
+    (axes,) = figures(tmp_path)["losses-resnet56-resnet20"].axes
+    low, high = axes.get_ylim()
+    assert 2 <= sum(low <= place <= high for place in axes.get_yticks()) <= 7
+
+
 def test_nothing_to_draw_draws_nothing(tmp_path: Path) -> None:
     folder = put_run(tmp_path, "run")
     (folder / "metrics.jsonl").unlink()

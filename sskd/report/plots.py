@@ -149,7 +149,9 @@ def _draw_terms(
     curves = (*raw.values(), *weighted.values())
     if all(value > 0 for curve in curves for value in curve.mean):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=7))
+        low, high = axes.get_ylim()
+        few_decades = high < 1000 * low
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if few_decades else (1,), numticks=6))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
     handles = [Patch(color=hue, label=shorten(term)) for term, hue in hues.items()]
