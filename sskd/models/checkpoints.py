@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from sskd.errors import UserError
 from sskd.models.layouts import (
     State,
-    known_parts,
     own_names,
     own_numbers,
     state_dicts,
@@ -134,12 +133,6 @@ def read_checkpoint(path: str | Path, fits: Callable[[State], bool] = is_known) 
     chosen = networks[_choose(networks, fits, path)]
     if problem := _problem(chosen, path):
         raise UserError(f"{path} {problem}; save it as an ordinary tensor")
-    if not fits(chosen) and len(parts := known_parts(chosen)) > 1:
-        prefixes = ", ".join(f"'{prefix[:_LONGEST_KEY]}'" for prefix in list(parts)[:5])
-        raise UserError(
-            f"{path} holds several networks in one state dict, their names beginning with "
-            f"{prefixes}; save the one that you mean in a file of its own"
-        )
     accuracy, epoch = stated_accuracy(facts), stated_epoch(facts)
     return Checkpoint(own_numbers(chosen), accuracy, epoch, path)
 

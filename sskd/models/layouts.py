@@ -28,15 +28,12 @@ VARIANCE, COUNTER = "running_var", "num_batches_tracked"
 _DEPTH = 2  # of dicts in dicts, which may also hold themselves
 _MOST_EPOCHS = 10**9
 _MOST_WRAPPERS = 10  # around each other
-_MOST_PARTS = 100  # of one state dict; each is compared with every architecture
-_FEWEST_TENSORS = 10  # no network of this suite has fewer
 
 
 def state_dicts(content: Mapping[Any, Any]) -> dict[str, State]:
-    """Return each dict of named tensors in ``content``, by its keys joined by dots.
+    """Return each dict of nothing but named tensors in ``content``, by its keys joined by dots.
 
-    A dict that holds other values too counts if its tensors are a known network's. One that is
-    there under several keys, as a small file can have a million, is returned once.
+    A dict that is there under several keys, as a small file can have a million, is returned once.
     """
     states: dict[str, State] = {}
     level: list[tuple[list[str], Mapping[Any, Any]]] = [([], content)]
@@ -44,11 +41,10 @@ def state_dicts(content: Mapping[Any, Any]) -> dict[str, State]:
     for _ in range(_DEPTH + 1):
         deeper: list[tuple[list[str], Mapping[Any, Any]]] = []
         for keys, each in level:
-            tensors = _named_tensors(each)
-            mixed = len(tensors) < len(each)
-            if tensors and (not mixed or _holds_network(tensors)):
-                states[".".join(keys)] = tensors
-            if not mixed:
+            if each and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in each.items()):
+                name = ".".join(keys)
+                # The key "a.b", and the key "b" in the dict "a", have one name.
+                states[f"{name} ({len(states)})" if name in states else name] = each
                 continue
             for key, value in each.items():
                 if isinstance(value, dict) and id(value) not in seen:
@@ -58,51 +54,19 @@ def state_dicts(content: Mapping[Any, Any]) -> dict[str, State]:
     return states
 
 
-def _named_tensors(values: Mapping[Any, Any]) -> State:
-    return {
-        name: value
-        for name, value in values.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
-
-
-def _holds_network(tensors: State) -> bool:
-    return len(tensors) >= _FEWEST_TENSORS and recognise(own_names(tensors)) is not None
-
-
 def own_names(raw: State) -> State:
     """Return ``raw`` by the network's own names, which wrappers have put their own in front of.
 
-    A known network gets the counters of batches that files of old versions lack, at 0. If the
-    names of just one prefix are a known network, what stands beside it is left out.
+    A wrapper's prefix, of whatever name, is one that all tensors share: of a network beside other
+    tensors nothing says that it is the one that is meant. A known network gets the counters of
+    batches that files of old versions lack, at 0.
     """
     state: State = {name: raw[name] for name in raw if name.rpartition(".")[2] not in PROFILED}
     if known := _unwrapped(state):
         return known
-    parts = known_parts(state)
-    if len(parts) == 1:
-        return next(iter(parts.values()))
     while prefix := _usual_prefix(state):
         state = _without(prefix, state)
     return state
-
-
-def known_parts(state: State, depth: int = _MOST_WRAPPERS) -> dict[str, State]:
-    """Return the known networks in ``state`` by the prefix that tells each from what is beside it.
-
-    ``depth`` is how many prefixes all names may share.
-    """
-    groups: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
-        groups.setdefault(f"{name.partition('.')[0]}.", {})[name] = tensor
-    if len(groups) == 1:
-        prefix = _shared_prefix(state)
-        return known_parts(_without(prefix, state), depth - 1) if prefix and depth else {}
-    large = {prefix: each for prefix, each in groups.items() if len(each) >= _FEWEST_TENSORS}
-    if len(large) > _MOST_PARTS:
-        return {}
-    networks = {prefix: _unwrapped(each) for prefix, each in large.items()}
-    return {prefix: network for prefix, network in networks.items() if network}
 
 
 def _unwrapped(state: State) -> State | None:
