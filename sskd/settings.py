@@ -37,7 +37,7 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), EARLY, LATE]
 ShareOfAny = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), EARLY, LATE]
 ShareBelowAll = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), EARLY, LATE]
 LearningRate = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False), EARLY, LATE]
-# A factor of a number of epochs.
+# A factor of a size in memory or of a number of epochs.
 Multiple = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False), EARLY, LATE]
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

@@ -63,9 +63,9 @@ def assert_advises_quotes(line: str, word: str) -> None:
 
 @pytest.mark.parametrize("word", UNQUOTED[:3])
 def test_unquoted_signs_are_one_line_that_says_how_to_quote(command: Command, word: str) -> None:
-    told = one_line(command, word)
-    assert told.startswith(f"{word}: cannot be read as KEY=VALUE")
-    assert_advises_quotes(told, word)
+    line = one_line(command, word)
+    assert line.startswith(f"{word}: cannot be read as KEY=VALUE")
+    assert_advises_quotes(line, word)
 
 
 @pytest.mark.parametrize("word", ["kd", "optimizer.lr=[1", "method={a: 1", "dataset.root='a", "=3"])
@@ -91,8 +91,8 @@ def test_a_comma_is_a_sweep_a_list_or_a_sign_of_the_value(command: Command, word
 
 def test_several_options_of_a_group_are_a_sweep_alone(command: Command) -> None:
     for word in ("method=kd,at", "arch@student=vgg8,vgg13"):
-        told = f"{word}: is several values; a sweep over them takes -m (--multirun)"
-        assert one_line(command, word) == told
+        line = f"{word}: is several values; a sweep over them takes -m (--multirun)"
+        assert one_line(command, word) == line
 
 
 # ---- a plus that is missing, or too many ----
@@ -109,14 +109,14 @@ def own_groups(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("group", ["experiment", "study", "experiment@more"])
 def test_a_group_that_takes_a_plus(command: Command, own_groups: Path, group: str) -> None:
-    told = one_line(command, "-cd", str(own_groups), f"{group}=mine")
-    assert told.startswith(f"{group}: no option of this group is chosen yet; add it with a plus")
-    assert told.endswith(f"+{group}=mine")
+    line = one_line(command, "-cd", str(own_groups), f"{group}=mine")
+    assert line.startswith(f"{group}: no option of this group is chosen yet; add it with a plus")
+    assert line.endswith(f"+{group}=mine")
 
 
 def test_with_the_plus_it_is_read(command: Command, own_groups: Path) -> None:
-    told = one_line(command, "-cd", str(own_groups), "+experiment=mine")
-    assert told == "seed: should be greater than or equal to 0 (got -5)"
+    line = one_line(command, "-cd", str(own_groups), "+experiment=mine")
+    assert line == "seed: should be greater than or equal to 0 (got -5)"
 
 
 @pytest.mark.parametrize("words", [
@@ -136,14 +136,14 @@ def test_a_setting_that_takes_a_plus(command: Command, words: tuple[str, ...]) -
     "++method=kd", "+schedule=short",
 ])  # fmt: skip
 def test_a_plus_too_many(command: Command, word: str) -> None:
-    told = one_line(command, word)
-    assert told.endswith(f"; write it without a plus: {word.lstrip('+')}")
+    line = one_line(command, word)
+    assert line.endswith(f"; write it without a plus: {word.lstrip('+')}")
 
 
 def test_a_setting_of_another_choice_is_not_said_to_take_a_plus(command: Command) -> None:
-    told = one_line(command, "optimizer=adamw", "optimizer.momentum=0.9")
-    assert told.startswith("optimizer.momentum: no such setting")
-    assert "plus" not in told
+    line = one_line(command, "optimizer=adamw", "optimizer.momentum=0.9")
+    assert line.startswith("optimizer.momentum: no such setting")
+    assert "plus" not in line
 
 
 @pytest.mark.parametrize("words", [
@@ -231,9 +231,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "told"), WRONG)
+@pytest.mark.parametrize(("name", "value", "message"), WRONG)
 def test_a_variable_that_wandb_cannot_read_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv(name, value)
@@ -241,7 +241,7 @@ def test_a_variable_that_wandb_cannot_read_is_one_line(
         check_environment("auto")
     line = str(caught.value)
     assert line.startswith(f"{name}={value}: ")
-    assert told in line
+    assert message in line
     assert "\n" not in line
     check_environment("disabled")  # what the line advises
 

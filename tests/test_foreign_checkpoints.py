@@ -538,8 +538,9 @@ def test_the_tensors_of_a_legacy_file_are_not_scanned(tmp_path: Path) -> None:
     assert peak_memory(lambda: read_checkpoint(path)) < 64 << 20
 
 
-def test_a_legacy_file_of_more_than_tensors_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_file_of_more_than_tensors_is_named(tmp_path: Path, zipped: bool) -> None:
     path = tmp_path / "net.pth"
     content = {"net": STATE, "log": "a" * (17 << 20)}
-    torch.save(content, path, _use_new_zipfile_serialization=False)
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
     assert "is damaged, or holds more than 16 MiB beside its tensors" in refusal(path)

@@ -62,23 +62,16 @@ def own_names(raw: State) -> State:
     batches that files of old versions lack, at 0.
     """
     state: State = {name: raw[name] for name in raw if name.rpartition(".")[2] not in PROFILED}
-    if known := _unwrapped(state):
-        return known
-    while prefix := _usual_prefix(state):
-        state = _without(prefix, state)
-    return state
-
-
-def _unwrapped(state: State) -> State | None:
-    """Return the known network that ``state`` is under prefixes of any name, or None."""
-    for _ in range(_MOST_WRAPPERS + 1):
-        if known := _known(state):
-            return known
-        prefix = _usual_prefix(state) or _shared_prefix(state)
-        if not prefix:
-            return None
-        state = _without(prefix, state)
-    return None
+    for _ in range(_MOST_WRAPPERS):
+        prefix = _wrappers_prefix(state)
+        if prefix is None:
+            break
+        state = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in state.items()
+            if name.startswith(prefix)
+        }
+    return _known(state) or state
 
 
 def _known(state: State) -> State | None:
@@ -95,23 +88,13 @@ def _known(state: State) -> State | None:
     return None
 
 
-def _without(prefix: str, state: State) -> State:
-    """Return the tensors whose names have ``prefix``, without it."""
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in state.items()
-        if name.startswith(prefix)
-    }
+def _wrappers_prefix(state: State) -> str | None:
+    """Return what a wrapper has put in front of the names in ``state``, if one has.
 
-
-def _shared_prefix(state: State) -> str | None:
-    """Return the first part of a name, with its dot, if every name has it."""
-    prefix = f"{next(iter(state), '').partition('.')[0]}."
-    return prefix if state and all(name.startswith(prefix) for name in state) else None
-
-
-def _usual_prefix(state: State) -> str | None:
-    return next((prefix for prefix in PREFIXES if _wraps(prefix, state)), None)
+    No architecture's own names all begin with one part.
+    """
+    first = f"{next(iter(state), '').partition('.')[0]}."
+    return next((prefix for prefix in (*PREFIXES, first) if _wraps(prefix, state)), None)
 
 
 def _wraps(prefix: str, state: State) -> bool:
