@@ -33,7 +33,7 @@ test-newest: $(READY)
 
 # Sweeps on a real SLURM, which is installed, started and stopped again on this machine: Debian, root.
 test-slurm: $(READY)
-	$(BIN)/python -m pytest tests/slurm.py
+	$(BIN)/python -m pytest tests/robustness/slurm.py
 
 # What the tests run of the suite's own code, in their processes' processes too, and what they do not.
 coverage: $(READY)
@@ -41,16 +41,16 @@ coverage: $(READY)
 
 # Hundreds of kills, power failures and full disks; prints a row of the table for each.
 torture: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/torture.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/robustness/torture.py
 
 # Ten minutes of damaged checkpoints, results and run folders: no crash, no hang, no code run.
 fuzz: $(READY)
-	$(BIN)/python tests/fuzz.py --minutes 10
+	$(BIN)/python tests/robustness/fuzz.py --minutes 10
 
 # 500 cells in one process, and one run of 20,000 epochs.
 soak: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py cells --cells 500
-	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py epochs --epochs 20000
+	OMP_NUM_THREADS=1 $(BIN)/python tests/robustness/soak.py cells --cells 500
+	OMP_NUM_THREADS=1 $(BIN)/python tests/robustness/soak.py epochs --epochs 20000
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sskd import CONF
-from sskd.cli import run_command, run_job
+from sskd.commands.job import run_command, run_job
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,9 +28,9 @@ def main(composed: DictConfig) -> float:
 def train_composed(composed: DictConfig) -> float:
     """Check the composed configuration, then train; return the accuracy that a sweep maximises."""
     # Importing torch takes seconds, which --help and tab completion should not.
-    from sskd.advice import about_weighting
+    from sskd.commands.advice import about_weighting
+    from sskd.commands.objective import check_search, objective
     from sskd.config import read_config
-    from sskd.objective import check_search, objective
     from sskd.output import say
 
     alone = HydraConfig.get().mode == RunMode.RUN
@@ -58,23 +58,23 @@ def carry_out(
         commanded: it is what the command is for, and not one of several, or on the way to it;
             under ``wandb agent`` the agent's W&B run is this one's.
     """
-    from sskd.acceleration import fold_teacher
-    from sskd.assembly import assemble, refuse_misfits
     from sskd.data import load_images, refuse_missing
     from sskd.device import choose_device, place, reset_peak_memory
-    from sskd.fit import Fit, stage_schedule
-    from sskd.identity import describe
     from sskd.output import say
-    from sskd.phases import share_phase
-    from sskd.pictures import save_views
-    from sskd.precompute import precompute
-    from sskd.results import last_top1, summarise
-    from sskd.run import Run
-    from sskd.run_folder import put_aside
-    from sskd.status import forced_in_this_sweep
-    from sskd.teachers import find_teacher, locate, missing_teacher
-    from sskd.tracking import Tracker, report_finished
-    from sskd.wandb_environment import check_environment, is_agents
+    from sskd.runs.folder import put_aside
+    from sskd.runs.identity import describe
+    from sskd.runs.run import Run
+    from sskd.runs.status import forced_in_this_sweep
+    from sskd.teachers.assembly import assemble, refuse_misfits
+    from sskd.teachers.find import find_teacher, locate, missing_teacher
+    from sskd.teachers.phases import share_phase
+    from sskd.teachers.precompute import precompute
+    from sskd.tracking.environment import check_environment, is_agents
+    from sskd.tracking.tracker import Tracker, report_finished
+    from sskd.training.acceleration import fold_teacher
+    from sskd.training.preview import save_views
+    from sskd.training.result import last_top1, summarise
+    from sskd.training.trainer import Fit, stage_schedule
 
     # ---- what is to be done, and where ----
     check_environment(config.wandb.mode)

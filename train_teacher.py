@@ -8,7 +8,7 @@ import hydra
 from omegaconf import DictConfig
 
 from sskd import CONF
-from sskd.cli import run_command, run_job
+from sskd.commands.job import run_command, run_job
 from train_student import train_composed
 
 

@@ -30,8 +30,8 @@ from sskd import CONF
 from sskd.config import read_config
 from sskd.errors import UserError
 from sskd.optimizers import OPTIMIZERS
-from sskd.run import Run
-from sskd.teachers import locate
+from sskd.runs.run import Run
+from sskd.teachers.find import locate
 from train_student import train
 
 
@@ -43,7 +43,7 @@ def plainly() -> Iterator[None]:
         module.to(device)
 
     with ExitStack() as stack:
-        stack.enter_context(patch("sskd.acceleration.fold_teacher", lambda *_: None))
+        stack.enter_context(patch("sskd.training.acceleration.fold_teacher", lambda *_: None))
         stack.enter_context(patch("sskd.device.place", to_device))
         for name, choice in list(OPTIMIZERS.items()):
             unfused = choice._replace(build=partial(_without_fusion, choice.build))

@@ -28,17 +28,17 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from sskd import CONF
-from sskd.acceleration import compile_loss, fold_teacher
-from sskd.assembly import assemble
 from sskd.config import Config, read_config
 from sskd.data import Batch, Images, Loader, Split
 from sskd.device import choose_device, place
 from sskd.errors import UserError
-from sskd.meter import Meter
 from sskd.methods import METHODS
 from sskd.optimizers import build_optimizer
-from sskd.step import enter, take_step
-from sskd.teacher_outputs import Layout, Precomputed, fits, layout_of, map_rows
+from sskd.teachers.assembly import assemble
+from sskd.teachers.outputs import Layout, Precomputed, fits, layout_of, map_rows
+from sskd.training.acceleration import compile_loss, fold_teacher
+from sskd.training.meter import Meter
+from sskd.training.step import enter, take_step
 
 BASE = "kd"
 CLASSES = 100

@@ -61,9 +61,9 @@ from benchmarks.methods import (
 from sskd.config import Config
 from sskd.data import Batch, Images, Loader, Split
 from sskd.device import choose_device, place
-from sskd.evaluation import accuracy, predict
 from sskd.methods import METHODS
 from sskd.models import build_model
+from sskd.training.evaluation import accuracy, predict
 
 EVALUATED = 10_000
 CELL = 240 * 50_000  # images of a run of the published length

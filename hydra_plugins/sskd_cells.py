@@ -1,6 +1,7 @@
 """Hydra's basic sweeper for cells that are runs of the suite.
 
-Hydra takes plugins from the package ``hydra_plugins`` only; what a cell is, ``sskd.sweep`` says.
+Hydra takes plugins from the package ``hydra_plugins`` only; ``sskd.commands.sweep`` says
+what a cell is.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class CellSweeper(BasicSweeper):
                 (after all have been).
         """
         # Importing torch takes seconds, which Hydra's search for plugins should not.
+        from sskd.commands.sweep import Sweep
         from sskd.errors import UserError
-        from sskd.sweep import Sweep
 
         size = self.max_batch_size
         if size is not None and size < 1:

@@ -28,9 +28,10 @@ from sskd.device import best_precision
 from sskd.errors import UserError, nearest, shortened
 from sskd.methods import METHODS, Method
 from sskd.models import ARCHITECTURES
-from sskd.nested import flatten
 from sskd.optimizers import OPTIMIZERS
+from sskd.overrides import flatten
 from sskd.paths import expanded
+from sskd.runs.weightings import about_renamed
 from sskd.schedule import Gamma, Milestones
 from sskd.settings import (
     Count,
@@ -44,7 +45,6 @@ from sskd.settings import (
     ShareBelowAll,
     ShareOfAny,
 )
-from sskd.weightings import about_renamed
 
 
 class ArchSettings(Settings):

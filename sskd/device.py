@@ -152,7 +152,8 @@ def peak_memory(device: torch.device) -> float | None:
     """Return the peak memory in MiB since ``reset_peak_memory``; None where nothing tells.
 
     On a GPU what PyTorch allocated there, on a CPU what the whole process kept in memory, with the
-    pages that it read of a mapped file (``sskd.teacher_outputs``), which other processes may share.
+    pages that it read of a mapped file (``sskd.teachers.outputs``), which other processes may
+    share.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20

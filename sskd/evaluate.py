@@ -11,10 +11,10 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import CompactHydraException
 
 from sskd import CONF
-from sskd.cli import explain
+from sskd.commands.job import explain
 from sskd.errors import UserError
-from sskd.nested import as_override
 from sskd.output import complain, output_status, say, steady_output
+from sskd.overrides import as_override
 
 _EXAMPLES = """
 examples:
@@ -65,8 +65,8 @@ def evaluate(checkpoint: str, arch: str | None, device: str, overrides: Sequence
     from sskd.config import read_config
     from sskd.data import load_images
     from sskd.device import choose_device, place
-    from sskd.evaluation import accuracy, predict
     from sskd.models import build_model, find_checkpoint, load_weights, read_checkpoint, recognise
+    from sskd.training.evaluation import accuracy, predict
 
     path = find_checkpoint(checkpoint)
     if arch is None:
@@ -100,8 +100,8 @@ def _dataset_of_run(checkpoint: Path) -> list[str]:
         UserError: its config.yaml chooses no dataset of this suite.
     """
     from sskd.data import SOURCES, DatasetSettings
-    from sskd.run_files import CONFIG
-    from sskd.run_folder import read_config_file
+    from sskd.runs.folder import read_config_file
+    from sskd.runs.names import CONFIG
 
     path = checkpoint.parent / CONFIG
     if not path.exists():
@@ -119,8 +119,8 @@ def _dataset_of_run(checkpoint: Path) -> list[str]:
 
 def _digest_of_run(checkpoint: Path) -> object:
     """Return the digest of the files that the run of ``checkpoint`` had, if it recorded one."""
-    from sskd.run_files import CONFIG
-    from sskd.run_folder import read_config_file
+    from sskd.runs.folder import read_config_file
+    from sskd.runs.names import CONFIG
 
     path = checkpoint.parent / CONFIG
     dataset = read_config_file(path).get("dataset") if path.exists() else None

@@ -1,7 +1,7 @@
 """The common ground of all checked settings.
 
 Every number has a lower and an upper bound, far inside what float32 and int64 hold: losses are
-computed in float32, from products of several settings. ``tests/test_number_bounds.py`` holds each
+computed in float32, from products of several settings. A test holds each
 field of each setting to that.
 """
 

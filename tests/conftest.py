@@ -22,12 +22,12 @@ from omegaconf import DictConfig
 
 import train_student
 from sskd import CONF
-from sskd.cli import run_command
+from sskd.commands.job import run_command
 from sskd.config import Config, read_config
 from sskd.data import SOURCES, Images, Split
 from sskd.output import complain_once
-from sskd.status import SWEEP_VARIABLE
-from sskd.teachers import missing_teacher
+from sskd.runs.status import SWEEP_VARIABLE
+from sskd.teachers.find import missing_teacher
 
 Compose = Callable[..., Config]
 

@@ -1,4 +1,4 @@
-"""What the server of tests/commands.py imports, and has done once, before it forks.
+"""What the server of tests/starting.py imports, and has done once, before it forks.
 
 The server alone imports it, in the folder of the tests.
 """
@@ -18,8 +18,10 @@ MODULES = (
     "torch._dynamo",  # an optimizer imports it when it is made
     "torchvision.transforms",
     "wandb",
-    *(f"sskd.{name}" for name in ("acceleration", "fit", "phases", "precompute", "results")),
-    *(f"sskd.{name}" for name in ("sweep", "tracking")),
+    *(f"sskd.training.{name}" for name in ("acceleration", "trainer", "result")),
+    *(f"sskd.teachers.{name}" for name in ("phases", "precompute")),
+    "sskd.commands.sweep",
+    "sskd.tracking.tracker",
     "train_student",
     "train_teacher",
 )
@@ -27,7 +29,7 @@ MODULES = (
 
 def prepare() -> None:
     """Import what a command imports, and do what each process of the suite does once."""
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests/robustness")]
     for name in MODULES:
         import_module(name)
 
@@ -38,8 +40,8 @@ def prepare() -> None:
 
     from sskd import CONF
     from sskd.config import read_config
-    from sskd.identity import recipe
     from sskd.models.recognition import recognise
+    from sskd.runs.identity import recipe
 
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: a child would wait for them
     few_digits.install()

@@ -24,11 +24,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import run
 from conftest import Compose, random_images
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
+from starting import run
 from torch import Tensor
 
 from sskd import CONF
@@ -249,7 +249,9 @@ def test_a_wrong_setting_of_the_pages_method_is_refused_by_name(
 def test_the_suite_tests_the_pages_method_as_it_is(checkout: Path) -> None:
     """On the 11 pairs, overfitting a batch, with a batch of one image, loading its state."""
     quiet = ("-q", "-p", "no:cacheprovider", "--color=no")
-    tested = run("-m", "pytest", "tests/test_methods.py", "-k", "dist", *quiet, cwd=checkout)
+    tested = run(
+        "-m", "pytest", "tests/methods/test_methods.py", "-k", "dist", *quiet, cwd=checkout
+    )
     assert tested.returncode == 0, tested.stdout
     passed = re.search(r"^(\d+) passed", tested.stdout, re.M)
     assert passed is not None, tested.stdout

@@ -11,8 +11,8 @@ from typing import Any
 
 from sskd import CONF
 from sskd.errors import UserError, nearest
+from sskd.files import write_text
 from sskd.output import complain, output_status, say, steady_output
-from sskd.storage import write_text
 
 DESCRIPTION = """\
 Build a Weights & Biases workspace and report of all runs of a project: tables of

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sskd.data.images import Split
 from sskd.data.reading import Source, flaw
-from sskd.storage import read_bounded, write_whole
+from sskd.files import read_bounded, write_whole
 
 ABOUT = "about"
 MOST_BYTES = 2**30  # CIFAR's caches have 184 MB

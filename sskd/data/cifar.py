@@ -26,7 +26,7 @@ from sskd.data.images import Split
 from sskd.data.reading import Source, absolute, one_line, some
 from sskd.data.settings import DatasetSettings
 from sskd.errors import UserError
-from sskd.storage import read_bounded
+from sskd.files import read_bounded
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 CIFAR_SIZE = 32

@@ -19,8 +19,8 @@ from sskd.data.images import Split
 from sskd.data.reading import Source, absolute, one_line, some
 from sskd.data.settings import DatasetSettings
 from sskd.errors import UserError, shortened
+from sskd.files import MOST_DEPTH, is_too_deep, read_bounded
 from sskd.output import complain_once
-from sskd.storage import MOST_DEPTH, is_too_deep, read_bounded
 
 PARTS = ("train", "test")
 _LAYOUT = "train/CLASS and test/CLASS"

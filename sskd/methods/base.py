@@ -116,7 +116,7 @@ class Method(nn.Module, ABC):
         self.student = student
         self.weights = dict(weights)
         self.adapters: tuple[nn.Module, ...] = ()
-        # The teacher's outputs looked up instead of computed (sskd.teacher_outputs).
+        # The teacher's outputs looked up instead of computed (sskd.teachers.outputs).
         self.precomputed: Callable[[Batch], Features] | None = None
         self.register_module("teacher", teacher)
         if teacher is not None:

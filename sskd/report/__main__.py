@@ -17,7 +17,7 @@ from sskd.report.render import render_text
 from sskd.report.report import Report, read_report
 from sskd.report.result import Epoch
 from sskd.report.status import count_states, render_status
-from sskd.run_files import RESULT
+from sskd.runs.names import RESULT
 
 DESCRIPTION = """\
 Show what all finished runs reached, in the layout of the published tables: one

@@ -10,13 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from sskd.errors import printable, shortened
-from sskd.lock import is_held
+from sskd.files import is_plain_file, read_bounded_text
 from sskd.report import fields
 from sskd.report.metrics import EpochLine, read_metrics
 from sskd.report.results import find_files
-from sskd.run_files import LAST, MOST_EPOCHS, RESULT
-from sskd.status import MOST, STATUS
-from sskd.storage import is_plain_file, read_bounded_text
+from sskd.runs.lock import is_held
+from sskd.runs.names import LAST, MOST_EPOCHS, RESULT
+from sskd.runs.status import MOST, STATUS
 
 # In the order of the lists; interrupted is told here only: running, by a process that has died.
 STATES = ("running", "queued", "stopped", "interrupted", "failed", "finished")

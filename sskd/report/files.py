@@ -8,11 +8,11 @@ from operator import methodcaller
 from pathlib import Path
 
 from sskd.errors import UserError
+from sskd.files import write_whole
 from sskd.report.latex import render_latex
 from sskd.report.render import render_markdown
 from sskd.report.report import Report
 from sskd.report.result import Epoch
-from sskd.storage import write_whole
 
 SUFFIXES = (".md", ".csv", ".tex", ".html")
 

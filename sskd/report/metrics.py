@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 
 from sskd.errors import shortened
+from sskd.files import is_plain_file, read_lines
 from sskd.report import fields
-from sskd.run_files import METRICS, MOST_EPOCHS, MOST_METRICS
-from sskd.storage import is_plain_file, read_lines
+from sskd.runs.names import METRICS, MOST_EPOCHS, MOST_METRICS
 
 TEST_TOP1 = "test/top1"
 LOSS, WEIGHTED = "loss/", "weighted/"

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sskd.files import read_bounded_text
 from sskd.report import fields
-from sskd.run_files import CONFIG, MOST_CONFIG
-from sskd.storage import read_bounded_text
+from sskd.runs.names import CONFIG, MOST_CONFIG
 
 SHOWN = 8  # digits of a digest
 # Sources whose content is always the same; their names belong to no other data.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from sskd.report.facts import read_figures
 from sskd.report.result import DIGEST, Result, Settings
-from sskd.weightings import WEIGHTING
+from sskd.runs.weightings import WEIGHTING
 
 Pair = tuple[str, str]
 TEACHER_ROW = "teacher"

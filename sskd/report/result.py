@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sskd.report.origin import Origin
-from sskd.weightings import WEIGHTING
+from sskd.runs.weightings import WEIGHTING
 
 Epoch = Literal["last", "best"]
 Settings = tuple[tuple[str, str], ...]

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from sskd.errors import shortened
-from sskd.nested import flatten
+from sskd.files import MOST_DEPTH, is_plain_file, is_too_deep, read_bounded_text
+from sskd.overrides import flatten
 from sskd.report import fields
 from sskd.report.apart import tell_apart
 from sskd.report.origin import Origin, parse_origin, read_origin
 from sskd.report.result import Result, Settings
-from sskd.run_files import MOST_RESULT, NAME, RESULT
-from sskd.storage import MOST_DEPTH, is_plain_file, is_too_deep, read_bounded_text
-from sskd.weightings import RECIPE, name_weighting
+from sskd.runs.names import MOST_RESULT, NAME, RESULT
+from sskd.runs.weightings import RECIPE, name_weighting
 
 
 def read_results(root: Path, warn: Callable[[str], None]) -> list[Result]:

@@ -14,7 +14,7 @@ from sskd.report.files import write_files
 from sskd.report.groups import Entry
 from sskd.report.report import Report
 from sskd.report.rows import display_name, row_label
-from sskd.wandb_runs import open_run, sync_later
+from sskd.tracking.session import open_run, sync_later
 
 # What sets a row of the table of results apart; see ``sskd.report.groups.Entry``.
 PLACE = ("dataset", "setting", "table", "teacher", "student", "row")

@@ -1,0 +1,173 @@
+"""What to type instead of a word of the command line that Hydra refuses."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from sskd import CONF
+from sskd.errors import UserError, nearest, printable, shortened
+from sskd.overrides import as_override, flatten
+from sskd.runs.weightings import METHODS, WEIGHTING, about_renamed
+
+# The one group that the defaults leave open.
+_OPTIONAL_GROUP = "pair"
+
+
+def refuse_missing_keys(words: Iterable[str]) -> None:
+    """Refuse a word of the command line that names no key: Hydra's message would not show it.
+
+    Raises:
+        UserError: one of ``words`` is empty, or has nothing before its equals sign.
+    """
+    for word in words:
+        if re.fullmatch(r"\s*[+~]*\s*(=.*)?", word, re.DOTALL):
+            raise UserError(f"{shortened(word)}: should be KEY=VALUE, such as seed=1")
+
+
+def refuse_odd_choices(words: Iterable[str]) -> None:
+    """Refuse a word of the command line that gives a group of the suite anything but an option.
+
+    Hydra merges the options of a list, and its error about other values does not name the group.
+
+    Raises:
+        UserError: one of ``words`` gives a group a list or no text, or deletes it.
+    """
+    words = list(words)
+    added = {match[1] for word in words if (match := re.match(r"\+([\w@/]+)=", word))}
+    for word in words:
+        match = re.fullmatch(r"(~|\+*)([\w@]+)(?:=(.*))?", word, re.DOTALL)
+        group = match[2].partition("@")[0] if match else ""
+        if match is None or not group or not (CONF / group).is_dir():
+            continue
+        key, value = match[2], match[3]
+        deleted = match[1] == "~" and key != _OPTIONAL_GROUP and key not in added
+        if deleted or (value is not None and _is_no_option(value)):
+            options = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+            raise UserError(
+                f"{printable(word)}: {key} needs one option (there are: {options}); "
+                f"a sweep takes several: -m {key}=OPTION,OPTION"
+            )
+
+
+def _is_no_option(value: str) -> bool:
+    """Return whether Hydra reads ``value`` as anything but a name: a list, a dict, a number."""
+    number = r"[+-]?[\d.]+(e[+-]?\d+)?"
+    other = rf"\s*(\[.*|\{{.*|null|true|false|{number})\s*"
+    return bool(re.fullmatch(other, value, re.IGNORECASE | re.DOTALL))
+
+
+def about_weighting(method: str, words: Iterable[str]) -> str:
+    """Return a line if one of ``words`` chooses a weighting that ``method`` does not have."""
+    given = [word for word in words if re.match(rf"\+*{WEIGHTING}[.=]", word)]
+    if method in METHODS or not given:
+        return ""
+    return (
+        f"{printable(given[0])}: has no effect on method={method}, whose weights are its own "
+        "(method.weights.KEY=VALUE changes them)"
+    )
+
+
+def about_quotes(word: str) -> str:
+    """Return how to quote ``KEY=VALUE`` for the shell and for Hydra; nothing for other words."""
+    match = re.fullmatch(r"([+~]*[\w./@-]+)=([^\[{'\"].*)", word, re.DOTALL)
+    if match is None or not word.isprintable():
+        return ""
+    quoted = as_override(match[1], match[2])
+    # In double quotes a shell reads on in these only.
+    for_shell = shlex.quote(quoted) if re.search(r'["$`\\!]', quoted) else f'"{quoted}"'
+    return f"; a value with such signs is quoted twice, for the shell and for Hydra: {for_shell}"
+
+
+def about_commas(error: Exception) -> str | None:
+    """Return the line about several values without ``-m``, or None if ``error`` is another."""
+    match = re.match(r"Ambiguous value for argument '(.*?)'\n1\. To use", str(error), re.DOTALL)
+    if match is None:
+        return None
+    key, _, value = match[1].partition("=")
+    line = f"{match[1]}: is several values; a sweep over them takes -m (--multirun)"
+    if (CONF / key.partition("@")[0]).is_dir():
+        return line
+    as_list = shlex.quote(f"{key}=[{value}]")
+    return f"{line}, a list takes brackets: {as_list}{about_quotes(match[1])}"
+
+
+def about_plus(error: Exception) -> str | None:
+    """Return the line about a plus in front of a key that is missing or too many, if it is that."""
+    told = str(error)
+    if match := re.match(r"Could not override '([^']+)'\.\s*To append", told):
+        return _unknown_setting(match[1])
+    if match := re.match(r"Could not override '([^']+)'\. No match in the defaults list", told):
+        return _group_without_plus(match[1])
+    if match := re.search(r"An item is already at '([^']+)'", told):
+        return f"{match[1]}: already exists; write it without a plus: {_without_plus(match[1])}"
+    match = re.match(r"Multiple values for ([^\s]+)\. ", told) or re.match(
+        r"force-add of config groups is not supported: '\+\+([^=]+)=", told
+    )
+    if match and _word_of(match[1], "+"):
+        return f"{match[1]}: is already chosen; write it without a plus: {_without_plus(match[1])}"
+    return None
+
+
+def _unknown_setting(key: str) -> str:
+    if line := about_renamed(key):
+        return line
+    known = _known_settings()
+    if key in known:
+        word = _word_of(key) or f"{key}=VALUE"
+        return f"{key}: is not in the chosen files; add it with a plus: +{shlex.quote(word)}"
+    return f"{key}: no such setting{nearest(key, known)}"
+
+
+def _group_without_plus(group: str) -> str | None:
+    """Return the line about a group of the user's own; the suite's are chosen by default."""
+    if group.partition("@")[0] in [path.name for path in CONF.iterdir()]:
+        return _group_of_the_student(group)
+    word = _word_of(group) or f"{group}=NAME"
+    return f"{group}: no option of this group is chosen yet; add it with a plus: +{word}"
+
+
+def _group_of_the_student(group: str) -> str | None:
+    if Path(sys.argv[0]).stem != "train_teacher":
+        return None
+    return (
+        f"{group}: is a group of train_student.py; train_teacher.py trains one network, arch=NAME"
+    )
+
+
+def _word_of(key: str, sign: str = "") -> str | None:
+    """Return the command line's word that sets ``key``, after any of ``sign`` before it."""
+    words = (re.match(rf"{re.escape(sign)}\+*{re.escape(key)}=", word) for word in sys.argv[1:])
+    found = next((match.string for match in words if match), None)
+    return None if found is None else printable(found)
+
+
+def _without_plus(key: str) -> str:
+    word = _word_of(key)
+    return shlex.quote(word.lstrip("+")) if word else f"{key}=VALUE"
+
+
+def _known_settings() -> list[str]:
+    """Return the dotted names of all settings of what is chosen, and of the groups."""
+    from sskd.config import config_model, fields_of
+
+    chosen = {"method": "sskd", "optimizer": "sgd"}
+    for group in chosen:
+        options = [path.stem for path in (CONF / group).iterdir()]
+        asked = re.split("[=,]", _word_of(group) or "=")[1]
+        chosen[group] = asked if asked in options else chosen[group]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base=None):
+        composed = compose("student", [f"{group}={name}" for group, name in chosen.items()])
+    values: Any = OmegaConf.to_container(composed)
+    fields = fields_of(config_model({group: {"name": name} for group, name in chosen.items()}))
+    groups = ["arch@teacher", "arch@student", *(path.stem for path in CONF.iterdir())]
+    return list(dict.fromkeys([*groups, *flatten(values), *fields]))

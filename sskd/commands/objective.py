@@ -1,0 +1,58 @@
+"""The number that a sweeper which searches, such as Optuna's, maximises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from sskd.errors import UserError
+from sskd.output import complain_once
+from sskd.runs.names import RESULT
+from sskd.training.result import last_top1, percent
+
+# They run a grid, whatever comes out of it.
+_GRIDS = ("CellSweeper", "BasicSweeper")
+
+
+def objective(result: Mapping[str, Any], folder: Path) -> float:
+    """Return the top-1 of the last epoch in percent: on held-out images, else on the test set.
+
+    Raises:
+        UserError: ``result``, which was read in ``folder``, has none.
+    """
+    if result.get("holdout_top1") is None:
+        return last_top1(result, folder)
+    try:
+        return percent(result["holdout_top1"]["last"])
+    except (LookupError, TypeError, ValueError):
+        raise UserError(
+            f"{folder / RESULT}: has no accuracy on held-out images; start again with force=true"
+        ) from None
+
+
+def check_search(holdout: float) -> None:
+    """Look at the sweeper of this job, if it is one that searches.
+
+    It says once that a search without a ``holdout`` chooses by the test set.
+
+    Raises:
+        UserError: it looks for the lowest accuracy.
+    """
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN or str(hydra.sweeper.get("_target_")).endswith(_GRIDS):
+        return
+    direction = hydra.sweeper.get("direction")
+    if getattr(direction, "name", direction) == "minimize":
+        raise UserError(
+            "hydra.sweeper.direction=minimize: would search for the lowest accuracy; add "
+            "hydra.sweeper.direction=maximize"
+        )
+    if not holdout:
+        complain_once(
+            "warning: this search maximises the accuracy on the test set, which is then no "
+            "measure of what it finds; dataset.holdout=0.1 searches by held-out training images"
+        )

@@ -1,0 +1,41 @@
+"""Put a run's networks and method together."""
+
+from __future__ import annotations
+
+import torch
+
+from sskd.config import Config
+from sskd.data import Images, Split
+from sskd.errors import UserError
+from sskd.methods import Method, build_method
+from sskd.models import build_model
+from sskd.teachers.find import Teacher, load_teacher
+from sskd.training.seeding import seed_everything
+
+
+def assemble(config: Config, images: Images, found: Teacher | None = None) -> Method:
+    """Return the method of ``config`` with a fresh student, and the teacher that was ``found``.
+
+    Raises:
+        UserError: the method cannot take this pair of networks.
+    """
+    seed_everything(config.seed, "student")
+    student = build_model(config.student.name, images.num_classes)
+    teacher = None
+    if config.teacher:
+        teacher = build_model(config.teacher.name, images.num_classes)
+        if found:
+            load_teacher(teacher, found)
+    seed_everything(config.seed, "method")
+    try:
+        return build_method(config.method, student, teacher, images)
+    except UserError as error:
+        networks = [network.name for network in (config.teacher, config.student) if network]
+        raise UserError(f"method={config.method.name} {'-'.join(networks)}: {error}") from None
+
+
+def refuse_misfits(config: Config) -> None:
+    """Raise the UserError of ``assemble`` without a teacher or data, from sizes alone."""
+    size = config.dataset.size
+    two = Split(torch.zeros(2, 3, size, size, dtype=torch.uint8), torch.arange(2))
+    assemble(config, Images("two", ("0", "1"), two, two, None, (0.5,) * 3, (0.25,) * 3))

@@ -1,0 +1,146 @@
+"""Opening runs in W&B: online where there is a login, on disk elsewhere, never with a question."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import uuid
+from pathlib import Path
+from typing import Any
+
+import requests
+import wandb
+
+from sskd.errors import UserError
+from sskd.files import is_plain_file, read_bounded_text, write_text
+from sskd.output import say
+from sskd.tracking.environment import (
+    FINISH_TIMEOUT,
+    INIT_TIMEOUT,
+    asked_mode,
+    check_environment,
+    surroundings,
+    timeout,
+)
+
+_ID = "wandb_id"
+_ID_LENGTH = 16  # characters
+_ANSWER_TIMEOUT = 10  # seconds
+
+
+def open_run(
+    mode: str, folder: Path, name: str, *, agents: bool = False, **arguments: Any
+) -> wandb.Run:
+    """Return the W&B run called ``name``, whose id and offline files are kept in ``folder``.
+
+    Where W&B cannot be reached the run is kept on disk.
+
+    Args:
+        mode: see ``choose_mode``.
+        agents: it is the run of ``wandb agent``, which has chosen its id and project.
+        arguments: of ``wandb.init``.
+
+    Raises:
+        UserError: it cannot be kept on disk either.
+    """
+    mode = asked_mode(mode)
+    check_environment(mode)
+    arguments |= {"name": name, "dir": str(folder), "resume": "allow"}
+    if agents:
+        wandb.teardown()  # an earlier run of this process has not shown W&B the agent's variables
+    else:
+        arguments["id"] = run_id(folder, name)
+    with surroundings(mode, agents=agents):
+        return _open(mode, arguments)
+
+
+def _open(asked: str, arguments: dict[str, Any]) -> wandb.Run:
+    mode = "online"
+    try:
+        mode = choose_mode(asked)
+        run = _init(mode, arguments)
+        if mode == "online":
+            say(f"W&B: {run.url}")
+        return run
+    except (wandb.Error, ValueError, OSError) as error:
+        if mode not in ("online", "shared", "run"):
+            raise _unusable(error) from None
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        say(f"W&B cannot be used online ({told}); this run stays offline")
+        with contextlib.suppress(Exception):
+            wandb.teardown()
+    try:
+        return _init("offline", arguments)
+    except Exception as error:  # of W&B's own process there are more than it declares
+        raise _unusable(error) from None
+
+
+def _unusable(error: Exception) -> UserError:
+    told = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"W&B: {told}; wandb.mode=disabled runs without it")
+
+
+def _init(mode: str, arguments: dict[str, Any]) -> wandb.Run:
+    settings = wandb.Settings(
+        init_timeout=timeout(INIT_TIMEOUT),
+        finish_timeout=timeout(FINISH_TIMEOUT),
+        finish_timeout_raises=True,
+        console="off",
+        silent=True,
+    )
+    return wandb.init(mode=mode, settings=settings, **arguments)  # type: ignore[arg-type]
+
+
+def sync_folder(run: wandb.Run) -> Path:
+    """Return the folder of ``run`` that ``wandb sync`` sends."""
+    return Path(run.dir).parent
+
+
+def sync_later(run: wandb.Run) -> str:
+    """Return the line for a server that has not taken all of ``run`` in time."""
+    return f"W&B did not answer; `wandb sync {sync_folder(run)}` sends the rest later"
+
+
+def choose_mode(mode: str) -> str:
+    """Return W&B's mode for ``wandb.mode``, which WANDB_MODE decides where it is ``auto``.
+
+    Online needs a login that is there already, because W&B would ask for one.
+    """
+    mode = asked_mode(mode)
+    if mode not in ("auto", "online"):
+        return mode
+    if wandb.login(prompt=False, verify=False):
+        _require_answer(wandb.setup().settings.base_url)
+        wandb.login(prompt=False)  # now the key is verified
+        return "online"
+    say("W&B: no login, so this run is kept offline; `wandb sync` sends it later")
+    return "offline"
+
+
+def _require_answer(url: str) -> None:
+    """Raise ``wandb.Error`` where nobody answers at ``url``: W&B itself may wait for minutes."""
+    try:
+        requests.head(url, timeout=min(_ANSWER_TIMEOUT, timeout(INIT_TIMEOUT)))
+    except (requests.exceptions.SSLError, requests.exceptions.ProxyError):
+        pass  # W&B may know better
+    except requests.RequestException as error:
+        raise wandb.Error(f"{url} does not answer: {type(error).__name__}") from None
+
+
+def run_id(folder: Path, name: str) -> str:
+    """Return the W&B id of the run in ``folder``: made from its name once, then kept there.
+
+    A run that comes back goes on under its id; a run of the same name in another folder,
+    or one started afresh, gets an id of its own.
+    """
+    path = folder / _ID
+    known = ""
+    if is_plain_file(path):
+        with contextlib.suppress(ValueError):  # no id of ours
+            known = read_bounded_text(path, _ID_LENGTH)
+    if not re.fullmatch("[0-9a-f]+", known) or len(known) != _ID_LENGTH:
+        text = f"{name} {uuid.uuid4()}"
+        known = hashlib.sha256(text.encode()).hexdigest()[:_ID_LENGTH]
+        write_text(path, known)
+    return known

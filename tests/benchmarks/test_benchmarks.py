@@ -1,0 +1,167 @@
+"""The benchmarks run and tell what they measured; how fast it was is not tested."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from faults import SMALL
+from starting import run
+
+from benchmarks import grid
+from benchmarks.conventional import CONVENTIONAL, ConventionalSSKD, kept, soft
+from benchmarks.methods import noise
+from benchmarks.throughput import Row, Side
+from sskd.methods.kd import kd_loss
+from sskd.methods.sskd import keep_rows, similarity
+from sskd.models import build_model
+
+# Runs a module whose processes are forked, each where it would start Python again.
+FORKS = """
+import multiprocessing, runpy, sys
+context = multiprocessing.get_context("fork")
+multiprocessing.get_context = lambda method: context
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def test_the_cost_of_methods_is_a_table_and_figures(tmp_path: Path) -> None:
+    command = ["-c", FORKS, "benchmarks.methods", "--pairs", "vgg13-MobileNetV2"]
+    small = ["--methods", "kd", "ft", "fsp", "--batch", "2", "--rounds", "2", "--images", "20"]
+    out = ["--device", "cpu", "--out", str(tmp_path / "new" / "cost")]
+    done = run(*command, *small, *out)
+    assert done.returncode == 0, done.stderr
+    assert "method=fsp vgg13-MobileNetV2: needs the same channels" in done.stderr
+    costs = json.loads((tmp_path / "new" / "cost.json").read_text())["costs"]
+    assert [(cost["method"], cost["stage"]) for cost in costs] == [
+        ("kd", "distill"), ("ft", "paraphraser"), ("ft", "distill"),
+    ]  # fmt: skip
+    assert all(cost[key] > 0 for cost in costs for key in ("seconds", "base_seconds", "memory"))
+    table = (tmp_path / "new" / "cost.md").read_text()
+    assert [line for line in table.splitlines() if line] == [
+        line for line in done.stdout.splitlines() if line
+    ]
+
+
+def test_throughput_is_two_tables_and_figures(tmp_path: Path) -> None:
+    command = ["-c", FORKS, "benchmarks.throughput", "--works", "kd", "evaluation"]
+    small = ["--pair", "resnet14-resnet8", "--batch", "4", "--rounds", "2", "--steps", "1"]
+    more = [
+        "--images",
+        "24",
+        "--workers",
+        "1",
+        "--precisions",
+        "fp32",
+        "--device",
+        "cpu",
+        "--precompute",
+    ]
+    out = ["--out", str(tmp_path / "new" / "throughput")]
+    done = run(*command, *small, *more, *out)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "new" / "throughput.json").read_text())["rows"]
+    assert [row["work"] for row in rows] == ["kd", "evaluation"]
+    for row in rows:
+        for side in (row["ours"], row["theirs"]):
+            assert len(side["rounds"]) == 2
+            assert min(side["rounds"]) > 0
+            assert 0 <= side["data_share"] <= 1
+    assert rows[0]["ours"]["flop_share"] > 0
+    text = (tmp_path / "new" / "throughput.md").read_text()
+    assert "teacher's outputs precomputed" in text.splitlines()[0]
+    assert text.count("| kd |") == 3
+    assert text.count("| evaluation |") == 1
+
+
+def test_a_short_run_is_told_with_the_fast_path_and_without(tmp_path: Path) -> None:
+    command = ("-m", "benchmarks.fast_path", "method=kd,sskd", *SMALL)
+    done = run(*command, "schedule.epochs=2", "wandb.mode=disabled", "--runs", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert [row[1] for row in rows] == ["distill", "distill", "ss_head", "distill", "distill"]
+    for _, _, _, fast, plain, *_ in rows:
+        assert float(fast) == pytest.approx(float(plain), rel=1e-2)
+
+
+@pytest.mark.parametrize("method", sorted(CONVENTIONAL))
+def test_a_conventional_step_trains_every_parameter(method: str) -> None:
+    images = noise(40, torch.device("cpu"))
+    student, teacher = (build_model(name, images.num_classes) for name in ("resnet8", "resnet14"))
+    side = CONVENTIONAL[method](student, teacher, images, 4, 0)
+    before = [parameter.detach().clone() for parameter in side.student.parameters()]
+    batch = side.draw()
+    side.learn(batch)
+    assert all(map(math.isfinite, side.last))
+    changed = zip(before, side.student.parameters(), strict=True)
+    assert all(not torch.equal(old, new) for old, new in changed)
+
+
+def test_the_conventional_choice_of_rows_is_the_suites() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(60, 20, generator=generator)
+    target = torch.randint(20, (60,), generator=generator)
+    for ratio in (0.0, 0.5, 1.0):
+        ours = keep_rows(scores, target, ratio)
+        theirs = kept(scores, target, ratio)
+        assert len(theirs) == ours.sum()
+        ranks = (scores > scores.gather(1, target[:, None])).sum(1)
+        assert sorted(ranks[theirs].tolist()) == sorted(ranks[ours].tolist())
+    views = torch.randn(12, 5, generator=generator)
+    normal = torch.arange(12) % 4 == 0
+    found = ConventionalSSKD.similarity(views, normal)
+    torch.testing.assert_close(found, similarity(views[~normal], views[normal]))
+    logits, teacher = torch.randn(2, 6, 9, generator=generator)
+    torch.testing.assert_close(soft(logits, teacher, 4.0), kd_loss(logits, teacher, 4.0))
+
+
+def test_scale_is_two_tables(tmp_path: Path) -> None:
+    command = ["-c", FORKS, "benchmarks.scale", "--pair", "resnet14-resnet8"]
+    small = ["--batches", "2", "4", "--cells", "1", "2", "--seconds", "0.1", "--images", "20"]
+    out = ["--device", "cpu", "--out", str(tmp_path / "scale")]
+    done = run(*command, *small, *out)
+    assert done.returncode == 0, done.stderr
+    scales = json.loads((tmp_path / "scale.json").read_text())["scales"]
+    assert [(each["batch"], each["cells"]) for each in scales] == [(2, 1), (4, 1), (2, 1), (2, 2)]
+    assert all(each["images_per_second"] > 0 and each["memory"] > 0 for each in scales)
+    assert (tmp_path / "scale.md").read_text() == done.stdout
+
+
+def test_the_grid_is_hours_of_every_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of seconds a step of 4 images that are known: conventional, fp32, bf16."""
+    steps = {"kd": (1.0, 0.5, 0.25), "crd": (3.0, 1.0, 0.5), "sskd": (8.0, 2.0, 1.0)}
+
+    def compare(work: str, pair: str, options: argparse.Namespace) -> list[Row]:
+        theirs, *ours = (Side([seconds], options.batch, 0, 0) for seconds in steps[work])
+        rows = zip(options.precisions, ours, strict=True)
+        return [Row(work, pair, precision, side, theirs) for precision, side in rows]
+
+    monkeypatch.setattr(grid, "compare", compare)
+    out = tmp_path / "grid"
+    words = ["--pairs", "a-b", "c-d", "--batch", "4", "--device", "cpu", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["grid", *words])
+    grid.main()
+    # 240 epochs of 50,000 images, by 9 methods like KD, CRD and SSKD.
+    hours = [
+        12e6 / 4 / 3600 * (9 * kd + crd + sskd)
+        for kd, crd, sskd in zip(*(steps[work] for work in ("kd", "crd", "sskd")), strict=True)
+    ]
+    lines = out.with_suffix(".md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[-3:]] == [
+        "a-b",
+        "c-d",
+        "**22 distillations**",
+    ]
+    for line, times in zip(lines[-3:], (1, 1, 2), strict=True):
+        told = [cell.strip(" *") for cell in line.split("|")[-4:-1]]
+        assert told == [f"{times * each:,.0f}" for each in hours]
+    assert lines[-1] in capsys.readouterr().out
+    assert len(json.loads(out.with_suffix(".json").read_text())["seconds"]) == 2

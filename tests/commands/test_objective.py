@@ -1,0 +1,210 @@
+"""What a sweeper that searches gets of each cell, as Optuna's does."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import Command
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from test_run import SMALL
+
+import sskd.training.result
+import train_teacher
+from sskd.commands.objective import objective
+from sskd.errors import CellError, UserError
+from sskd.models import build_model
+from sskd.output import complain_once
+
+CELL = [*(word for word in SMALL if "epochs" not in word), "schedule.epochs=1", "method=vanilla"]
+HOLDOUT = "dataset.holdout=0.2"
+
+
+class Collector(Sweeper):
+    """Runs a cell for each value of ``seeds`` and keeps what comes back, like a search does."""
+
+    returned: list[Any] = []  # noqa: RUF012
+
+    def __init__(self, seeds: list[int], direction: str) -> None:
+        self.seeds = seeds
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        self.launcher: Any = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        for number, seed in enumerate(self.seeds):
+            (job,) = self.launcher.launch([[*arguments, f"seed={seed}"]], initial_job_idx=number)
+            try:
+                Collector.returned.append(float(job.return_value))
+            except CellError as error:
+                Collector.returned.append(error)
+                raise
+
+
+@pytest.fixture(autouse=True)
+def _collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make ``hydra/sweeper=collector`` known to Hydra, which takes plugins of one package only."""
+    module = ModuleType("hydra_plugins.collector")
+    monkeypatch.setattr(Collector, "__module__", module.__name__)
+    monkeypatch.setattr(module, "Collector", Collector, raising=False)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    Plugins.instance().register(Collector)
+    settings = {
+        "_target_": f"{module.__name__}.Collector",
+        "seeds": [0, 1],
+        "direction": "maximize",
+    }
+    ConfigStore.instance().store("collector", settings, group="hydra/sweeper")
+    Collector.returned.clear()
+    yield
+    del ConfigStore.instance().repo["hydra"]["sweeper"]["collector.yaml"]
+
+
+def search(command: Command, *words: str, script: Any = None) -> tuple[int, str, str]:
+    given = {} if script is None else {"script": script}
+    return command("-m", "hydra/sweeper=collector", *words, **given)
+
+
+def last_lines(runs: Path) -> list[dict[str, Any]]:
+    """Return the figures of each run's last epoch, in the order of the seeds."""
+    paths = sorted(runs.rglob("metrics.jsonl"), key=lambda path: path.parent.name)
+    return [json.loads(path.read_text().splitlines()[-1]) for path in paths]
+
+
+def test_it_is_the_last_top1_on_held_out_images(command: Command) -> None:
+    status, _, err = search(command, *CELL, HOLDOUT)
+    assert (status, err) == (0, "")
+    lines = last_lines(command.runs)
+    assert Collector.returned == [pytest.approx(line["holdout/top1"]) for line in lines]
+    assert [line["holdout/top1"] for line in lines] != [line["test/top1"] for line in lines]
+    # Cells that have finished return the same.
+    first = [*Collector.returned]
+    assert search(command, *CELL, HOLDOUT)[0] == 0
+    assert Collector.returned == first * 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -5, 100.5, True, "77", None, [70.0]])
+@pytest.mark.parametrize("key", ["top1", "holdout_top1"])
+def test_what_is_no_percentage_is_no_accuracy(tmp_path: Path, key: str, value: object) -> None:
+    found = {"top1": {"last": 70.0}, "holdout_top1": None}
+    assert objective(found, tmp_path) == 70.0
+    with pytest.raises(UserError, match="has no accuracy") as caught:
+        objective(found | {key: {"last": value}}, tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'result.json'}: ")
+
+
+def test_without_them_it_is_the_test_sets_and_that_is_said_once(command: Command) -> None:
+    status, _, err = search(command, *CELL)
+    assert status == 0
+    assert Collector.returned == [
+        pytest.approx(line["test/top1"]) for line in last_lines(command.runs)
+    ]
+    assert (err.count("\n"), err.count("warning: ")) == (1, 1)
+    assert "test set" in err
+    assert "dataset.holdout=" in err
+    # A run and a grid choose nothing.
+    complain_once.cache_clear()
+    assert command(*CELL)[2] == ""
+    assert command("-m", *CELL, "seed=0,1")[2] == ""
+    assert command("-m", "hydra/sweeper=basic", *CELL, "seed=0,1")[2] == ""
+
+
+def test_a_cell_that_fails_is_a_failure_of_the_search(command: Command) -> None:
+    words = [word for word in CELL if "teacher.train" not in word and "method" not in word]
+    status, out, err = search(command, *words, "method=kd")
+    assert status == 1
+    (error,) = Collector.returned
+    assert isinstance(error, UserError)
+    assert "no finished run of the teacher" in str(error)
+    assert [line for line in err.splitlines() if line.startswith("error: ")] == [f"error: {error}"]
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_teacher_that_is_gone_by_the_end_fails_no_cell(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    """Its file is needed by the training, and not by the number that is returned."""
+    teacher = tmp_path / "teacher.pth"
+    state = build_model("resnet14", 10).state_dict()
+    torch.save(state, teacher)
+    words = [word for word in CELL if "method" not in word and "teacher.train" not in word]
+    words += ["method=kd", f"teacher.checkpoint={teacher}"]
+    if finished:
+        assert command(*words)[0] == 0
+
+    name = "last_top1" if finished else "summarise"
+    original = getattr(sskd.training.result, name)
+
+    def remove_then_do(*arguments: Any) -> Any:
+        teacher.unlink()
+        return original(*arguments)
+
+    monkeypatch.setattr(sskd.training.result, name, remove_then_do)
+    status, _, err = search(command, *words, "hydra.sweeper.seeds=[0]")
+    assert (status, "error" in err) == (0, False)
+    (line,) = last_lines(command.runs)
+    assert Collector.returned == [pytest.approx(line["test/top1"])]
+
+
+def test_train_teacher_returns_it_too(command: Command) -> None:
+    words = ["arch=resnet8", *(w for w in CELL if "arch" not in w and "teacher" not in w), HOLDOUT]
+    assert search(command, *words, script=train_teacher)[0] == 0
+    lines = last_lines(command.runs)
+    assert Collector.returned == [pytest.approx(line["holdout/top1"]) for line in lines]
+
+
+def test_a_search_for_the_lowest_accuracy_is_refused(command: Command) -> None:
+    status, _, err = search(command, *CELL, "hydra.sweeper.direction=minimize")
+    assert status == 1
+    assert err.splitlines()[0] == (
+        "error: hydra.sweeper.direction=minimize: would search for the lowest accuracy; add "
+        "hydra.sweeper.direction=maximize"
+    )
+    assert not list(command.runs.rglob("result.json"))
+
+
+@pytest.mark.parametrize("held_out", [3, [], {"best": 50.0}, {"last": "high"}, {"last": None}])
+def test_a_result_without_it_is_an_error_and_never_the_test_sets(held_out: Any) -> None:
+    with pytest.raises(UserError, match="has no accuracy on held-out images"):
+        objective({"top1": {"last": 50.0}, "holdout_top1": held_out}, Path("folder"))
+
+
+@pytest.mark.parametrize("result", [{"top1": {"last": 50.0}, "holdout_top1": None},
+                                    {"top1": {"last": 50.0}}])  # fmt: skip
+def test_a_result_without_held_out_images_is_the_test_sets(result: dict[str, Any]) -> None:
+    assert objective(result, Path("folder")) == 50.0
+
+
+@pytest.mark.parametrize("sweeper", ["optuna", "search"])
+def test_a_sweeper_that_is_not_installed_is_one_line(
+    command: Command, monkeypatch: pytest.MonkeyPatch, sweeper: str
+) -> None:
+    sweepers = ConfigStore.instance().repo["hydra"]["sweeper"]
+    monkeypatch.delitem(sweepers, "optuna.yaml", raising=False)
+    status, _, err = command("-m", f"hydra/sweeper={sweeper}", *CELL)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "hydra/sweeper/optuna is not installed; pip install '.[optuna]'" in err
+
+
+def test_optuna_finds_the_best_of_its_runs(command: Command) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    space = "optimizer.lr=tag(log, interval(0.001, 0.1))"
+    words = ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", *CELL, HOLDOUT, space]
+    assert command("-m", *words)[0] == 0
+    found = yaml.safe_load((command.runs / ".hydra" / "optimization_results.yaml").read_text())
+    held_out = [line["holdout/top1"] for line in last_lines(command.runs)]
+    assert len(held_out) == 3
+    assert found["best_value"] == pytest.approx(max(held_out))

@@ -1,0 +1,395 @@
+"""Sweeps: that every cell composes, what is launched, and what is told of the rest."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import time
+from collections import Counter, defaultdict
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+from breaking import outcome
+from conftest import Command, Compose
+from starting import STDOUT, Started
+from test_run import SMALL, CrashError, at_step, crash
+
+import train_student
+import train_teacher
+from sskd.commands.sweep import Sweep
+from sskd.config import Config
+from sskd.runs.identity import difference, recipe
+from sskd.runs.lock import FolderLock
+from sskd.runs.status import SWEEP_VARIABLE, read_status
+from sskd.teachers.find import locate
+
+ROOT = Path(train_student.__file__).resolve().parent
+SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
+TINY = [*(word for word in SMALL if "epochs" not in word), "schedule.epochs=1"]
+WITHOUT_TRAINING = [word for word in TINY if "teacher.train" not in word]
+
+
+def published(name: str, *tables: str) -> tuple[set[tuple[str, str]], set[tuple[str, str, str]]]:
+    """Return the (teacher, student) pairs of published tables, and them with their methods."""
+    with resources.files("sskd.report").joinpath(name).open(encoding="utf-8") as file:
+        lines = [line for line in csv.DictReader(file) if line["table"] in tables]
+    cells = {(line["teacher"], line["student"], line["row"].lower()) for line in lines}
+    distilled = {cell for cell in cells if cell[2] not in ("teacher", "student")}
+    return {cell[:2] for cell in cells}, distilled
+
+
+def published_weights(table: str) -> dict[str, dict[str, float]]:
+    """Return the weight of each term of each method in a published table."""
+    weights: dict[str, dict[str, float]] = defaultdict(dict)
+    with (Path(__file__).parent / "published_weights.csv").open(encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            if line["table"] == table:
+                weights[line["method"]][line["term"]] = float(line["weight"])
+    return weights
+
+
+# The sweeps that reproduce published tables: the file of these, and which of them.
+TABLES = {
+    "similar": ("published.csv", "similar"),
+    "cross": ("published.csv", "cross"),
+    "grid": ("published.csv", "similar", "cross"),
+}
+
+
+def weights_of(configs: list[Config]) -> dict[str, dict[str, float]]:
+    """Return the weights that the sweep gives each method: the same on every pair."""
+    found: dict[str, dict[str, float]] = {}
+    for config in configs:
+        if config.teacher:
+            weights = config.method.weights.model_dump()
+            assert found.setdefault(config.method.name, weights) == weights
+    return found
+
+
+@pytest.fixture
+def composed_cells(command: Command, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that composes a sweep as its command does, and launches nothing."""
+
+    def cells_of(name: str, *words: str) -> Sweep:
+        found: list[Sweep] = []
+        monkeypatch.setattr(Sweep, "launch", lambda self, *_: found.append(self))
+        script = train_teacher if name == "teachers" else train_student
+        status, _, err = command("-cd", "sweeps", "-cn", name, *words, script=script)
+        assert status == 1, err  # none of its cells has finished
+        return found[0]
+
+    return cells_of
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_cell_of_every_sweep_composes(composed_cells: Any, name: str) -> None:
+    cells = composed_cells(name).cells
+    assert len({cell.folder for cell in cells}) == len(cells) > 0
+    for cell in cells:
+        assert read_status(cell.folder)["state"] == "queued"
+        assert cell.config.wandb.tags in ([name], [])
+    configs = [cell.config for cell in cells]
+    distilled = [(c.teacher.name, c.student.name, c.method.name) for c in configs if c.teacher]
+    alone = sorted(c.student.name for c in configs if not c.teacher)
+    if name in TABLES:
+        pairs, expected = published(*TABLES[name])
+        assert set(distilled) == expected
+        assert len(distilled) == len(expected) == 11 * len(pairs)
+        assert alone == sorted({student for _, student in pairs})
+        assert not any(difference(config) for config in configs)
+        assert weights_of(configs) == published_weights("sskd")
+    if name == "teachers":
+        pairs, _ = published("published.csv", "similar", "cross")
+        assert alone == sorted({network for pair in pairs for network in pair})
+        assert len(alone) == 13
+    if name.startswith("crd_benchmark"):
+        # FSP's figures are of six pairs only, so it has a sweep of its own.
+        pairs, expected = published("published_crd_benchmark.csv", "similar", "cross")
+        assert len(pairs) == 13
+        facts = published_weights("crd_benchmark")
+        methods = {"fsp"} if name.endswith("_fsp") else {*facts, "kd"} - {"fsp"}
+        assert set(distilled) == {cell for cell in expected if cell[2] in methods}
+        assert {c.teacher.epoch for c in configs if c.teacher} == {"last"}
+        assert weights_of(configs) == {method: facts[method] for method in methods}
+
+
+def test_the_recipe_is_what_hydra_composes(composed: Compose) -> None:
+    """Networks swapped into one composition give what composing with them gives."""
+    for words in (
+        ("pair=vgg13-MobileNetV2", "method=ft"),
+        ("pair=resnet110-resnet32", "method=sskd", "dataset=digits"),
+        ("arch@teacher=ResNet50", "arch@student=wrn_16_1", "method=ft"),
+        ("pair=resnet32x4-ShuffleV1", "method=vanilla"),
+    ):
+        config = composed(*words, "runs=runs")
+        assert recipe(config).model_dump() == config.model_dump(), words
+
+
+def test_the_command_line_narrows_and_widens_a_sweep(composed_cells: Any) -> None:
+    narrow = composed_cells("grid", "pair=vgg13-vgg8", "method=kd,sskd", "seed=range(3)").cells
+    told = {(c.config.method.name, c.config.seed) for c in narrow}
+    assert told == {(method, seed) for method in ("kd", "sskd") for seed in range(3)}
+    assert {c.config.teacher.name for c in narrow} == {"vgg13"}
+
+
+def states(runs: Path) -> dict[str, str]:
+    """Return the state of each run, by the part of its folder's path that names it."""
+    return {
+        path.parent.parent.name: read_status(path.parent)["state"]
+        for path in runs.rglob("status.json")
+    }
+
+
+def test_a_missing_teacher_is_told_and_the_others_go_on(command: Command) -> None:
+    status, _, err = command("-m", *WITHOUT_TRAINING, "method=kd,vanilla,at")
+    assert status == 1
+    assert states(command.runs) == {"kd": "failed", "at": "failed", "resnet8": "finished"}
+    listed = [line for line in err.splitlines() if line.startswith("  ")]
+    assert len(listed) == 2
+    assert all(
+        "failed: " in line and "train it with `python train_teacher" in line for line in listed
+    )
+    (kept,) = command.runs.glob("digits/distill/*/kd/*/status.json")
+    assert "UserError" in json.loads(kept.read_text())["traceback"]
+
+
+def test_a_sweep_goes_on_with_what_is_left(command: Command) -> None:
+    command("-m", *WITHOUT_TRAINING, "method=kd,vanilla")
+    status, out, err = command("-m", *TINY, "method=kd,vanilla")
+    assert (status, err) == (0, "")
+    assert "2 cells, 1 finished already" in out
+    assert "2 of 2 cells have finished" in out
+    assert set(states(command.runs).values()) == {"finished"}
+    status, out, err = command("-m", *TINY, "method=kd,vanilla")
+    assert (status, out) == (0, "2 cells, 2 finished already\n2 of 2 cells have finished\n")
+
+
+def test_a_teacher_that_fails_is_tried_once_a_sweep(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        steps = at_step(patch, 1, fail)
+        status, _, err = command("-m", *TINY, "method=kd,at")
+    assert (status, steps()) == (1, 1)
+    assert states(command.runs) == {"resnet14": "failed", "kd": "failed", "at": "failed"}
+    (teacher,) = command.runs.glob("digits/scratch/resnet14/*")
+    assert f"{teacher}: has failed in this sweep already: out of memory" in err
+    assert command("-m", *TINY, "method=kd,at")[0] == 0
+
+
+def test_a_cell_of_another_process_is_named_and_not_a_failure(
+    command: Command, composed: Compose
+) -> None:
+    folder, _ = locate(composed(*TINY, "method=vanilla", f"runs={command.runs}"))
+    folder.mkdir(parents=True)
+    lock = FolderLock(folder)
+    lock.acquire()
+    status, out, err = command("-m", *TINY, "method=vanilla,kd")
+    assert status == 75
+    assert "1 of 2 cells have finished" in out
+    assert f"  {folder}: another process is at work on it" in err
+    assert "error" not in err
+    assert not (folder / "status.json").exists()
+    lock.release()
+    assert command(*TINY, "method=vanilla")[0] == 0
+
+
+def test_a_cell_that_fails_beside_its_old_result_has_not_finished(command: Command) -> None:
+    assert command("-m", *TINY, "method=vanilla,kd")[0] == 0
+    status, out, err = command("-m", *TINY, "method=vanilla,kd", "force=true", "device=cuda:9")
+    assert status == 1
+    assert "0 of 2 cells have finished" in out
+    assert err.count(": failed: device=cuda:9: there is no such device") == 2
+    assert len(list(command.runs.glob("digits/*/*/**/result.json"))) == 3  # all are where they were
+
+
+def test_force_begins_once_and_then_goes_on(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["-m", *TINY, "method=vanilla", "checkpoint_minutes=1e-9"]
+    assert command(*words)[0] == 0
+    (result,) = command.runs.rglob("result.json")
+    before = result.read_bytes()
+    launched: list[list[str]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Sweep, "launch", lambda self, left, *_: launched.extend(left))
+        status, out, _ = command(*words, "force=true")
+    assert (status, result.read_bytes()) == (1, before)  # no job has begun
+    assert "0 of 1 cells have finished" in out
+    queued = read_status(result.parent)
+    # A job that is preempted and comes back is called with these words again.
+    with monkeypatch.context() as patch:
+        patch.setenv(SWEEP_VARIABLE, queued["sweep"])
+        with monkeypatch.context() as crashing:
+            at_step(crashing, 3, crash)
+            with pytest.raises(CrashError):
+                command(*launched[0])
+        steps = at_step(patch, 0, crash)
+        assert command(*launched[0])[0] == 0
+        assert steps() == 3  # of five; the third was not saved
+        assert command(*launched[0])[0] == 0
+    (old,) = result.parent.parent.glob(".old/*/result.json")
+    assert old.read_bytes() == before
+    assert result.read_bytes() != before
+    assert read_status(result.parent)["command"] == queued["command"]
+
+
+def test_a_result_that_is_not_this_cells_is_kept_and_told(command: Command) -> None:
+    assert command("-m", *TINY, "method=vanilla", "seed=0,1")[0] == 0
+    other, damaged = sorted(command.runs.rglob("result.json"))
+    config = other.with_name("config.yaml")
+    config.write_text(config.read_text().replace("batch_size: 9", "batch_size: 10"))
+    damaged.write_text("{")
+    before = other.read_bytes()
+    status, out, err = command("-m", *TINY, "method=vanilla", "seed=0,1")
+    assert status == 1
+    assert "0 of 2 cells have finished" in out
+    assert f"  {other.parent}: failed: holds a run of another configuration: batch_size" in err
+    assert f"  {damaged.parent}: failed: " in err
+    assert "is not a result; start afresh with force=true" in err
+    assert (other.read_bytes(), damaged.read_text()) == (before, "{")
+
+
+def test_a_mistake_in_one_cell_launches_none(command: Command) -> None:
+    status, _, err = command("-m", *TINY, "method=vanilla", "optimizer.lr=0.05,-1")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "optimizer.lr: should be greater than 0" in err
+    assert not list(command.runs.rglob("status.json"))
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_of_no_cells_is_refused_before_anything_is_put_aside(
+    command: Command, size: int
+) -> None:
+    words = ["-m", *TINY, "method=vanilla"]
+    assert command(*words)[0] == 0
+    (result,) = command.runs.rglob("result.json")
+    status, _, err = command(*words, "force=true", f"hydra.sweeper.max_batch_size={size}")
+    assert (status, err.count("\n")) == (1, 1)
+    assert f"hydra.sweeper.max_batch_size={size}: should be at least 1, or null" in err
+    assert result.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [((), 20), (("hydra.sweeper.max_batch_size=3",), 3), (("hydra/launcher=processes",), None)],
+)
+def test_cells_that_share_a_process_are_launched_in_batches(
+    command: Command, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], size: int | None
+) -> None:
+    """Hydra's launcher holds on to each cell until its batch has ended."""
+    if any("launcher" in word for word in words):
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    sizes: list[int | None] = []
+    monkeypatch.setattr(Sweep, "launch", lambda self, left, size, launcher: sizes.append(size))
+    command("-m", *TINY, "method=vanilla", *words)
+    assert sizes == [size]
+
+
+def test_a_student_alone_of_two_pairs_is_one_cell(command: Command) -> None:
+    words = [word for word in TINY if "arch@teacher" not in word]
+    status, out, _ = command("-m", *words, "arch@teacher=resnet14,resnet20", "method=vanilla")
+    assert status == 0
+    assert "1 of 1 cells have finished" in out
+
+
+def sweep_process(runs: Path, *words: str) -> Started:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = ("train_student.py", "-m", *TINY, *words, f"runs={runs}")
+    return Started(*command, env=environment, stderr=STDOUT)
+
+
+def test_two_processes_share_a_sweep(tmp_path: Path) -> None:
+    words = ("method=vanilla,kd,at,sskd,ft", "seed=0,1")
+    both = [sweep_process(tmp_path / "shared", *words) for _ in range(2)]
+    told = [process.communicate()[0] for process in both]
+    started = Counter(
+        line.split(" in ")[1]
+        for text in told
+        for line in text.splitlines()
+        if " starts in " in line
+    )
+    assert set(started.values()) == {1}  # each run, teacher and first phase is begun once
+    results = list((tmp_path / "shared").rglob("result.json"))
+    assert len(results) == len(started) == 10 + 1 + 4  # the cells, the teacher, the first phases
+    assert {process.returncode for process in both} <= {0, 75}
+
+
+def wait_for_file(process: Started, runs: Path, pattern: str) -> Path:
+    """Return the first file that ``pattern`` matches under ``runs``, as soon as there is one."""
+    deadline = time.monotonic() + 300
+    while not (found := sorted(runs.glob(pattern))):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    return found[0]
+
+
+def test_a_sweep_that_is_killed_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
+    words = ("method=kd,sskd,ft", "checkpoint_minutes=1e-9")
+    undisturbed = sweep_process(tmp_path / "whole", *words)
+    killed = tmp_path / "killed"
+    # The teacher, the second student's first phase, and the third student in training.
+    for waited_for in (
+        "scratch/*/*/last.pt",
+        "phases/*/ss_head/*/last.pt",
+        "distill/*/ft/*/last.pt",
+    ):
+        process = sweep_process(killed, *words)
+        wait_for_file(process, killed, f"digits/{waited_for}")
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    last = sweep_process(killed, *words)
+    text, _ = last.communicate()
+    assert last.returncode == 0, text
+    undisturbed.communicate()
+    assert undisturbed.returncode == 0
+    assert outcome(killed) == outcome(tmp_path / "whole")
+
+
+def test_a_teacher_that_fails_is_not_tried_by_those_that_waited(tmp_path: Path) -> None:
+    runs, words = tmp_path / "runs", ("method=kd,at", "optimizer.weight_decay=1e12")
+    process = launched_on_two_processes(runs, *words)
+    text, _ = process.communicate()
+    assert process.returncode == 1
+    assert text.count("train: starts in ") == 1, text
+    assert "0 of 2 cells have finished" in text
+
+
+def launched_on_two_processes(runs: Path, *words: str) -> Started:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    return sweep_process(runs, "hydra/launcher=processes", "hydra.launcher.n_jobs=2", *words)
+
+
+def test_processes_train_cells_side_by_side_and_tell_what_failed(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    process = launched_on_two_processes(
+        runs, "method=vanilla,kd", "optimizer.weight_decay=5e-4,1e12"
+    )
+    text, _ = process.communicate()
+    assert process.returncode == 1, text
+    found = [read_status(path.parent) for path in runs.rglob("status.json")]
+    assert Counter(status["state"] for status in found) == {"finished": 3, "failed": 2}
+    assert len({status["pid"] for status in found} - {process.pid}) == 2
+    assert "2 of 4 cells have finished" in text
+    assert text.count(": failed: stage ") == 2
+
+
+def test_a_process_that_is_killed_costs_no_cell(tmp_path: Path) -> None:
+    """The pool ends all its processes then; processes of a pool are real ones."""
+    runs, words = tmp_path / "runs", ("method=vanilla", "seed=0,1", "schedule.epochs=20")
+    process = launched_on_two_processes(runs, *words)
+    folder = wait_for_file(process, runs, "digits/scratch/*/*/last.pt").parent
+    os.kill(read_status(folder)["pid"], signal.SIGKILL)
+    text, _ = process.communicate()
+    assert process.returncode == 0, text
+    assert "warning: a process has died: " in text
+    assert f"goes on in {folder}, " in text
+    assert "2 of 2 cells have finished" in text

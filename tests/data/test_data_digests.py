@@ -1,0 +1,211 @@
+"""The digests of a folder's files that are remembered between two starts."""
+
+# ruff: noqa: F811 (fixtures of another file)
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Compose
+from omegaconf import OmegaConf
+from test_data_folder import settings
+from test_data_identity import digest, photos, reads  # noqa: F401
+
+import sskd.data.digests
+from sskd.commands.sweep import Cell, Sweep
+from sskd.data import SOURCES, DatasetSettings, load_images
+from sskd.errors import UserError
+from sskd.runs.identity import describe
+from sskd.runs.status import SWEEP_VARIABLE
+
+
+def cache_file(tmp_path: Path) -> Path:
+    (path,) = (tmp_path / "cache").rglob("*.json")
+    return path
+
+
+def test_a_second_start_reads_what_is_new_alone(photos: Path, reads: list[str]) -> None:
+    before = digest(photos)
+    assert len(reads) == 8
+    reads.clear()
+    assert digest(photos) == before
+    assert reads == []
+    shutil.copy(photos / "test/dark/0.bmp", photos / "test/dark/new.bmp")
+    os.utime(photos / "test/light/1.bmp")
+    digest(photos)
+    assert sorted(reads) == ["1.bmp", "new.bmp"]
+    reads.clear()
+    (photos / "test/dark/new.bmp").unlink()
+    assert digest(photos) == before
+    assert reads == []
+
+
+def test_a_file_that_changed_just_now_is_not_remembered(
+    photos: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sskd.data.digests, "SETTLED", 60.0)
+    digest(photos)
+    reads.clear()
+    digest(photos)
+    assert len(reads) == 8
+
+
+def test_nothing_is_written_beside_the_images(photos: Path, reads: list[str]) -> None:
+    before = sorted(photos.rglob("*"))
+    digest(photos)
+    load_images(settings(photos))
+    assert sorted(photos.rglob("*")) == before
+
+
+def sealed(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+
+
+def other_digests(content: bytes) -> bytes:
+    kept = json.loads(content.partition(b"\n")[2])
+    for entry in kept["files"].values():
+        entry[-1] = "0" * 64
+    return content.partition(b"\n")[0] + b"\n" + json.dumps(kept).encode()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:-1],
+        lambda content: content.replace(b"bmp", b"bmq", 1),
+        lambda content: b"\xff\x00" * 1000,
+        lambda content: b"[" * 100_000,
+        lambda content: sealed(b"[" * 100_000),
+        lambda content: sealed(b"[]"),
+        lambda content: sealed(b'{"format": 0, "files": {}}'),
+        lambda content: sealed(b'{"format": 1, "files": [1]}'),
+        other_digests,
+    ],
+)
+def test_a_damaged_or_foreign_cache_is_made_again(
+    photos: Path, reads: list[str], tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    before = digest(photos)
+    path = cache_file(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert path.read_bytes() != whole
+    assert digest(photos) == before
+    assert path.read_bytes() == whole
+
+
+def make_sparse(path: Path) -> None:
+    with path.open("wb") as stream:
+        stream.truncate(60 * 2**30)
+
+
+@pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo, make_sparse])
+def test_what_is_no_cache_is_left_aside(
+    photos: Path, reads: list[str], tmp_path: Path, put: Callable[[Path], object]
+) -> None:
+    before = digest(photos)
+    path = cache_file(tmp_path)
+    path.unlink()
+    put(path)
+    assert digest(photos) == before
+
+
+def test_another_users_cache_is_not_believed(
+    photos: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest(photos)
+    reads.clear()
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    digest(photos)
+    assert len(reads) == 8
+
+
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT])
+def test_a_cache_that_cannot_be_written_is_done_without(
+    photos: Path,
+    reads: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    error: int,
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(error, os.strerror(error))
+
+    before = digest(photos)
+    monkeypatch.setattr("sskd.files.os.fsync", refuse)
+    os.utime(photos / "test/light/1.bmp")
+    assert digest(photos) == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_home_that_is_no_folder_is_done_without(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = digest(photos)
+    (tmp_path / "file").write_text("")
+    for home in (tmp_path / "file", tmp_path / "absent" / "\udce9", "relative", ""):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+        assert digest(photos) == before
+    assert not Path("relative").exists()
+
+
+def test_a_user_without_a_home_needs_no_cache(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def expanduser(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    before = digest(photos)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", expanduser)
+    assert sskd.data.digests.digests(photos, ["train/dark/0.bmp"], 10**6, lambda *_: UserError())
+    monkeypatch.undo()
+    assert digest(photos) == before
+
+
+def test_processes_that_start_at_once_agree(photos: Path, reads: list[str], tmp_path: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        found = set(pool.map(digest, [photos] * 8))
+    assert found == {digest(photos)}
+    assert reads == [], "what they left is whole"
+    assert [path.suffix for path in cache_file(tmp_path).parent.iterdir()] == [".json"]
+
+
+class Looked(Cell):
+    """A cell that has finished, which it takes the fingerprint of its images to know."""
+
+    def has_finished(self) -> bool:
+        return all(describe(self.config) for _ in range(2))
+
+
+def test_a_sweep_begins_with_one_look_at_a_folder(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    taken: list[float] = []
+
+    def fingerprint(settings: DatasetSettings) -> str:
+        taken.append(settings.fraction)
+        return "digest"
+
+    reader = SOURCES["digits"]._replace(fingerprint=fingerprint)
+    monkeypatch.setitem(SOURCES, "digits", reader)
+    words = ["dataset=digits", "method=vanilla"]
+    monkeypatch.setenv(SWEEP_VARIABLE, "")
+    configs = [composed(*words, f"seed={seed}") for seed in range(3)]
+    configs.append(composed(*words, "dataset.fraction=0.5"))
+    sweep = Sweep([], compose=lambda _: OmegaConf.create())
+    sweep.cells = [Looked([], "", config, tmp_path / "run") for config in configs]
+    assert sweep.begin() == []
+    assert taken == [1.0, 0.5]
+    describe(configs[0])  # as a cell does when it starts
+    assert taken == [1.0, 0.5, 1.0]

@@ -1,0 +1,305 @@
+"""A folder's identity: the content of the images that are read, however it was found out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Compose
+from PIL import Image
+from test_data_folder import settings
+
+import sskd.data
+import sskd.data.digests
+import sskd.teachers.phases
+from sskd.data import load_images
+from sskd.data.sources import folder_fingerprint
+from sskd.errors import UserError
+from sskd.evaluate import main as evaluate
+from sskd.teachers.find import locate
+from train_student import train
+
+TINY = ("dataset=folder", "schedule.epochs=1", "arch@student=resnet8")
+
+
+def make_photos(root: Path, suffix: str = "bmp", shade: int = 0) -> Path:
+    """Two classes, two images each in both parts; every file of a format has the same size."""
+    how: dict[str, Any] = {"compress_level": 0} if suffix == "png" else {}
+    for part in ("train", "test"):
+        for number, label in enumerate(("dark", "light")):
+            folder = root / part / label
+            folder.mkdir(parents=True, exist_ok=True)
+            for k in range(2):
+                grey = shade + 100 * number + 10 * k
+                Image.new("RGB", (32, 32), (grey,) * 3).save(folder / f"{k}.{suffix}", **how)
+    return root
+
+
+def digest(root: Path) -> str:
+    return folder_fingerprint(settings(root))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return make_photos(tmp_path / "photos")
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Collect the names of the files that are read for a digest; just written ones count too."""
+    monkeypatch.setattr(sskd.data.digests, "SETTLED", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    read, names = sskd.data.digests._read, []
+
+    def counted(path: Path, most: int) -> Any:
+        names.append(path.name)
+        return read(path, most)
+
+    monkeypatch.setattr(sskd.data.digests, "_read", counted)
+    return names
+
+
+# ---- what makes two folders differ ----
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "ppm", "pgm", "tif", "png"])
+def test_other_pixels_under_the_same_names_and_sizes(tmp_path: Path, suffix: str) -> None:
+    one, other = make_photos(tmp_path / "a", suffix), make_photos(tmp_path / "b", suffix, shade=1)
+    size = {path.stat().st_size for path in tmp_path.rglob(f"*.{suffix}")}
+    assert len(size) == 1, "else the sizes already tell them apart"
+    assert digest(one) != digest(other)
+    assert digest(one) == digest(make_photos(tmp_path / "c", suffix))
+
+
+def exchange(photos: Path) -> None:
+    a, b = photos / "train/dark/0.bmp", photos / "train/light/0.bmp"
+    a.rename(photos / "x")
+    b.rename(a)
+    (photos / "x").rename(b)
+
+
+def change_pixel(photos: Path) -> None:
+    path = photos / "train/light/1.bmp"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def change_pixel_and_its_time(photos: Path) -> None:
+    path = photos / "train/light/1.bmp"
+    before = path.stat()
+    change_pixel(photos)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "a pixel": change_pixel,
+    "a pixel, with its time set back": change_pixel_and_its_time,
+    "two exchanged": exchange,
+    "one more": lambda root: shutil.copy(root / "test/dark/0.bmp", root / "test/dark/2.bmp"),
+    "one less": lambda root: (root / "test/dark/0.bmp").unlink(),
+    "another name": lambda root: (root / "test/dark/0.bmp").rename(root / "test/dark/9.bmp"),
+    "another class": lambda root: (root / "train/dark/0.bmp").rename(root / "train/light/9.bmp"),
+    "another part": lambda root: (root / "train/dark/0.bmp").rename(root / "test/dark/9.bmp"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_change_is_another_identity(photos: Path, reads: list[str], kind: str) -> None:
+    before = digest(photos)
+    assert digest(photos) == before
+    CHANGES[kind](photos)
+    assert digest(photos) != before
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_change_before_the_load_is_noticed(photos: Path, kind: str) -> None:
+    before = digest(photos)
+    assert load_images(settings(photos), before).digest == before
+    CHANGES[kind](photos)
+    with pytest.raises(UserError, match="its files changed while the command started") as caught:
+        load_images(settings(photos), before)
+    assert "\n" not in str(caught.value)
+    assert str(photos) in str(caught.value)
+
+
+def test_what_was_decoded_has_the_digest_not_what_lies_there(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that changes for the moment of the load alone is noticed too."""
+    before, read = digest(photos), sskd.data.folder.read_bounded
+
+    def changed(path: Path, most: int, **how: bool) -> bytes:
+        content = read(path, most, **how)
+        return content[:-1] + bytes([content[-1] ^ 1])
+
+    monkeypatch.setattr(sskd.data.folder, "read_bounded", changed)
+    with pytest.raises(UserError, match="its files changed"):
+        load_images(settings(photos), before)
+    assert digest(photos) == before
+
+
+def test_a_source_without_a_digest_of_its_own_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, composed: Compose
+) -> None:
+    answers = iter(["before", "after", "before", "before"])
+    reader = sskd.data.SOURCES["digits"]._replace(fingerprint=lambda _: next(answers))
+    monkeypatch.setitem(sskd.data.SOURCES, "digits", reader)
+    config = composed("dataset=digits", "method=vanilla")
+    with pytest.raises(UserError, match="its files changed"):
+        load_images(config.dataset, reader.fingerprint(config.dataset))
+    assert load_images(config.dataset, reader.fingerprint(config.dataset)).digest == "before"
+
+
+# ---- runs ----
+
+
+def test_a_finished_run_of_other_pixels_is_refused(
+    composed: Compose, photos: Path, tmp_path: Path
+) -> None:
+    config = composed(*TINY, "method=vanilla", f"dataset.root={photos}")
+    train(config)
+    student = composed(
+        *TINY, "method=kd", "arch@teacher=resnet8", f"dataset.root={photos}", "dataset.seed=0"
+    )
+    train(student)
+    make_photos(photos, shade=1)
+    with pytest.raises(UserError, match=r"run of another configuration: dataset\.digest"):
+        train(config)
+    with pytest.raises(UserError, match=r"teacher of another configuration: dataset\.digest"):
+        train(student)
+
+
+def test_a_change_while_a_run_starts_ends_it(
+    composed: Compose, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = composed(*TINY, "method=vanilla", f"dataset.root={photos}")
+    monkeypatch.setattr("sskd.device.reset_peak_memory", lambda _: change_pixel(photos))
+    with pytest.raises(UserError, match="its files changed"):
+        train(config)
+    assert not (locate(config)[0] / "result.json").exists()
+
+
+def test_a_phase_is_of_the_images_that_were_loaded(
+    composed: Compose, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change after the load must not give the phase the changed folder's identity."""
+    words = (*TINY, f"dataset.root={photos}", "arch@teacher=resnet8", "teacher.train=true")
+    train(composed(*TINY, "method=vanilla", f"dataset.root={photos}"))
+    before = digest(photos)
+    share = sskd.teachers.phases.share_phase
+
+    def changed(*args: Any) -> Any:
+        change_pixel(photos)
+        return share(*args)
+
+    monkeypatch.setattr("sskd.teachers.phases.share_phase", changed)
+    config = composed(*words, "method=sskd")
+    train(config)
+    (phase,) = Path(config.runs, "photos/phases").rglob("config.yaml")
+    assert f"digest: {before}" in phase.read_text()
+
+
+def test_an_evaluation_says_if_the_images_may_be_others(
+    composed: Compose, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = composed(*TINY, "method=vanilla", f"dataset.root={photos}")
+    train(config)
+    folder = str(locate(config)[0])
+    for warnings in (0, 1):
+        capsys.readouterr()
+        assert evaluate([folder, "--device", "cpu"]) == 0
+        out, err = capsys.readouterr()
+        assert "top-1" in out
+        assert err.count("another dataset.digest") == err.count("\n") == warnings
+        change_pixel(photos)
+
+
+# ---- runs of versions that recorded names and sizes ----
+
+
+def names_and_sizes(root: Path) -> str:
+    """What those versions computed: a line for each file that there is, sorted by its parts."""
+    digest = hashlib.sha256()
+    files = [path for part in ("train", "test") for path in (root / part).rglob("*")]
+    for path in sorted(path for path in files if path.is_file()):
+        digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+@pytest.fixture
+def earlier_run(composed: Compose, photos: Path) -> Callable[..., dict[str, Any]]:
+    """Train; make the run one of those versions; return what starts the same command again."""
+    config = composed(*TINY, "method=vanilla", f"dataset.root={photos}")
+    (photos / "train/dark/Thumbs.db").write_text("counted by those versions")
+    train(config)
+    path = locate(config)[0] / "config.yaml"
+    path.write_text(path.read_text().replace(digest(photos), names_and_sizes(photos)))
+    assert names_and_sizes(photos) in path.read_text()
+    return lambda *more: train(
+        composed(*TINY, f"dataset.root={photos}", *(more or ("method=vanilla",)))
+    )
+
+
+def test_an_earlier_run_is_taken_with_a_warning(
+    earlier_run: Callable[..., dict[str, Any]], photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    earlier_run()
+    out, err = capsys.readouterr()
+    assert "finished already" in out
+    assert err.count("\n") == 1
+    assert "warning: the run of resnet8 (vanilla, seed 0)" in err
+    assert str(photos) in err
+    earlier_run("method=kd", "arch@teacher=resnet8")  # it serves as a teacher too
+
+
+def test_an_earlier_run_goes_on_with_a_warning(
+    composed: Compose,
+    earlier_run: Callable[..., dict[str, Any]],
+    photos: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = locate(composed(*TINY, "method=vanilla", f"dataset.root={photos}"))[0]
+    (folder / "result.json").unlink()
+    capsys.readouterr()
+    earlier_run()
+    assert "was made by a version that recorded the names and sizes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        CHANGES["one more"],
+        CHANGES["another name"],
+        lambda root: (root / "train/dark/Thumbs.db").unlink(),
+    ],
+)
+def test_an_earlier_run_of_other_files_is_refused(
+    earlier_run: Callable[..., dict[str, Any]], photos: Path, change: Callable[[Path], object]
+) -> None:
+    change(photos)
+    for more in ((), ("method=kd", "arch@teacher=resnet8")):
+        with pytest.raises(UserError, match=r"of another configuration: dataset\.digest"):
+            earlier_run(*more)
+
+
+@pytest.mark.parametrize("where", ["train/dark/.ipynb_checkpoints", "train/dark/@eaDir", "test/.x"])
+def test_an_earlier_run_that_read_hidden_images_is_refused(
+    composed: Compose, photos: Path, where: str
+) -> None:
+    """It trained on images, or even classes, that are passed over now."""
+    config = composed(*TINY, "method=vanilla", f"dataset.root={photos}")
+    train(config)
+    path = locate(config)[0] / "config.yaml"
+    (photos / where).mkdir()
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(photos / where / "0.png")
+    path.write_text(path.read_text().replace(digest(photos), names_and_sizes(photos)))
+    with pytest.raises(UserError, match=r"of another configuration: dataset\.digest"):
+        train(config)

@@ -1,0 +1,182 @@
+"""The divergence of softened predictions at any temperature, against sums in extended precision."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import Compose, random_images
+from torch import Tensor
+
+from sskd.data import Loader
+from sskd.methods.kd import divergence, kd_loss
+from sskd.teachers.assembly import assemble
+from sskd.training.evaluation import mean_kl
+
+TEMPERATURES = [0.5, 1.0, 4.0, 20.0, 1e2, 1e4, 1e6]
+
+
+def logits(scale: float, seed: int, rows: int = 32, classes: int = 100) -> Tensor:
+    return scale * torch.randn(rows, classes, generator=torch.Generator().manual_seed(seed))
+
+
+def by_parts(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the divergence of rows and its gradient by the student, from terms that do not cancel.
+
+    With x the teacher's logits less the student's, over T, and weights q the student's prediction:
+    ``KL = sum(q e^x x) / sum(q e^x) - log(sum(q e^x))``, taken about the mean of x, in 80 bits.
+    """
+    s, t = (each.double().numpy().astype(np.longdouble) for each in (student, teacher))
+    q = np.exp((s - s.max(1, keepdims=True)) / temperature)
+    q /= q.sum(1, keepdims=True)
+    x = (t - s) / temperature
+    x -= (q * x).sum(1, keepdims=True)
+    more = (q * np.expm1(x)).sum(1, keepdims=True)
+    p = q * np.exp(x) / (1 + more)
+    # sum(q x) is 0, so the first term may go without it: (q e^x x) and (q (e^x - 1) x) add up alike
+    rows = (q * np.expm1(x) * x).sum(1) / (1 + more[:, 0]) - np.log1p(more[:, 0])
+    return torch.tensor((rows * temperature**2).astype(float)), torch.tensor(
+        ((p - q) * -temperature).astype(float)
+    )
+
+
+def by_definition(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return what ``by_parts`` does for predictions far apart, which overflow it."""
+
+    def log_softmax(values: Tensor) -> np.ndarray:
+        scaled = values.double().numpy().astype(np.longdouble) / temperature
+        scaled -= scaled.max(1, keepdims=True)
+        return scaled - np.log(np.exp(scaled).sum(1, keepdims=True))
+
+    log_q, log_p = log_softmax(student), log_softmax(teacher)
+    rows = (np.exp(log_p) * (log_p - log_q)).sum(1) * temperature**2
+    slope = (np.exp(log_q) - np.exp(log_p)) * temperature
+    return torch.tensor(rows.astype(float)), torch.tensor(slope.astype(float))
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(("scale", "apart"), [(3, None), (10, None), (3, 1e-2), (5, 1e-4)])
+def test_value_and_gradient_at_any_temperature(
+    scale: float, apart: float | None, temperature: float
+) -> None:
+    teacher = logits(scale, 0)
+    student = logits(scale, 1) if apart is None else teacher + logits(apart, 1)
+    wanted, slope = by_parts(student, teacher, temperature)
+    student.requires_grad_()
+    found = divergence(student, teacher, temperature)
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    assert (found.dtype, gradient.dtype) == (torch.float32, torch.float32)
+    assert (found >= 0).all()
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-12)
+    torch.testing.assert_close(
+        gradient.double(), slope, rtol=1e-3, atol=3e-5 * slope.abs().max().item()
+    )
+
+
+def saturated(seed: int) -> Tensor:
+    """Return logits of 1e4 and -1e4, far from each other even at a temperature of 1000."""
+    return 1e4 * logits(1, seed).sign()
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1.0, 1e4, 1e12])
+@pytest.mark.parametrize("kind", ["apart", "near", "saturated", "saturated and not"])
+def test_nothing_is_lost_at_the_bounds(kind: str, temperature: float) -> None:
+    """The smallest and largest temperatures that make sense, and logits of a broken network."""
+    teacher = saturated(0) if "saturated" in kind else logits(10, 0)
+    student = {
+        "apart": logits(10, 1),
+        "near": teacher + logits(1e-3, 1),
+        "saturated": saturated(1),
+        "saturated and not": logits(10, 1),
+    }[kind].requires_grad_()
+    found = divergence(student, teacher, temperature)
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    assert found.isfinite().all()
+    assert (found >= 0).all()
+    assert gradient.isfinite().all()
+    if kind == "near" and temperature == 1e12:
+        return  # float64 has no digit of a difference of 1e-15 between two predictions
+    exact = by_definition if temperature <= 1 else by_parts
+    wanted, slope = exact(student.detach(), teacher, temperature)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-9)
+    size = slope.abs().max().item()
+    torch.testing.assert_close(gradient.double(), slope, rtol=2e-3, atol=1e-3 * size + 1e-37)
+
+
+def test_there_is_no_second_derivative() -> None:
+    """Beside other terms, PyTorch would take the gradient for a constant: 0, without a word."""
+    student = logits(1, 5).requires_grad_()
+    found = divergence(student, logits(1, 6), 4.0).sum() + student.square().sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(found, student, create_graph=True)
+    torch.autograd.grad(found, student, retain_graph=True)
+    torch.autograd.grad(found, student)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_equal_predictions_diverge_by_nothing(temperature: float) -> None:
+    student = logits(5, 2).requires_grad_()
+    found = divergence(student, student.detach(), temperature)
+    assert (found == 0).all()
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1e4, 1e6, 1e9])
+def test_a_hot_divergence_is_half_the_variance(temperature: float) -> None:
+    """Hinton, Vinyals, Dean (2015), section 2.1: distillation then matches centred logits."""
+    student, teacher = logits(3, 3), logits(3, 4)
+    difference = (teacher - student).double()
+    variance = difference.var(1, correction=0)
+    found = divergence(student, teacher, temperature)
+    torch.testing.assert_close(found.double(), variance / 2, rtol=20 / temperature + 1e-6, atol=0)
+
+
+def test_predictions_that_share_nothing_stay_finite() -> None:
+    student, teacher = torch.zeros(2, 3), torch.zeros(2, 3)
+    student[:, 0], teacher[:, 1] = 3000, 3000
+    student.requires_grad_()
+    found = divergence(student, teacher, 1.0)
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    assert found.tolist() == pytest.approx([3000, 3000])
+    assert gradient.tolist() == [[1, -1, 0]] * 2
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_what_is_not_finite_is_not_hidden(lost: float) -> None:
+    student, teacher = logits(1, 5), logits(1, 6)
+    student[3, 4] = lost
+    assert not kd_loss(student, teacher, 4.0).isfinite()
+    assert divergence(student, teacher, 4.0).isfinite().sum() == len(student) - 1
+    assert not kd_loss(teacher, student, 4.0).isfinite()
+
+
+@pytest.mark.parametrize("method", ["kd", "sskd"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_hot_terms_of_a_method_are_half_a_variance(
+    composed: Compose, method: str, precision: str
+) -> None:
+    """Of whole methods, in autocast, where the logits have 8 bits and the loss has more."""
+    words = ["arch@teacher=resnet8", "arch@student=resnet8", f"method={method}"]
+    words += ["method.temperature=1e5"] + ["method.ss_temperature=1e5"] * (method == "sskd")
+    images = random_images(8, 4)
+    built = assemble(composed(*words), images)
+    batch = Loader(images.train, images.mean, images.std, 8, built.views).next_batch()
+    *_, stage = built.stages()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        terms = stage.loss(batch).terms
+        student = built.student(batch.x).logits.float()[:: built.views]
+        teacher = built.ask_teacher(batch).logits.float()[:: built.views]
+    wanted = (teacher - student).double().var(1, correction=0).mean() / 2
+    assert terms["kd"].item() == pytest.approx(wanted.item(), rel=1e-3)
+    assert terms["kd"].item() > 0
+    assert terms.get("ss", terms["kd"]).item() > 0
+
+
+def test_the_divergence_that_a_result_tells_is_not_negative() -> None:
+    close = logits(5, 7).double()
+    assert mean_kl(close, close) == 0
+    for size in (1e-8, 1e-12, 1e-15):  # the last is -4e-20 as it is summed
+        assert mean_kl(close * (1 + size), close) >= 0

@@ -1,0 +1,312 @@
+"""Every method through its real YAML: gradients, frozen teachers, learning, state."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from conftest import Compose, random_images
+from torch import nn
+
+from sskd.data import Batch, Images, Loader
+from sskd.errors import UserError
+from sskd.methods import (
+    METHODS,
+    Method,
+    Stage,
+    Step,
+    build_method,
+    load_own_state,
+    own_state,
+)
+from sskd.models import build_model
+from sskd.training.step import enter
+from sskd.training.trainer import stage_schedule
+
+PAIRS = sorted(
+    [
+        "wrn_40_2-wrn_16_2", "wrn_40_2-wrn_40_1", "resnet56-resnet20", "resnet32x4-resnet8x4",
+        "vgg13-vgg8", "vgg13-MobileNetV2", "ResNet50-MobileNetV2", "ResNet50-vgg8",
+        "resnet32x4-ShuffleV1", "resnet32x4-ShuffleV2", "wrn_40_2-ShuffleV1",
+    ]
+)  # fmt: skip
+# FSP needs the same channels at every level of both networks.
+FSP_PAIRS = {"resnet56-resnet20", "resnet32x4-resnet8x4", "vgg13-vgg8", "wrn_40_2-wrn_16_2"}
+CASES = [
+    (method, pair)
+    for method in sorted(METHODS)
+    for pair in (sorted(FSP_PAIRS) if method == "fsp" else PAIRS)
+]
+
+
+def make(composed: Compose, method: str, pair: str, images: Images, *overrides: str) -> Method:
+    teacher, student = pair.split("-")
+    config = composed(
+        f"arch@teacher={teacher}", f"arch@student={student}", f"method={method}", *overrides
+    )
+    networks = (
+        copy.deepcopy(network(student, images.num_classes)),
+        copy.deepcopy(network(teacher, images.num_classes))
+        if METHODS[method].needs_teacher
+        else None,
+    )
+    torch.manual_seed(0)
+    return build_method(config.method, *networks, images)
+
+
+@cache
+def network(name: str, classes: int) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(name, classes)
+
+
+def tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def first_batch(images: Images, stage: Stage, size: int) -> Batch:
+    loader = Loader(images.train, images.mean, images.std, size, stage.views)
+    loader.begin_epoch(0)
+    return loader.next_batch()
+
+
+def total(stage: Stage, step: Step) -> torch.Tensor:
+    return torch.stack(list(stage.weigh(step.terms).values())).sum()
+
+
+def leaves(root: torch.Tensor) -> set[int]:
+    """Return the ids of all tensors that the autograd graph of ``root`` ends in."""
+    found, seen, todo = set(), set(), [root.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        todo += [following for following, _ in node.next_functions]
+    return found
+
+
+@pytest.mark.parametrize(("method", "pair"), CASES)
+def test_every_stage_of_every_pair(composed: Compose, method: str, pair: str) -> None:
+    count = 2 if method != "rkd" else 3  # of two images, every relative distance is 1
+    images = random_images(count, 4)
+    built = make(composed, method, pair, images)
+    saved = {id(parameter) for parameter in built.parameters()}
+    for stage in built.stages():
+        enter(stage, built)
+        assert saved.issuperset(id(parameter) for parameter in stage.trains.parameters())
+        own = {id(tensor) for tensor in [*stage.trains.parameters(), *stage.trains.buffers()]}
+        frozen = {name: tensor.clone() for name, tensor in tensors(built) if id(tensor) not in own}
+        loss = total(stage, stage.loss(first_batch(images, stage, count)))
+        assert loss.isfinite()
+        assert leaves(loss) == {id(parameter) for parameter in stage.trains.parameters()}
+        loss.backward()
+        for name, parameter in stage.trains.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+        # The teacher, and what this stage leaves alone, down to the statistics of BatchNorm.
+        for name, tensor in tensors(built):
+            assert name not in frozen or torch.equal(tensor, frozen[name]), name
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_overfits_one_batch(composed: Compose, method: str) -> None:
+    images = random_images(16, 4)
+    built = make(composed, method, "resnet14-resnet8", images)
+    if built.teacher is not None:
+        built.teacher.load_state_dict(fitted_teacher().state_dict())
+    for stage in built.stages():
+        enter(stage, built)
+        batch = first_batch(images, stage, 16)
+        optimizer = torch.optim.SGD(stage.trains.parameters(), lr=0.05, momentum=0.9)
+        for _ in range(60):
+            step = stage.loss(batch)
+            if step.metrics.get("top1") == 100:
+                break
+            optimizer.zero_grad()
+            total(stage, step).backward()
+            optimizer.step()
+    assert stage.loss(batch).metrics["top1"] == 100
+
+
+@cache
+def fitted_teacher() -> nn.Module:
+    """Return a teacher that has learnt the images of a batch in all four rotations."""
+    images = random_images(16, 4)
+    torch.manual_seed(0)
+    teacher = build_model("resnet14", images.num_classes)
+    loader = Loader(images.train, images.mean, images.std, len(images.train), 4)
+    batch = loader.next_batch()
+    labels = batch.y.repeat_interleave(4)
+    teacher.train()
+    optimizer = torch.optim.SGD(teacher.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(teacher(batch.x).logits, labels).backward()
+        optimizer.step()
+    return teacher
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_state_round_trips(composed: Compose, few_images: Images, method: str) -> None:
+    first, second = (make(composed, method, "resnet14-resnet8", few_images) for _ in range(2))
+    with torch.no_grad():
+        for name, tensor in tensors(first):
+            if not name.startswith("teacher."):
+                tensor.add_(1)
+    load_own_state(second, own_state(first))
+    for (name, tensor), (_, loaded) in zip(tensors(first), tensors(second), strict=True):
+        # The labels are the data's.
+        assert torch.equal(tensor, loaded) or name == "labels", name
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_last_batch_of_one_image(composed: Compose, few_images: Images, method: str) -> None:
+    built = make(composed, method, "resnet14-resnet8", few_images)
+    for stage in built.stages():
+        enter(stage, built)
+        assert total(stage, stage.loss(first_batch(few_images, stage, 1))).isfinite()
+
+
+def test_sskd_teacher_head_starts_alike_for_every_student(
+    composed: Compose, few_images: Images
+) -> None:
+    small = make(composed, "sskd", "resnet14-resnet8", few_images)
+    torch.manual_seed(7)
+    one = build_method(composed("method=sskd").method, small.student, small.teacher, few_images)
+    torch.manual_seed(7)
+    wide = build_model("wrn_16_2", few_images.num_classes)
+    torch.manual_seed(7)
+    other = build_method(composed("method=sskd").method, wide, small.teacher, few_images)
+    for name, tensor in one.get_submodule("teacher_head").state_dict().items():
+        assert torch.equal(tensor, other.get_submodule("teacher_head").state_dict()[name])
+
+
+def test_sskd_terms_are_those_of_its_parts(composed: Compose, few_images: Images) -> None:
+    """The four terms, computed view by view with gathered rows instead of masks."""
+    built = make(composed, "sskd", "resnet14-resnet8", few_images, "method.tf_ratio=0.5")
+    built.eval()
+    batch = first_batch(few_images, next(iter(built.stages())), 8)
+    with torch.no_grad():
+        found = built.loss(batch).terms
+        views = batch.x.view(8, 4, 3, 32, 32)
+        student = [built.student(views[:, view]) for view in range(4)]
+        teacher = [built.teacher(views[:, view]) for view in range(4)]
+        heads = [built.get_submodule(name) for name in ("student_head", "teacher_head")]
+        matrices = []
+        for features, head in zip((student, teacher), heads, strict=True):
+            projected = [nn.functional.normalize(head(each.pooled)) for each in features]
+            rows = [projected[v][i] @ projected[0].T for i in range(8) for v in (1, 2, 3)]
+            matrices.append(torch.stack(rows).double())
+        logits = [
+            torch.stack([f[v].logits[i] for i in range(8) for v in (1, 2, 3)]).double()
+            for f in (student, teacher)
+        ]
+
+    def selected(pair: list[torch.Tensor], truth: list[int], ratio: float, t: float) -> float:
+        ranks = [int((row > row[own]).sum()) for row, own in zip(pair[1], truth, strict=True)]
+        wrong = sorted((rank, i) for i, rank in enumerate(ranks) if rank)
+        keep = [i for i, rank in enumerate(ranks) if rank == 0]
+        keep += [i for _, i in wrong[: int(ratio * len(wrong))]]
+        s, p = (pair[0][keep] / t).softmax(1), (pair[1][keep] / t).softmax(1)
+        return (t * t * (p * (p / s).log()).sum(1)).mean().item()
+
+    own = [i for i in range(8) for _ in range(3)]
+    labels = [batch.y.tolist()[i] for i in own]
+    assert found["tf"].item() == pytest.approx(selected(logits, labels, 0.5, 4.0), rel=1e-3)
+    assert found["ss"].item() == pytest.approx(selected(matrices, own, 0.75, 0.5), rel=1e-3)
+    ce = -student[0].logits.double().log_softmax(1)[range(8), batch.y].mean().item()
+    assert found["ce"].item() == pytest.approx(ce, rel=1e-4)
+    p, s = ((f[0].logits.double() / 4).softmax(1) for f in (teacher, student))
+    kd = 16 * (p * (p / s).log()).sum(1).mean().item()
+    assert found["kd"].item() == pytest.approx(kd, rel=1e-3)
+
+
+@pytest.mark.parametrize("weights", [{"ce": 1.0}, {"ce": 1.0, "kd": 1.0, "tf": 1.0}])
+def test_a_term_without_a_weight_and_a_weight_without_a_term_are_errors(
+    weights: dict[str, float],
+) -> None:
+    stage = Stage("distill", nn.Linear(1, 1), lambda batch: Step({}, {}), weights)
+    with pytest.raises(ValueError, match=r"its terms are .* its weights"):
+        stage.weigh({"ce": torch.ones(()), "kd": torch.ones(())})
+
+
+def test_weights_must_match_the_terms(composed: Compose) -> None:
+    with pytest.raises(UserError, match=r"method\.weights\.crd: no such setting"):
+        composed("method=kd", "+method.weights.crd=1")
+
+
+# Weights of the own term in the CRD benchmark's published commands (its scripts' beta).
+PUBLISHED_WEIGHTS = {
+    "fitnet": 100, "at": 1000, "sp": 3000, "vid": 1, "rkd": 1, "pkt": 30000, "ft": 200,
+    "crd": 0.8, "cc": 0.02, "nst": 50,
+}  # fmt: skip
+
+
+WEIGHTINGS = {(): (0.1, 0.9), ("weighting=crd_benchmark",): (1, 0), ("weighting=common",): (1, 1)}
+
+
+@pytest.mark.parametrize("method", sorted({*PUBLISHED_WEIGHTS, "ab", "fsp"}))
+def test_the_weighting_fills_in_ce_and_kd(
+    composed: Compose, few_images: Images, method: str
+) -> None:
+    own = {method: PUBLISHED_WEIGHTS[method]} if method in PUBLISHED_WEIGHTS else {}
+    for words, (ce, kd) in WEIGHTINGS.items():
+        built = make(composed, method, "resnet14-resnet8", few_images, *words)
+        assert list(built.stages())[-1].weights == {"ce": ce, "kd": kd, **own}
+    words = ("weighting=crd_benchmark", "method.weights.kd=0.25")
+    built = make(composed, method, "resnet14-resnet8", few_images, *words)
+    assert list(built.stages())[-1].weights == {"ce": 1, "kd": 0.25, **own}
+
+
+@pytest.mark.parametrize("method", ["kd", "sskd"])
+def test_kd_and_sskd_keep_their_own_weights(composed: Compose, method: str) -> None:
+    def weights(*words: str) -> dict[str, float]:
+        found: dict[str, float] = composed(f"method={method}", *words).method.weights.model_dump()
+        return found
+
+    for weighting in ("crd_benchmark", "common"):
+        assert weights(f"weighting={weighting}") == weights()
+
+
+@pytest.mark.parametrize(
+    ("method", "phase"), [("ab", "boundary"), ("ft", "paraphraser"), ("fsp", "flow")]
+)
+@pytest.mark.parametrize(("epochs", "expected"), [(240, 30), (24, 3), (2, 1)])
+def test_first_phases_are_an_eighth_of_the_run_at_a_constant_rate(
+    composed: Compose, few_images: Images, method: str, phase: str, epochs: int, expected: int
+) -> None:
+    config = composed(f"method={method}", f"schedule.epochs={epochs}", "pair=vgg13-vgg8")
+    first, last = build_method(
+        config.method, build_model("vgg8", 5), build_model("vgg13", 5), few_images
+    ).stages()
+    schedule = stage_schedule(first, config)
+    assert (first.name, schedule.epochs) == (phase, expected)
+    assert {schedule.lr_at(epoch) for epoch in range(expected)} == {0.05}
+    assert stage_schedule(last, config).epochs == epochs
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["pair=resnet56-resnet20"], 0.01),
+        (["pair=wrn_40_2-wrn_16_2", "optimizer.lr=0.2"], 0.01),
+        (["pair=vgg13-MobileNetV2"], 0.01),
+        (["pair=ResNet50-vgg8"], 0.05),
+        (["pair=ResNet50-vgg8", "optimizer.lr=0.2"], 0.2),
+        (["pair=resnet32x4-ShuffleV1", "optimizer=adamw"], 0.001),
+        (["pair=resnet56-resnet20", "method.paraphraser.lr=null", "optimizer.lr=0.2"], 0.2),
+    ],
+)
+def test_the_paraphraser_learns_at_the_rate_of_its_student(
+    composed: Compose, few_images: Images, overrides: list[str], expected: float
+) -> None:
+    config = composed("method=ft", *overrides)
+    first, _ = build_method(
+        config.method, build_model("resnet8", 5), build_model("resnet8", 5), few_images
+    ).stages()
+    assert stage_schedule(first, config).lr == expected

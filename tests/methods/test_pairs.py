@@ -1,0 +1,199 @@
+"""Any teacher with any student: every method takes the pair, or refuses it by name."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Compose, random_images
+from torch import nn
+
+from sskd.data import Batch, Images
+from sskd.errors import UserError
+from sskd.methods import build_method
+from sskd.methods.adapters import body, conv_regressor
+from sskd.methods.kd import KD
+from sskd.models import Features, build_model
+from sskd.teachers.assembly import assemble
+from train_student import train
+
+# The channels of the stem and of each stage, one network for every row of channels that the
+# 22 have (the papers' tables; half width for MobileNetV2).
+LEVELS = {
+    "resnet8": (16, 16, 32, 64),
+    "resnet8x4": (32, 64, 128, 256),
+    "wrn_16_1": (16, 16, 32, 64),
+    "wrn_16_2": (16, 32, 64, 128),
+    "ShuffleV1": (24, 240, 480, 960),
+    "ShuffleV2": (24, 116, 232, 464),
+    "vgg8": (64, 128, 256, 512, 512),
+    "ResNet50": (64, 256, 512, 1024, 2048),
+    "MobileNetV2": (16, 12, 16, 48, 160),
+}
+STAGE_BY_STAGE = {"at", "vid", "ab", "nst"}
+METHODS_WITH_FEATURES = sorted(
+    ["fitnet", "at", "sp", "vid", "rkd", "pkt", "ab", "ft", "crd", "cc", "nst", "fsp"]
+)
+
+
+def refused(method: str, teacher: str, student: str) -> bool:
+    if method == "fsp":
+        return LEVELS[teacher] != LEVELS[student]
+    return method in STAGE_BY_STAGE and len(LEVELS[teacher]) != len(LEVELS[student])
+
+
+@pytest.fixture(scope="module")
+def networks() -> dict[str, nn.Module]:
+    """Return one network of every kind; what is tested here changes none of them."""
+    torch.manual_seed(0)
+    return {name: build_model(name, 5).eval() for name in LEVELS}
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    return random_images(10, 2)
+
+
+@pytest.fixture(scope="module")
+def features(networks: dict[str, nn.Module]) -> dict[str, Features]:
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return {name: network(x) for name, network in networks.items()}
+
+
+@pytest.mark.parametrize("method", METHODS_WITH_FEATURES)
+def test_any_teacher_with_any_student(
+    composed: Compose,
+    method: str,
+    networks: dict[str, nn.Module],
+    features: dict[str, Features],
+    images: Images,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Shapes are what is tested; to draw the weights of the widest layers takes most of the time.
+    constant = partial(nn.init.constant_, val=0.01)
+    monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda weight, **_: constant(weight))
+    settings = composed(f"method={method}").method
+    y, index, crop = torch.tensor([[0, 1], [4, 7], [0, 0]])
+    batch = Batch(torch.zeros(2, 3, 32, 32), y, index, crop)
+    for teacher in LEVELS:
+        for student in LEVELS:
+            pair = networks[student], networks[teacher]
+            if refused(method, teacher, student):
+                with pytest.raises(UserError, match="choose networks"):
+                    build_method(settings, *pair, images)
+                continue
+            built = build_method(settings, *pair, images)
+            assert isinstance(built, KD)
+            terms = built.feature_terms(features[student], features[teacher], batch)
+            with torch.no_grad():
+                for phase in list(built.stages())[:-1]:
+                    terms |= phase.loss(batch).terms
+            assert terms, "nothing of the method's own was computed"
+            assert all(term.isfinite() for term in terms.values()), (teacher, student)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fitnet_takes_any_stage_of_any_pair(
+    composed: Compose,
+    stage: int,
+    networks: dict[str, nn.Module],
+    features: dict[str, Features],
+    images: Images,
+) -> None:
+    settings = composed("method=fitnet", f"method.stage={stage}").method
+    for teacher, theirs in features.items():
+        for student, ours in features.items():
+            built = build_method(settings, networks[student], networks[teacher], images)
+            mapped = built.get_submodule("regressor")(ours.stages[stage - 1])
+            assert mapped.shape == theirs.stages[stage - 1].shape
+
+
+@pytest.mark.parametrize("trains", ["teacher.train=true", "teacher.train=false"])
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (("method=fsp", "pair=vgg13-MobileNetV2"), "method=fsp vgg13-MobileNetV2: needs the same"),
+        (("method=at", "arch@student=vgg8"), "method=at wrn_40_2-vgg8: .*the teacher has 3 stages"),
+        (("method=fitnet", "method.stage=4"), "method=fitnet wrn_40_2-wrn_16_2: method.stage=4"),
+        (("method=vid", "method.variance=1e-6"), "method.variance=1e-06: must be above"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_teacher_is_trained(
+    composed: Compose, tmp_path: Path, overrides: tuple[str, ...], told: str, trains: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        train(composed("dataset=digits", trains, *overrides))
+    assert not list(tmp_path.rglob("*.pt"))
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_crd_needs_a_second_class(composed: Compose) -> None:
+    config = composed("method=crd", "arch@teacher=resnet14", "arch@student=resnet8")
+    with pytest.raises(UserError, match="needs images of a second class"):
+        assemble(config, random_images(4, 4, classes=1))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [((6, 8, 8), (9, 8, 8)), ((6, 8, 8), (9, 16, 16)), ((6, 8, 8), (9, 4, 4)),
+     ((6, 8, 8), (9, 7, 7)), ((6, 8, 8), (9, 1, 1))],
+)  # fmt: skip
+def test_the_regressor_gives_the_teachers_shape(
+    ours: tuple[int, int, int], theirs: tuple[int, int, int]
+) -> None:
+    regressor = conv_regressor(torch.Size(ours), torch.Size(theirs))
+    assert regressor(torch.randn(2, *ours)).shape == (2, *theirs)
+
+
+def test_the_regressor_refuses_a_map_that_is_much_smaller() -> None:
+    with pytest.raises(UserError, match="cannot map the student's 4x4 to the teacher's 16x16"):
+        conv_regressor(torch.Size((6, 4, 4)), torch.Size((6, 16, 16)))
+
+
+@pytest.mark.parametrize("outputs", ["stages", "preacts"])
+@pytest.mark.parametrize("name", LEVELS)
+def test_the_body_is_what_changes_the_outputs(name: str, outputs: str, images: Images) -> None:
+    network = build_model(name, 5).eval()
+    parts = body(network, images, lambda features: getattr(features, outputs))
+    found = {id(parameter) for part in parts for parameter in part.parameters()}
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        before = getattr(network(x), outputs)
+        for label, child in network.named_children():
+            kept = copy.deepcopy(child.state_dict())
+            for parameter in child.parameters():
+                parameter.add_(torch.rand_like(parameter))
+            after = getattr(network(x), outputs)
+            changed = any(not torch.equal(*maps) for maps in zip(before, after, strict=True))
+            child.load_state_dict(kept)
+            assert {id(parameter) in found for parameter in child.parameters()} == {changed}, label
+
+
+def test_the_body_leaves_frozen_what_is_frozen(images: Images) -> None:
+    network = build_model("resnet8", 5)
+    network.conv1.requires_grad_(False)
+    body(network, images, lambda features: features.stages)
+    frozen = [name for name, each in network.named_parameters() if not each.requires_grad]
+    assert frozen == ["conv1.weight"]
+
+
+def test_a_body_that_modules_cannot_hold_is_refused(images: Images) -> None:
+    class Scaled(nn.Module):
+        """A network whose scale is a parameter of its own, beside an unused classifier."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = build_model("resnet8", 5)
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: torch.Tensor) -> Features:
+            found: Features = self.network(x)
+            return found._replace(stages=tuple(self.scale * maps for maps in found.stages))
+
+    with pytest.raises(ValueError, match="a parameter of its own"):
+        body(Scaled(), images, lambda features: features.stages)

@@ -1,0 +1,110 @@
+"""A pool of processes whose processes die: which cells are launched again, and how it ends."""
+
+from __future__ import annotations
+
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Compose
+from omegaconf import OmegaConf
+
+from sskd.commands.sweep import Cell, Sweep
+from sskd.errors import UnfinishedError
+from sskd.runs.status import write_status
+
+CELLS = 8
+
+
+class Pool:
+    """A launcher of ``size`` cells at once, all of which end if one of them dies.
+
+    Attributes:
+        launched: the cells of each call, by number.
+    """
+
+    def __init__(self, root: Path, size: int, deadly: set[int], prepares: bool) -> None:
+        self._root, self._size, self._deadly, self._prepares = root, size, deadly, prepares
+        self.launched: list[list[int]] = []
+
+    def __call__(self, batch: list[list[str]], initial_job_idx: int) -> None:
+        numbers = [int(overrides[0].removeprefix("seed=")) for overrides in batch]
+        self.launched.append(numbers)
+        for now in in_parts(numbers, self._size):
+            dies = bool(self._deadly & set(now))
+            for number in now:
+                if not (dies and self._prepares):
+                    write_status(self._root / str(number), "running")
+            if dies:
+                raise BrokenProcessPool("a worker was killed")
+            for number in now:
+                (self._root / str(number) / "result.json").write_text("{}")
+
+
+def in_parts(numbers: list[int], size: int) -> list[list[int]]:
+    return [numbers[first : first + size] for first in range(0, len(numbers), size)]
+
+
+def sweep_of(composed: Compose, root: Path) -> Sweep:
+    config = composed("dataset=digits", "method=vanilla", "arch@student=resnet8")
+    sweep = Sweep([], compose=lambda _: OmegaConf.create())
+    sweep.cells = [
+        Cell([f"seed={k}"], "", config.model_copy(update={"seed": k}), root / str(k))
+        for k in range(CELLS)
+    ]
+    return sweep
+
+
+@pytest.mark.parametrize("size", [1, 3, CELLS])
+@pytest.mark.parametrize("deadly", [{0}, {2, 7}, {0, 1, 2}])
+@pytest.mark.parametrize("prepares", [False, True])  # dies before its own run has begun
+def test_a_cell_that_kills_its_process_costs_no_other(
+    composed: Compose, tmp_path: Path, capsys: Any, size: int, deadly: set[int], prepares: bool
+) -> None:
+    sweep, pool = sweep_of(composed, tmp_path), Pool(tmp_path, size, deadly, prepares)
+    sweep.launch(sweep.begin(), None, pool)
+    finished = {int(path.parent.name) for path in tmp_path.glob("*/result.json")}
+    assert finished == set(range(CELLS)) - deadly
+    assert len(pool.launched) <= 1 + 3 * CELLS  # each failure counts for one cell at least
+    with pytest.raises(UnfinishedError) as error:
+        sweep.end()
+    assert error.value.status == 1
+    out, err = capsys.readouterr()
+    assert f"{len(finished)} of {CELLS} cells have finished" in out
+    for number in range(CELLS):
+        assert (f"  {tmp_path / str(number)}: " in err) == (number in deadly)
+
+
+def test_a_process_that_dies_once_costs_no_more_than_itself(
+    composed: Compose, tmp_path: Path
+) -> None:
+    sweep, pool = sweep_of(composed, tmp_path), Pool(tmp_path, 3, {4}, prepares=False)
+
+    def dies_once(batch: list[list[str]], initial_job_idx: int) -> None:
+        try:
+            pool(batch, initial_job_idx)
+        finally:
+            pool._deadly.clear()
+
+    sweep.launch(sweep.begin(), None, dies_once)
+    sweep.end()
+    # The three that were at work come after the others, in the same pool.
+    assert pool.launched == [list(range(CELLS)), [6, 7, 3, 4, 5]]
+
+
+def test_another_failure_of_the_launcher_ends_the_sweep(
+    composed: Compose, tmp_path: Path, capsys: Any
+) -> None:
+    """Jobs on a cluster may still be in its queue, so they must not be launched twice."""
+    sweep, launched = sweep_of(composed, tmp_path), []
+
+    def gives_up(batch: list[list[str]], initial_job_idx: int) -> None:
+        launched.append(batch)
+        raise RuntimeError("no cluster")
+
+    sweep.launch(sweep.begin(), None, gives_up)
+    with pytest.raises(UnfinishedError):
+        sweep.end()
+    assert len(launched) == 1
+    assert "error: the launcher gave up: no cluster" in capsys.readouterr().err

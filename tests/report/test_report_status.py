@@ -1,0 +1,268 @@
+"""What the report tells of cells that are not finished, and ``--status`` and ``--watch``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from report_runs import epoch_line, never, put_metrics, put_run, put_status
+
+from sskd.report import __main__ as command
+from sskd.report.cells import Cell, read_cells
+from sskd.report.report import Report, read_report
+from sskd.report.status import render_status
+from sskd.runs.lock import FolderLock
+
+DISTILL = "cifar100/distill/resnet56-resnet20"
+Hold = Callable[[Path], None]
+NOW = datetime(2026, 11, 25, 12, 0, tzinfo=UTC)
+
+
+@pytest.fixture
+def hold() -> Iterator[Hold]:
+    """Return a function that holds a folder, as a process does that is at work in it."""
+    locks: list[FolderLock] = []
+
+    def hold(folder: Path) -> None:
+        locks.append(FolderLock(folder))
+        locks[-1].acquire()
+
+    yield hold
+    for lock in locks:
+        lock.release()
+
+
+def only_cell(root: Path) -> Cell:
+    (cell,) = read_cells(root, never)
+    return cell
+
+
+def test_a_cell_of_each_state_in_the_order_of_the_lists(tmp_path: Path, hold: Hold) -> None:
+    for state in ("finished", "failed", "stopped", "queued"):
+        put_status(tmp_path / state, state, error="a line")
+    (tmp_path / "finished" / "result.json").write_text("{}")
+    hold(put_status(tmp_path / "running", "running"))
+    put_status(tmp_path / "dead", "running")
+    cells = read_cells(tmp_path, never)
+    assert [(cell.name, cell.state) for cell in cells] == [
+        *((state, state) for state in ("running", "queued", "stopped")),
+        ("dead", "interrupted"),
+        ("failed", "failed"),
+        ("finished", "finished"),
+    ]
+    # An old error is no news of a cell that has been queued again.
+    assert [cell.name for cell in cells if cell.error] == ["failed"]
+
+
+def test_folders_without_a_status(tmp_path: Path) -> None:
+    put_run(tmp_path, "old")
+    put_status(tmp_path / "fell over after its result", "failed")
+    (tmp_path / "fell over after its result" / "result.json").write_text("{}")
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "last.pt").touch()
+    (tmp_path / "nothing").mkdir()
+    put_status(tmp_path / ".old" / "seed0-1", "failed")
+    put_status(tmp_path.parent / "elsewhere", "failed")
+    (tmp_path / "link").symlink_to(tmp_path.parent / "elsewhere")
+    assert {cell.name: cell.state for cell in read_cells(tmp_path, never)} == {
+        "old": "finished",
+        "fell over after its result": "finished",
+        "checkpoint": "stopped",
+    }
+
+
+def test_progress_counts_all_stages_and_the_time_left(tmp_path: Path, hold: Hold) -> None:
+    epochs = {"ss_head": 2, "distill": 10}
+    hold(put_status(tmp_path / "run", "running", epochs=epochs))
+    lines = [epoch_line("ss_head", 1), epoch_line("ss_head", 2), epoch_line("distill", 3)]
+    # Epochs end a minute apart; between the last two the run stood still for a night.
+    lines += [epoch_line("distill", epoch) for epoch in (4, 5)]
+    lines += [epoch_line("distill", 6, date="2026-11-25T11:00:00+00:00")]
+    put_metrics(tmp_path / "run", lines)
+    cell = only_cell(tmp_path)
+    assert (cell.done, cell.total, cell.rate) == (6, 12, 1234.0)
+    assert cell.seconds_left == pytest.approx(6 * 60)
+    text = render_status([cell], 100, NOW)
+    assert "6/12 epochs, 50% · 1,234 images/s · 6 min left" in text
+
+
+@pytest.mark.parametrize("since", ["soon", 3, None, "0001-01-01T00:00:00", "9999-12-31T23:59:59"])
+def test_what_a_status_may_lack_or_have_wrong(tmp_path: Path, hold: Hold, since: object) -> None:
+    epochs = {"a": -1, "b": [], "c": 10**4000}
+    folder = put_status(tmp_path / "run", "running", since=since, host=3, epochs=epochs)
+    hold(folder)
+    (folder / "metrics.jsonl").write_text("{\n\xff\n[]\n" + '{"stage": "a", "epoch": 1e999}\n')
+    warnings: list[str] = []
+    (cell,) = read_cells(tmp_path, warnings.append)
+    assert cell == Cell(Path("run"), "running")
+    assert len(warnings) == 1
+    assert "4 of 4 lines" in warnings[0]
+
+
+@pytest.mark.parametrize("text", ["", "[", "[]", "{}", '{"state": "odd"}', '{"state": []}', "\xff"])
+def test_a_damaged_status_is_told_and_taken_for_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "status.json").write_bytes(text.encode("latin-1"))
+    warnings: list[str] = []
+    assert read_cells(tmp_path, warnings.append) == []
+    assert len(warnings) == 1
+    (tmp_path / "run" / "last.pt").touch()
+    assert [cell.state for cell in read_cells(tmp_path, warnings.append)] == ["stopped"]
+
+
+def test_a_status_that_is_a_pipe_or_a_link_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "status.json")
+    secret = put_status(tmp_path / ".hidden", "failed", error="secret")
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "status.json").symlink_to(secret / "status.json")
+    (tmp_path / "link" / "last.pt").touch()
+    (tmp_path / "link" / "metrics.jsonl").symlink_to(secret / "status.json")
+    assert read_cells(tmp_path, never) == [Cell(Path("link"), "stopped")]
+
+
+def test_text_fits_the_width_and_tells_errors(tmp_path: Path) -> None:
+    since = NOW - timedelta(hours=2)
+    long = Cell(Path("d" * 60), "failed", since=since, host="node1", error="an error of words " * 9)
+    day = Cell(Path("short"), "stopped", since=since - timedelta(days=1), host="node2")
+    text = render_status([long, day, Cell(Path("x"), "finished")], 80, NOW)
+    assert text.startswith("1 stopped · 1 failed · 1 finished\n")
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("an error of words") == text.count("an error")
+    assert "since 10:00 · on node1" in text
+    assert "short  since 2026-11-24 10:00 · on node2" in text
+    # Finished cells are counted, not listed.
+    assert "\n  x" not in text
+
+
+def test_signs_that_steer_a_terminal_are_not_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_status(tmp_path / "a\x1b[31m", "failed", error="\x1b]0;title\x07\n\nline", host="\x9b1m")
+    assert command.main([str(tmp_path), "--status"]) == 0
+    assert capsys.readouterr().out.replace("\n", "").isprintable()
+
+
+def test_status_needs_no_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put_status(tmp_path / "run", "queued")
+    assert command.main([str(tmp_path)]) == 1
+    assert command.main([str(tmp_path), "--status"]) == 0
+    assert capsys.readouterr().out == "1 queued\n\nqueued\n  run\n"
+    assert command.main([str(tmp_path / "none"), "--status"]) == 1
+
+
+def test_tables_end_with_how_many_are_unfinished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_run(tmp_path, "run")
+    assert command.main([str(tmp_path)]) == 0
+    assert "--status" not in capsys.readouterr().out
+    put_status(tmp_path / "other", "failed", error="reason")
+    assert command.main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "1 failed · 1 finished (--status lists them)" in out
+    assert "reason" not in out
+
+
+def test_missing_cells_are_the_published_ones_that_nothing_is_for(tmp_path: Path) -> None:
+    put_run(tmp_path, f"{DISTILL}/kd/seed0")
+    put_status(tmp_path / DISTILL / "sskd" / "seed0", "failed")
+    put_status(tmp_path / "cifar100/scratch/resnet20/seed0", "queued")
+    put_status(tmp_path / "cifar100/distill/vgg13-vgg8/at/seed3-01234567", "stopped")
+    missing = read_report(tmp_path, never).missing()
+    # The teacher's figure is known from its student's run.
+    here = [cell.row for cell in missing if cell.teacher == "resnet56"]
+    assert here == ["FitNet", "AT", "SP", "VID", "RKD", "PKT", "AB", "FT", "CRD"]
+    # Pairs without a student, and sources without one, are not asked for.
+    assert {(c.table, c.teacher, c.student) for c in missing} == {
+        ("similar", "resnet56", "resnet20")
+    }
+    # Named by a folder within, the runs are the same.
+    assert read_report(tmp_path / "cifar100", never).missing() == missing
+
+
+def test_datasets_without_published_figures_miss_nothing(tmp_path: Path) -> None:
+    put_run(tmp_path, "run", dataset="digits")
+    assert read_report(tmp_path, never).missing() == []
+
+
+def ticks(monkeypatch: pytest.MonkeyPatch, *between: object) -> list[float]:
+    """Let a watch sleep, calling one of ``between`` each time, and then interrupt it."""
+    slept: list[float] = []
+    steps = iter(between)
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        step = next(steps, None)
+        if step is None:
+            raise KeyboardInterrupt
+        assert callable(step)
+        step()
+
+    monkeypatch.setattr(command.time, "sleep", sleep)
+    return slept
+
+
+def test_watch_shows_what_changes_and_ends_with_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_status(tmp_path / "other", "queued")
+    slept = ticks(monkeypatch, lambda: put_run(tmp_path, "run"))
+    out = tmp_path / "made" / "grid"
+    assert command.main([str(tmp_path), "--watch", "7", "--out", str(out)]) == 130
+    assert slept == [7.0, 7.0]
+    shown = capsys.readouterr()
+    assert shown.err == "\nstopped\n"
+    first, second, _ = shown.out.split("Ctrl-C ends\n")
+    assert "1 queued\n" in first
+    assert "similar" not in first
+    assert "wrote" not in first
+    assert "1 queued · 1 finished\n" in second
+    assert "similar · last epoch" in second
+    assert "wrote" in second
+    assert out.with_suffix(".html").exists()
+    # No signs for a terminal where there is none.
+    assert "\x1b" not in shown.out
+
+
+def test_watch_clears_a_terminal_and_writes_files_only_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_run(tmp_path, "run")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "result.json").write_text("{")
+    monkeypatch.setattr(command.sys.stdout, "isatty", lambda: True)
+    written: list[str] = []
+
+    def write(report: Report, out: str, *others: object) -> list[Path]:
+        written.append(out)
+        return [Path("x.md")]
+
+    monkeypatch.setattr(command, "write_files", write)
+    ticks(monkeypatch, lambda: None)
+    assert command.main([str(tmp_path), "--status", "--watch", "--out", "x"]) == 130
+    shown = capsys.readouterr()
+    assert shown.out.count("\x1b[H\x1b[2J") == 2
+    assert written == ["x"]
+    # Each warning is told once, and --status leaves the tables out.
+    assert shown.err.count("warning") == 1
+    assert "similar" not in shown.out
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "1e9", "soon"])
+def test_watch_refuses_times_that_are_none(
+    seconds: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        command.main(["--watch", seconds])
+    assert exit_.value.code == 2
+    assert "--watch" in capsys.readouterr().err
+
+
+def test_watch_says_that_it_takes_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--watch", "x"])
+    assert "--watch: should be a number of seconds (got 'x')" in capsys.readouterr().err

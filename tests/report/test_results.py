@@ -1,0 +1,109 @@
+"""The measured figures in the documents, held against the metrics of the runs they come from."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# A sweep's epochs, and the rows of it that have three seeds.
+SWEEPS = {
+    "cpu": (16, {"alone", "kd", "fitnet", "at", "nst", "crd", "sskd"}),
+    "short": (24, {"alone", "kd", "fitnet", "at", "crd", "sskd"}),
+}
+
+
+def runs(sweep: str) -> dict[str, list[Path]]:
+    """Return by row the folders of the bf16 runs."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted((ROOT / "results/runs" / sweep).glob("*/*/*/**/metrics.jsonl")):
+        config = path.with_name("config.yaml").read_text(encoding="utf-8")
+        if "phases" in path.parts or "precision: bf16" not in config:
+            continue
+        folder = path.parent.parent.name
+        found.setdefault("alone" if folder == "resnet20" else folder, []).append(path.parent)
+    return found
+
+
+def last_top1(folder: Path, epochs: int) -> float:
+    """Return the top-1 of a run's last epoch, read from its metrics alone."""
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["epoch"] == epochs
+    return float(line["test/top1"])
+
+
+def curves(sweep: str) -> dict[str, list[float]]:
+    """Return by row the top-1 of each run's last epoch."""
+    epochs, _ = SWEEPS[sweep]
+    return {row: [last_top1(each, epochs) for each in found] for row, found in runs(sweep).items()}
+
+
+def of_result(folder: Path, key: str) -> Any:
+    return json.loads((folder / "result.json").read_text())[key]
+
+
+def figure(values: list[float]) -> str:
+    """Return the mean and, of several values, the sample standard deviation."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def table(page: str, heading: str, first: str) -> list[list[str]]:
+    """Return the rows of the table beneath ``heading`` whose first cell is ``first``."""
+    text = (ROOT / page).read_text(encoding="utf-8").partition(f"{heading}\n")[2]
+    lines = re.split(r"\n#+ ", text)[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
+    start = next(number for number, row in enumerate(rows) if row[0] == first)
+    return [row for row in rows[start:] if set(row[0]) - set("-: ")]
+
+
+def test_the_front_page_has_what_the_runs_reached() -> None:
+    header, cells, *_ = table("README.md", "### Measured so far", "alone")
+    measured = {name.lower(): cell for name, cell in zip(header, cells, strict=True)}
+    reached = curves("short")
+    assert set(measured) == set(reached) - {"cc", "fsp", "nst"}
+    assert measured == {name: figure(reached[name]) for name in measured}
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_the_page_of_results_has_what_the_runs_reached(sweep: str) -> None:
+    _, *rows = table("results/README.md", f"## The `{sweep}` sweep", "resnet20")
+    reached = curves(sweep)
+    assert {row[0].lower() for row in rows} == set(reached)
+    means = {name: statistics.mean(values) for name, values in reached.items()}
+    for name, top1, over_alone, over_kd, agreement, *_ in rows:
+        row = name.lower()
+        if row != "alone":
+            agreed = statistics.mean(of_result(each, "agreement") for each in runs(sweep)[row])
+            assert agreement == f"{agreed:.2f} %"
+        assert top1 == f"{figure(reached[row])} ({len(reached[row])})"
+        gains = {"alone": over_alone, "kd": over_kd}
+        for other, text in gains.items():
+            if text:
+                assert float(text) == pytest.approx(means[row] - means[other], abs=0.0051)
+        assert bool(over_alone) == (row != "alone")
+        assert bool(over_kd) == (row not in ("alone", "kd"))
+
+
+def test_the_figures_of_the_other_weighting_are_those_of_its_own_table() -> None:
+    _, *rows = table("results/README.md", "## The `cpu` sweep", "resnet20")
+    heading = "## The `cpu` sweep with `weighting=common`"
+    _, *common = table("results/README.md", heading, "resnet20")
+    top1 = {row[0]: row[1].removesuffix(" (1)") for row in common}
+    for row in rows:
+        assert row[5] in ("", top1[row[0]])
+    assert [row[0] for row in rows if not row[5]] == ["alone", "KD", "SSKD"]
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_all_seeds_of_the_first_rows_are_there(sweep: str) -> None:
+    several = SWEEPS[sweep][1]
+    for row, folders in runs(sweep).items():
+        seeds = [of_result(each, "seed") for each in folders]
+        assert sorted(seeds) == ([0, 1, 2] if row in several else [0])

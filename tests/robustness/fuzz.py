@@ -1,0 +1,233 @@
+"""Random damage to every kind of file that the suite reads, to see that each is read or refused.
+
+    python tests/robustness/fuzz.py --minutes 10
+
+Whole files (checkpoints in each layout, sealed ones, a run's JSON and YAML) are changed at random
+and given to their readers, in processes with a limit on memory and on the time that one file may
+take. A finding is an exception that is no refusal, a crash, a hang, a changed file that passes for
+sealed, and anything that runs code: a process, a connection, a module that nobody asked for, a
+file written elsewhere. Each finding's file and reason are kept in ``--findings``; the exit status
+is then 1. The last line is a row of figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/robustness")]
+SECONDS_A_FILE, SECONDS_A_PROCESS = 10, 25.0
+MEMORY = 12 << 30  # addresses, not pages: torch alone takes several GiB of them
+READ, REFUSED = "read", "refused"
+# What no reader may cause, by the names of Python's audit events.
+FORBIDDEN = (
+    *("os.system", "os.exec", "os.fork", "os.spawn", "os.posix_spawn", "os.kill", "os.putenv"),
+    *("subprocess.", "socket.", "ctypes.dlopen", "pickle.find_class", "urllib."),
+)
+LAZY = ("torch", "numpy", "omegaconf", "encodings")  # import parts of themselves at first use
+
+
+def whole_files(folder: Path) -> dict[str, bytes]:
+    """Write one of each file into ``folder`` and return them by name."""
+    import numpy as np
+    import torch
+    from report_runs import put_run, put_status
+    from safetensors.torch import save_file
+
+    from sskd.models import build_model
+    from sskd.runs.checkpoint_file import save_sealed
+
+    state = {f"module.{k}": v for k, v in build_model("resnet8", 2).state_dict().items()}
+    small = {"conv1.weight": torch.arange(6.0).view(2, 3), "fc.bias": torch.ones(2).half()}
+    facts = {"opt": argparse.Namespace(a=[1]), "acc": np.float32(7), "epoch": torch.tensor([3])}
+    torch.save({"model": state}, folder / "network.pth")
+    torch.save({"state_dict": small, **facts}, folder / "facts.pth")
+    old: dict[str, Any] = {"_use_new_zipfile_serialization": False}
+    torch.save({"model": small, **facts}, folder / "legacy.pth", **old)
+    both = {"student": small, "model_ema": dict(small), "args": "a" * 20_000}
+    torch.save(both, folder / "both.pth")
+    save_file(small, folder / "net.safetensors", metadata={"about": '{"epoch": 3, "acc": "7.5"}'})
+    save_sealed(folder / "last.pt", {"stage": "distill", "lines": 2, "model": small})
+    put_status(put_run(folder, "run", [10.0, 20.0]), "failed", error="it broke")
+    (folder / "run/config.yaml").write_text(json.dumps({"dataset": {"name": "a"}, "seed": 0}))
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def read(path: Path) -> str:
+    """Give the file to its readers; return what became of it, or raise what is a finding."""
+    from sskd.errors import UserError
+    from sskd.models import read_checkpoint
+    from sskd.runs.checkpoint_file import DamagedError, load_sealed
+    from sskd.runs.folder import read_config_file, read_result
+    from sskd.runs.identity import differing
+
+    try:
+        if path.name == "last.pt":
+            load_sealed(path)
+        elif path.suffix in (".pth", ".safetensors"):
+            read_checkpoint(path)
+        elif path.name == "config.yaml":
+            differing(read_config_file(path), {"seed": 0})
+        else:
+            read_report_of(path)
+            read_result(path.parent)
+    except (UserError, DamagedError) as error:
+        if not str(error).isprintable():
+            raise AssertionError("a refusal of several lines") from error
+        return REFUSED
+    return READ
+
+
+def read_report_of(path: Path) -> None:
+    """Read a run's folder as the report does, and make the tables."""
+    from sskd.report.metrics import read_metrics
+    from sskd.report.render import render_text
+    from sskd.report.report import read_report
+    from sskd.runs.status import failed_in_this_sweep
+
+    told: list[str] = []
+    report = read_report(path.parent.parent, told.append)
+    read_metrics(path.parent, told.append)
+    assert report.csv()
+    assert all(render_text(table, 80) for table in report.tables("best"))
+    assert len(told) <= 2, "more than a warning a file"
+    failed_in_this_sweep(path.parent)
+
+
+class Guard:
+    """Notes what a reader causes that it may not."""
+
+    def __init__(self, folder: str) -> None:
+        self.noted: list[str] = []
+        self.folder = folder
+        homes = [str(sys.modules[name].__file__) for name in ("os", *LAZY) if name in sys.modules]
+        self.code = ("<frozen", *(str(Path(home).parent) for home in homes))
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event.startswith(FORBIDDEN) or self.is_foreign(event, *arguments):
+            self.noted.append(f"{event} {arguments!r}"[:200])
+
+    def is_foreign(self, event: str, first: Any = None, second: Any = None, *_: object) -> bool:
+        if event == "import":
+            return first not in sys.modules and not first.startswith(LAZY)
+        if event in ("compile", "exec"):
+            known = str(getattr(first, "co_filename", second)).startswith(self.code)
+            return not known and not importing()  # whose import is noted itself
+        writes = event == "open" and isinstance(first, str) and set(str(second)) & set("wax+")
+        changes = event in ("os.remove", "os.rename", "os.mkdir", "os.chmod", "shutil.rmtree")
+        return bool(writes or changes) and not str(first).startswith(self.folder)
+
+
+def importing() -> bool:
+    """Return whether it is an import that has led here."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+    return False
+
+
+def child(place: str, seed: int, seconds: float, findings: Path) -> None:
+    """Try files for so many seconds; print what became of how many as JSON."""
+    folder, chance = Path(place), random.Random(seed)
+    tempfile.tempdir = place  # torch makes a folder there for files of one old layout
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    from damage import changed
+
+    files = whole_files(folder)
+    for name in files:  # which loads what is loaded at first use
+        assert read(folder / name) == READ, name
+    guard = Guard(place)
+    compile("1", "<foreign>", "eval")
+    assert guard.noted, "the guard is asleep"
+    counts: Counter[str] = Counter()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        name = chance.choice(list(files))
+        data = changed(name, files[name], chance)
+        (folder / name).write_bytes(data)
+        (folder / "current").write_text(name)
+        guard.noted.clear()
+        faulthandler.dump_traceback_later(SECONDS_A_FILE, exit=True)
+        reasons: list[str] = []
+        try:
+            counts[read(folder / name)] += 1
+        except BaseException as error:
+            reasons = [*guard.noted, *traceback.format_exception(error)]
+        faulthandler.cancel_dump_traceback_later()
+        if reasons := reasons or list(guard.noted):
+            keep(findings, name, data, "\n".join(reasons))
+        (folder / name).write_bytes(files[name])
+    print(json.dumps(counts))
+
+
+def keep(findings: Path, name: str, data: bytes, reason: str) -> None:
+    """Save a file and what it caused."""
+    number = len(list(findings.glob("*.txt")))
+    (findings / f"{number:03d}-{Path(name).name}").write_bytes(data)
+    (findings / f"{number:03d}.txt").write_text(f"{name}\n{reason}\n", errors="replace")
+
+
+def try_files(seed: int, seconds: float, findings: Path) -> Counter[str]:
+    """Run one process over random files; a crash or a hang of it is a finding."""
+    with tempfile.TemporaryDirectory() as place:
+        words = ["--child", place, "--seed", str(seed), "--seconds", str(seconds)]
+        command = [sys.executable, __file__, *words, "--findings", str(findings)]
+        try:
+            limit = seconds + SECONDS_A_FILE + 120
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+            if done.returncode == 0:
+                return Counter(json.loads(done.stdout.splitlines()[-1]))
+            reason = f"ended with status {done.returncode}:\n{done.stderr}"
+        except subprocess.TimeoutExpired:
+            reason = "hung"
+        current = Path(place, "current")
+        name = current.read_text() if current.exists() else "current"
+        keep(findings, name, Path(place, name).read_bytes() if name != "current" else b"", reason)
+        return Counter()
+
+
+def try_for(minutes: float, seed: int, findings: Path) -> int:
+    """Try files until the time is up; return 1 where something was found."""
+    findings.mkdir(parents=True)  # never into a folder that holds another run's
+    started, counts, found = time.monotonic(), Counter[str](), 0
+    while (left := 60 * minutes - (time.monotonic() - started)) > 0:
+        counts += try_files(seed, min(SECONDS_A_PROCESS, left), findings)
+        seed, found = seed + 1, len(list(findings.glob("*.txt")))
+        rate = counts.total() / (time.monotonic() - started)
+        done = f"{counts.total()} files, {rate:.0f} a second, {counts[REFUSED]} refused"
+        told = f"{done}, {counts[READ]} read, {found} findings"
+        print(f"{told}, {max(left - SECONDS_A_PROCESS, 0) / 60:.1f} min left", flush=True)
+    print(f"| random files | {minutes:g} min | {told} | {findings if found else 'none'} |")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Give damaged files to their readers.")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--findings", type=Path, help="a folder to be made; default: a temporary one"
+    )
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    findings = given.findings or Path(tempfile.mkdtemp(prefix="fuzz-"), "findings")
+    if given.child:
+        child(given.child, given.seed, given.seconds, findings)
+    else:
+        sys.exit(try_for(given.minutes, given.seed, findings))

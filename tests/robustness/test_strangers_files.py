@@ -1,0 +1,352 @@
+"""Files that somebody else put into a folder of runs: bounds, and one line for what is too much."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command
+from report_runs import epoch_line, put_metrics, put_run
+from torch import nn
+
+import sskd.files
+import sskd.runs.names
+import sskd.runs.status
+from sskd.errors import UserError
+from sskd.files import read_bounded, read_lines
+from sskd.models import read_checkpoint
+from sskd.report.cells import read_cells
+from sskd.report.metrics import read_metrics
+from sskd.report.results import read_results
+from sskd.runs.checkpoint_file import DamagedError, load_sealed, save_sealed
+from sskd.runs.folder import put_aside, read_config_file, read_result
+from sskd.runs.run import Run
+from sskd.runs.status import read_status, write_failure
+from sskd.tracking.session import run_id
+
+SECONDS = 5.0  # with room for a slow machine
+
+
+def sparse(path: Path, size: int = 60 << 30) -> Path:
+    """Make a file that has ``size`` bytes and takes none of the disk."""
+    path.touch()
+    os.truncate(path, size)
+    return path
+
+
+def told(warnings: list[str]) -> str:
+    (line,) = warnings
+    assert "\n" not in line
+    return line
+
+
+@contextlib.contextmanager
+def in_time() -> Iterator[None]:
+    """Let a reader take ``SECONDS`` of the processor; no import, command or training belongs here.
+
+    Without bounds most of these readers take minutes, or the memory.
+    """
+    started = time.process_time()
+    yield
+    assert time.process_time() - started < SECONDS
+
+
+YAML = {
+    "flat": "\n".join(f"k{number}: 1" for number in range(20_000)),
+    "list": f"a: [{'1,' * 100_000}1]",
+    "words": f"a: [{'{},' * 70_000}1]",
+    "text": f"a: {'x' * 200_000}",
+    "comment": "#" * 200_000,
+}
+
+
+@pytest.mark.parametrize("kind", YAML)
+def test_a_large_configuration_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(YAML[kind])
+    refused = r"config\.yaml: cannot be read \(it has more than 65536"
+    with in_time(), pytest.raises(UserError, match=refused):
+        read_config_file(path)
+
+
+@pytest.mark.parametrize("kind", YAML)
+def test_the_largest_configuration_takes_a_moment(tmp_path: Path, kind: str) -> None:
+    """Of the size that is let in, whatever fills it."""
+    path = tmp_path / "config.yaml"
+    path.write_text(YAML[kind][: sskd.runs.names.MOST_CONFIG])
+    with in_time(), contextlib.suppress(UserError):  # cut in the middle, some are no YAML
+        read_config_file(path)
+
+
+def test_files_without_end_are_named(tmp_path: Path) -> None:
+    run = put_run(tmp_path, "a")
+    for name in ("result.json", "metrics.jsonl", "config.yaml", "wandb_id"):
+        sparse(run / name)
+    with in_time():
+        with pytest.raises(UserError, match=r"result\.json: is not a result"):
+            read_result(run)
+        with pytest.raises(UserError, match=r"config\.yaml: cannot be read"):
+            read_config_file(run / "config.yaml")
+        with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: it has more than"):
+            Run(run, {}).read_metrics()
+        assert len(run_id(run, "name")) == 16
+        for read in (read_results, read_cells):
+            warnings: list[str] = []
+            read(tmp_path, warnings.append)
+            assert all("more than" in line for line in warnings)
+        warnings = []
+        assert read_metrics(run, warnings.append) == []
+    assert "it has more than" in told(warnings)
+
+
+@pytest.mark.parametrize("name", ["status.json", "result.json"])
+def test_a_report_names_a_file_without_end(tmp_path: Path, name: str) -> None:
+    sparse(tmp_path / name)
+    warnings: list[str] = []
+    with in_time():
+        if name == "status.json":
+            assert read_cells(tmp_path, warnings.append) == []
+            assert read_status(tmp_path) == {}
+        else:
+            assert read_results(tmp_path, warnings.append) == []
+    assert f"{tmp_path / name}: it has more than" in told(warnings)
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "previous.pt"])
+@pytest.mark.parametrize("end", [b"", b"PK\5\6" + bytes(18)])
+def test_a_checkpoint_without_end_is_damaged(tmp_path: Path, name: str, end: bytes) -> None:
+    with sparse(tmp_path / name).open("ab") as stream:
+        stream.write(end)
+    with in_time(), pytest.raises(DamagedError, match=r"bytes, the limit|its end is missing"):
+        load_sealed(tmp_path / name)
+    run = Run(tmp_path, {})
+    if name == "best.pt":
+        assert run.load_best(1) is None
+    else:
+        with pytest.raises(UserError, match=rf"{name} is damaged"):
+            run.checkpoint(["train"])
+
+
+def test_line_ends_alone_do_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n" * 100_001)
+    with in_time(), pytest.raises(ValueError, match="more than 100000 lines"):
+        list(read_lines(path, 10**6, 100_000))
+    monkeypatch.setattr(sskd.report.metrics, "MOST_EPOCHS", 1000)
+    warnings: list[str] = []
+    assert read_metrics(tmp_path, warnings.append) == []
+    assert "more than 1000 lines" in told(warnings)
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda path: path.mkdir(), (OSError, ValueError)),
+        (os.mkfifo, ValueError),
+        (lambda path: path.symlink_to("/etc/passwd"), OSError),
+        (lambda path: path.symlink_to("/dev/zero"), OSError),
+        (lambda path: None, FileNotFoundError),
+        (lambda path: path.write_bytes(bytes(11)), ValueError),
+    ],
+)
+def test_only_a_plain_file_is_read(tmp_path: Path, make: Callable[[Path], Any], error: Any) -> None:
+    make(tmp_path / "file")
+    with in_time(), pytest.raises(error):
+        read_bounded(tmp_path / "file", 10)
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_a_file_that_grows_is_read_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, follow: bool
+) -> None:
+    path, status_of = tmp_path / "file", os.fstat
+    path.write_bytes(b"0123456789")
+
+    def grows(descriptor: int) -> os.stat_result:
+        status = status_of(descriptor)
+        with path.open("ab") as stream:
+            stream.write(b"more" * 1000)
+        return status
+
+    monkeypatch.setattr(sskd.files.os, "fstat", grows)
+    assert read_bounded(path, 10, follow=follow) == b"0123456789"
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="more than 10 bytes, the limit for such a file"):
+        read_bounded(path, 10, follow=follow)
+
+
+def test_a_link_is_followed_on_request_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"01")
+    (tmp_path / "link").symlink_to("file")
+    assert read_bounded(tmp_path / "link", 10, follow=True) == b"01"
+    with pytest.raises(OSError, match="symbolic links"):
+        read_bounded(tmp_path / "link", 10)
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="it is not a regular file"):
+        read_bounded(tmp_path / "zero", 10, follow=True)
+
+
+def test_a_file_of_the_bound_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"0123456789")
+    assert read_bounded(tmp_path / "file", 10) == b"0123456789"
+
+
+def test_a_runs_own_files_stay_below_the_bounds(tmp_path: Path) -> None:
+    """An error can be as long as a network has tensors, and is kept with its traceback."""
+    try:
+        raise ValueError("x" * 10**6) from RuntimeError("\u4e2d" * 10**6)
+    except ValueError as error:
+        write_failure(tmp_path, error)
+    assert (tmp_path / "status.json").stat().st_size < sskd.runs.status.MOST
+    assert read_status(tmp_path)["state"] == "failed"
+
+
+def test_a_phase_of_another_size_is_damaged(tmp_path: Path) -> None:
+    import sskd.teachers.phases
+
+    sparse(tmp_path / "model.safetensors")
+    with in_time(), pytest.raises(UserError, match=r"model\.safetensors: is damaged"):
+        sskd.teachers.phases._load_result(nn.Linear(2, 2), tmp_path / "model.safetensors", None)
+
+
+@pytest.mark.parametrize(
+    "odd", ["\u00b2", "\u2460", "1\u00b3", "\u0be7", "-1", "1.5", "0x1", "1e3", "", " 1", "one"]
+)
+def test_what_looks_like_a_number_does_not_end_force(tmp_path: Path, odd: str) -> None:
+    """Digits that are raised, circled or of other scripts among the runs that were put aside."""
+    folder = tmp_path / "seed0"
+    folder.mkdir()
+    save_sealed(folder / "last.pt", {"stage": "train"})
+    (tmp_path / ".old" / f"seed0-{odd}").mkdir(parents=True)
+    put_aside(folder)
+    moved = list((tmp_path / ".old").rglob("last.pt"))
+    assert len(moved) == 1
+    assert moved[0].parent.name.removeprefix("seed0-").isdecimal()
+
+
+OPTIONS = [
+    ("--multirun", "--run"),
+    ("-m", "--cfg", "job"),
+    ("--cfg", "job", "--info", "all"),
+    ("--resolve",),
+    ("--run", "--shell-completion", "install=bash"),
+    ("--shell-completion", "odd=bash"),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_that_exclude_each_other_are_one_line(
+    command: Command, options: tuple[str, ...]
+) -> None:
+    status, out, err = command(*options)
+    assert (status, out, err.count("\n")) == (1, "", 1), err
+    assert err.startswith("error: ")
+    assert not command.runs.exists()
+
+
+VALUES = [
+    "interval(1,4)",
+    "interval(0.5,2.5)",
+    "int(interval(1,4))",
+    "tag(fast,interval(0,1))",
+    "range(1,4,0)",
+    "range(0,nan)",
+    "choice(1,choice(2,3))",
+]
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("key", ["seed", "optimizer.lr"])
+def test_a_grid_takes_values_that_can_be_counted(command: Command, key: str, value: str) -> None:
+    status, out, err = command("-m", "dataset=digits", "method=vanilla", f"{key}={value}")
+    assert (status, out) == (1, "")
+    assert err == (
+        f"error: {key}={value}: a grid needs values that can be counted, such as {key}=1,2,3 or "
+        f"'{key}=range(1,4)'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seed=range(3,0)"], "seed=range(3,0): has no values"),
+        (["method=glob(no*)"], "method=glob(no*): has no values"),
+        (["seed=range(0,inf)"], "more than 100000 cells"),
+        (["seed=shuffle(range(0,1000000000))"], "more than 100000 cells"),
+        (["seed=range(1000)", "batch_size=range(1,1000)"], "(1000 of seed x 999 of batch_size)"),
+    ],
+)
+def test_a_grid_of_no_cells_or_endless_ones(
+    command: Command, words: list[str], message: str
+) -> None:
+    status, out, err = command("-m", "dataset=digits", *words)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert message in err
+
+
+def make_deep(top: Path, levels: int) -> Path:
+    """Make folders in folders, without end for a reader that calls itself for each."""
+    path = top.joinpath(*["d"] * levels)
+    path.mkdir(parents=True)
+    return path
+
+
+def test_a_run_too_deep_for_the_report_is_one_warning(tmp_path: Path) -> None:
+    deepest = make_deep(tmp_path, 64)
+    put_run(deepest.parent, "last that is read")
+    for name in ("a", "b", "c"):
+        put_run(deepest, name)
+        make_deep(deepest / name, 100)
+    for read in (read_results, read_cells):
+        warnings: list[str] = []
+        assert len(read(tmp_path, warnings.append)) == 1
+        line = told(warnings)
+        assert " and 2 more: more than 64 folders below " in line
+        assert len(line) < 400
+
+
+def test_a_tree_too_deep_for_the_stack_ends_no_report(tmp_path: Path) -> None:
+    """Without a bound ``os.walk`` needs a frame for each of its levels."""
+    make_deep(tmp_path, 400)
+    put_run(tmp_path, "run")
+    warnings: list[str] = []
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 200)
+    try:
+        assert len(read_results(tmp_path, warnings.append)) == 1
+    finally:
+        sys.setrecursionlimit(limit)
+    assert "left out" in told(warnings)
+
+
+def test_losses_without_end_get_no_curves(tmp_path: Path) -> None:
+    """A curve and a line of the legend for each of thousands took the report minutes."""
+    few, many = ({f"loss/t{number}": 1.0 for number in range(most)} for most in (50, 4000))
+    others = [{f"loss/{line}/{number}": 1.0 for number in range(100)} for line in range(30)]
+    figures = [few, many, few, *others]
+    put_metrics(tmp_path, [epoch_line("distill", k, **more) for k, more in enumerate(figures, 1)])
+    warnings: list[str] = []
+    lines = read_metrics(tmp_path, warnings.append)
+    assert [line.epoch for line in lines] == [1, 3, 4]
+    assert "30 of 33 lines are no epoch's figures; left out" in told(warnings)
+
+
+def test_a_large_file_is_no_checkpoint_and_is_not_read_whole(tmp_path: Path) -> None:
+    path = sparse(tmp_path / "x.pth", 3 << 29)
+    tracemalloc.start()
+    try:
+        with in_time(), pytest.raises(UserError, match="cannot be read as a checkpoint"):
+            read_checkpoint(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**28
+    finally:
+        tracemalloc.stop()

@@ -1,0 +1,305 @@
+"""A setting that a later version adds: runs made before it stay what they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Compose
+from omegaconf import OmegaConf
+
+import sskd.config
+import sskd.methods.ab
+import sskd.runs.identity
+from sskd.config import Config, parse_config
+from sskd.data import DatasetSettings, Images
+from sskd.errors import UserError
+from sskd.methods import AB, METHODS, Vanilla, build_method
+from sskd.methods.kd import KD
+from sskd.models import build_model
+from sskd.optimizers import OPTIMIZERS, OptimizerChoice, SGDSettings
+from sskd.runs.identity import describe, difference, run_folder, teacher_config
+from sskd.runs.run import Run
+from sskd.schedule import PhaseSettings
+from sskd.settings import Positive, Share
+from sskd.teachers.find import Teacher, find_teacher
+from sskd.teachers.phases import phase_settings
+from train_student import train
+
+RUN = ("dataset=digits", "arch@teacher=resnet8", "arch@student=resnet8", "seed=3")
+
+
+class LaterKD(KD):
+    def __init__(self, *networks: Any, sharpness: Positive = 1.0, **shared: Any) -> None:
+        super().__init__(*networks, **shared)
+        self.sharpness = sharpness
+
+
+class LaterVanilla(Vanilla):
+    def __init__(self, *networks: Any, smoothing: Share = 0.0, **shared: Any) -> None:
+        super().__init__(*networks, **shared)
+        self.smoothing = smoothing
+
+
+class LaterSGD(SGDSettings):
+    maximize: bool = False
+
+
+class LaterPhase(PhaseSettings):
+    warmup: Share = 0.0
+
+
+class LaterArch(sskd.config.ArchSettings):
+    dropout: Share = 0.0
+
+
+class LaterTeacher(sskd.config.TeacherSettings):
+    dropout: Share = 0.0
+
+
+class LaterDataset(DatasetSettings):
+    cutout: int = 0
+
+
+class AveragedConfig(Config):
+    ema: Share = 0.0
+
+
+class DatasetConfig(Config):
+    dataset: LaterDataset
+
+
+class ArchConfig(Config):
+    student: LaterArch
+    teacher: LaterTeacher | None
+
+
+# What is added, and where: how the later version differs, a setting of it, its default, another.
+Later = Callable[[pytest.MonkeyPatch], None]
+LATER: dict[str, tuple[Later, str, Any, Any]] = {
+    "a keyword of a method": (
+        lambda patch: patch.setitem(METHODS, "kd", LaterKD),
+        "method.sharpness", 1.0, 2.0,
+    ),
+    "a setting of all runs": (
+        lambda patch: patch.setattr(sskd.config, "Config", AveragedConfig),
+        "ema", 0.0, 0.5,
+    ),
+    "a setting of data": (
+        lambda patch: patch.setattr(sskd.config, "Config", DatasetConfig),
+        "dataset.cutout", 0, 8,
+    ),
+    "a setting of a network": (
+        lambda patch: patch.setattr(sskd.config, "Config", ArchConfig),
+        "student.dropout", 0.0, 0.5,
+    ),
+    "a setting of an optimizer": (
+        lambda patch: patch.setitem(OPTIMIZERS, "sgd", OptimizerChoice(
+            OPTIMIZERS["sgd"].build, LaterSGD)),
+        "optimizer.maximize", False, True,
+    ),
+    "a setting of a phase": (
+        lambda patch: patch.setattr(sskd.methods.ab, "PhaseSettings", LaterPhase),
+        "method.boundary.warmup", 0.0, 0.5,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def upgrade(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Return a function that makes this process the later version that ``LATER`` names."""
+
+    def become(kind: str) -> None:
+        LATER[kind][0](monkeypatch)
+        sskd.runs.identity._recipe.cache_clear()
+
+    yield become
+    monkeypatch.undo()
+    sskd.runs.identity._recipe.cache_clear()
+
+
+def words_of(kind: str) -> tuple[str, ...]:
+    return (*RUN, "method=ab" if "phase" in kind else "method=kd")
+
+
+def folder_of(config: Config) -> Path:
+    return run_folder(config, difference(config))
+
+
+def leave(config: Config, name: str, text: str) -> None:
+    """Leave what an earlier version has of the run of ``config``, beside a file."""
+    folder = folder_of(config)
+    folder.mkdir(parents=True)
+    OmegaConf.save(OmegaConf.create(describe(config)), folder / "config.yaml")
+    (folder / name).write_text(text)
+
+
+def setting(config: Config, path: str) -> Any:
+    value: Any = config
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_its_default_holds_where_the_yaml_lacks_it(
+    composed: Compose, upgrade: Callable[[str], None], kind: str
+) -> None:
+    _, path, default, other = LATER[kind]
+    upgrade(kind)
+    assert setting(composed(*words_of(kind)), path) == default
+    changed = composed(*words_of(kind), f"+{path}={json.dumps(other)}")
+    assert difference(changed) == {path: other}
+
+
+@pytest.mark.parametrize("kind", LATER)
+@pytest.mark.parametrize("extra", [(), ("batch_size=32",)])
+def test_a_finished_run_is_found_in_its_folder(
+    composed: Compose, upgrade: Callable[[str], None], kind: str, extra: tuple[str, ...]
+) -> None:
+    before = composed(*words_of(kind), *extra)
+    leave(before, "result.json", '{"top1": {"last": 50.0}}')
+    upgrade(kind)
+    after = composed(*words_of(kind), *extra)
+    assert folder_of(after) == folder_of(before)
+    assert Run(folder_of(after), describe(after)).finished() == {"top1": {"last": 50.0}}
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_a_run_that_was_stopped_is_resumed(
+    composed: Compose, upgrade: Callable[[str], None], kind: str
+) -> None:
+    leave(composed(*words_of(kind)), "last.pt", "a checkpoint")
+    upgrade(kind)
+    config = composed(*words_of(kind))
+    with Run(folder_of(config), describe(config)).open():
+        pass
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_another_value_is_another_configuration(
+    composed: Compose, upgrade: Callable[[str], None], kind: str
+) -> None:
+    _, path, default, other = LATER[kind]
+    old = composed(*words_of(kind))
+    leave(old, "result.json", "{}")
+    upgrade(kind)
+    changed = composed(*words_of(kind), f"+{path}={json.dumps(other)}")
+    assert folder_of(changed) != folder_of(old)
+    with pytest.raises(UserError, match=rf"{path} \({default!r} there, {other!r} here\)"):
+        Run(folder_of(old), describe(changed)).finished()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LATER if "phase" not in kind])
+def test_a_student_finds_its_teacher(
+    composed: Compose, upgrade: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    leave(teacher_config(composed(*words_of(kind))), "result.json", '{"digest": {"best": "0"}}')
+    upgrade(kind)
+    monkeypatch.setitem(METHODS, "vanilla", LaterVanilla)
+    sskd.runs.identity._recipe.cache_clear()
+    found = find_teacher(composed(*words_of(kind)))
+    assert found is not None
+    assert found.digest == "0"
+
+
+@pytest.mark.parametrize("kind", ["a setting of data", "a setting of an optimizer"])
+def test_a_shared_phase_stays_in_its_folder(
+    composed: Compose, upgrade: Callable[[str], None], few_images: Images, kind: str
+) -> None:
+    def settings() -> dict[str, Any]:
+        config = composed(*RUN, "method=sskd")
+        student, teacher = (build_model("resnet8", 5) for _ in range(2))
+        method = build_method(config.method, student, teacher, few_images)
+        return phase_settings(next(iter(method.stages())), config, Teacher(Path(), "0"))
+
+    before = settings()
+    upgrade(kind)
+    assert settings() == before
+
+
+def test_a_method_gets_its_constructors_default(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, few_images: Images
+) -> None:
+    class Widened(AB):
+        def __init__(self, *networks: Any, widths: list[int] = [1, 2], **shared: Any) -> None:  # noqa: B006
+            super().__init__(*networks, **shared)
+            self.widths = widths
+
+    monkeypatch.setitem(METHODS, "ab", Widened)
+    config = composed(*RUN, "method=ab")
+    student, teacher = (build_model("resnet8", 5) for _ in range(2))
+    built = build_method(config.method, student, teacher, few_images)
+    assert isinstance(built, Widened)
+    assert built.widths == [1, 2]
+
+
+def test_a_default_out_of_its_own_range_is_refused(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(KD):
+        def __init__(self, *networks: Any, sharpness: Positive = -1.0, **shared: Any) -> None:
+            super().__init__(*networks, **shared)
+
+    monkeypatch.setitem(METHODS, "kd", Wrong)
+    with pytest.raises(UserError, match=r"method\.sharpness: should be greater than 0"):
+        composed(*RUN, "method=kd")
+
+
+def test_a_setting_of_the_recipe_alone_counts_as_the_recipes(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in the YAML, without a default in Python."""
+
+    class Required(Config):
+        ema: Share
+
+    old = composed(*RUN, "method=kd")
+    leave(old, "result.json", "{}")
+    original = sskd.runs.identity._compose
+
+    def with_ema(*words: str) -> Any:
+        return OmegaConf.create({**OmegaConf.to_container(original(*words)), "ema": 0.25})  # type: ignore[dict-item]
+
+    monkeypatch.setattr(sskd.config, "Config", Required)
+    monkeypatch.setattr(sskd.runs.identity, "_compose", with_ema)
+    sskd.runs.identity._recipe.cache_clear()
+    same, other = (parse_config({**old.model_dump(), "ema": ema}) for ema in (0.25, 0.5))
+    assert Run(folder_of(old), describe(same)).finished() == {}
+    with pytest.raises(UserError, match=r"ema \(0.25 there, 0.5 here\)"):
+        Run(folder_of(old), describe(other)).finished()
+    sskd.runs.identity._recipe.cache_clear()
+
+
+@pytest.mark.parametrize("lost", ["method.name", "student.name", "seed", "method.weights.kd"])
+def test_what_every_version_has_written_is_never_assumed(composed: Compose, lost: str) -> None:
+    config = composed(*RUN, "method=kd")
+    leave(config, "result.json", "{}")
+    path = folder_of(config) / "config.yaml"
+    kept = OmegaConf.load(path)
+    *parents, last = lost.split(".")
+    node: Any = kept
+    for parent in parents:
+        node = node[parent]
+    del node[last]
+    OmegaConf.save(kept, path)
+    with pytest.raises(UserError, match=rf"{lost} \(None there"):
+        Run(folder_of(config), describe(config)).finished()
+
+
+def test_a_real_run_is_finished_in_the_later_version(
+    composed: Compose, upgrade: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its teacher, trained on the way; a sweep asks the same of each of its cells."""
+    tiny = ("dataset.fraction=0.05", "teacher.fraction=0.05", "schedule.epochs=1")
+    words = (*words_of("a setting of all runs"), *tiny, "teacher.train=true")
+    result = train(composed(*words))
+    for kind in LATER:
+        if "phase" not in kind:
+            LATER[kind][0](monkeypatch)
+    monkeypatch.setitem(METHODS, "vanilla", LaterVanilla)
+    sskd.runs.identity._recipe.cache_clear()
+    assert train(composed(*words)) == json.loads(json.dumps(result))

@@ -1,0 +1,87 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from operator import methodcaller
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+from sskd.files import leftovers, make_folder, write_text, write_whole
+
+
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    write_text(path, "old")
+
+    def fail(stream: BinaryIO) -> None:
+        stream.write(b"new" * 10_000)
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with pytest.raises(OSError, match="no space left") as error:
+        write_whole(path, fail)
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(path))
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    write_text(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_what_a_killed_process_left_is_found_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".last.pt.123.part", "last.pt", ".lock", "views.part"):
+        (tmp_path / name).write_text("")
+    assert [path.name for path in leftovers(tmp_path)] == [".last.pt.123.part"]
+
+
+def test_what_was_there_before_can_be_kept(tmp_path: Path) -> None:
+    path, kept = tmp_path / "last.pt", tmp_path / "previous.pt"
+    for content in (b"one", b"two", b"three"):
+        write_whole(path, methodcaller("write", content), keep=kept)
+    assert (path.read_text(), kept.read_text()) == ("three", "two")
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_disk_has_a_file_before_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool
+) -> None:
+    """A power failure would else leave an empty file in the place of a whole one."""
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"old")
+    steps: list[tuple[str, int, int]] = []
+    sync, rename = os.fsync, Path.replace
+
+    def recorded(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        kind = "folder" if stat.S_ISDIR(status.st_mode) else "file"
+        steps.append((kind, status.st_ino, 0 if kind == "folder" else status.st_size))
+        sync(descriptor)
+
+    def replace(source: Path, target: Path) -> Path:
+        if target == path:
+            steps.append(("name", source.stat().st_ino, 0))
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(Path, "replace", replace)
+    write_whole(
+        path, methodcaller("write", b"new"), keep=tmp_path / "previous.pt" if keep else None
+    )
+    number = path.stat().st_ino
+    assert steps == [
+        ("file", number, 3),
+        ("name", number, 0),
+        ("folder", tmp_path.stat().st_ino, 0),
+    ]
+
+
+def test_a_folder_is_made_with_those_above_it(tmp_path: Path) -> None:
+    for _ in range(2):
+        make_folder(tmp_path / "a" / "b" / "c")
+        assert (tmp_path / "a" / "b" / "c").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        make_folder(tmp_path / "file" / "d")

@@ -1,0 +1,130 @@
+"""The device that a run takes, and the memory that it has taken there."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from starting import PIPE, Started
+
+from sskd.device import best_precision, peak_memory, reset_peak_memory
+
+# A process that sees three GPUs, tells which it chooses, and then lives until it is told to end.
+CHOOSES = """
+from types import SimpleNamespace
+import torch
+torch.cuda.device_count = lambda: 3
+torch.cuda.get_device_properties = lambda index: SimpleNamespace(uuid=f"gpu-{index}")
+from sskd.device import least_used_gpu
+assert least_used_gpu() == least_used_gpu()
+print(least_used_gpu(), flush=True)
+input()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells")
+def test_the_peak_on_a_cpu_is_that_since_the_reset() -> None:
+    device = torch.device("cpu")
+    size = 512 * 2**20
+
+    def peak_of(elements: int) -> float:
+        reset_peak_memory(device)
+        torch.ones(elements, dtype=torch.uint8).max()
+        peak = peak_memory(device)
+        assert peak is not None
+        return peak
+
+    small, large, again = peak_of(1), peak_of(size), peak_of(1)
+    assert large - small == pytest.approx(512, rel=0.1)
+    assert again == pytest.approx(small, rel=0.1)
+
+
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="there are none"
+)
+def test_tensors_on_a_cpu_stand_on_large_pages() -> None:
+    """Also after the memory of an earlier run was given back."""
+    program = """
+import re, torch
+from pathlib import Path
+from sskd.device import choose_device, reset_peak_memory
+device = choose_device("cpu")
+for _ in range(2):
+    reset_peak_memory(device)
+    tensor = torch.ones(2**27)
+    told = Path("/proc/self/smaps_rollup").read_text()
+    print(re.search(r"AnonHugePages: +([0-9]+) kB", told)[1])
+    del tensor
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(int(size) > 2**18 for size in done.stdout.split()), "half of 512 MiB, in KiB"
+
+
+def test_processes_spread_over_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+    def start() -> Started:
+        return Started("-c", CHOOSES, stdin=PIPE)
+
+    def choice(process: Started) -> int:
+        assert process.stdout is not None
+        return int(process.stdout.readline())
+
+    processes = [start() for _ in range(4)]
+    chosen = [choice(process) for process in processes]
+    assert sorted(Counter(chosen).values()) == [1, 1, 2]
+    alone = next(index for index in range(3) if chosen.count(index) == 1)
+    killed = processes[chosen.index(alone)]
+    killed.kill()
+    killed.wait()
+    processes.append(start())
+    assert choice(processes[-1]) == alone  # its place is free again
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+# Page faults of a tensor of 64 MiB that is made and freed, again and again.
+FAULTS = """
+import resource, sys, torch
+from sskd.device import choose_device
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10
+usual = faults()
+choose_device("cpu")
+faults()
+print(usual, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
+def test_freed_memory_is_used_again() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
+    )
+    usual, kept = map(float, done.stdout.split())
+    assert kept < usual / 10  # usual are 16,384 pages of 4 KiB, fewer where they are larger
+
+
+def test_the_best_precision_is_what_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for capabilities, expected in (({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c, raising=False)
+        assert best_precision("cpu") == best_precision("auto") == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has, **_: has)
+        assert best_precision("cuda:1") == best_precision("auto") == expected
+    assert best_precision("mps") == "fp32"

@@ -1,0 +1,136 @@
+"""Stopping on a scheduler's warning, whose handler comes after the run is saved and closed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import pytest
+import torch
+from breaking import outcome
+from conftest import Compose
+from test_run import SMALL, at_step
+
+from sskd.errors import UserError
+from sskd.runs.folder import read_config_file
+from sskd.runs.names import CONFIG
+from sskd.runs.run import Run
+from sskd.training.signals import (
+    Interrupted,
+    StopSignals,
+    termination_raised,
+    warnings_passed_on,
+)
+from train_student import train
+
+SIGNALS = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Scheduler:
+    """Handles signals as submitit does: a warning requeues the job and ends the process."""
+
+    def __init__(self, warning: signal.Signals, folder: Path) -> None:
+        self._folder = folder
+        self.requeued_at: list[int] = []
+        self.bypassed: list[int] = []
+        signal.signal(signal.SIGTERM, self.bypass)
+        signal.signal(signal.SIGCONT, self.bypass)
+        signal.signal(warning, self.requeue)
+
+    def bypass(self, signum: int, frame: FrameType | None) -> None:
+        self.bypassed.append(signum)
+
+    def requeue(self, signum: int, frame: FrameType | None) -> None:
+        (saved,) = self._folder.rglob("last.pt")
+        config = read_config_file(saved.with_name(CONFIG))
+        with Run(saved.parent, config).open():  # a process that comes back could take it up
+            state = torch.load(saved, weights_only=True)
+        self.requeued_at.append(state["loader"]["position"])
+        os.kill(os.getpid(), signal.SIGTERM)  # SLURM's, at once
+        raise SystemExit(255)
+
+
+@pytest.fixture(autouse=True)
+def _handlers_as_before() -> Iterator[None]:
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.parametrize("warning", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_warning_reaches_the_scheduler_when_the_run_is_saved_and_closed(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warning: signal.Signals
+) -> None:
+    train(composed(*SMALL, "method=vanilla", f"runs={tmp_path / 'whole'}"))
+    stopped = composed(*SMALL, "method=vanilla", f"runs={tmp_path / 'stopped'}")
+    scheduler = Scheduler(warning, tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), warning))
+        with pytest.raises(SystemExit), warnings_passed_on():
+            train(stopped)
+    assert scheduler.requeued_at == [3]
+    assert scheduler.bypassed == [signal.SIGTERM]
+    train(stopped)
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
+def receive(*signums: int) -> None:
+    """Receive signals during a step of training, and come to its end."""
+    with warnings_passed_on(), StopSignals() as signals:
+        for signum in signums:
+            signal.raise_signal(signum)
+        signals.raise_if_received()
+
+
+@pytest.mark.parametrize("before", [signal.SIGCONT, signal.SIGUSR2])
+def test_sigterm_stops_a_run_for_good(tmp_path: Path, before: signal.Signals) -> None:
+    """SLURM sends SIGCONT before it; whoever sends SIGTERM after a warning has decided."""
+    scheduler = Scheduler(signal.SIGUSR2, tmp_path)
+    with pytest.raises(Interrupted) as stop:
+        receive(before, signal.SIGTERM)
+    assert stop.value.signum == signal.SIGTERM
+    assert scheduler.requeued_at == []
+    assert signal.SIGTERM not in scheduler.bypassed
+
+
+def test_sigcont_stops_nothing(tmp_path: Path) -> None:
+    scheduler = Scheduler(signal.SIGUSR2, tmp_path)
+    receive(signal.SIGCONT)
+    assert scheduler.bypassed == [signal.SIGCONT]
+
+
+def test_a_scheduler_that_does_not_take_the_job_back_is_told_in_one_line() -> None:
+    def refuse(signum: int, frame: FrameType | None) -> None:
+        raise RuntimeError("Job not requeued because: timed-out too many times.")
+
+    signal.signal(signal.SIGUSR2, refuse)
+    told = "stopped by SIGUSR2, and saved, but does not come back: Job not requeued because: timed"
+    with pytest.raises(UserError, match=told):
+        receive(signal.SIGUSR2)
+
+
+def test_a_warning_that_nobody_handles_is_left_alone() -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    with StopSignals() as signals:
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
+        signal.raise_signal(signal.SIGUSR1)
+        assert signals.received is None
+
+
+def test_a_stop_can_be_handed_from_process_to_process() -> None:
+    stop = pickle.loads(pickle.dumps(Interrupted(signal.SIGTERM)))
+    assert (stop.signum, str(stop)) == (signal.SIGTERM, "stopped by SIGTERM")
+
+
+def test_a_launcher_hears_of_sigterm() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as stop, termination_raised():
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.value.signum == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before

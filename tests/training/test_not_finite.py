@@ -1,0 +1,320 @@
+"""What is not finite: the first term that was lost is named, and no accuracy comes of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Compose, random_images
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import sskd.methods.kd
+from sskd import evaluate
+from sskd.data import Images, Loader, Split
+from sskd.errors import UserError
+from sskd.methods import METHODS, Method, Stage, Step
+from sskd.models import build_model
+from sskd.teachers.assembly import assemble
+from sskd.training.evaluation import NotFiniteError, predict
+from sskd.training.meter import Meter
+from sskd.training.not_finite import advise, first_lost, is_sound
+from sskd.training.step import enter, take_step
+from train_student import train
+
+NAN, INF = math.nan, math.inf
+TINY = (
+    "dataset=digits", "dataset.fraction=0.02", "schedule.epochs=1", "batch_size=16",
+    "arch@teacher=resnet8", "arch@student=resnet8",
+)  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> list[str]:
+    """Return settings of a run of two steps, whose teacher is not trained."""
+    torch.manual_seed(3)
+    torch.save(build_model("resnet8", 10).state_dict(), tmp_path / "sound.pth")
+    return [*TINY, f"teacher.checkpoint={tmp_path / 'sound.pth'}"]
+
+
+def figures(**terms: float) -> dict[str, Tensor]:
+    both = {
+        f"{kind}/{k}": torch.tensor(v) for kind in ("loss", "weighted") for k, v in terms.items()
+    }
+    return {"loss": torch.tensor(sum(terms.values())), **both}
+
+
+STEPS: dict[str, tuple[list[dict[str, float]], str]] = {
+    "the second term first": (
+        [{"ce": 1, "kd": 1}, {"ce": 1, "kd": NAN}, {"ce": NAN, "kd": NAN}],
+        "the term 'kd' is not finite, in step 12",
+    ),
+    "infinite first": (
+        [{"ce": 1, "kd": 1}, {"ce": 1, "kd": 1}, {"ce": INF, "kd": 1}, {"ce": 1, "kd": NAN}],
+        "the term 'ce' is not finite, in step 13",
+    ),
+    "all at once": (
+        [{"ce": 1, "kd": 1}, {"ce": NAN, "kd": NAN}],
+        "the terms 'ce', 'kd' are not finite, in step 12 (all at once",
+    ),
+    "two of three": (
+        [{"ce": 1, "kd": INF, "at": -INF}],
+        "the terms 'kd', 'at' are not finite, in step 11",
+    ),
+    "finite": ([{"ce": 1, "kd": 1}, {"ce": 2, "kd": 0}], ""),
+    "finite terms of an infinite sum": (
+        [{"ce": 3e38, "kd": 3e38}],
+        "the sum of the terms is not finite, in step 11",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_the_first_term_lost_in_the_first_step(kind: str) -> None:
+    steps, told = STEPS[kind]
+    meter = Meter()
+    for terms in steps:
+        meter.add(figures(**terms), 1)
+    found, _ = first_lost(meter, meter.read(), 10 + len(steps))
+    assert found.startswith(told)
+    assert bool(found) == bool(told)
+
+
+def test_what_was_loaded_counts_as_sound() -> None:
+    before, meter = Meter(), Meter()
+    before.add(figures(ce=1, kd=1), 4)
+    meter.load_state_dict(before.state_dict(), torch.device("cpu"))
+    assert first_lost(meter, meter.read(), 1) == ("", [])
+    meter.add(figures(ce=1, kd=1), 4)
+    meter.add(figures(ce=1, kd=NAN), 4)
+    found = first_lost(meter, meter.read(), 3)
+    assert found == ("the term 'kd' is not finite, in step 3", ["kd"])
+
+
+def built(composed: Compose, *words: str) -> tuple[Method, Images, list[Stage]]:
+    images = random_images(16, 4)
+    networks = ("arch@teacher=resnet8", "arch@student=resnet8")
+    method = assemble(composed(*networks, *words), images)
+    return method, images, list(method.stages())
+
+
+def lose_kd(monkeypatch: pytest.MonkeyPatch, value: float, after: int = 0) -> None:
+    """Let KD's term be ``value``, and its gradient too, after so many steps."""
+    original, calls = sskd.methods.kd.kd_loss, 0
+
+    def lost(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        nonlocal calls
+        calls += 1
+        right = original(student, teacher, temperature)
+        return right * value if calls > after else right
+
+    monkeypatch.setattr(sskd.methods.kd, "kd_loss", lost)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("method", ["kd", "at", "rkd", "vid"])
+def test_a_term_without_weight_poisons_nothing(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, method: str, value: float
+) -> None:
+    own, images, (*_, stage) = built(composed, f"method={method}", "method.weights.kd=0")
+    lose_kd(monkeypatch, value)
+    batch = Loader(images.train, images.mean, images.std, 16, 1).next_batch()
+    enter(stage, own)
+    optimizer = torch.optim.SGD(stage.trains.parameters(), 0.01)
+    found = take_step(stage, optimizer, batch, "fp32")
+    assert found["loss"].isfinite()
+    assert found["loss/kd"].item() != found["loss/kd"].item() or found["loss/kd"].isinf()
+    assert found["weighted/kd"] == 0
+    assert is_sound(own.student)
+
+
+def test_a_term_without_weight_is_logged_and_has_no_gradient(composed: Compose) -> None:
+    _, images, (*_, stage) = built(composed, "method=kd", "method.weights.kd=0")
+    batch = Loader(images.train, images.mean, images.std, 16, 1).next_batch()
+    terms, _ = stage.losses(batch)
+    assert terms["kd"] > 0
+    assert not terms["kd"].requires_grad
+    assert terms["ce"].requires_grad
+
+
+@pytest.mark.parametrize("method", ["vanilla", "kd", "sskd"])
+def test_weights_that_are_all_zero_are_refused(composed: Compose, method: str) -> None:
+    words = [f"method.weights.{term}=0" for term in METHODS[method].terms]
+    with pytest.raises(UserError, match="weights are all 0, so that nothing would be learnt"):
+        built(composed, f"method={method}", *words)
+
+
+def test_a_run_goes_on_without_a_term_of_no_weight(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, tiny: list[str]
+) -> None:
+    lose_kd(monkeypatch, NAN)
+    result = train(composed(*tiny, "method=kd", "method.weights.kd=0"))
+    assert result["accuracy"] >= 0
+    with pytest.raises(UserError, match=r"epoch 1: the term 'kd' is not finite, in step 1; try"):
+        train(composed(*tiny, "method=kd"))
+
+
+ADVICE: dict[str, tuple[list[str], int, list[str], str]] = {
+    "fp32": (
+        ["method=kd"], -1, ["kd"],
+        "try a smaller optimizer.lr, or a smaller method.weights.kd",
+    ),
+    "of several terms": (["method=kd"], -1, ["ce", "kd"], "try a smaller optimizer.lr"),
+    "bf16": (
+        ["method=at", "precision=bf16"], -1, ["at"],
+        "try a smaller optimizer.lr, or a smaller method.weights.at, or precision=fp32",
+    ),
+    "alone": (["method=vanilla"], -1, ["ce"], "try a smaller optimizer.lr"),
+    "a phase": (["method=ab"], 0, ["ab"], "try a smaller optimizer.lr"),
+    "a phase of its own rate": (
+        ["method=sskd"], 0, ["contrast"], "try a smaller method.ss_head.lr",
+    ),
+    "FT's phase": (
+        ["method=ft", "precision=bf16"], 0, ["reconstruction"],
+        "try a smaller method.paraphraser.lr, or precision=fp32",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ADVICE)
+def test_the_advice_fits(composed: Compose, kind: str) -> None:
+    words, number, terms, told = ADVICE[kind]
+    config = composed("arch@teacher=resnet8", "arch@student=resnet8", *words)
+    stages = list(assemble(config, random_images(16, 4)).stages())
+    assert advise(config, stages[number], terms) == told
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "term"),
+    [("ab", "boundary", "ab"), ("fsp", "flow", "fsp"), ("ft", "paraphraser", "reconstruction"),
+     ("sskd", "ss_head", "contrast")],
+)  # fmt: skip
+def test_a_first_phase_names_its_term(
+    composed: Compose,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny: list[str],
+    method: str,
+    stage: str,
+    term: str,
+) -> None:
+    kind = METHODS[method]
+    original = kind.stages
+
+    def stages(self: Method) -> Iterator[Stage]:
+        first, *rest = original(self)
+
+        def lost(batch: Any, loss: Callable[..., Step] = first.loss) -> Step:
+            terms, metrics = loss(batch)
+            return Step({name: value * NAN for name, value in terms.items()}, metrics)
+
+        yield replace(first, loss=lost)
+        yield from rest
+
+    monkeypatch.setattr(kind, "stages", stages)
+    with pytest.raises(
+        UserError, match=rf"stage {stage}.*the term '{term}' is not finite, in step 1"
+    ):
+        train(composed(*tiny, f"method={method}"))
+
+
+def test_statistics_count_as_weights() -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    assert is_sound(layers)
+    statistics = layers[1].running_var
+    assert isinstance(statistics, Tensor)
+    statistics[2] = INF
+    assert not is_sound(layers)
+
+
+# ---- logits ----
+
+
+def overflowing(classes: int = 10) -> nn.Module:
+    """Return a network of finite weights whose logits are not finite."""
+    torch.manual_seed(0)
+    network = build_model("resnet8", classes)
+    with torch.no_grad():
+        network.fc.weight.fill_(3e38)  # type: ignore[union-attr,operator]
+        network.fc.bias.fill_(3e38)  # type: ignore[union-attr,operator]
+    return network
+
+
+class Lost(nn.Module):
+    """Gives logits that are ``value`` for bright images."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> Any:
+        bright = x.mean((1, 2, 3), keepdim=False)[:, None] > 0
+        logits = torch.where(bright, self.value, torch.zeros(len(x), 5))
+        return type("Features", (), {"logits": logits})
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_the_first_wrong_image_is_named(value: float) -> None:
+    images = random_images(8, 10)
+    bright = [each.float().mean().item() > 0.4 * 255 for each in images.test.images]
+    first, others = bright.index(True), sum(bright) - 1
+    message = f"the net: the logits of image {first} of 10 .*and those of {others} other images"
+    with pytest.raises(NotFiniteError, match=message):
+        predict(Lost(value), images.test, images, "the net")
+    assert predict(Lost(1.0), images.test, images).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("lost", "end"),
+    [
+        (1, "not finite"),
+        (2, "not finite, and those of 1 other image"),
+        (3, "not finite, and those of 2 other images"),
+        (10, "not finite, and those of 9 other images"),
+    ],
+)
+def test_how_many_images_are_lost(lost: int, end: str) -> None:
+    images = random_images(8, 10)
+    pixels = torch.zeros_like(images.test.images)
+    pixels[:lost] = 255
+    test = Split(pixels, images.test.labels)
+    with pytest.raises(NotFiniteError, match=rf"image 0 of 10 \(the first is 0\) are {end}$"):
+        predict(Lost(NAN), test, images)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".th"])
+def test_no_accuracy_is_told_of_lost_logits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    path = tmp_path / f"net{suffix}"
+    save = save_file if suffix == ".safetensors" else torch.save
+    save(overflowing().state_dict(), path)
+    assert evaluate.main([str(path), "dataset=digits"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"{path}: resnet8, digits test set: the logits of image 0 of " in err
+
+
+@pytest.mark.parametrize("words", [[], ["teacher.precompute=true"]])
+def test_a_lost_teacher_is_named(composed: Compose, tmp_path: Path, words: list[str]) -> None:
+    path = tmp_path / "teacher.pth"
+    torch.save(overflowing().state_dict(), path)
+    config = composed(*TINY, "method=kd", f"teacher.checkpoint={path}", *words)
+    with pytest.raises(UserError, match=r"the teacher.* are not finite.*; take another teacher"):
+        train(config)
+    assert not list((tmp_path / "runs").rglob("distill/**/result.json"))
+
+
+def test_a_student_of_no_term_of_a_lost_teacher_has_no_figures_of_it(
+    composed: Compose, tmp_path: Path
+) -> None:
+    path = tmp_path / "teacher.pth"
+    torch.save(overflowing().state_dict(), path)
+    words = ["method=kd", "method.weights.kd=0", f"teacher.checkpoint={path}"]
+    with pytest.raises(UserError, match=r"the teacher resnet8, test set: the logits of image 0"):
+        train(composed(*TINY, *words))
+    assert not list((tmp_path / "runs").rglob("result.json"))

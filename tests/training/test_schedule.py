@@ -1,0 +1,51 @@
+"""Schedules: the published ones, and their shares of shorter ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import Compose
+
+from sskd.methods import Stage
+from sskd.schedule import PhaseSettings, Schedule
+from sskd.training.trainer import stage_schedule
+
+
+def published(composed: Compose, *overrides: str) -> tuple[Schedule, Schedule]:
+    """Return the schedules of SSKD's student and of its head phase."""
+    config = composed("method=sskd", *overrides)
+    stage: dict[str, Any] = {"trains": None, "loss": None, "weights": {}}
+    head = Stage("ss_head", phase=config.method.ss_head, **stage)
+    return stage_schedule(Stage("distill", **stage), config), stage_schedule(head, config)
+
+
+def test_the_published_schedule(composed: Compose) -> None:
+    student, head = published(composed)
+    rates = [student.lr_at(epoch) for epoch in range(student.epochs)]
+    expected = [0.05] * 150 + [0.005] * 30 + [0.0005] * 30 + [0.00005] * 30
+    assert rates == pytest.approx(expected)
+    rates = [head.lr_at(epoch) for epoch in range(head.epochs)]
+    assert rates == pytest.approx([0.05] * 30 + [0.005] * 15 + [0.0005] * 15)
+
+
+def test_a_tenth_of_it(composed: Compose) -> None:
+    student, head = published(composed, "schedule=short")
+    rates = [student.lr_at(epoch) for epoch in range(student.epochs)]
+    assert rates == pytest.approx([0.05] * 15 + [0.005] * 3 + [0.0005] * 3 + [0.00005] * 3)
+    assert head.epochs == 6
+    assert [head.lr_at(epoch) for epoch in (2, 3, 5)] == pytest.approx([0.05, 0.005, 0.0005])
+
+
+def test_a_phase_has_an_epoch_at_least_and_may_take_the_runs_rate() -> None:
+    run = Schedule.from_shares(1, 0.01, [0.5], 0.1)
+    phase = run.phase(PhaseSettings(lr=None, epochs=0.125, milestones=[]))
+    assert (phase.epochs, phase.lr, phase.lr_at(0)) == (1, 0.01, 0.01)
+
+
+def test_the_networks_learning_rate_is_the_architectures(composed: Compose) -> None:
+    slow = {"MobileNetV2", "ShuffleV1", "ShuffleV2"}
+    for student in ("resnet8x4", "vgg8", "wrn_40_1", *sorted(slow)):
+        lr = composed(f"arch@student={student}").optimizer.lr
+        assert lr == (0.01 if student in slow else 0.05)
+    assert composed("pair=vgg13-MobileNetV2", "optimizer.lr=0.2").optimizer.lr == 0.2
