@@ -59,22 +59,22 @@ def carry_out(
             under ``wandb agent`` the agent's W&B run is this one's.
     """
     from sskd.data import load_images, refuse_missing
-    from sskd.device import choose_device, place, reset_peak_memory
+    from sskd.device import choose_device, reset_peak_memory, to_device
     from sskd.output import say
-    from sskd.runs.folder import put_aside
-    from sskd.runs.identity import describe
+    from sskd.runs.folder import archive_run
+    from sskd.runs.identity import full_config
     from sskd.runs.run import Run
     from sskd.runs.status import forced_in_this_sweep
-    from sskd.teachers.assembly import assemble, refuse_misfits
-    from sskd.teachers.find import find_teacher, locate, missing_teacher
-    from sskd.teachers.phases import share_phase
+    from sskd.teachers.assembly import assemble, check_compatible
+    from sskd.teachers.find import find_teacher, missing_teacher, run_location
+    from sskd.teachers.phases import run_shared_phase
     from sskd.teachers.precompute import precompute
     from sskd.tracking.environment import check_environment, is_agents
     from sskd.tracking.tracker import Tracker, report_finished
     from sskd.training.acceleration import fold_teacher
     from sskd.training.preview import save_views
-    from sskd.training.result import last_top1, summarise
-    from sskd.training.trainer import Fit, stage_schedule
+    from sskd.training.result import last_top1, measure_result
+    from sskd.training.trainer import Trainer, phase_schedule
 
     # ---- what is to be done, and where ----
     check_environment(config.wandb.mode)
@@ -82,12 +82,12 @@ def carry_out(
     device = choose_device(config.device)
     if missing := missing_teacher(config):
         refuse_missing(config.dataset)  # else the teacher would be reported, and then the data
-        refuse_misfits(config)  # before anyone trains a teacher for them
+        check_compatible(config)  # before anyone trains a teacher for them
         if config.teacher and config.teacher.train:
             carry_out(missing, wait=True, commanded=False)
     found = find_teacher(config)
-    folder, changed = locate(config)
-    run = Run(folder, describe(config, found.digest if found else None))
+    folder, changed = run_location(config)
+    run = Run(folder, full_config(config, found.digest if found else None))
     force = config.force and not forced_in_this_sweep(folder)  # a job that comes back goes on
     if not force and (result := run.finished()) is not None:
         say(f"{run.folder}: finished already, last top-1 {last_top1(result, run.folder):.2f}")
@@ -99,21 +99,21 @@ def carry_out(
     reset_peak_memory(device)
     images = load_images(config.dataset, run.config["dataset"].get("digest")).to(device)
     method = assemble(config, images, found)
-    place(method, device)
+    to_device(method, device)
     fold_teacher(method, device)
     student = method.student
 
     if force:
-        put_aside(run.folder)
+        archive_run(run.folder)
     with run.open(wait=wait):
         if (result := run.finished()) is not None:  # by another process, in the meantime
             if agents:
                 report_finished(run, config, result)
             return folder, result
 
-        # ---- training, stage by stage, on from the last checkpoint ----
-        stages = list(method.stages())
-        epochs = {stage.name: stage_schedule(stage, config).epochs for stage in stages}
+        # ---- training, phase by phase, on from the last checkpoint ----
+        phases = list(method.phases())
+        epochs = {phase.name: phase_schedule(phase, config).epochs for phase in phases}
         state = run.checkpoint(epochs)
         run.plan(epochs)
         first = list(epochs).index(state["stage"]) if state else 0
@@ -123,18 +123,18 @@ def carry_out(
                 tracker.log(line)
             if found and config.teacher and config.teacher.precompute:
                 method.precomputed = precompute(method, images, config, found)
-            for stage in stages[first:]:
-                if stage.teacher_only and found:
-                    for line in share_phase(stage, method, images, config, found):
+            for phase in phases[first:]:
+                if phase.teacher_only and found:
+                    for line in run_shared_phase(phase, method, images, config, found):
                         run.log(line)
                         tracker.log(line)
                     continue
-                trained = student if stage is stages[-1] else None
-                fit = Fit(stage, method, method, images, run, config, trained, tracker.log)
-                position = fit.train(state if state and state["stage"] == stage.name else None)
+                trained = student if phase is phases[-1] else None
+                fit = Trainer(phase, method, method, images, run, config, trained, tracker.log)
+                position = fit.train(state if state and state["stage"] == phase.name else None)
 
             # ---- the result ----
-            result = summarise(run, config, changed, images, method, position)
+            result = measure_result(run, config, changed, images, method, position)
             tracker.summarise(result)
             result = run.finish(student, result)
     top1 = result["top1"]

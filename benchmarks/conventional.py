@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from sskd.data import Images
-from sskd.methods.adapters import ProjectionHead, features_of
+from sskd.methods.adapters import ProjectionHead, probe_features
 
 NEGATIVES = 16_384
 DIMENSION = 128
@@ -153,7 +153,7 @@ class ConventionalCRD(Conventional):
         """Add two embeddings and two banks."""
         count = len(images.train)
         both = (self.student, self.teacher)
-        widths = [features_of(each, images).pooled.shape[1] for each in both]
+        widths = [probe_features(each, images).pooled.shape[1] for each in both]
         self.embeddings = [nn.Linear(width, DIMENSION).to(self.device) for width in widths]
         bound = (DIMENSION / 3) ** -0.5
         shape = count, DIMENSION
@@ -206,7 +206,7 @@ class ConventionalSSKD(Conventional):
     def prepare(self, images: Images) -> None:
         """Add a projection head to each network."""
         student, teacher = (
-            ProjectionHead(features_of(each, images).pooled.shape[1]).to(self.device)
+            ProjectionHead(probe_features(each, images).pooled.shape[1]).to(self.device)
             for each in (self.student, self.teacher)
         )
         self.student_head, self.teacher_head = student, teacher

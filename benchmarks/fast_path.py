@@ -31,7 +31,7 @@ from sskd.config import read_config
 from sskd.errors import UserError
 from sskd.optimizers import OPTIMIZERS
 from sskd.runs.run import Run
-from sskd.teachers.find import locate
+from sskd.teachers.find import run_location
 from train_student import train
 
 
@@ -44,7 +44,7 @@ def plainly() -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(patch("sskd.training.acceleration.fold_teacher", lambda *_: None))
-        stack.enter_context(patch("sskd.device.place", to_device))
+        stack.enter_context(patch("sskd.device.to_device", to_device))
         for name, choice in list(OPTIMIZERS.items()):
             unfused = choice._replace(build=partial(_without_fusion, choice.build))
             stack.enter_context(patch.dict(OPTIMIZERS, {name: unfused}))
@@ -62,7 +62,7 @@ def run(overrides: list[str], runs: Path) -> list[dict[str, Any]]:
         config = read_config(compose("student", words))
     with redirect_stdout(sys.stderr):
         train(config)
-    folder, _ = locate(config)
+    folder, _ = run_location(config)
     return Run(folder, {}).read_metrics()
 
 

@@ -30,15 +30,15 @@ from hydra import compose, initialize_config_dir
 from sskd import CONF
 from sskd.config import Config, read_config
 from sskd.data import Batch, Images, Loader, Split
-from sskd.device import choose_device, place
+from sskd.device import choose_device, to_device
 from sskd.errors import UserError
 from sskd.methods import METHODS
 from sskd.optimizers import build_optimizer
 from sskd.teachers.assembly import assemble
-from sskd.teachers.outputs import Layout, Precomputed, fits, layout_of, map_rows
+from sskd.teachers.outputs import Layout, Precomputed, can_precompute, layout_of, map_rows
 from sskd.training.acceleration import compile_loss, fold_teacher
 from sskd.training.meter import Meter
-from sskd.training.step import enter, take_step
+from sskd.training.step import set_trainable, train_step
 
 BASE = "kd"
 CLASSES = 100
@@ -119,7 +119,7 @@ def stages(pair: str, options: argparse.Namespace) -> Iterator[tuple[str, str]]:
         except UserError as error:
             print(f"{error}; left out", file=sys.stderr, flush=True)
             continue
-        for stage in built.stages():
+        for stage in built.phases():
             yield method, stage.name
 
 
@@ -185,18 +185,18 @@ def drawer(loader: Loader) -> Callable[[], Batch]:
 def learner(config: Config, stage_name: str, images: Images) -> Callable[[Batch], object]:
     """Return a function that trains a stage on a batch, as the loop does."""
     method = assemble(config, images)
-    place(method, images.train.images.device)
+    to_device(method, images.train.images.device)
     fold_teacher(method, images.train.images.device)
-    if config.teacher and config.teacher.precompute and fits(method):
+    if config.teacher and config.teacher.precompute and can_precompute(method):
         method.precomputed = outputs_of_noise(layout_of(method, images, config.precision), images)
-    stage = next(stage for stage in method.stages() if stage.name == stage_name)
-    enter(stage, method)
+    stage = next(stage for stage in method.phases() if stage.name == stage_name)
+    set_trainable(stage, method)
     fast = compile_loss(stage, config)
     optimizer = build_optimizer(config.optimizer, stage.trains.parameters(), config.optimizer.lr)
     meter = Meter()
 
     def learn(batch: Batch) -> None:
-        meter.add(take_step(fast, optimizer, batch, config.precision), len(batch.y))
+        meter.add(train_step(fast, optimizer, batch, config.precision), len(batch.y))
 
     return learn
 

@@ -60,7 +60,7 @@ from benchmarks.methods import (
 )
 from sskd.config import Config
 from sskd.data import Batch, Images, Loader, Split
-from sskd.device import choose_device, place
+from sskd.device import choose_device, to_device
 from sskd.methods import METHODS
 from sskd.models import build_model
 from sskd.training.evaluation import accuracy, predict
@@ -219,7 +219,7 @@ def suite_views(_: str, pair: str, images: Images, options: argparse.Namespace) 
 def suite_evaluation(_: str, pair: str, images: Images, options: argparse.Namespace) -> Pipeline:
     """The accuracy on the test images."""
     network = build_model(pair.split("-")[0], images.num_classes)
-    place(network, _device(images))
+    to_device(network, _device(images))
 
     def score(split: Split) -> float:
         return accuracy(predict(network, split, images, "the network"), split.labels)

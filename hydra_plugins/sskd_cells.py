@@ -56,8 +56,8 @@ class CellSweeper(BasicSweeper):
         refuse_endless(overrides)
         grid = self.split_arguments(overrides, max_batch_size=None)[0]
         sweep = Sweep(grid, compose=partial(loader.load_sweep_config, self.config))
-        sweep.launch(sweep.begin(), size, self.launcher.launch)
-        sweep.end()
+        sweep.launch(sweep.queue(), size, self.launcher.launch)
+        sweep.report_unfinished()
 
 
 def refuse_endless(overrides: Sequence[Override]) -> None:

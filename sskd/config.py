@@ -25,7 +25,7 @@ from pydantic.fields import FieldInfo
 
 from sskd.data import SOURCES, DatasetSettings
 from sskd.device import best_precision
-from sskd.errors import UserError, nearest, shortened
+from sskd.errors import UserError, did_you_mean, shortened
 from sskd.methods import METHODS, Method
 from sskd.models import ARCHITECTURES
 from sskd.optimizers import OPTIMIZERS
@@ -58,7 +58,7 @@ class ArchSettings(Settings):
     def _is_known(self) -> Self:
         if self.name not in ARCHITECTURES:
             raise ValueError(
-                f"no architecture '{self.name}'{nearest(self.name, ARCHITECTURES)} "
+                f"no architecture '{self.name}'{did_you_mean(self.name, ARCHITECTURES)} "
                 f"(there are {', '.join(ARCHITECTURES)})"
             )
         return self
@@ -240,7 +240,7 @@ def _choice(
     name = chosen.get(key) if isinstance(chosen, Mapping) else None
     if not isinstance(name, str) or name not in known:
         raise UserError(
-            f"{group}.{key}: no {group} '{name}'{nearest(str(name), known)} "
+            f"{group}.{key}: no {group} '{name}'{did_you_mean(str(name), known)} "
             f"(there are {', '.join(known)})"
         )
     return name
@@ -252,7 +252,7 @@ def _explain(problem: Any, model: type[BaseModel], values: Mapping[str, Any]) ->
         if line := about_renamed(path):
             return line
         known = list(fields_of(model))
-        return f"{path}: no such setting{nearest(path, known)}"
+        return f"{path}: no such setting{did_you_mean(path, known)}"
     if problem["type"] == "missing":
         return f"{path}: missing; give it as {path}=VALUE"
     if problem["type"] == "string_unicode":

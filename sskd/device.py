@@ -27,7 +27,7 @@ _MADV_HUGEPAGE = 14  # madvise(2)
 
 _INFERENCE_BATCH = {"cpu": 64}
 
-_PLACES: list[FileLock] = []  # kept, for a lock that is forgotten is let go
+_gpu_claims: list[FileLock] = []  # kept, for a lock that is forgotten is let go
 
 
 def choose_device(name: str) -> torch.device:
@@ -40,7 +40,7 @@ def choose_device(name: str) -> torch.device:
         UserError: there is no such device here.
     """
     if name == "auto":
-        name = f"cuda:{least_used_gpu()}" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{claim_gpu()}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -109,7 +109,7 @@ def _ask_for_large_pages() -> None:
 
 
 @functools.cache  # a process stays where it is
-def least_used_gpu() -> int:
+def claim_gpu() -> int:
     """Return the visible GPU that the fewest processes of the suite have chosen, and choose it.
 
     A process holds a place on its GPU, a lock that the system frees when it ends: first places
@@ -119,10 +119,10 @@ def least_used_gpu() -> int:
     if count < 2:
         return 0
     places = ((index, place) for place in itertools.count() for index in range(count))
-    return next(index for index, place in places if _take_place(index, place))
+    return next(index for index, to_device in places if _claim(index, to_device))
 
 
-def _take_place(index: int, place: int) -> bool:
+def _claim(index: int, place: int) -> bool:
     folder = Path(tempfile.gettempdir(), f"sskd-gpus-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     # What is visible differs between processes, so that a number alone says too little.
@@ -132,7 +132,7 @@ def _take_place(index: int, place: int) -> bool:
         lock.acquire(timeout=0)
     except Timeout:
         return False
-    _PLACES.append(lock)
+    _gpu_claims.append(lock)
     return True
 
 
@@ -163,7 +163,7 @@ def peak_memory(device: torch.device) -> float | None:
     return None
 
 
-def inference_batch(device: torch.device) -> int:
+def inference_batch_size(device: torch.device) -> int:
     """Return how many images to give a network at once when nothing is learnt.
 
     As many maps as a CPU's caches hold; on a GPU enough to keep it busy.
@@ -171,11 +171,11 @@ def inference_batch(device: torch.device) -> int:
     return _INFERENCE_BATCH.get(device.type, 500)
 
 
-def in_parts(x: Tensor) -> tuple[Tensor, ...]:
-    """Split a batch [N, ...] into even parts of at most ``inference_batch``."""
-    return x.chunk(-(-len(x) // inference_batch(x.device)))
+def chunks(x: Tensor) -> tuple[Tensor, ...]:
+    """Split a batch [N, ...] into even parts of at most ``inference_batch_size``."""
+    return x.chunk(-(-len(x) // inference_batch_size(x.device)))
 
 
-def place(module: nn.Module, device: torch.device) -> None:
+def to_device(module: nn.Module, device: torch.device) -> None:
     """Move ``module`` to ``device``, its convolutions channels last in memory, as batches are."""
     module.to(device).to(memory_format=torch.channels_last)

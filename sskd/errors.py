@@ -17,7 +17,7 @@ class UserError(Exception):
     status = 1
 
     def __str__(self) -> str:
-        return printable(super().__str__())  # names in files may hold anything
+        return mask_unprintable(super().__str__())  # names in files may hold anything
 
 
 class BusyError(UserError):
@@ -42,10 +42,10 @@ class CellError(UserError):
         self.status = status
 
     def __str__(self) -> str:
-        return printable(str(self.args[0]))
+        return mask_unprintable(str(self.args[0]))
 
 
-def printable(text: str) -> str:
+def mask_unprintable(text: str) -> str:
     """Return ``text`` with a question mark for each sign that a terminal should not be sent."""
     return "".join(sign if sign.isprintable() else "?" for sign in text)
 
@@ -60,7 +60,7 @@ def shortened(value: object, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the choice nearest to ``word``, or an empty string."""
 
     def likeness(choice: str) -> tuple[float, int]:

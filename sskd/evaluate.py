@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import CompactHydraException
 
 from sskd import CONF
-from sskd.commands.job import explain
+from sskd.commands.job import user_message
 from sskd.errors import UserError
 from sskd.output import complain, output_status, say, steady_output
 from sskd.overrides import as_override
@@ -54,7 +54,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         complain(f"error: {error}")
         return 1
     except (CompactHydraException, OSError) as error:
-        complain(f"error: {explain(error)}")
+        complain(f"error: {user_message(error)}")
         return 1
     return output_status()
 
@@ -64,7 +64,7 @@ def evaluate(checkpoint: str, arch: str | None, device: str, overrides: Sequence
     # Importing torch takes seconds, which --help should not.
     from sskd.config import read_config
     from sskd.data import load_images
-    from sskd.device import choose_device, place
+    from sskd.device import choose_device, to_device
     from sskd.models import build_model, find_checkpoint, load_weights, read_checkpoint, recognise
     from sskd.training.evaluation import accuracy, predict
 
@@ -84,7 +84,7 @@ def evaluate(checkpoint: str, arch: str | None, device: str, overrides: Sequence
         complain(f"warning: {path}: {told}")
     network = build_model(arch, images.num_classes)
     stated = load_weights(network, path).accuracy
-    place(network, images.test.images.device)
+    to_device(network, images.test.images.device)
     of = f"{path}: {arch}, {images.name} test set"
     top1 = accuracy(predict(network, images.test, images, of), images.test.labels)
     told = "" if stated is None else f" (the file states {stated:.2f})"

@@ -28,7 +28,7 @@ StillOurs = Callable[[], object]
 MOST_DEPTH = 64  # of folders in one that is walked: os.walk calls itself for each level
 
 
-def write_whole(
+def write_atomically(
     path: Path,
     write: Callable[[BinaryIO], object],
     *,
@@ -38,7 +38,7 @@ def write_whole(
     """Let ``write`` fill a temporary file beside ``path``, then put it in ``path``'s place.
 
     After a crash at any moment ``path`` holds either its old content or all of the new. What a
-    killed process leaves is found by ``leftovers``.
+    killed process leaves is found by ``stale_temporaries``.
 
     Args:
         keep: where the old content goes; a crash in between leaves it there, and no ``path``.
@@ -50,7 +50,7 @@ def write_whole(
     # Another node's process can have the same number.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
-        with named(path):
+        with path_in_errors(path):
             with temporary.open("wb") as stream:
                 write(stream)
                 stream.flush()
@@ -61,7 +61,7 @@ def write_whole(
                 with suppress(FileNotFoundError):  # a late holder's has moved it there
                     path.replace(keep)
             temporary.replace(path)
-            sync_folder(path.parent)
+            fsync_folder(path.parent)
     finally:
         with suppress(OSError):  # a disk that has become read-only; the error itself counts
             temporary.unlink(missing_ok=True)
@@ -70,12 +70,12 @@ def write_whole(
 def append_line(path: Path, line: str, *, still_ours: StillOurs | None = None) -> None:
     """Add ``line`` to ``path`` and wait until the disk has it; a crash may leave a part of it.
 
-    ``still_ours`` is as in ``write_whole``.
+    ``still_ours`` is as in ``write_atomically``.
 
     Raises:
         OSError: with ``path`` as its ``filename``.
     """
-    with named(path), path.open("a") as stream:
+    with path_in_errors(path), path.open("a") as stream:
         if still_ours is not None:
             still_ours()
         stream.write(f"{line}\n")
@@ -89,12 +89,12 @@ def write_at(
     """Write ``data`` into the file ``path``, which is there, at byte ``offset``.
 
     With ``sync``, wait until the disk has all that was written into it. ``still_ours`` is as in
-    ``write_whole``.
+    ``write_atomically``.
 
     Raises:
         OSError: with ``path`` as its ``filename``.
     """
-    with named(path), path.open("r+b") as stream:
+    with path_in_errors(path), path.open("r+b") as stream:
         if still_ours is not None:
             still_ours()
         stream.seek(offset)
@@ -105,7 +105,7 @@ def write_at(
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
+def path_in_errors(path: Path) -> Iterator[None]:
     """Let an error of the system tell ``path``: a full disk's, for one, names no file."""
     try:
         yield
@@ -115,7 +115,7 @@ def named(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def make_folder(path: Path) -> None:
+def make_durable_folder(path: Path) -> None:
     """Make the folder ``path``, and those above it, so that a power failure does not undo it.
 
     Raises:
@@ -123,13 +123,13 @@ def make_folder(path: Path) -> None:
     """
     if path.is_dir():
         return
-    with named(path):
-        make_folder(path.parent)
+    with path_in_errors(path):
+        make_durable_folder(path.parent)
         path.mkdir(exist_ok=True)
-        sync_folder(path.parent)
+        fsync_folder(path.parent)
 
 
-def sync_folder(path: Path) -> None:
+def fsync_folder(path: Path) -> None:
     """Wait until the disk has the names of the files in ``path``."""
     folder = os.open(path, os.O_RDONLY)
     try:
@@ -138,7 +138,7 @@ def sync_folder(path: Path) -> None:
         os.close(folder)
 
 
-def is_plain_file(path: Path) -> bool:
+def is_regular_file(path: Path) -> bool:
     """Return whether ``path`` is a file, no link, and no pipe, which would wait for ever."""
     return path.is_file() and not path.is_symlink()
 
@@ -148,14 +148,14 @@ def is_too_deep(folder: str, top: Path) -> bool:
     return folder.count(os.sep) - str(top).count(os.sep) > MOST_DEPTH
 
 
-def leftovers(folder: Path) -> list[Path]:
+def stale_temporaries(folder: Path) -> list[Path]:
     """Return the temporary files that processes killed in mid-write have left in ``folder``."""
     return list(folder.glob(".*.part"))
 
 
 def write_text(path: Path, text: str, *, still_ours: StillOurs | None = None) -> None:
     """Write ``text`` to ``path``, whole or not at all."""
-    write_whole(path, lambda stream: stream.write(text.encode()), still_ours=still_ours)
+    write_atomically(path, lambda stream: stream.write(text.encode()), still_ours=still_ours)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-from sskd.errors import printable
+from sskd.errors import mask_unprintable
 
 # What progress bars and coloured logs need: colours, the cursor up, a line's start and end.
 _KEPT = re.compile(r"(\x1b\[[0-9;]{0,20}m|\x1b\[A|[\r\n\t])")
@@ -45,7 +45,7 @@ def complain_once(text: str) -> None:
 
 def cleaned(text: str) -> str:
     """Return ``text`` with a question mark for each control character but the line's end."""
-    return "\n".join(printable(line) for line in text.split("\n"))
+    return "\n".join(mask_unprintable(line) for line in text.split("\n"))
 
 
 def _write(stream: TextIO | None, text: str) -> None:
@@ -69,7 +69,7 @@ class SteadyStream:
     def write(self, text: str) -> int:
         """Write another library's ``text``, with a question mark for what controls a terminal."""
         self.write_raw(
-            "".join(p if _KEPT.fullmatch(p) else printable(p) for p in _KEPT.split(text))
+            "".join(p if _KEPT.fullmatch(p) else mask_unprintable(p) for p in _KEPT.split(text))
         )
         return len(text)
 

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from sskd.errors import UserError
 
 
-def below(folder: Path, *parts: str) -> Path:
+def safe_join(folder: Path, *parts: str) -> Path:
     """Return the path ``parts`` below ``folder``, which itself may be a link.
 
     Raises:

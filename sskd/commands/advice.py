@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from sskd import CONF
-from sskd.errors import UserError, nearest, printable, shortened
+from sskd.errors import UserError, did_you_mean, mask_unprintable, shortened
 from sskd.overrides import as_override, flatten
 from sskd.runs.weightings import METHODS, WEIGHTING, about_renamed
 
@@ -53,7 +53,7 @@ def refuse_odd_choices(words: Iterable[str]) -> None:
         if deleted or (value is not None and _is_no_option(value)):
             options = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
             raise UserError(
-                f"{printable(word)}: {key} needs one option (there are: {options}); "
+                f"{mask_unprintable(word)}: {key} needs one option (there are: {options}); "
                 f"a sweep takes several: -m {key}=OPTION,OPTION"
             )
 
@@ -71,8 +71,8 @@ def about_weighting(method: str, words: Iterable[str]) -> str:
     if method in METHODS or not given:
         return ""
     return (
-        f"{printable(given[0])}: has no effect on method={method}, whose weights are its own "
-        "(method.weights.KEY=VALUE changes them)"
+        f"{mask_unprintable(given[0])}: has no effect on method={method}, whose weights are its "
+        "own (method.weights.KEY=VALUE changes them)"
     )
 
 
@@ -124,7 +124,7 @@ def _unknown_setting(key: str) -> str:
     if key in known:
         word = _word_of(key) or f"{key}=VALUE"
         return f"{key}: is not in the chosen files; add it with a plus: +{shlex.quote(word)}"
-    return f"{key}: no such setting{nearest(key, known)}"
+    return f"{key}: no such setting{did_you_mean(key, known)}"
 
 
 def _group_without_plus(group: str) -> str | None:
@@ -147,7 +147,7 @@ def _word_of(key: str, sign: str = "") -> str | None:
     """Return the command line's word that sets ``key``, after any of ``sign`` before it."""
     words = (re.match(rf"{re.escape(sign)}\+*{re.escape(key)}=", word) for word in sys.argv[1:])
     found = next((match.string for match in words if match), None)
-    return None if found is None else printable(found)
+    return None if found is None else mask_unprintable(found)
 
 
 def _without_plus(key: str) -> str:

@@ -36,19 +36,19 @@ from sskd.errors import (
     CellError,
     UnfinishedError,
     UserError,
-    nearest,
-    printable,
+    did_you_mean,
+    mask_unprintable,
     shortened,
 )
 from sskd.output import complain, steady_output
-from sskd.training.signals import Interrupted, termination_raised, warnings_passed_on
+from sskd.training.signals import Interrupted, forward_scheduler_signal, raise_on_sigterm
 
 # For the folder that Hydra makes for a sweep; a run's own is expanded with its configuration.
 OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 # Besides our own: what Hydra finds wrong in a configuration, and a full or forbidden disk.
-_USER_CAN_MEND = (UserError, CompactHydraException, OmegaConfBaseException, OSError, yaml.YAMLError)
+_USER_ERRORS = (UserError, CompactHydraException, OmegaConfBaseException, OSError, yaml.YAMLError)
 # Where Hydra reads files. It takes for granted that they are text and that their defaults are
 # lists, and lets any exception out where they are not.
 _COMPOSES = ("hydra._internal.config_", "hydra._internal.defaults_list")
@@ -71,23 +71,25 @@ def run_job(job: Callable[[DictConfig], float], composed: DictConfig) -> float:
     launcher, and callbacks are not told of some of it.
     """
     try:
-        with steady_output(), warnings_passed_on(), termination_raised():
+        with steady_output(), forward_scheduler_signal(), raise_on_sigterm():
             return job(composed)
     except Exception as error:
-        expected = isinstance(error, _USER_CAN_MEND)
+        expected = isinstance(error, _USER_ERRORS)
         in_sweep = HydraConfig.get().mode != RunMode.RUN
         if not expected and not in_sweep:
             raise
         if not expected:
             complain(traceback.format_exc())
-        told = explain(error) if isinstance(error, BusyError) else f"error: {explain(error)}"
+        told = (
+            user_message(error) if isinstance(error, BusyError) else f"error: {user_message(error)}"
+        )
         complain(told)
         if not in_sweep:
             sys.exit(_status(error))
         if not isinstance(error, BusyError):
             _keep_failure(composed, error)
         # Whatever it was, any launcher can hand this on, and any sweeper takes it for a failure.
-        raise CellError(explain(error), _status(error)) from None
+        raise CellError(user_message(error), _status(error)) from None
 
 
 def _status(error: Exception) -> int:
@@ -99,11 +101,11 @@ def _keep_failure(composed: DictConfig, error: Exception) -> None:
     from sskd.config import read_config
     from sskd.runs.lock import FolderLock
     from sskd.runs.status import write_failure
-    from sskd.teachers.find import locate
+    from sskd.teachers.find import run_location
 
     # The error itself may be that there is no such folder.
     with contextlib.suppress(UserError, OSError):
-        folder, _ = locate(read_config(composed))
+        folder, _ = run_location(read_config(composed))
         if folder.is_dir():
             lock = FolderLock(folder)
             lock.acquire(watch=False)
@@ -131,7 +133,7 @@ def _ended(main: Callable[[], object], asked_for_traceback: bool) -> int:
         refuse_odd_choices(sys.argv[1:])
         main()
     except Interrupted as stop:
-        complain(f"{stop}: the state is saved, {_again()} resumes")
+        complain(f"{stop}: the state is saved, {_rerun_hint()} resumes")
         return 128 + stop.signum
     except KeyboardInterrupt:
         if "wandb" in sys.modules:
@@ -139,10 +141,10 @@ def _ended(main: Callable[[], object], asked_for_traceback: bool) -> int:
         return 130
     except (UnfinishedError, CellError) as error:
         return error.status
-    except _USER_CAN_MEND as error:
+    except _USER_ERRORS as error:
         if asked_for_traceback:
             raise
-        complain(f"error: {explain(error)}")
+        complain(f"error: {user_message(error)}")
         return _status(error)
     except Exception as error:
         if asked_for_traceback:
@@ -150,7 +152,7 @@ def _ended(main: Callable[[], object], asked_for_traceback: bool) -> int:
         if isinstance(error, ValueError) and _raised_by_hydra(error):
             complain(f"error: {_long_number() or ' '.join(str(error).split())}")
             return UserError.status
-        if not _came_up_in_composing(error):
+        if not _raised_by_hydra_compose(error):
             raise
         cause = "cannot be composed (" + " ".join(str(error).split()) + ")"
         told = "its defaults lead back to itself" if isinstance(error, RecursionError) else cause
@@ -159,7 +161,7 @@ def _ended(main: Callable[[], object], asked_for_traceback: bool) -> int:
     return 0
 
 
-def _came_up_in_composing(error: Exception) -> bool:
+def _raised_by_hydra_compose(error: Exception) -> bool:
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(frame.f_globals.get("__name__", "").startswith(_COMPOSES) for frame in frames)
 
@@ -194,31 +196,30 @@ def _end_at_once(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _again() -> str:
+def _rerun_hint() -> str:
     return "the same command" + " without force=true" * ("force=true" in sys.argv)
 
 
-def explain(error: Exception) -> str:
+def user_message(error: Exception) -> str:
     """Return a complaint about a configuration in one line, with the nearest right name."""
-    return printable(_explained(error))
+    return mask_unprintable(_user_message(error))
 
 
-def _explained(error: Exception) -> str:
+def _user_message(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         told = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        return told + f"; free some space there, and {_again()} goes on" * full
+        return told + f"; free some space there, and {_rerun_hint()} goes on" * full
     missing = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
     if missing in _PLUGINS:
         return f"{missing} is not installed; pip install '.[{_PLUGINS[missing]}]' does that"
     if isinstance(error, MissingConfigException) and missing and error.options:
         group, _, name = missing.rpartition("/")
         options = ", ".join(error.options)
-        return (
-            f"{group}={name}: no such {group}{nearest(name, error.options)} (there are: {options})"
-        )
+        hint = did_you_mean(name, error.options)
+        return f"{group}={name}: no such {group}{hint} (there are: {options})"
     if type(error).__module__.startswith("submitit."):  # goes on with all that the job has printed
         return " ".join(str(error).splitlines()[:2]) + "; the other jobs go on (see squeue)"
     if advice := about_plus(error) or about_commas(error):

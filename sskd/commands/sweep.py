@@ -17,12 +17,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sskd.commands.job import explain
+from sskd.commands.job import user_message
 from sskd.config import Config, read_config
 from sskd.errors import BusyError, UnfinishedError, UserError
 from sskd.output import complain, say
 from sskd.runs.folder import read_result, write_queued
-from sskd.runs.identity import describe, fingerprints_kept
+from sskd.runs.identity import fingerprints_kept, full_config
 from sskd.runs.lock import is_held
 from sskd.runs.run import Run
 from sskd.runs.status import (
@@ -31,16 +31,16 @@ from sskd.runs.status import (
     forced_in_this_sweep,
     read_status,
 )
-from sskd.teachers.find import find_teacher, locate
+from sskd.teachers.find import find_teacher, run_location
 from sskd.tracking.environment import check_environment
-from sskd.training.signals import termination_raised
+from sskd.training.signals import raise_on_sigterm
 
 Overrides = Sequence[str]
 _ENDING = 30.0  # seconds that the processes of a broken pool have to end
 
 
 @dataclass(frozen=True)
-class Cell:
+class Job:
     """One run of a grid: the overrides that compose it, the command that repeats it, its folder."""
 
     overrides: list[str]
@@ -54,7 +54,7 @@ class Cell:
             if read_result(self.folder) is None:
                 return False
             found = find_teacher(self.config)
-            run = Run(self.folder, describe(self.config, found.digest if found else None))
+            run = Run(self.folder, full_config(self.config, found.digest if found else None))
             return run.finished() is not None
         except UserError:
             return False
@@ -74,19 +74,19 @@ class Sweep:
     def __init__(
         self, grid: Iterable[Overrides], compose: Callable[[list[str]], DictConfig]
     ) -> None:
-        cells: dict[str, Cell] = {}
+        cells: dict[str, Job] = {}
         for overrides in grid:
             composed = compose(list(overrides))
             own = [str(key) for key in composed if key != "hydra"]
             config = read_config(OmegaConf.masked_copy(composed, own))
             check_environment(config.wandb.mode)
-            folder, changed = locate(config)
-            cell = Cell(list(overrides), _command(composed, overrides), config, folder)
+            folder, changed = run_location(config)
+            cell = Job(list(overrides), _command(composed, overrides), config, folder)
             # A run that has the folder's name from an earlier recipe may be another cell's.
             cells.setdefault(f"{folder} {changed}", cell)
         self.cells = list(cells.values())
 
-    def begin(self) -> list[list[str]]:
+    def queue(self) -> list[list[str]]:
         """Mark the cells that are to be launched as queued, and return their overrides."""
         os.environ[SWEEP_VARIABLE] = uuid.uuid4().hex  # launchers hand it on to their processes
         with fingerprints_kept():
@@ -112,16 +112,16 @@ class Sweep:
             batch = left[:size] or alone[:1]
             left, alone = left[size:], alone if left else alone[1:]
             try:
-                with termination_raised():
+                with raise_on_sigterm():
                     launcher(batch, initial_job_idx=number)
             except BrokenExecutor as error:
-                complain(f"warning: a process has died: {explain(error)}")
+                complain(f"warning: a process has died: {user_message(error)}")
                 untouched, begun = self._left_by_a_pool(batch)
                 broken.update(map(tuple, begun))
                 left = untouched + left + [cell for cell in begun if broken[tuple(cell)] == 1]
                 alone += [cell for cell in begun if broken[tuple(cell)] == 2]
             except Exception as error:  # of joblib or submitit, about a process that died
-                complain(f"error: the launcher gave up: {explain(error)}")
+                complain(f"error: the launcher gave up: {user_message(error)}")
                 return
             number += len(batch)
 
@@ -134,20 +134,20 @@ class Sweep:
         end = time.monotonic() + _ENDING
         while any(is_held(cell.folder) for cell in cells) and time.monotonic() < end:
             time.sleep(0.1)  # the pool ends its processes at this moment
-        settled = [c for c in cells if not _is_left(c) or failed_in_this_sweep(c.folder)]
+        settled = [c for c in cells if not _is_pending(c) or failed_in_this_sweep(c.folder)]
         left = [cell for cell in cells if cell not in settled and not is_held(cell.folder)]
         begun = [c for c in left if read_status(c.folder).get("state") != "queued"] or left[:1]
         untouched = [cell.overrides for cell in left if cell not in begun]
         return untouched, [cell.overrides for cell in begun]
 
-    def end(self) -> None:
+    def report_unfinished(self) -> None:
         """Tell which cells have not finished, and why.
 
         Raises:
             UnfinishedError: some have not; its status is BusyError's where other processes are at
                 work on all of these.
         """
-        left = [cell for cell in self.cells if _is_left(cell)]
+        left = [cell for cell in self.cells if _is_pending(cell)]
         done = len(self.cells) - len(left)
         say(f"{done} of {len(self.cells)} cells have finished")
         busy = [cell for cell in left if is_held(cell.folder)]
@@ -158,7 +158,7 @@ class Sweep:
             raise UnfinishedError((BusyError if left == busy else UserError).status)
 
 
-def _is_left(cell: Cell) -> bool:
+def _is_pending(cell: Job) -> bool:
     """Return whether the run has failed or has no result; an old one may lie where it failed."""
     if failed_in_this_sweep(cell.folder) is not None:
         return True
@@ -170,7 +170,7 @@ def _is_left(cell: Cell) -> bool:
         return True
 
 
-def _reason(cell: Cell) -> str:
+def _reason(cell: Job) -> str:
     """Return why the run of ``cell`` has not finished."""
     status = read_status(cell.folder)
     if status.get("state") == "failed":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sskd import CONF
-from sskd.errors import UserError, nearest
+from sskd.errors import UserError, did_you_mean
 from sskd.files import write_text
 from sskd.output import complain, output_status, say, steady_output
 
@@ -73,9 +73,8 @@ def _parse_pair(text: str) -> tuple[str, str]:
     teacher, _, student = text.partition("-")
     for name in (teacher, student):
         if name not in known:
-            raise UserError(
-                f"--pairs {text}: is not TEACHER-STUDENT, no network '{name}'{nearest(name, known)}"
-            )
+            hint = did_you_mean(name, known)
+            raise UserError(f"--pairs {text}: is not TEACHER-STUDENT, no network '{name}'{hint}")
     return teacher, student
 
 

@@ -10,8 +10,8 @@ from sskd.data.images import (
     hold_out,
     keep_fraction,
 )
-from sskd.data.loader import CROPS, Batch, Loader, plain
-from sskd.data.reading import flaw
+from sskd.data.loader import CROPS, Batch, Loader, eval_batches
+from sskd.data.reading import find_problem
 from sskd.data.settings import DatasetSettings
 from sskd.data.sources import SOURCES
 from sskd.errors import UserError
@@ -24,8 +24,8 @@ __all__ = [
     "Images",
     "Loader",
     "Split",
+    "eval_batches",
     "load_images",
-    "plain",
     "refuse_missing",
 ]
 
@@ -54,7 +54,7 @@ def load_images(settings: DatasetSettings, digest: str | None = None) -> Images:
             "started, after the run had been looked up; use the same command again, when nothing "
             "writes there"
         )
-    if told := flaw(source):
+    if told := find_problem(source):
         raise UserError(
             f"dataset={settings.source}, {settings.root}: {told}; give a folder of whole files "
             "with dataset.root=FOLDER"

@@ -21,8 +21,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sskd.data.images import Split
-from sskd.data.reading import Source, flaw
-from sskd.files import read_bounded, write_whole
+from sskd.data.reading import Source, find_problem
+from sskd.files import read_bounded, write_atomically
 
 ABOUT = "about"
 MOST_BYTES = 2**30  # CIFAR's caches have 184 MB
@@ -47,7 +47,7 @@ def read_cache(path: Path, published: Mapping[str, str]) -> Source | None:
     # Whatever is wrong with the file, the published ones are read in its place.
     except (OSError, SafetensorError, ValueError, TypeError, LookupError, RecursionError):
         return None
-    return source if whole and flaw(source) is None else None
+    return source if whole and find_problem(source) is None else None
 
 
 def _metadata(content: bytes) -> dict[str, str]:
@@ -69,7 +69,7 @@ def write_cache(path: Path, published: Mapping[str, str], source: Source) -> Non
 
     # Without a cache all goes on, only later; of a shared folder often nobody may write to it.
     with contextlib.suppress(OSError):
-        write_whole(path, write)
+        write_atomically(path, write)
 
 
 def _tensors(source: Source) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 from sskd.data.cache import read_cache, write_cache
 from sskd.data.images import Split
-from sskd.data.reading import Source, absolute, one_line, some
+from sskd.data.reading import Source, abbreviate, absolute_path, one_line
 from sskd.data.settings import DatasetSettings
 from sskd.errors import UserError
 from sskd.files import read_bounded
@@ -59,7 +59,7 @@ def _cifar(dataset: type[CIFAR10], settings: DatasetSettings) -> Source:
             f"dataset.size={settings.size}: CIFAR's images have {CIFAR_SIZE} pixels a side; "
             f"set dataset.size={CIFAR_SIZE}"
         )
-    root = absolute(settings.root)
+    root = absolute_path(settings.root)
     cache, published = _cache_of(dataset, root), _published(dataset)
     source = read_cache(cache, published)
     if source is None:
@@ -93,7 +93,7 @@ def _read_published(dataset: type[CIFAR10], root: Path, download: bool) -> Sourc
 
 
 def _refuse_missing(dataset: type[CIFAR10], settings: DatasetSettings) -> None:
-    root = absolute(settings.root)
+    root = absolute_path(settings.root)
     home = root / dataset.base_folder
     missing = [name for name in _published(dataset) if not (home / name).exists()]
     if missing and not settings.download and not _cache_of(dataset, root).exists():
@@ -102,8 +102,9 @@ def _refuse_missing(dataset: type[CIFAR10], settings: DatasetSettings) -> None:
 
 def _missing(dataset: type[CIFAR10], root: Path, names: list[str]) -> UserError:
     return UserError(
-        f"{dataset.__name__} is not in {root}: {root / dataset.base_folder} has no {some(names)}; "
-        f"set dataset.root=FOLDER to a folder that holds {dataset.base_folder}, or "
+        f"{dataset.__name__} is not in {root}: {root / dataset.base_folder} has no "
+        f"{abbreviate(names)}; set dataset.root=FOLDER to a folder that holds "
+        f"{dataset.base_folder}, or "
         "dataset.download=true where there is a network"
     )
 

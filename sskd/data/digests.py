@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sskd.errors import UserError
-from sskd.files import open_bounded, write_whole
+from sskd.files import open_bounded, write_atomically
 from sskd.paths import expanded
 
 FORMAT = 1  # of the cache: another number if an entry means something else
@@ -120,4 +120,4 @@ def _remember(cache: Path, entries: Mapping[str, Entry]) -> None:
     digest = hashlib.sha256(content).hexdigest().encode()
     with suppress(OSError):
         cache.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_whole(cache, lambda stream: stream.write(digest + b"\n" + content))
+        write_atomically(cache, lambda stream: stream.write(digest + b"\n" + content))

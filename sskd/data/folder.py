@@ -16,7 +16,7 @@ from tqdm import tqdm
 from sskd.data.decode import MOST_BYTES, decode, quiet_pillow
 from sskd.data.digests import digests
 from sskd.data.images import Split
-from sskd.data.reading import Source, absolute, one_line, some
+from sskd.data.reading import Source, abbreviate, absolute_path, one_line
 from sskd.data.settings import DatasetSettings
 from sskd.errors import UserError, shortened
 from sskd.files import MOST_DEPTH, is_too_deep, read_bounded
@@ -75,7 +75,9 @@ class PassedOver:
             ("without an image's extension", self.no_image),
         )
         return "; ".join(
-            f"{len(names)} {kind} ({some(sorted(names), 3)})" for kind, names in kinds if names
+            f"{len(names)} {kind} ({abbreviate(sorted(names), 3)})"
+            for kind, names in kinds
+            if names
         )
 
 
@@ -90,7 +92,7 @@ class Listing:
 
 def folder(settings: DatasetSettings) -> Source:
     """Images in ``root/train/CLASS`` and ``root/test/CLASS``, the same classes in both."""
-    root = absolute(settings.root)
+    root = absolute_path(settings.root)
     train, test, passed_over = _list_folder(root)
     if told := str(passed_over):
         complain_once(f"{root}: passed over {told}")
@@ -104,7 +106,7 @@ def folder(settings: DatasetSettings) -> Source:
 
 def folder_fingerprint(settings: DatasetSettings) -> str:
     """Return the SHA-256 of the paths and the contents of the images that ``folder`` reads."""
-    root = absolute(settings.root)
+    root = absolute_path(settings.root)
     train, test, _ = _list_folder(root)
     names = train.names + test.names
     content = hashlib.sha256()
@@ -115,7 +117,7 @@ def folder_fingerprint(settings: DatasetSettings) -> str:
 
 def refuse_missing_folder(settings: DatasetSettings) -> None:
     """Raise UserError if ``folder`` would find no images to read, or classes that differ."""
-    _list_folder(absolute(settings.root))
+    _list_folder(absolute_path(settings.root))
 
 
 def names_and_sizes(settings: DatasetSettings) -> str | None:
@@ -124,7 +126,7 @@ def names_and_sizes(settings: DatasetSettings) -> str | None:
     It covers the names and sizes of all files, hidden ones too. None: those versions would have
     read a file that is now passed over, so that a run of theirs had other images.
     """
-    root = absolute(settings.root)
+    root = absolute_path(settings.root)
     try:
         walks = [step for part in PARTS for step in _walk(root / part)]
     except (OSError, UserError):  # those versions read hidden folders too, and would end there
@@ -155,7 +157,7 @@ def _list_folder(root: Path) -> tuple[Listing, Listing, PassedOver]:
     if differing := set(train.classes) ^ set(test.classes):
         raise UserError(
             f"{root}: train and test must have the same classes, but only one of them has "
-            f"{some(sorted(differing))}"
+            f"{abbreviate(sorted(differing))}"
         )
     return train, test, passed_over
 
@@ -198,8 +200,8 @@ def _refuse_empty(part: Path, found: dict[str, list[str]]) -> None:
         raise UserError(f"{part}: holds no class; put images into {part}/CLASS")
     if empty := [label for label, names in found.items() if not names]:
         raise UserError(
-            f"{part}: has no images of {some(empty)}; put some into the folder or remove it (the "
-            f"names of images end in {', '.join(EXTENSIONS)})"
+            f"{part}: has no images of {abbreviate(empty)}; put some into the folder or remove it "
+            f"(the names of images end in {', '.join(EXTENSIONS)})"
         )
 
 

@@ -28,8 +28,8 @@ class Batch(NamedTuple):
 
     x: Tensor
     y: Tensor
-    index: Tensor  # type: ignore[assignment]  # a tuple's method, which nobody needs here
-    crop: Tensor
+    indices: Tensor
+    crops: Tensor
 
 
 class LoaderState(TypedDict):
@@ -99,7 +99,9 @@ class Loader:
     def crops_of(self, index: Tensor, crops: Tensor) -> Tensor:
         """Return given ``crops`` [B, k] of the images ``index`` [B], normalised, as ``Batch.x``."""
         images = self._images.index_select(0, index).permute(0, 3, 1, 2)
-        return normalise(cut(images, crops, self._views).flatten(0, 1), self._mean, self._std)
+        return normalise(
+            crop_views(images, crops, self._views).flatten(0, 1), self._mean, self._std
+        )
 
     def state_dict(self) -> LoaderState:
         """Return all that is needed to go on in mid-epoch."""
@@ -122,7 +124,7 @@ class Loader:
         self._generator.set_state(state["generator"])
 
 
-def plain(
+def eval_batches(
     split: Split, mean: Sequence[float], std: Sequence[float], batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield normalised images [B, 3, H, W] and labels [B] in their order, not augmented."""
@@ -151,7 +153,7 @@ def draw_crops(images: int, views: int, generator: torch.Generator) -> Tensor:
     return ((turn * 2 + flip) * OFFSETS + top) * OFFSETS + left
 
 
-def cut(images: Tensor, crops: Tensor, views: int) -> Tensor:
+def crop_views(images: Tensor, crops: Tensor, views: int) -> Tensor:
     """Cut crops out of images: uint8 [B, 3, S, S] to uint8 [B, k, 3, S, S].
 
     ``crops`` is int64 [B, k], numbers of ``draw_crops`` for at most ``views`` views, on the
@@ -160,7 +162,7 @@ def cut(images: Tensor, crops: Tensor, views: int) -> Tensor:
     orientation = _orientations(images.device)[crops // OFFSETS**2]
     offset = crops % OFFSETS**2
     cropped = _crops(
-        _drawings(images.permute(0, 2, 3, 1), views),
+        _flips_and_transposes(images.permute(0, 2, 3, 1), views),
         orientation,
         offset // OFFSETS,
         offset % OFFSETS,
@@ -168,7 +170,7 @@ def cut(images: Tensor, crops: Tensor, views: int) -> Tensor:
     return cropped.permute(0, 1, 4, 2, 3)
 
 
-def _drawings(pixels: Tensor, views: int) -> Tensor:
+def _flips_and_transposes(pixels: Tensor, views: int) -> Tensor:
     """Return what ``_orientations`` chooses from, padded: uint8 [2 or 4, B, S + 8, S + 8, 3].
 
     ``pixels`` is uint8 [B, S, S, 3].

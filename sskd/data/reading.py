@@ -21,7 +21,7 @@ class Source(NamedTuple):
     digest: str | None = None
 
 
-def flaw(source: Source) -> str | None:
+def find_problem(source: Source) -> str | None:
     """Return what makes ``source`` unfit for training, in words; None where nothing does."""
     for name, split in (("training", source.train), ("test", source.test)):
         if len(split) == 0:
@@ -33,11 +33,11 @@ def flaw(source: Source) -> str | None:
     return None
 
 
-def absolute(root: str) -> Path:
+def absolute_path(root: str) -> Path:
     return expanded(root).absolute()
 
 
-def some(names: list[str], most: int = 5) -> str:
+def abbreviate(names: list[str], most: int = 5) -> str:
     """Join the first names, so that a message stays a line."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 

@@ -9,7 +9,13 @@ from torch import nn
 from sskd.data import Images
 from sskd.methods.ab import AB
 from sskd.methods.at import AT
-from sskd.methods.base import Method, Stage, Step, load_own_state, own_state
+from sskd.methods.base import (
+    LossOutput,
+    Method,
+    Phase,
+    load_state_without_teacher,
+    state_without_teacher,
+)
 from sskd.methods.cc import CC
 from sskd.methods.crd import CRD
 from sskd.methods.fitnet import FitNet
@@ -54,10 +60,10 @@ def build_method(
 
 __all__ = [
     "METHODS",
+    "LossOutput",
     "Method",
-    "Stage",
-    "Step",
+    "Phase",
     "build_method",
-    "load_own_state",
-    "own_state",
+    "load_state_without_teacher",
+    "state_without_teacher",
 ]

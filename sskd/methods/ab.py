@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sskd.data import Batch, Images
-from sskd.methods.adapters import body, conv_regressor, stage_shapes
-from sskd.methods.base import Stage, Step, in_float32
+from sskd.methods.adapters import conv_regressor, modules_behind, stage_shapes
+from sskd.methods.base import LossOutput, Phase, in_float32
 from sskd.methods.kd import KD
 from sskd.schedule import PhaseSettings
 from sskd.settings import Positive
@@ -61,15 +61,15 @@ class AB(KD):
             for ours, theirs in stage_shapes(student, teacher, data)
         )
         # Not registered: these parts of the student would be in the checkpoint twice.
-        self._body = body(student, data, lambda features: features.preacts)
+        self._body = modules_behind(student, data, lambda features: features.preacts)
 
-    def stages(self) -> Iterable[Stage]:
+    def phases(self) -> Iterable[Phase]:
         """Yield the boundary phase, for the student's body, then the student's training."""
         trained = nn.ModuleList([*self._body, self.connectors])
-        yield Stage("boundary", trained, self.boundary_loss, {"ab": 1.0}, phase=self.phase)
-        yield from super().stages()
+        yield Phase("boundary", trained, self.boundary_loss, {"ab": 1.0}, schedule=self.phase)
+        yield from super().phases()
 
-    def boundary_loss(self, batch: Batch) -> Step:
+    def boundary_loss(self, batch: Batch) -> LossOutput:
         """Return ``ab``, the sum over the stages, each weighted half as much as the next."""
         with torch.no_grad():
             targets = self.teacher(batch.x).preacts
@@ -77,4 +77,4 @@ class AB(KD):
         pairs = zip(self.connectors, preacts, targets, strict=True)
         losses = [ab_loss(adapt(ours), theirs, self.margin) for adapt, ours, theirs in pairs]
         weighted = [2.0**-i * loss for i, loss in enumerate(reversed(losses))]
-        return Step({"ab": torch.stack(weighted).sum()}, {})
+        return LossOutput({"ab": torch.stack(weighted).sum()}, {})

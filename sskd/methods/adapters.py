@@ -13,7 +13,7 @@ from sskd.errors import UserError
 from sskd.models import Features
 
 
-def features_of(network: nn.Module, data: Images) -> Features:
+def probe_features(network: nn.Module, data: Images) -> Features:
     """Return ``network``'s features of one zero image of ``data``'s size, to read shapes from."""
     with torch.no_grad():
         return _forward_zeros(network, data)
@@ -36,7 +36,7 @@ def stage_shapes(
     Raises:
         UserError: the networks do not have the same number of stages.
     """
-    ours, theirs = features_of(student, data).stages, features_of(teacher, data).stages
+    ours, theirs = probe_features(student, data).stages, probe_features(teacher, data).stages
     if len(ours) != len(theirs):
         raise UserError(
             f"compares the networks stage by stage, and the teacher has {len(theirs)} stages, "
@@ -45,7 +45,7 @@ def stage_shapes(
     return [(s.shape[1:], t.shape[1:]) for s, t in zip(ours, theirs, strict=True)]
 
 
-def body(
+def modules_behind(
     network: nn.Module, data: Images, outputs: Callable[[Features], Iterable[Tensor]]
 ) -> list[nn.Module]:
     """Return the parts of ``network`` that ``outputs`` of its features depend on.

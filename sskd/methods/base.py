@@ -1,4 +1,4 @@
-"""What a distillation method is: a module with named losses, trained in one or more stages."""
+"""What a distillation method is: a module with named losses, trained in one or more phases."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from sskd.data import Batch, Images
-from sskd.device import in_parts
+from sskd.device import chunks
 from sskd.errors import UserError
-from sskd.models import VECTORS, Features, partial_features
+from sskd.models import VECTOR_FIELDS, Features, partial_features
 from sskd.schedule import PhaseSettings
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Step(NamedTuple):
+class LossOutput(NamedTuple):
     """What one batch gives.
 
     ``terms`` are the losses by name, scalars and UNWEIGHTED: the loop multiplies, so that
@@ -34,7 +34,7 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stage:
+class Phase:
     """One training phase of a method.
 
     Attributes:
@@ -46,16 +46,16 @@ class Stage:
         phase: its schedule in relation to the run's; None: the run's own.
         teacher_only: it depends on the teacher alone, so that one result, computed once,
             serves every student of that teacher with the same settings.
-        settings: the method's settings that the result of a ``teacher_only`` stage depends on,
+        settings: the method's settings that the result of a ``teacher_only`` phase depends on,
             beside its weights, views and phase.
     """
 
     name: str
     trains: nn.Module
-    loss: Callable[[Batch], Step]
+    loss: Callable[[Batch], LossOutput]
     weights: Mapping[str, float]
     views: int = 1
-    phase: PhaseSettings | None = None
+    schedule: PhaseSettings | None = None
     teacher_only: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -67,7 +67,7 @@ class Stage:
         """
         if terms.keys() != self.weights.keys():
             raise ValueError(
-                f"stage {self.name}: its terms are {sorted(terms)}, "
+                f"phase {self.name}: its terms are {sorted(terms)}, "
                 f"its weights {sorted(self.weights)}"
             )
         return {
@@ -75,11 +75,11 @@ class Stage:
             for name, term in terms.items()
         }
 
-    def losses(self, batch: Batch) -> Step:
+    def losses(self, batch: Batch) -> LossOutput:
         """Return ``loss`` of the batch, without a gradient of the terms that have a weight of 0."""
         terms, metrics = self.loss(batch)
         kept = {k: term if self.weights.get(k) else term.detach() for k, term in terms.items()}
-        return Step(kept, metrics)
+        return LossOutput(kept, metrics)
 
 
 class Method(nn.Module, ABC):
@@ -91,7 +91,7 @@ class Method(nn.Module, ABC):
     ``loss``. What it puts beside the student and trains with it (regressors, embeddings) it
     names in ``adapters``. Its constructor refuses networks that it cannot take, with a
     UserError. ``teacher_outputs`` names the fields of the teacher's ``Features`` that its losses
-    read by ``ask_teacher``; others may be None there.
+    read by ``teacher_features``; others may be None there.
     """
 
     views: ClassVar[int] = 1
@@ -122,30 +122,30 @@ class Method(nn.Module, ABC):
         if teacher is not None:
             teacher.requires_grad_(False)
 
-    def stages(self) -> Iterable[Stage]:
-        """Yield the stages in order; the last one trains the student and is evaluated."""
+    def phases(self) -> Iterable[Phase]:
+        """Yield the phases in order; the last one trains the student and is evaluated."""
         trained = nn.ModuleList([self.student, *self.adapters])
-        yield Stage("distill", trained, self.loss, self.weights, self.views)
+        yield Phase("distill", trained, self.loss, self.weights, self.views)
 
     @torch.no_grad()
-    def ask_teacher(self, batch: Batch) -> Features:
+    def teacher_features(self, batch: Batch) -> Features:
         """Return what the teacher makes of ``batch``, without a gradient."""
         if self.precomputed is not None:
             return self.precomputed(batch)
-        return ask_in_parts(self.teacher, batch.x, self.teacher_outputs)
+        return forward_in_chunks(self.teacher, batch.x, self.teacher_outputs)
 
     @abstractmethod
-    def loss(self, batch: Batch) -> Step:
-        """Return the losses of one batch of the last stage."""
+    def loss(self, batch: Batch) -> LossOutput:
+        """Return the losses of one batch of the last phase."""
 
 
-def ask_in_parts(network: nn.Module, x: Tensor, fields: Sequence[str]) -> Features:
+def forward_in_chunks(network: nn.Module, x: Tensor, fields: Sequence[str]) -> Features:
     """Return ``fields`` of the network's features of ``x``, in eval mode, and perhaps the others.
 
     A large batch goes through in parts, which is faster, where no maps have to be put together.
     """
-    parts = in_parts(x)
-    if len(parts) == 1 or not set(fields) <= set(VECTORS):
+    parts = chunks(x)
+    if len(parts) == 1 or not set(fields) <= set(VECTOR_FIELDS):
         whole: Features = network(x)
         return whole
     asked = [network(part) for part in parts]
@@ -154,13 +154,13 @@ def ask_in_parts(network: nn.Module, x: Tensor, fields: Sequence[str]) -> Featur
     )
 
 
-def own_state(module: nn.Module) -> dict[str, Tensor]:
+def state_without_teacher(module: nn.Module) -> dict[str, Tensor]:
     """Return ``module``'s state without its teacher's, which never changes."""
     return {k: v for k, v in module.state_dict().items() if not k.startswith("teacher.")}
 
 
-def load_own_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load what ``own_state`` returned, strictly."""
+def load_state_without_teacher(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load what ``state_without_teacher`` returned, strictly."""
     absent, unexpected = module.load_state_dict(state, strict=False)
     wrong = [name for name in absent if not name.startswith("teacher.")] + list(unexpected)
     if wrong:
@@ -185,7 +185,7 @@ def in_float32(function: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-def unit(vectors: Tensor) -> Tensor:
+def unit_vectors(vectors: Tensor) -> Tensor:
     """Return [..., d] scaled to length 1 in its last dimension; vectors of zeros stay as they are.
 
     Unlike ``F.normalize``, which divides those by a tiny number, and their gradients too.

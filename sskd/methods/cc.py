@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sskd.data import Batch, Images
-from sskd.methods.adapters import features_of
+from sskd.methods.adapters import probe_features
 from sskd.methods.base import in_float32
 from sskd.methods.kd import KD
 from sskd.models import Features
@@ -46,8 +46,8 @@ class CC(KD):
         **shared: Any,
     ) -> None:
         super().__init__(student, teacher, data, **shared)
-        self.student_embedding = nn.Linear(features_of(student, data).pooled.shape[1], dimension)
-        self.teacher_embedding = nn.Linear(features_of(teacher, data).pooled.shape[1], dimension)
+        self.student_embedding = nn.Linear(probe_features(student, data).pooled.shape[1], dimension)
+        self.teacher_embedding = nn.Linear(probe_features(teacher, data).pooled.shape[1], dimension)
         self.adapters = (self.student_embedding, self.teacher_embedding)
 
     def feature_terms(

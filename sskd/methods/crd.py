@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from sskd.data import Batch, Images
 from sskd.errors import UserError
-from sskd.methods.adapters import features_of
+from sskd.methods.adapters import probe_features
 from sskd.methods.base import in_float32
 from sskd.methods.kd import KD
 from sskd.models import Features
 from sskd.settings import EARLY, LARGEST, Count, Share, Width
 
-SMALLEST = 1e-7
+EPS = 1e-7
 # exp(1 / temperature), summed over the scores of a batch, stays far inside float32's range.
 Temperature = Annotated[float, Field(ge=0.02, le=LARGEST, allow_inf_nan=False), EARLY]
 
@@ -73,12 +73,12 @@ def nce_loss(scores: Tensor, num_data: int) -> Tensor:
     """
     noise = (scores.shape[1] - 1) / num_data
     positive, negatives = scores[:, 0], scores[:, 1:]
-    told = (positive / (positive + noise + SMALLEST)).log()
-    rejected = (noise / (negatives + noise + SMALLEST)).log().sum(1)
+    told = (positive / (positive + noise + EPS)).log()
+    rejected = (noise / (negatives + noise + EPS)).log().sum(1)
     return -(told + rejected).mean()
 
 
-class Memory(nn.Module):
+class ContrastMemory(nn.Module):
     """One network's embedding, and a bank of its latest embedding of every training image.
 
     Buffers: ``bank`` [n, d]; ``normaliser``, Z of the scores of this network's embeddings,
@@ -100,7 +100,7 @@ class Memory(nn.Module):
         return F.normalize(self.linear(pooled).float(), dim=1)
 
     def contrast(
-        self, embedding: Tensor, other: Memory, index: Tensor, temperature: float
+        self, embedding: Tensor, other: ContrastMemory, index: Tensor, temperature: float
     ) -> Tensor:
         """Return the loss of this network's embeddings against the other's bank."""
         scores = score(embedding, other.bank, index, temperature)
@@ -110,7 +110,7 @@ class Memory(nn.Module):
         return nce_loss(scores / self.normaliser, len(self.bank))
 
     @torch.no_grad()
-    def renew(self, embedding: Tensor, index: Tensor, momentum: float) -> None:
+    def update(self, embedding: Tensor, index: Tensor, momentum: float) -> None:
         """Move the rows ``index`` [B] of the bank towards ``embedding`` [B, d], at length 1.
 
         The bank is replaced, not written to: the backward pass still needs the old one.
@@ -146,9 +146,9 @@ class CRD(KD):
         if others == 0:
             raise UserError("needs images of a second class, to draw its negatives from")
         self.negatives = min(negatives, others)
-        ours, theirs = (features_of(each, data).pooled.shape[1] for each in (student, teacher))
-        self.student_memory = Memory(ours, dimension, len(self.labels))
-        self.teacher_memory = Memory(theirs, dimension, len(self.labels))
+        ours, theirs = (probe_features(each, data).pooled.shape[1] for each in (student, teacher))
+        self.student_memory = ContrastMemory(ours, dimension, len(self.labels))
+        self.teacher_memory = ContrastMemory(theirs, dimension, len(self.labels))
         self.adapters = (self.student_memory, self.teacher_memory)
 
     def feature_terms(
@@ -158,9 +158,9 @@ class CRD(KD):
         ours, theirs = self.student_memory, self.teacher_memory
         embedding, target = ours(student.pooled), theirs(teacher.pooled)
         negatives = draw_negatives(self.labels, batch.y, self.negatives)
-        index = torch.cat([batch.index[:, None], negatives], dim=1)
+        index = torch.cat([batch.indices[:, None], negatives], dim=1)
         loss = ours.contrast(embedding, theirs, index, self.contrast_temperature)
         loss = loss + theirs.contrast(target, ours, index, self.contrast_temperature)
-        ours.renew(embedding, batch.index, self.momentum)
-        theirs.renew(target, batch.index, self.momentum)
+        ours.update(embedding, batch.indices, self.momentum)
+        theirs.update(target, batch.indices, self.momentum)
         return {"crd": loss}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sskd.data import Batch, Images
 from sskd.errors import UserError
-from sskd.methods.adapters import conv_regressor, features_of
+from sskd.methods.adapters import conv_regressor, probe_features
 from sskd.methods.base import in_float32
 from sskd.methods.kd import KD
 from sskd.models import Features
@@ -45,7 +45,7 @@ class FitNet(KD):
         **shared: Any,
     ) -> None:
         super().__init__(student, teacher, data, **shared)
-        maps = [features_of(network, data).stages for network in (student, teacher)]
+        maps = [probe_features(network, data).stages for network in (student, teacher)]
         common = min(len(stages) for stages in maps)
         if stage > common:
             raise UserError(f"method.stage={stage}: choose 1 to {common}, which both networks have")

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from sskd.data import Batch, Images
 from sskd.errors import UserError
-from sskd.methods.adapters import body, features_of, pool_to_smaller
-from sskd.methods.base import Stage, Step, in_float32
+from sskd.methods.adapters import modules_behind, pool_to_smaller, probe_features
+from sskd.methods.base import LossOutput, Phase, in_float32
 from sskd.methods.kd import KD
 from sskd.models import Features
 from sskd.schedule import PhaseSettings
@@ -66,7 +66,7 @@ class FSP(KD):
         super().__init__(student, teacher, data, **shared)
         self.phase = flow
         ours, theirs = (
-            [maps.shape[1] for maps in levels(features_of(network, data))]
+            [maps.shape[1] for maps in levels(probe_features(network, data))]
             for network in (student, teacher)
         )
         if ours != theirs:
@@ -76,19 +76,19 @@ class FSP(KD):
                 "pair=resnet56-resnet20"
             )
         # Not registered: these parts of the student would be in the checkpoint twice.
-        self._body = body(student, data, levels)
+        self._body = modules_behind(student, data, levels)
 
-    def stages(self) -> Iterable[Stage]:
+    def phases(self) -> Iterable[Phase]:
         """Yield the flow phase, for the student's body, then the student's training."""
         trained = nn.ModuleList(self._body)
-        yield Stage("flow", trained, self.flow_loss, {"fsp": 1.0}, phase=self.phase)
-        yield from super().stages()
+        yield Phase("flow", trained, self.flow_loss, {"fsp": 1.0}, schedule=self.phase)
+        yield from super().phases()
 
-    def flow_loss(self, batch: Batch) -> Step:
+    def flow_loss(self, batch: Batch) -> LossOutput:
         """Return ``fsp``, the sum over adjacent levels."""
         with torch.no_grad():
             teacher = levels(self.teacher(batch.x))
         student = levels(self.student(batch.x))
         adjacent = zip(itertools.pairwise(student), itertools.pairwise(teacher), strict=True)
         losses = [fsp_loss(*ours, *theirs) for ours, theirs in adjacent]
-        return Step({"fsp": torch.stack(losses).sum()}, {})
+        return LossOutput({"fsp": torch.stack(losses).sum()}, {})

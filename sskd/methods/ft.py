@@ -17,9 +17,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sskd.data import Batch, Images
-from sskd.methods.adapters import features_of, pool_to_smaller
+from sskd.methods.adapters import pool_to_smaller, probe_features
 from sskd.methods.at import attention
-from sskd.methods.base import Stage, Step, in_float32
+from sskd.methods.base import LossOutput, Phase, in_float32
 from sskd.methods.kd import KD
 from sskd.models import Features
 from sskd.schedule import PhaseSettings
@@ -86,33 +86,33 @@ class FT(KD):
         super().__init__(student, teacher, data, **shared)
         self.rate = rate
         self.phase = paraphraser
-        ours = features_of(student, data).stages[-1].shape[1]
-        theirs = features_of(teacher, data).stages[-1].shape[1]
+        ours = probe_features(student, data).stages[-1].shape[1]
+        theirs = probe_features(teacher, data).stages[-1].shape[1]
         factor = max(1, int(rate * theirs))
         # The paraphraser comes first: its initial weights must not depend on the student.
         self.paraphraser = Paraphraser(theirs, factor)
         self.translator = _layers(nn.Conv2d, [ours, ours, factor, factor], normalised=True)
         self.adapters = (self.translator,)
 
-    def stages(self) -> Iterable[Stage]:
+    def phases(self) -> Iterable[Phase]:
         """Yield the paraphraser's phase, shared by students of one learning rate, then the rest."""
-        yield Stage(
+        yield Phase(
             "paraphraser",
             self.paraphraser,
             self.reconstruction_loss,
             {"reconstruction": 1.0},
-            phase=self.phase,
+            schedule=self.phase,
             teacher_only=True,
             settings={"rate": self.rate},
         )
-        yield from super().stages()
+        yield from super().phases()
 
-    def reconstruction_loss(self, batch: Batch) -> Step:
+    def reconstruction_loss(self, batch: Batch) -> LossOutput:
         """Return ``reconstruction``, the paraphraser's mean squared error (section 3.1)."""
         with torch.no_grad():
             maps = self.teacher(batch.x).stages[-1]
         loss = F.mse_loss(self.paraphraser(maps).float(), maps.float())
-        return Step({"reconstruction": loss}, {})
+        return LossOutput({"reconstruction": loss}, {})
 
     def feature_terms(
         self, student: Features, teacher: Features, batch: Batch

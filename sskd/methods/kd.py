@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sskd.data import Batch, Images
-from sskd.methods.base import Method, Step, in_float32, top1
+from sskd.methods.base import LossOutput, Method, in_float32, top1
 from sskd.models import Features
 from sskd.settings import Positive
 
@@ -48,7 +48,7 @@ class _Divergence(torch.autograd.Function):
 
 
 @in_float32
-def divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Return ``T^2 * KL(softmax(teacher/T) || softmax(student/T))`` of each row.
 
     Args:
@@ -64,8 +64,8 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Return the mean over the batch of ``divergence``; both logits are [B, C]."""
-    return divergence(student_logits, teacher_logits, temperature).mean()
+    """Return the mean over the batch of ``softened_kl``; both logits are [B, C]."""
+    return softened_kl(student_logits, teacher_logits, temperature).mean()
 
 
 class KD(Method):
@@ -91,9 +91,9 @@ class KD(Method):
         super().__init__(student, teacher, data, **shared)
         self.temperature = temperature
 
-    def loss(self, batch: Batch) -> Step:
+    def loss(self, batch: Batch) -> LossOutput:
         """Return ``ce``, ``kd`` and the terms of ``feature_terms``."""
-        teacher = self.ask_teacher(batch)
+        teacher = self.teacher_features(batch)
         student = self.student(batch.x)
         logits = student.logits.float()
         terms = {
@@ -101,7 +101,7 @@ class KD(Method):
             "kd": kd_loss(logits, teacher.logits, self.temperature),
             **self.feature_terms(student, teacher, batch),
         }
-        return Step(terms, {"top1": top1(logits, batch.y)})
+        return LossOutput(terms, {"top1": top1(logits, batch.y)})
 
     def feature_terms(
         self, student: Features, teacher: Features, batch: Batch

@@ -7,11 +7,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from sskd.data import Batch
-from sskd.methods.base import in_float32, unit
+from sskd.methods.base import in_float32, unit_vectors
 from sskd.methods.kd import KD
 from sskd.models import Features
 
-SMALLEST = 1e-7
+EPS = 1e-7
 
 
 def neighbours(features: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def neighbours(features: Tensor) -> Tensor:
 
     In proportion to the cosine, scaled from [-1, 1] to [0, 1].
     """
-    directions = unit(features)
+    directions = unit_vectors(features)
     affinity = (directions @ directions.T + 1) / 2
     return affinity / affinity.sum(1, keepdim=True)
 
@@ -31,8 +31,8 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
     ``p_t * log(p_t / p_s)``, averaged over all B^2 entries. ``student`` is [B, d], ``teacher``
     [B, e]. A scalar, float32, blind to a rotation of either space and to a row's length.
     """
-    ours, theirs = neighbours(student) + SMALLEST, neighbours(teacher)
-    return (theirs * ((theirs + SMALLEST) / ours).log()).mean()
+    ours, theirs = neighbours(student) + EPS, neighbours(teacher)
+    return (theirs * ((theirs + EPS) / ours).log()).mean()
 
 
 class PKT(KD):

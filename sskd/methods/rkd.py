@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sskd.data import Batch, Images
-from sskd.methods.base import in_float32, unit
+from sskd.methods.base import in_float32, unit_vectors
 from sskd.methods.kd import KD
 from sskd.models import Features
 from sskd.settings import NonNegative
@@ -25,7 +25,7 @@ def relations(features: Tensor) -> tuple[Tensor, Tensor]:
     sides = features[None, :] - features[:, None]
     distances = sides.norm(dim=2)
     mean = distances.sum() / (distances > 0).sum().clamp(min=1)
-    directions = unit(sides)
+    directions = unit_vectors(sides)
     return distances / mean.where(mean > 0, 1), directions @ directions.transpose(1, 2)
 
 

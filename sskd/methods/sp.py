@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sskd.data import Batch
-from sskd.methods.base import in_float32, unit
+from sskd.methods.base import in_float32, unit_vectors
 from sskd.methods.kd import KD
 from sskd.models import Features
 
@@ -14,7 +14,7 @@ from sskd.models import Features
 def similarities(maps: Tensor) -> Tensor:
     """Return the products of all samples of [B, ...], [B, B] with unit rows (equations 2, 3)."""
     rows = maps.flatten(1)
-    return unit(rows @ rows.T)
+    return unit_vectors(rows @ rows.T)
 
 
 @in_float32

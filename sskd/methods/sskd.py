@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sskd.data import Batch, Images
-from sskd.methods.adapters import ProjectionHead, features_of
-from sskd.methods.base import Method, Stage, Step, in_float32, top1
-from sskd.methods.kd import divergence, kd_loss
+from sskd.methods.adapters import ProjectionHead, probe_features
+from sskd.methods.base import LossOutput, Method, Phase, in_float32, top1
+from sskd.methods.kd import kd_loss, softened_kl
 from sskd.schedule import PhaseSettings
 from sskd.settings import Positive, Share
 
@@ -64,7 +64,7 @@ def keep_rows(scores: Tensor, target: Tensor, ratio: float) -> Tensor:
     return place < kept
 
 
-def kept_mean(rows: Tensor, keep: Tensor) -> Tensor:
+def masked_mean(rows: Tensor, keep: Tensor) -> Tensor:
     """Return the mean of ``rows`` [N] where ``keep`` [N] is true, or 0 where it nowhere is."""
     return torch.where(keep, rows, 0).sum() / keep.sum().clamp(min=1)
 
@@ -75,7 +75,7 @@ def split_views(rows: Tensor) -> tuple[Tensor, Tensor]:
     return views[:, 0], views[:, 1:].flatten(0, 1)
 
 
-def own_image(normal: Tensor) -> Tensor:
+def positives(normal: Tensor) -> Tensor:
     """Return each of 3B transformed views' own column of B; ``normal`` is [B, ...]."""
     return torch.arange(len(normal), device=normal.device).repeat_interleave(VIEWS - 1)
 
@@ -107,52 +107,52 @@ class SSKD(Method):
         self.ss_ratio = ss_ratio
         self.phase = ss_head
         # The teacher's head comes first: its initial weights must not depend on the student.
-        self.teacher_head = ProjectionHead(features_of(teacher, data).pooled.shape[1])
-        self.student_head = ProjectionHead(features_of(student, data).pooled.shape[1])
+        self.teacher_head = ProjectionHead(probe_features(teacher, data).pooled.shape[1])
+        self.student_head = ProjectionHead(probe_features(student, data).pooled.shape[1])
         self.adapters = (self.student_head,)
 
-    def stages(self) -> Iterable[Stage]:
+    def phases(self) -> Iterable[Phase]:
         """Yield the teacher's head phase, one for all students, then the distillation."""
-        yield Stage(
+        yield Phase(
             "ss_head",
             self.teacher_head,
             self.head_loss,
             {"contrast": 1.0},
             views=self.views,
-            phase=self.phase,
+            schedule=self.phase,
             teacher_only=True,
         )
-        yield from super().stages()
+        yield from super().phases()
 
-    def head_loss(self, batch: Batch) -> Step:
+    def head_loss(self, batch: Batch) -> LossOutput:
         """Return ``contrast``: cross-entropy of the similarities against the own image."""
-        scores = self._similarities(self.teacher_head, self.ask_teacher(batch).pooled)
-        own = own_image(batch.y)
-        return Step(
+        scores = self._similarities(self.teacher_head, self.teacher_features(batch).pooled)
+        own = positives(batch.y)
+        return LossOutput(
             {"contrast": F.cross_entropy(scores, own)}, {"contrastive_top1": top1(scores, own)}
         )
 
-    def loss(self, batch: Batch) -> Step:
+    def loss(self, batch: Batch) -> LossOutput:
         """Return ``ce`` and ``kd`` of the normal views, ``tf`` and ``ss`` of the kept ones."""
-        teacher = self.ask_teacher(batch)
+        teacher = self.teacher_features(batch)
         with torch.no_grad():
             teacher_scores = self._similarities(self.teacher_head, teacher.pooled)
         student = self.student(batch.x)
         scores = self._similarities(self.student_head, student.pooled)
-        own = own_image(batch.y)
+        own = positives(batch.y)
 
         normal, transformed = split_views(student.logits.float())
         teacher_normal, teacher_transformed = split_views(teacher.logits.float())
         truth = batch.y.repeat_interleave(VIEWS - 1)
         keep_tf = keep_rows(teacher_transformed, truth, self.tf_ratio)
         keep_ss = keep_rows(teacher_scores, own, self.ss_ratio)
-        tf = divergence(transformed, teacher_transformed, self.temperature)
-        ss = divergence(scores, teacher_scores, self.ss_temperature)
+        tf = softened_kl(transformed, teacher_transformed, self.temperature)
+        ss = softened_kl(scores, teacher_scores, self.ss_temperature)
         terms = {
             "ce": F.cross_entropy(normal, batch.y),
             "kd": kd_loss(normal, teacher_normal, self.temperature),
-            "tf": kept_mean(tf, keep_tf),
-            "ss": kept_mean(ss, keep_ss),
+            "tf": masked_mean(tf, keep_tf),
+            "ss": masked_mean(ss, keep_ss),
         }
         metrics = {
             "top1": top1(normal, batch.y),
@@ -160,7 +160,7 @@ class SSKD(Method):
             "kept_tf": 100 * keep_tf.float().mean(),
             "kept_ss": 100 * keep_ss.float().mean(),
         }
-        return Step(terms, metrics)
+        return LossOutput(terms, metrics)
 
     def _similarities(self, head: nn.Module, pooled: Tensor) -> Tensor:
         normal, transformed = split_views(head(pooled))

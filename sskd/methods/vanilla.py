@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch.nn.functional as F
 
 from sskd.data import Batch
-from sskd.methods.base import Method, Stage, Step, top1
+from sskd.methods.base import LossOutput, Method, Phase, top1
 
 
 class Vanilla(Method):
@@ -16,11 +16,11 @@ class Vanilla(Method):
     needs_teacher = False
     terms = ("ce",)
 
-    def stages(self) -> Iterable[Stage]:
+    def phases(self) -> Iterable[Phase]:
         """Yield the one stage, named for what it is."""
-        yield Stage("train", self.student, self.loss, self.weights)
+        yield Phase("train", self.student, self.loss, self.weights)
 
-    def loss(self, batch: Batch) -> Step:
+    def loss(self, batch: Batch) -> LossOutput:
         """Return ``ce``."""
         logits = self.student(batch.x).logits.float()
-        return Step({"ce": F.cross_entropy(logits, batch.y)}, {"top1": top1(logits, batch.y)})
+        return LossOutput({"ce": F.cross_entropy(logits, batch.y)}, {"top1": top1(logits, batch.y)})

@@ -9,13 +9,13 @@ from sskd.models.checkpoints import (
     save_weights,
     weights_digest,
 )
-from sskd.models.features import VECTORS, Features, partial_features
+from sskd.models.features import VECTOR_FIELDS, Features, partial_features
 from sskd.models.folding import fold_batch_norms
 from sskd.models.recognition import recognise
 
 __all__ = [
     "ARCHITECTURES",
-    "VECTORS",
+    "VECTOR_FIELDS",
     "Checkpoint",
     "Features",
     "build_model",

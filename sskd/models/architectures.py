@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import nn
 
-from sskd.errors import UserError, nearest
+from sskd.errors import UserError, did_you_mean
 from sskd.models.mobilenet_v2 import MobileNetV2
 from sskd.models.resnet import ResNet
 from sskd.models.resnet50 import ResNet50
@@ -49,5 +49,7 @@ def build_model(name: str, num_classes: int) -> nn.Module:
     """
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise UserError(f"no architecture '{name}'{nearest(name, ARCHITECTURES)} (known: {known})")
+        raise UserError(
+            f"no architecture '{name}'{did_you_mean(name, ARCHITECTURES)} (known: {known})"
+        )
     return ARCHITECTURES[name](num_classes)

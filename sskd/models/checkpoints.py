@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sskd.errors import UserError
-from sskd.files import StillOurs, write_whole
+from sskd.files import StillOurs, write_atomically
 from sskd.models.layouts import (
     State,
     own_names,
@@ -194,7 +194,7 @@ def save_weights(
     """
     state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = save(state, metadata={ABOUT: json.dumps(about)})
-    write_whole(path, lambda stream: stream.write(content), still_ours=still_ours)
+    write_atomically(path, lambda stream: stream.write(content), still_ours=still_ours)
 
 
 def weights_digest(weights: nn.Module | Mapping[str, Tensor]) -> str:

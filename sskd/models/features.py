@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # The fields of Features that are vectors; all others are maps, which take far more memory.
-VECTORS = ("logits", "pooled")
+VECTOR_FIELDS = ("logits", "pooled")
 
 
 class Features(NamedTuple):

@@ -84,7 +84,7 @@ def load_torch_file(path: Path) -> Any:
             torch.serialization.safe_globals(_ALLOWED_GLOBALS),
             warnings.catch_warnings(action="ignore"),
         ):
-            refuse_traps(stream, path)
+            refuse_bombs(stream, path)
             stream.seek(0)
             return torch.load(stream, map_location="cpu", weights_only=True)
     except UserError:
@@ -106,7 +106,7 @@ def load_torch_file(path: Path) -> Any:
         ) from error
 
 
-def refuse_traps(file: BinaryIO, path: Path) -> None:
+def refuse_bombs(file: BinaryIO, path: Path) -> None:
     """Raise UserError for a torch file that would fill the memory or take hours to refuse.
 
     ``path`` is what the error calls ``file``.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from sskd.errors import UserError, printable, shortened
+from sskd.errors import UserError, mask_unprintable, shortened
 from sskd.output import complain, output_status, reader_has_gone, say, steady_output
 from sskd.report.files import write_files
 from sskd.report.render import render_text
@@ -198,7 +198,7 @@ def _seconds(text: str) -> float:
 
 def _complain(kind: str, message: str) -> None:
     """Print one line to stderr, whatever the message holds."""
-    complain(f"{kind}: {printable(message)}")
+    complain(f"{kind}: {mask_unprintable(message)}")
 
 
 def _say(lines: str) -> None:

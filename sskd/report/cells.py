@@ -9,8 +9,8 @@ from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
-from sskd.errors import printable, shortened
-from sskd.files import is_plain_file, read_bounded_text
+from sskd.errors import mask_unprintable, shortened
+from sskd.files import is_regular_file, read_bounded_text
 from sskd.report import fields
 from sskd.report.metrics import EpochLine, read_metrics
 from sskd.report.results import find_files
@@ -44,7 +44,7 @@ class Cell:
     @property
     def name(self) -> str:
         """The folder as people read it."""
-        return printable(str(self.folder))
+        return mask_unprintable(str(self.folder))
 
 
 def read_cells(root: Path, warn: Callable[[str], None]) -> list[Cell]:
@@ -61,11 +61,11 @@ def read_cells(root: Path, warn: Callable[[str], None]) -> list[Cell]:
 
 def _read_cell(folder: Path, root: Path, warn: Callable[[str], None]) -> Iterator[Cell]:
     name = folder.relative_to(root)
-    if is_plain_file(folder / RESULT):
+    if is_regular_file(folder / RESULT):
         yield Cell(name, "finished")
         return
     status = _read_status(folder, warn)
-    if not status and not is_plain_file(folder / LAST):
+    if not status and not is_regular_file(folder / LAST):
         return
     state = str(status.get("state", "stopped"))
     if state == "running" and not is_held(folder):
@@ -76,10 +76,10 @@ def _read_cell(folder: Path, root: Path, warn: Callable[[str], None]) -> Iterato
     yield Cell(
         name,
         state,
-        since=fields.moment(status, "since"),
-        host=fields.told(status, "host"),
-        error=fields.told(status, "error") if state == "failed" else None,
-        command=fields.told(status, "command"),
+        since=fields.timestamp(status, "since"),
+        host=fields.optional_text(status, "host"),
+        error=fields.optional_text(status, "error") if state == "failed" else None,
+        command=fields.optional_text(status, "command"),
         done=done,
         total=sum(epochs.values()) or None,
         rate=lines[-1].figures.get("images_per_second") if lines else None,
@@ -91,7 +91,7 @@ def _read_cell(folder: Path, root: Path, warn: Callable[[str], None]) -> Iterato
 
 def _read_status(folder: Path, warn: Callable[[str], None]) -> fields.Record:
     path = folder / STATUS
-    if not is_plain_file(path):
+    if not is_regular_file(path):
         return {}
     try:
         status = fields.parse_object(read_bounded_text(path, MOST))

@@ -6,7 +6,7 @@ import json
 import sys
 from datetime import UTC, datetime
 
-from sskd.errors import printable, shortened
+from sskd.errors import mask_unprintable, shortened
 
 Record = dict[str, object]
 
@@ -65,15 +65,15 @@ def number_or_none(
     return None if get(record, key) is None else number(record, key, low, high)
 
 
-def told(record: Record, key: str) -> str | None:
+def optional_text(record: Record, key: str) -> str | None:
     """Return a text that only people read, on one line, or None where there is none."""
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
         return None
-    return printable(" ".join(value.split()))
+    return mask_unprintable(" ".join(value.split()))
 
 
-def moment(record: Record, key: str) -> datetime | None:
+def timestamp(record: Record, key: str) -> datetime | None:
     """Return a moment in ISO 8601, of UTC where it names no zone; None where it is none."""
     try:
         found = datetime.fromisoformat(str(record.get(key)))

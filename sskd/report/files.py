@@ -8,7 +8,7 @@ from operator import methodcaller
 from pathlib import Path
 
 from sskd.errors import UserError
-from sskd.files import write_whole
+from sskd.files import write_atomically
 from sskd.report.latex import render_latex
 from sskd.report.render import render_markdown
 from sskd.report.report import Report
@@ -37,7 +37,7 @@ def write_files(report: Report, out: str, epoch: Epoch, warn: Callable[[str], No
         base.parent.mkdir(parents=True, exist_ok=True)
         for suffix, content in _contents(report, epoch, warn):
             path = base.with_name(f"{base.name}{suffix}")
-            write_whole(path, methodcaller("write", content))
+            write_atomically(path, methodcaller("write", content))
             written.append(path)
     except OSError as error:
         raise UserError(f"--out '{out}': cannot write there ({error})") from error

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from sskd.errors import shortened
-from sskd.files import is_plain_file, read_lines
+from sskd.files import is_regular_file, read_lines
 from sskd.report import fields
 from sskd.runs.names import METRICS, MOST_EPOCHS, MOST_METRICS
 
@@ -46,7 +46,7 @@ def read_metrics(folder: Path, warn: Callable[[str], None]) -> list[EpochLine]:
     through ``warn``.
     """
     path = folder / METRICS
-    if not is_plain_file(path):
+    if not is_regular_file(path):
         return []
     epochs, damaged = [], 0
     names: set[str] = set()
@@ -117,7 +117,7 @@ def _parse_line(text: str) -> EpochLine:
     epoch = fields.integer(record, "epoch")
     if epoch > MOST_EPOCHS:
         raise ValueError(f"'epoch' is {shortened(epoch)}, out of range")
-    return EpochLine(fields.text(record, "stage"), epoch, figures, fields.moment(record, "date"))
+    return EpochLine(fields.text(record, "stage"), epoch, figures, fields.timestamp(record, "date"))
 
 
 def _average(runs: Iterable[dict[int, float]]) -> Curve:

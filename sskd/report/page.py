@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sskd.errors import printable
+from sskd.errors import mask_unprintable
 from sskd.report.canvas import INK, PAPER
 from sskd.report.gains import GAIN_LEGEND
 from sskd.report.groups import Entry
@@ -58,7 +58,7 @@ def render_page(report: Report, figures: Mapping[str, tuple[str, bytes]], made: 
     environment.filters["moment"] = _moment
     tables = list(_both_epochs(report))
     return environment.get_template("page.html").render(
-        runs=printable(str(report.runs)),
+        runs=mask_unprintable(str(report.runs)),
         made=made,
         results=len(report.results),
         states=count_states(report.cells),

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sskd.errors import shortened
-from sskd.files import MOST_DEPTH, is_plain_file, is_too_deep, read_bounded_text
+from sskd.files import MOST_DEPTH, is_regular_file, is_too_deep, read_bounded_text
 from sskd.overrides import flatten
 from sskd.report import fields
 from sskd.report.apart import tell_apart
@@ -82,7 +82,7 @@ def find_files(root: Path, names: Iterable[str], warn: Callable[[str], None]) ->
             continue
         subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
         for path in (Path(folder, name) for name in names if name in files):
-            if is_plain_file(path):
+            if is_regular_file(path):
                 yield path
     if deep:
         more = f" and {len(deep) - 1} more" if deep[1:] else ""
@@ -131,7 +131,7 @@ def parse_result(text: str, folder: Path) -> Result | None:
         images_per_second=fields.number(record, "images_per_second"),
         parameters=fields.integer(record, "parameters"),
         peak_memory_mib=fields.number_or_none(memory, "peak_memory_mib"),
-        commit=fields.told(record, "commit"),
+        commit=fields.optional_text(record, "commit"),
         epochs=fields.integer(record, "epoch") if "epoch" in record else None,
         origin=parse_origin(record),
         folder=folder,

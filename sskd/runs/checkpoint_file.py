@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import torch
 
 from sskd.errors import UserError
-from sskd.files import StillOurs, open_bounded, write_whole
-from sskd.models.safe_load import refuse_traps
+from sskd.files import StillOurs, open_bounded, write_atomically
+from sskd.models.safe_load import refuse_bombs
 from sskd.runs.names import MOST_CHECKPOINT
 
 _MARK = b"sha256 "
@@ -28,14 +28,14 @@ _LENGTH = 2  # bytes in front of a comment that tell how long it is, little-endi
 _END = b"PK\5\6"  # begins the last 22 bytes of an archive without a comment
 
 
-class DamagedError(Exception):
+class CorruptFileError(Exception):
     """The file ``name`` is not what was written; the message says how that shows."""
 
     def __init__(self, name: str, how: str) -> None:
         super().__init__(f"{name} is damaged: {how}")
 
 
-def save_sealed(
+def save_checkpoint(
     path: Path,
     content: Mapping[str, Any],
     *,
@@ -44,7 +44,7 @@ def save_sealed(
 ) -> None:
     """Write ``content`` to ``path`` as ``torch.save`` does, sealed, whole or not at all.
 
-    ``keep`` and ``still_ours`` are as in ``sskd.files.write_whole``.
+    ``keep`` and ``still_ours`` are as in ``sskd.files.write_atomically``.
     """
     archive = io.BytesIO()
     torch.save(dict(content), archive)
@@ -52,18 +52,18 @@ def save_sealed(
 
     def write(stream: BinaryIO) -> None:
         stream.write(data[:-_LENGTH])
-        stream.write(seal(data))
+        stream.write(checksum_comment(data))
 
-    write_whole(path, write, keep=keep, still_ours=still_ours)
+    write_atomically(path, write, keep=keep, still_ours=still_ours)
 
 
-def load_sealed(path: Path) -> dict[str, Any]:
-    """Return what ``save_sealed`` wrote, on the CPU; nothing but tensors and plain values.
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Return what ``save_checkpoint`` wrote, on the CPU; nothing but tensors and plain values.
 
     A torch file without a seal, of a version that had none, is read as well.
 
     Raises:
-        DamagedError: the bytes are not those that were written, or no such file's.
+        CorruptFileError: the bytes are not those that were written, or no such file's.
         OSError: the file cannot be read, for lack of memory perhaps, which says nothing about
             what it holds.
     """
@@ -78,25 +78,25 @@ def _load(path: Path) -> dict[str, Any]:
     if data[-_COMMENT:].startswith(_MARK):
         archive = memoryview(data)[: -_COMMENT - _LENGTH]
         if data[len(archive) :] != _seal_of(archive):
-            raise DamagedError(path.name, "its checksum differs")
+            raise CorruptFileError(path.name, "its checksum differs")
     try:
-        refuse_traps(io.BytesIO(data), path)
+        refuse_bombs(io.BytesIO(data), path)
         with warnings.catch_warnings():  # of what ends in an error anyway
             warnings.simplefilter("ignore")
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except UserError as error:
-        raise DamagedError(path.name, str(error)) from error
+        raise CorruptFileError(path.name, str(error)) from error
     except Exception as error:  # torch has a dozen types of error for a damaged file
-        raise DamagedError(path.name, f"it cannot be read ({type(error).__name__})") from error
+        raise CorruptFileError(path.name, f"it cannot be read ({type(error).__name__})") from error
     if not isinstance(content, dict):
-        raise DamagedError(path.name, "it is not a run's")
+        raise CorruptFileError(path.name, "it is not a run's")
     return content
 
 
 def _read_archive(path: Path) -> bytes:
-    """Return what is in the file; DamagedError if it is too large, or does not end like a run's."""
+    """Return what is in the file; CorruptFileError if it is too large or not a run's."""
     try:
         with open_bounded(path, MOST_CHECKPOINT) as (stream, status):
             stream.seek(max(status.st_size - _COMMENT, 0))
@@ -107,10 +107,10 @@ def _read_archive(path: Path) -> bytes:
             stream.seek(0)
             return stream.read(status.st_size)
     except ValueError as error:
-        raise DamagedError(path.name, str(error)) from None
+        raise CorruptFileError(path.name, str(error)) from None
 
 
-def seal(archive: bytes | memoryview) -> bytes:
+def checksum_comment(archive: bytes | memoryview) -> bytes:
     """Return what takes the place of the last bytes of ``archive``, the length of no comment."""
     return _seal_of(memoryview(archive)[:-_LENGTH])
 

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sskd.errors import UserError
-from sskd.files import is_plain_file, make_folder, read_bounded_text, sync_folder
-from sskd.runs.lock import FolderLock, forget_lock
+from sskd.files import fsync_folder, is_regular_file, make_durable_folder, read_bounded_text
+from sskd.runs.lock import FolderLock, remove_lock_file
 from sskd.runs.names import CONFIG, LAST, MOST_CONFIG, MOST_RESULT, PREVIOUS, RESULT
 from sskd.runs.status import current_sweep, forced_in, read_status, write_status
 
@@ -22,7 +22,7 @@ _DEEPEST = 50  # levels; a configuration has five
 def read_config_file(path: Path) -> dict[str, Any]:
     """Return the configuration that a run's folder was made with; UserError if it is not one."""
     try:
-        if not is_plain_file(path):
+        if not is_regular_file(path):
             raise ValueError("it is not a regular file" if path.exists() else "it is missing")
         text = read_bounded_text(path, MOST_CONFIG)
         _refuse_odd_yaml(text)
@@ -55,7 +55,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        result = json.loads(read_bounded_text(path, MOST_RESULT)) if is_plain_file(path) else None
+        result = json.loads(read_bounded_text(path, MOST_RESULT)) if is_regular_file(path) else None
     except (OSError, ValueError, RecursionError):
         result = None
     if not isinstance(result, dict):
@@ -63,7 +63,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     return result
 
 
-def put_aside(folder: Path) -> None:
+def archive_run(folder: Path) -> None:
     """Move a run's folder into ``.old/`` beside it, and begin a new one in its place.
 
     Its status tells which sweeps did that, so that a job that comes back goes on with it. A
@@ -89,7 +89,7 @@ def write_queued(folder: Path, **details: Any) -> None:
         BusyError: another process is at work in it.
         OSError: it cannot be written.
     """
-    make_folder(folder)
+    make_durable_folder(folder)
     lock = FolderLock(folder)
     lock.acquire(watch=False)  # a process that died there is handled by its own job
     try:
@@ -104,13 +104,13 @@ def _move_to_old(folder: Path) -> None:
         lock.acquire()
         if old.is_symlink():
             raise UserError(f"{old}: is a symbolic link; put the folder itself there")
-        make_folder(old)
+        make_durable_folder(old)
         target = old / f"{folder.name}-{_last_put_aside(folder) + 1}"
         lock.check()
         folder.rename(target)
-        sync_folder(old)
-        sync_folder(folder.parent)
-        forget_lock(target)
+        fsync_folder(old)
+        fsync_folder(folder.parent)
+        remove_lock_file(target)
     except OSError as error:
         raise UserError(f"{folder}: cannot be moved to {old} ({error.strerror})") from None
     finally:

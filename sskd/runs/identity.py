@@ -27,16 +27,16 @@ from sskd.config import (
     read_config,
 )
 from sskd.data import SOURCES, DatasetSettings
-from sskd.data.reading import some
+from sskd.data.reading import abbreviate
 from sskd.errors import UserError, shortened
 from sskd.output import complain_once
 from sskd.overrides import as_override, flatten
-from sskd.paths import below
+from sskd.paths import safe_join
 from sskd.runs.names import NAME, RESULT
 from sskd.runs.weightings import CE, FORMER, KD, METHODS
 
 # What may change between two starts of one run without changing what it computes.
-_NOT_IDENTITY = (
+_IRRELEVANT_TO_RESULT = (
     ("wandb",),
     ("device",),
     ("compile",),
@@ -62,7 +62,7 @@ _LONGEST_SHOWN = 200
 
 def identity(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a configuration's plain ``values`` that decides what a run computes."""
-    return _without(values, *_NOT_IDENTITY, *_idle(values))
+    return _without(values, *_IRRELEVANT_TO_RESULT, *_idle(values))
 
 
 def _without(values: Mapping[str, Any], *paths: tuple[str, ...]) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _compose(primary: str, *overrides: str) -> DictConfig:
         return compose(primary, list(overrides))
 
 
-def difference(config: Config) -> dict[str, Any]:
+def diff_from_recipe(config: Config) -> dict[str, Any]:
     """Return what decides the result and differs from the recipe, as dotted keys and values.
 
     The seed and the dataset's name are left out: a run's folder is named after them anyway.
@@ -126,13 +126,13 @@ def difference(config: Config) -> dict[str, Any]:
     return _unlike_recipe(config, identity(config.model_dump()))
 
 
-def earlier_differences(config: Config) -> list[dict[str, Any]]:
+def earlier_diffs_from_recipe(config: Config) -> list[dict[str, Any]]:
     """Return what else ``difference`` returned in earlier versions.
 
     They listed settings of no effect too, and had other weights of CE and KD by default.
     """
     values = config.model_dump()
-    without_idle, whole = identity(values), _without(values, *_NOT_IDENTITY)
+    without_idle, whole = identity(values), _without(values, *_IRRELEVANT_TO_RESULT)
     found = [_unlike_recipe(config, whole)]
     if config.method.name in METHODS:
         for former in FORMER.values():
@@ -153,7 +153,7 @@ def _unlike_recipe(
 
 def is_of(config: Config, found: Mapping[str, Any]) -> bool:
     """Return whether ``found``, as a run's folder keeps it, is ``config``; digests do not count."""
-    return not differing(
+    return not explain_difference(
         _without(found, ("dataset", "digest"), ("teacher", "digest")), config.model_dump()
     )
 
@@ -177,7 +177,7 @@ def run_folder(config: Config, changed: Mapping[str, Any]) -> Path:
     if changed:
         text = json.dumps(changed, sort_keys=True)
         name += f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    return below(Path(config.runs), config.dataset.name, *what, name)
+    return safe_join(Path(config.runs), config.dataset.name, *what, name)
 
 
 def teacher_config(config: Config) -> Config:
@@ -242,7 +242,7 @@ def _fingerprint(settings: DatasetSettings) -> str | None:
     return _kept[key]
 
 
-def describe(
+def full_config(
     config: Config,
     teacher_digest: str | None = None,
     data_digest: str | None = None,
@@ -265,7 +265,7 @@ def describe(
     return values
 
 
-def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def explain_difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Return the settings of two descriptions that decide the result and differ, in words.
 
     What ``found`` lacks, because it was made before there was such a setting, counts as its
@@ -278,7 +278,7 @@ def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     there = assumed | flatten(identity(found))
     if there.get(_DIGEST) != here.get(_DIGEST) and _is_earlier_digest(there, wanted):
         there[_DIGEST] = here.get(_DIGEST)
-    return some(
+    return abbreviate(
         [
             f"{_short_text(key)} ({_shown(there.get(key))} there, {_shown(here.get(key))} here)"
             for key in sorted(there.keys() | here.keys())
@@ -312,7 +312,7 @@ def other_run(content: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
         named = None
     if not isinstance(named, dict):
         raise ValueError("it names no run")
-    return differing(named, wanted)
+    return explain_difference(named, wanted)
 
 
 def refuse_other_result(folder: Path, result: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -376,7 +376,7 @@ def training_command(config: Config) -> str:
     told = flatten(config.model_dump())
     default = flatten(recipe(config).model_dump())
     shown = ["seed", "runs", "dataset.root", "dataset.name", "device"]
-    own = difference(config) | {key: told[key] for key in shown if told[key] != default[key]}
+    own = diff_from_recipe(config) | {key: told[key] for key in shown if told[key] != default[key]}
     words = ["python", "train_teacher.py", f"arch={config.student.name}"]
     words.append(f"dataset={config.dataset.source}")
     for key, value in own.items():

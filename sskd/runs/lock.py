@@ -22,7 +22,7 @@ _FILE = ".lease"
 DURATION = 120.0
 HEARTBEAT = 20.0
 # A holder that has not been heard of for so long may be dead, and is worth watching.
-_QUIET = 3 * HEARTBEAT
+_SUSPICIOUS_SILENCE = 3 * HEARTBEAT
 _POLL = 0.5  # seconds between two looks of a process that waits
 
 
@@ -66,7 +66,7 @@ class FolderLock:
             self._lease.acquire()
             return
         # A heartbeat in the future tells as little as an old one: a clock has jumped.
-        silent = abs(_seconds_since_heartbeat(self._folder)) > _QUIET
+        silent = abs(_seconds_since_heartbeat(self._folder)) > _SUSPICIOUS_SILENCE
         told = _holder(self._folder)
         if silent and watch:
             say(f"{self._folder}: watching whether {told} has died")
@@ -112,7 +112,7 @@ def is_held(folder: Path) -> bool:
     return not (owner.hostname == _own_node() and _is_gone(owner.pid))
 
 
-def forget_lock(folder: Path) -> None:
+def remove_lock_file(folder: Path) -> None:
     """Remove what a lock has left in ``folder``, which was moved while its lock was held."""
     (folder / _FILE).unlink(missing_ok=True)
 

@@ -23,18 +23,18 @@ from torch import Tensor, nn
 from sskd.errors import BusyError, UserError
 from sskd.files import (
     append_line,
-    leftovers,
-    make_folder,
+    make_durable_folder,
     read_lines,
+    stale_temporaries,
     write_at,
+    write_atomically,
     write_text,
-    write_whole,
 )
 from sskd.models import save_weights
 from sskd.output import complain
-from sskd.runs.checkpoint_file import DamagedError, load_sealed, save_sealed
+from sskd.runs.checkpoint_file import CorruptFileError, load_checkpoint, save_checkpoint
 from sskd.runs.folder import read_config_file, read_result
-from sskd.runs.identity import differing, identity, other_run, refuse_other_result
+from sskd.runs.identity import explain_difference, identity, other_run, refuse_other_result
 from sskd.runs.lock import FolderLock
 from sskd.runs.names import (
     BEST,
@@ -79,7 +79,7 @@ class Run:
                 that is waited for has failed in this sweep.
         """
         try:
-            make_folder(self.folder)
+            make_durable_folder(self.folder)
             self._lock.acquire(wait=wait)
         except OSError as error:
             raise UserError(
@@ -89,7 +89,7 @@ class Run:
         try:
             if wait:
                 self._refuse_failed()
-            self._take_up()
+            self._enter()
         except BaseException:
             self.close()
             raise
@@ -115,7 +115,7 @@ class Run:
             told = reason.removeprefix(f"{self.folder}: ")
             raise UserError(f"{self.folder}: has failed in this sweep already: {told}")
 
-    def _take_up(self) -> None:
+    def _enter(self) -> None:
         for path in self.folder.iterdir():
             odd = path.exists() and not path.is_file() and not path.is_dir()
             if path.is_symlink() or odd:
@@ -126,26 +126,26 @@ class Run:
                     "put the file itself there"
                 )
         # This is also what keeps out an earlier holder that is suspended during a write.
-        for path in leftovers(self.folder):
+        for path in stale_temporaries(self.folder):
             self._lock.check()
             path.unlink(missing_ok=True)  # a sweep that queues this run may be writing
         if any((self.folder / name).exists() for name in (LAST, PREVIOUS, RESULT)):
             self._refuse_other_config()
         else:
             text = OmegaConf.to_yaml(OmegaConf.create(dict(self.config)))
-            with self._writing() as ours:
+            with self._still_ours() as ours:
                 write_text(self.folder / CONFIG, text, still_ours=ours)
         if not (self.folder / RESULT).exists():
-            with self._writing() as ours:
+            with self._still_ours() as ours:
                 write_status(self.folder, "running", still_ours=ours)
 
     def plan(self, epochs: Mapping[str, int]) -> None:
-        """Say how many ``epochs`` each stage will take, so that others can tell the time left."""
-        with self._writing() as ours:
+        """Say how many ``epochs`` each phase will take, so that others can tell the time left."""
+        with self._still_ours() as ours:
             write_status(self.folder, "running", still_ours=ours, epochs=dict(epochs))
 
     def _refuse_other_config(self) -> None:
-        other = differing(read_config_file(self.folder / CONFIG), self.config)
+        other = explain_difference(read_config_file(self.folder / CONFIG), self.config)
         if other:
             raise UserError(
                 f"{self.folder}: holds a run of another configuration: {other}; start again with "
@@ -164,14 +164,14 @@ class Run:
             refuse_other_result(self.folder, result, self.config)
         return result
 
-    def checkpoint(self, stages: Collection[str]) -> dict[str, Any] | None:
+    def checkpoint(self, phases: Collection[str]) -> dict[str, Any] | None:
         """Return what ``save`` last wrote, on the CPU; ``metrics`` are cut back to that moment.
 
         Where that is damaged it is the checkpoint before, with a warning. Returns None, and no
         metrics, where nothing was saved.
 
         Args:
-            stages: the names of those that the run has; the checkpoint stands in one of them.
+            phases: the names of those that the run has; the checkpoint stands in one of them.
 
         Raises:
             UserError: no checkpoint is whole, or the metrics are not, or it is another run's.
@@ -181,16 +181,16 @@ class Run:
             if not path.exists():
                 continue
             try:
-                state = load_sealed(path)
+                state = load_checkpoint(path)
                 if other := self._other_run(path, state):
                     raise UserError(
                         f"{path}: is a checkpoint of another run: {other}; put back this run's, "
                         "or remove this folder to start again"
                     )
-                if not isinstance(state.get("stage"), str) or state["stage"] not in stages:
-                    raise DamagedError(path.name, f"it stands in stage '{state.get('stage')}'")
-                lines, figures = self._lines_of(state)
-            except DamagedError as error:
+                if not isinstance(state.get("stage"), str) or state["stage"] not in phases:
+                    raise CorruptFileError(path.name, f"it stands in phase '{state.get('stage')}'")
+                lines, figures = self._metrics_at(state)
+            except CorruptFileError as error:
                 damage = damage or f"{self.folder}: {error}"
                 continue
             if damage:
@@ -211,34 +211,34 @@ class Run:
         try:
             return other_run(state, self.config)
         except ValueError as error:
-            raise DamagedError(path.name, str(error)) from None
+            raise CorruptFileError(path.name, str(error)) from None
 
-    def _lines_of(self, state: Mapping[str, Any]) -> tuple[list[bytes], list[dict[str, Any]]]:
+    def _metrics_at(self, state: Mapping[str, Any]) -> tuple[list[bytes], list[dict[str, Any]]]:
         """Return the lines of ``metrics.jsonl`` of when ``state`` was saved, and what they say."""
         count, digest = state.get("lines"), state.get("metrics_digest")
         if not isinstance(count, int):
-            raise DamagedError(LAST, "it is not a run's checkpoint")
+            raise CorruptFileError(LAST, "it is not a run's checkpoint")
         path = self.folder / METRICS
         lines = list(islice(self._lines(), max(count, 0))) if path.exists() else []
         # Checkpoints of versions that kept no digest have only the number to go by.
         if len(lines) < count or digest not in (None, hashlib.sha256(b"".join(lines)).hexdigest()):
-            raise DamagedError(METRICS, "lines of it were changed or lost")
+            raise CorruptFileError(METRICS, "lines of it were changed or lost")
         return lines, _figures(lines)
 
     def _lines(self) -> Iterator[bytes]:
-        """Yield the lines of ``metrics.jsonl``; raise DamagedError if there are too many."""
+        """Yield the lines of ``metrics.jsonl``; raise CorruptFileError if there are too many."""
         try:
             yield from read_lines(self.folder / METRICS, MOST_METRICS, MOST_EPOCHS)
         except ValueError as error:
-            raise DamagedError(METRICS, str(error)) from None
+            raise CorruptFileError(METRICS, str(error)) from None
 
     def _set_metrics(self, lines: list[bytes], figures: list[dict[str, Any]]) -> None:
         self.metrics = figures
         self._metrics_digest = hashlib.sha256(b"".join(lines))
         # A new file: a holder before this one may still append to the old one.
         write = methodcaller("writelines", lines)
-        with self._writing() as ours:
-            write_whole(self.folder / METRICS, write, still_ours=ours)
+        with self._still_ours() as ours:
+            write_atomically(self.folder / METRICS, write, still_ours=ours)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return all lines of ``metrics.jsonl`` of a run that has finished.
@@ -248,7 +248,7 @@ class Run:
         """
         try:
             return _figures(self._lines())
-        except (DamagedError, OSError) as error:
+        except (CorruptFileError, OSError) as error:
             raise UserError(
                 f"{self.folder}: {error}; remove this folder, and the same command makes it anew"
             ) from None
@@ -256,41 +256,43 @@ class Run:
     def log(self, figures: dict[str, Any]) -> None:
         """Add one line, an epoch's figures, to ``metrics.jsonl``."""
         line = json.dumps(figures)
-        with self._writing() as ours:
+        with self._still_ours() as ours:
             append_line(self.folder / METRICS, line, still_ours=ours)
         self._metrics_digest.update(f"{line}\n".encode())
         self.metrics.append(figures)
 
     def write_at(self, name: str, offset: int, data: bytes, *, sync: bool) -> None:
         """Write ``data`` into the folder's file ``name`` (``sskd.files.write_at``)."""
-        with self._writing() as ours:
+        with self._still_ours() as ours:
             write_at(self.folder / name, offset, data, sync=sync, still_ours=ours)
 
     def save(self, state: dict[str, Any]) -> None:
         """Write ``last.pt``: all that is needed to go on from here; the one before it is kept."""
         told = {"lines": len(self.metrics), "metrics_digest": self._metrics_digest.hexdigest()}
         content = {**state, **told, NAME: identity(self.config)}
-        with self._writing() as ours:
-            save_sealed(self.folder / LAST, content, keep=self.folder / PREVIOUS, still_ours=ours)
+        with self._still_ours() as ours:
+            save_checkpoint(
+                self.folder / LAST, content, keep=self.folder / PREVIOUS, still_ours=ours
+            )
 
     def save_best(self, model: nn.Module, epoch: int, accuracy: float) -> None:
         """Write ``best.pt``: the network's weights at its best epoch, in the published layout."""
         told = {"epoch": epoch, "accuracy": accuracy, NAME: identity(self.config)}
         state = {"model": model.state_dict(), **told}
-        with self._writing() as ours:
-            save_sealed(self.folder / BEST, state, still_ours=ours)
+        with self._still_ours() as ours:
+            save_checkpoint(self.folder / BEST, state, still_ours=ours)
 
     def load_best(self, epoch: int) -> dict[str, Tensor] | None:
         """Return the weights of the best ``epoch``; None, with a warning, where they are lost."""
         try:
-            best = load_sealed(self.folder / BEST)
+            best = load_checkpoint(self.folder / BEST)
             if other := self._other_run(self.folder / BEST, best):
-                raise DamagedError(BEST, f"it is of another run: {other}")
+                raise CorruptFileError(BEST, f"it is of another run: {other}")
             if best.get("epoch") != epoch:
-                raise DamagedError(BEST, f"it is of epoch {best.get('epoch')}")
+                raise CorruptFileError(BEST, f"it is of epoch {best.get('epoch')}")
             if not isinstance(best.get("model"), dict):
-                raise DamagedError(BEST, "it holds no weights")
-        except (DamagedError, OSError) as error:
+                raise CorruptFileError(BEST, "it holds no weights")
+        except (CorruptFileError, OSError) as error:
             told = f"warning: {self.folder}: the weights of epoch {epoch}, the best, are lost"
             complain(f"{told}: {error}")
             return None
@@ -306,7 +308,7 @@ class Run:
         named = {**result, NAME: identity(self.config)}
         told = ("kind", "dataset", "student", "method", "seed", "epoch", "accuracy")
         about = {key: result[key] for key in told if key in result}
-        with self._writing() as ours:
+        with self._still_ours() as ours:
             if model is not None:
                 save_weights(self.folder / WEIGHTS, model, about, still_ours=ours)
             text = json.dumps(named, indent=2) + "\n"
@@ -316,7 +318,7 @@ class Run:
         return named
 
     @contextmanager
-    def _writing(self) -> Iterator[Callable[[], None]]:
+    def _still_ours(self) -> Iterator[Callable[[], None]]:
         """Return what asks in mid-write whether the run is still ours; ask it also before.
 
         And after, if the folder was removed in the meantime, or what was prepared in it.
@@ -330,11 +332,11 @@ class Run:
 
 
 def _figures(lines: Iterable[bytes]) -> list[dict[str, Any]]:
-    """Return what lines of ``metrics.jsonl`` say; raise DamagedError where that is nothing."""
+    """Return what lines of ``metrics.jsonl`` say; raise CorruptFileError where that is nothing."""
     try:
         figures = [json.loads(line) for line in lines]
     except (ValueError, RecursionError) as error:
-        raise DamagedError(METRICS, type(error).__name__) from None
+        raise CorruptFileError(METRICS, type(error).__name__) from None
     if not all(isinstance(line, dict) and isinstance(line.get("stage"), str) for line in figures):
-        raise DamagedError(METRICS, "a line is no epoch's")
+        raise CorruptFileError(METRICS, "a line is no epoch's")
     return figures

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sskd.errors import UserError
-from sskd.files import StillOurs, is_plain_file, read_bounded_text, write_text
+from sskd.files import StillOurs, is_regular_file, read_bounded_text, write_text
 
 STATUS = "status.json"
 MOST = 2**20  # bytes that it may have, since it may be a stranger's
@@ -33,7 +33,7 @@ def write_status(
 ) -> None:
     """Say what the run in ``folder`` is doing, since when, and which process says so.
 
-    ``still_ours`` is as in ``sskd.files.write_whole``.
+    ``still_ours`` is as in ``sskd.files.write_atomically``.
     """
     before = _read(folder)
     status = {
@@ -61,7 +61,7 @@ def _read(folder: Path) -> Mapping[str, Any]:
     """Return the same; raise OSError where it is there and cannot be read at this moment."""
     path = folder / STATUS
     try:
-        status = json.loads(read_bounded_text(path, MOST)) if is_plain_file(path) else {}
+        status = json.loads(read_bounded_text(path, MOST)) if is_regular_file(path) else {}
     except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return status if isinstance(status, dict) else {}
@@ -73,7 +73,7 @@ def write_failure(
     """Say that the run in ``folder`` failed, or was stopped, by ``error``.
 
     That must not hide the error itself, so a disk that is full, or another holder of the folder,
-    leaves the old status. ``still_ours`` is as in ``sskd.files.write_whole``.
+    leaves the old status. ``still_ours`` is as in ``sskd.files.write_atomically``.
     """
     with contextlib.suppress(OSError, UserError):
         if isinstance(error, Exception):

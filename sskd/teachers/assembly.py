@@ -9,24 +9,24 @@ from sskd.data import Images, Split
 from sskd.errors import UserError
 from sskd.methods import Method, build_method
 from sskd.models import build_model
-from sskd.teachers.find import Teacher, load_teacher
-from sskd.training.seeding import seed_everything
+from sskd.teachers.find import TeacherWeights, load_teacher
+from sskd.training.seeding import seed_torch
 
 
-def assemble(config: Config, images: Images, found: Teacher | None = None) -> Method:
+def assemble(config: Config, images: Images, found: TeacherWeights | None = None) -> Method:
     """Return the method of ``config`` with a fresh student, and the teacher that was ``found``.
 
     Raises:
         UserError: the method cannot take this pair of networks.
     """
-    seed_everything(config.seed, "student")
+    seed_torch(config.seed, "student")
     student = build_model(config.student.name, images.num_classes)
     teacher = None
     if config.teacher:
         teacher = build_model(config.teacher.name, images.num_classes)
         if found:
             load_teacher(teacher, found)
-    seed_everything(config.seed, "method")
+    seed_torch(config.seed, "method")
     try:
         return build_method(config.method, student, teacher, images)
     except UserError as error:
@@ -34,7 +34,7 @@ def assemble(config: Config, images: Images, found: Teacher | None = None) -> Me
         raise UserError(f"method={config.method.name} {'-'.join(networks)}: {error}") from None
 
 
-def refuse_misfits(config: Config) -> None:
+def check_compatible(config: Config) -> None:
     """Raise the UserError of ``assemble`` without a teacher or data, from sizes alone."""
     size = config.dataset.size
     two = Split(torch.zeros(2, 3, size, size, dtype=torch.uint8), torch.arange(2))

@@ -22,10 +22,10 @@ from sskd.models import (
 )
 from sskd.runs.folder import read_config_file, read_result
 from sskd.runs.identity import (
-    describe,
-    difference,
-    differing,
-    earlier_differences,
+    diff_from_recipe,
+    earlier_diffs_from_recipe,
+    explain_difference,
+    full_config,
     is_of,
     refuse_other_result,
     run_folder,
@@ -38,7 +38,7 @@ _FILES = {"best": BEST, "last": WEIGHTS}
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherWeights:
     """A teacher's weights: their file, and the SHA-256 of the tensors in it."""
 
     path: Path
@@ -50,11 +50,11 @@ def missing_teacher(config: Config) -> Config | None:
     if config.teacher is None or config.teacher.checkpoint is not None:
         return None
     wanted = teacher_config(config)
-    unfinished = read_result(run_folder(wanted, difference(wanted))) is None
+    unfinished = read_result(run_folder(wanted, diff_from_recipe(wanted))) is None
     return wanted if unfinished else None
 
 
-def find_teacher(config: Config) -> Teacher | None:
+def find_teacher(config: Config) -> TeacherWeights | None:
     """Return the teacher that ``config`` asks for, or None for a network alone.
 
     Raises:
@@ -66,9 +66,9 @@ def find_teacher(config: Config) -> Teacher | None:
         path = find_checkpoint(config.teacher.checkpoint, config.teacher.epoch)
         content = path.stat()
         name = config.teacher.name
-        return Teacher(path, _digest(path, name, content.st_mtime_ns, content.st_size))
+        return TeacherWeights(path, _digest(path, name, content.st_mtime_ns, content.st_size))
     wanted = teacher_config(config)
-    folder = run_folder(wanted, difference(wanted))
+    folder = run_folder(wanted, diff_from_recipe(wanted))
     result = read_result(folder)
     if result is None:
         raise UserError(
@@ -76,13 +76,13 @@ def find_teacher(config: Config) -> Teacher | None:
             f"`{training_command(wanted)}`, or add teacher.train=true here, or name a file "
             "with teacher.checkpoint=PATH"
         )
-    other = differing(read_config_file(folder / CONFIG), describe(wanted))
+    other = explain_difference(read_config_file(folder / CONFIG), full_config(wanted))
     if other:
         raise UserError(
             f"{folder}: holds a teacher of another configuration: {other}; train it again with "
             f"`{training_command(wanted)} force=true`, or use another runs=FOLDER"
         )
-    refuse_other_result(folder, result, describe(wanted))
+    refuse_other_result(folder, result, full_config(wanted))
     epoch = config.teacher.epoch
     digest = result.get("digest")
     if not isinstance(digest, dict) or not isinstance(digest.get(epoch), str):
@@ -90,7 +90,7 @@ def find_teacher(config: Config) -> Teacher | None:
             f"{folder}: its result.json tells no digest of the {epoch} epoch's weights; take the "
             "other epoch's with teacher.epoch, or train it again with force=true"
         )
-    return Teacher(folder / _FILES[epoch], digest[epoch])
+    return TeacherWeights(folder / _FILES[epoch], digest[epoch])
 
 
 @cache  # every cell of a pair asks, several times; another content is another question
@@ -102,7 +102,7 @@ def _digest(path: Path, name: str, modified: int, size: int) -> str:
     return weights_digest(read_checkpoint(path, fits).state)
 
 
-def locate(config: Config) -> tuple[Path, dict[str, Any]]:
+def run_location(config: Config) -> tuple[Path, dict[str, Any]]:
     """Return the folder of the run of ``config``, and what makes it differ from its recipe.
 
     That a teacher of the suite is missing does not matter; a ``teacher.checkpoint`` is read. A
@@ -111,7 +111,7 @@ def locate(config: Config) -> tuple[Path, dict[str, Any]]:
     digest = {}
     if config.teacher and config.teacher.checkpoint and (found := find_teacher(config)):
         digest = {"teacher.digest": found.digest}
-    changed = difference(config) | digest
+    changed = diff_from_recipe(config) | digest
     folder = run_folder(config, changed)
     if not folder.is_dir():
         folder = next(_earlier_folders(config, digest), folder)
@@ -120,14 +120,14 @@ def locate(config: Config) -> tuple[Path, dict[str, Any]]:
 
 def _earlier_folders(config: Config, digest: dict[str, str]) -> Iterator[Path]:
     """Yield the folders with a name from an earlier version that hold the run of ``config``."""
-    for earlier in earlier_differences(config):
+    for earlier in earlier_diffs_from_recipe(config):
         with suppress(UserError):  # it is a link, or its configuration cannot be read
             folder = run_folder(config, earlier | digest)
             if folder.is_dir() and is_of(config, read_config_file(folder / CONFIG)):
                 yield folder
 
 
-def load_teacher(network: nn.Module, teacher: Teacher) -> None:
+def load_teacher(network: nn.Module, teacher: TeacherWeights) -> None:
     """Load the teacher's weights; UserError if they are not the ones that were found."""
     load_weights(network, teacher.path)
     if weights_digest(network) != teacher.digest:

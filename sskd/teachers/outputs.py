@@ -16,11 +16,11 @@ from torch import Tensor
 
 from sskd.data import CROPS, Batch, Images
 from sskd.errors import UserError
-from sskd.files import named
+from sskd.files import path_in_errors
 from sskd.methods import Method
-from sskd.methods.adapters import features_of
-from sskd.models import VECTORS, Features, partial_features
-from sskd.teachers.phases import damaged
+from sskd.methods.adapters import probe_features
+from sskd.models import VECTOR_FIELDS, Features, partial_features
+from sskd.teachers.phases import corrupt_file_error
 
 MEMORY_ERROR = "out of memory"  # of PyTorch, on any device
 
@@ -60,23 +60,23 @@ class Precomputed:
 
     def __call__(self, batch: Batch) -> Features:
         """Return what the teacher makes of ``batch``; fields that are not kept are None."""
-        first = batch.index[:, None] * self.rows.shape[1]
-        wanted = (first + batch.crop.view(len(batch.index), -1)).flatten()
+        first = batch.indices[:, None] * self.rows.shape[1]
+        wanted = (first + batch.crops.view(len(batch.indices), -1)).flatten()
         rows = self.rows.flatten(0, 1).index_select(0, wanted)
         parts = rows.split(list(self.widths.values()), dim=1)
         return partial_features(dict(zip(self.widths, parts, strict=True)))
 
 
-def fits(method: Method | type[Method]) -> bool:
+def can_precompute(method: Method | type[Method]) -> bool:
     """Return whether all that the losses of ``method`` read of its teacher fits on a disk."""
-    return set() < set(method.teacher_outputs) <= set(VECTORS)
+    return set() < set(method.teacher_outputs) <= set(VECTOR_FIELDS)
 
 
 def layout_of(method: Method, images: Images, precision: str) -> Layout:
     """Return the layout of all that the losses of ``method`` read of its teacher."""
-    features = features_of(method.teacher, images)
+    features = probe_features(method.teacher, images)
     widths = {name: getattr(features, name).shape[1] for name in method.teacher_outputs}
-    views = max(stage.views for stage in method.stages())
+    views = max(phase.views for phase in method.phases())
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return Layout(len(images.train), views * CROPS, widths, dtype)
 
@@ -90,7 +90,7 @@ def read_rows(path: Path, layout: Layout, digest: object, device: torch.device) 
     except (FileNotFoundError, IsADirectoryError):
         whole = False
     if not whole:
-        raise damaged(path)
+        raise corrupt_file_error(path)
     gc.collect()  # an earlier cell's may lie in cycles of references
     try:
         return map_rows(path, layout, device)
@@ -109,7 +109,7 @@ def map_rows(path: Path, layout: Layout, device: torch.device) -> Tensor:
     The process then ends by a signal (SIGBUS) if somebody cuts the file while it is in use; to
     remove it is safe, but for a network's disk.
     """
-    with named(path), path.open("rb") as file:
+    with path_in_errors(path), path.open("rb") as file:
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if device.type == "cpu":
         mapping.madvise(mmap.MADV_RANDOM)  # a row here and there: read no more than that

@@ -16,40 +16,40 @@ from sskd.config import Config
 from sskd.data import Images
 from sskd.errors import UserError
 from sskd.files import read_bounded
-from sskd.methods import Stage
+from sskd.methods import Phase
 from sskd.models import weights_digest
 from sskd.output import say
-from sskd.paths import below
-from sskd.runs.identity import describe, identity
+from sskd.paths import safe_join
+from sskd.runs.identity import full_config, identity
 from sskd.runs.names import MOST_RESULT, WEIGHTS
 from sskd.runs.run import Run
-from sskd.teachers.find import Teacher
-from sskd.training.trainer import Fit, stage_schedule
+from sskd.teachers.find import TeacherWeights
+from sskd.training.trainer import Trainer, phase_schedule
 
 
-def share_phase(
-    stage: Stage, method: nn.Module, images: Images, config: Config, teacher: Teacher
+def run_shared_phase(
+    phase: Phase, method: nn.Module, images: Images, config: Config, teacher: TeacherWeights
 ) -> list[dict[str, Any]]:
-    """Train ``stage`` or find its result, load it into ``stage.trains``, return its metrics.
+    """Train ``phase`` or find its result, load it into ``phase.trains``, return its metrics.
 
     The phase has a run's folder of its own, named after everything that it depends on: the
     teacher's weights, the seed, the data and the phase's settings; of the student nothing but a
     learning rate that the phase may take from it.
     """
-    settings = phase_settings(stage, config, teacher, images.digest)
+    settings = phase_settings(phase, config, teacher, images.digest)
     folder = phase_folder(config, settings)
     with Run(folder, settings).open(wait=True) as run:
         result = run.finished()
         if result is None:
-            state = run.checkpoint([stage.name])
-            run.plan({stage.name: stage_schedule(stage, config).epochs})
-            position = Fit(stage, method, stage.trains, images, run, config).train(state)
-            digest = weights_digest(stage.trains)
-            told = {"kind": "phase", "stage": stage.name, "seconds": position.seconds}
-            run.finish(stage.trains, {**told, "digest": digest})
+            state = run.checkpoint([phase.name])
+            run.plan({phase.name: phase_schedule(phase, config).epochs})
+            position = Trainer(phase, method, phase.trains, images, run, config).train(state)
+            digest = weights_digest(phase.trains)
+            told = {"kind": "phase", "stage": phase.name, "seconds": position.seconds}
+            run.finish(phase.trains, {**told, "digest": digest})
         else:
             say(f"{folder}: reused")
-            _load_result(stage.trains, folder / WEIGHTS, result.get("digest"))
+            _load_result(phase.trains, folder / WEIGHTS, result.get("digest"))
         return run.read_metrics()
 
 
@@ -63,10 +63,10 @@ def _load_result(module: nn.Module, path: Path, digest: object) -> None:
     except (OSError, ValueError, SafetensorError, RuntimeError):
         whole = False
     if not whole:
-        raise damaged(path)
+        raise corrupt_file_error(path)
 
 
-def damaged(path: Path) -> UserError:
+def corrupt_file_error(path: Path) -> UserError:
     """Return the error that a file of a shared phase is damaged."""
     return UserError(
         f"{path}: is damaged; remove the folder {path.parent}, and the same command makes it anew"
@@ -74,24 +74,24 @@ def damaged(path: Path) -> UserError:
 
 
 def phase_settings(
-    stage: Stage, config: Config, teacher: Teacher, data_digest: str | None = None
+    phase: Phase, config: Config, teacher: TeacherWeights, data_digest: str | None = None
 ) -> dict[str, Any]:
-    """Return everything that the result of a teacher-only ``stage`` depends on.
+    """Return everything that the result of a teacher-only ``phase`` depends on.
 
-    ``data_digest`` is as in ``describe``.
+    ``data_digest`` is as in ``full_config``.
     """
-    values = identity(describe(config, data_digest=data_digest, defaults=False))
-    schedule = asdict(stage_schedule(stage, config))
+    values = identity(full_config(config, data_digest=data_digest, defaults=False))
+    schedule = asdict(phase_schedule(phase, config))
     optimizer = {k: v for k, v in values["optimizer"].items() if k != "lr"}
     return {
-        "phase": stage.name,
+        "phase": phase.name,
         "method": config.method.name,
         "teacher": {"name": values["teacher"]["name"], "digest": teacher.digest},
         "schedule": schedule | {"milestones": list(schedule["milestones"])},
         "optimizer": optimizer,
-        "views": stage.views,
-        "weights": dict(stage.weights),
-        "settings": dict(stage.settings),
+        "views": phase.views,
+        "weights": dict(phase.weights),
+        "settings": dict(phase.settings),
         **{key: values[key] for key in ("dataset", "seed", "batch_size", "precision")},
     }
 
@@ -102,4 +102,4 @@ def phase_folder(config: Config, settings: dict[str, Any]) -> Path:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     name = f"seed{settings['seed']}-{digest}" if "seed" in settings else digest
     what = ["phases", config.teacher.name, settings["phase"], name]
-    return below(Path(config.runs), config.dataset.name, *what)
+    return safe_join(Path(config.runs), config.dataset.name, *what)

@@ -24,25 +24,33 @@ from torch import Tensor, nn
 
 from sskd.config import Config
 from sskd.data import CROPS, Images, Loader
-from sskd.device import inference_batch
+from sskd.device import inference_batch_size
 from sskd.errors import UserError
 from sskd.methods import Method
-from sskd.methods.base import ask_in_parts
+from sskd.methods.base import forward_in_chunks
 from sskd.output import say
 from sskd.runs.names import LAST, OUTPUTS
 from sskd.runs.run import Run
-from sskd.teachers.find import Teacher
-from sskd.teachers.outputs import Layout, Precomputed, fits, in_gib, layout_of, read_rows, sha256
-from sskd.teachers.phases import damaged, phase_folder
+from sskd.teachers.find import TeacherWeights
+from sskd.teachers.outputs import (
+    Layout,
+    Precomputed,
+    can_precompute,
+    in_gib,
+    layout_of,
+    read_rows,
+    sha256,
+)
+from sskd.teachers.phases import corrupt_file_error, phase_folder
 from sskd.training.progress import Progress
 from sskd.training.signals import StopSignals
 
-STAGE = "teacher_outputs"
+PHASE = "teacher_outputs"
 FORMAT = 1  # of the file: another one where the rows or the numbers of crops mean something else
 
 
 @dataclass(frozen=True)
-class Filled:
+class ResumePoint:
     """How far the file of outputs is: images, the seconds they took, the SHA-256 of their rows."""
 
     images: int = 0
@@ -51,7 +59,7 @@ class Filled:
 
 
 def precompute(
-    method: Method, images: Images, config: Config, found: Teacher
+    method: Method, images: Images, config: Config, found: TeacherWeights
 ) -> Precomputed | None:
     """Compute the outputs of the method's teacher, or find them computed.
 
@@ -62,7 +70,7 @@ def precompute(
         Interrupted: a signal came; what was computed is saved.
         UserError: what was found is damaged, or there is no room for it.
     """
-    if not fits(method):
+    if not can_precompute(method):
         say(
             f"teacher.precompute: method={config.method.name} reads more of the teacher than its "
             "logits and its pooled feature, so that the teacher is asked in every step"
@@ -80,12 +88,14 @@ def precompute(
     return Precomputed(rows, layout.widths)
 
 
-def _settings(layout: Layout, images: Images, config: Config, found: Teacher) -> dict[str, Any]:
+def _settings(
+    layout: Layout, images: Images, config: Config, found: TeacherWeights
+) -> dict[str, Any]:
     """Return everything that the outputs depend on: of the data the images, not the labels."""
     assert config.teacher is not None
     shown = images.train.images.cpu().contiguous().numpy()
     return {
-        "phase": STAGE,
+        "phase": PHASE,
         "format": FORMAT,
         "teacher": {"name": config.teacher.name, "digest": found.digest},
         "images": hashlib.sha256(shown.data).hexdigest(),
@@ -100,12 +110,12 @@ def _compute(
     run: Run, teacher: nn.Module, images: Images, config: Config, layout: Layout
 ) -> dict[str, Any]:
     """Fill the file of outputs, from its beginning or on from where it was left."""
-    at = _how_far(run.checkpoint([STAGE]) or vars(Filled()), run.folder, layout)
-    run.plan({STAGE: 1})
+    at = _read_resume_point(run.checkpoint([PHASE]) or vars(ResumePoint()), run.folder, layout)
+    run.plan({PHASE: 1})
     path = run.folder / OUTPUTS
     digest = _resume(path, at, layout)
     _refuse_small_disk(path, layout, at)
-    progress = Progress(STAGE, 1, layout.images, at.images, dict)
+    progress = Progress(PHASE, 1, layout.images, at.images, dict)
     progress.line(
         f"computes {in_gib(layout.size)} in {run.folder}, which takes as long as {layout.crops} "
         f"epochs of the teacher; {at.images}/{layout.images} images are done"
@@ -122,15 +132,15 @@ def _compute(
                 save = is_due or signals.received is not None or done == layout.images
                 run.write_at(OUTPUTS, offset, data, sync=save)
                 digest.update(data)
-                at = Filled(done, time.monotonic() - started, digest.hexdigest())
+                at = ResumePoint(done, time.monotonic() - started, digest.hexdigest())
                 progress.advance(len(rows))
                 if save:
-                    run.save({"stage": STAGE, **vars(at)})
+                    run.save({"stage": PHASE, **vars(at)})
                     saved = time.monotonic()
                     signals.raise_if_received()
     finally:
         progress.close()
-    result = {"kind": "phase", "stage": STAGE, "seconds": at.seconds, "digest": at.digest}
+    result = {"kind": "phase", "stage": PHASE, "seconds": at.seconds, "digest": at.digest}
     run.finish(None, result)
     return result
 
@@ -145,9 +155,9 @@ def _refuse_lost(rows: Tensor, first: int, folder: Path) -> None:
         )
 
 
-def _how_far(state: Mapping[str, Any], folder: Path, layout: Layout) -> Filled:
+def _read_resume_point(state: Mapping[str, Any], folder: Path, layout: Layout) -> ResumePoint:
     """Return what a checkpoint tells; UserError where that is not how far these outputs are."""
-    images, seconds, digest = (state.get(name) for name in vars(Filled()))
+    images, seconds, digest = (state.get(name) for name in vars(ResumePoint()))
     if (
         type(images) is not int
         or not 0 <= images <= layout.images
@@ -155,11 +165,11 @@ def _how_far(state: Mapping[str, Any], folder: Path, layout: Layout) -> Filled:
         or not 0 <= seconds < math.inf
         or type(digest) is not str
     ):
-        raise damaged(folder / LAST)
-    return Filled(images, seconds, digest)
+        raise corrupt_file_error(folder / LAST)
+    return ResumePoint(images, seconds, digest)
 
 
-def _resume(path: Path, at: Filled, layout: Layout) -> Any:
+def _resume(path: Path, at: ResumePoint, layout: Layout) -> Any:
     """Cut the file at ``path`` back to how far it is; return the SHA-256 of that, to go on with.
 
     UserError where the file does not hold what was computed.
@@ -168,15 +178,15 @@ def _resume(path: Path, at: Filled, layout: Layout) -> Any:
     if at.images == 0:
         path.touch()
     elif not path.is_file() or path.stat().st_size < kept:
-        raise damaged(path)
+        raise corrupt_file_error(path)
     os.truncate(path, kept)
     digest = sha256(path)
     if digest.hexdigest() != at.digest:
-        raise damaged(path)
+        raise corrupt_file_error(path)
     return digest
 
 
-def _refuse_small_disk(path: Path, layout: Layout, at: Filled) -> None:
+def _refuse_small_disk(path: Path, layout: Layout, at: ResumePoint) -> None:
     wanted = layout.size - at.images * layout.image_size
     free = shutil.disk_usage(path.parent).free
     if wanted > free:
@@ -193,7 +203,7 @@ def _outputs(
 ) -> Iterator[Tensor]:
     """Yield the outputs of all crops of the images from ``first`` on: [k, crops, numbers]."""
     device = images.train.images.device
-    together = -(-inference_batch(device) // layout.crops)  # images
+    together = -(-inference_batch_size(device) // layout.crops)  # images
     views = layout.crops // CROPS
     loader = Loader(images.train, images.mean, images.std, together, views)
     crops = torch.arange(layout.crops, device=device)
@@ -201,6 +211,6 @@ def _outputs(
         index = torch.arange(start, min(start + together, layout.images), device=device)
         x = loader.crops_of(index, crops.expand(len(index), -1))
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            features = ask_in_parts(teacher, x, tuple(layout.widths))
+            features = forward_in_chunks(teacher, x, tuple(layout.widths))
         rows = torch.cat([getattr(features, name) for name in layout.widths], dim=1)
         yield rows.to(layout.dtype).view(len(index), *layout.shape[1:])

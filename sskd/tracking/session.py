@@ -13,7 +13,7 @@ import requests
 import wandb
 
 from sskd.errors import UserError
-from sskd.files import is_plain_file, read_bounded_text, write_text
+from sskd.files import is_regular_file, read_bounded_text, write_text
 from sskd.output import say
 from sskd.tracking.environment import (
     FINISH_TIMEOUT,
@@ -136,7 +136,7 @@ def run_id(folder: Path, name: str) -> str:
     """
     path = folder / _ID
     known = ""
-    if is_plain_file(path):
+    if is_regular_file(path):
         with contextlib.suppress(ValueError):  # no id of ours
             known = read_bounded_text(path, _ID_LENGTH)
     if not re.fullmatch("[0-9a-f]+", known) or len(known) != _ID_LENGTH:

@@ -13,13 +13,13 @@ from sskd.config import Config
 from sskd.errors import UserError
 from sskd.output import complain, say
 from sskd.overrides import as_override, flatten
-from sskd.runs.identity import difference
+from sskd.runs.identity import diff_from_recipe
 from sskd.runs.run import Run
 from sskd.runs.weightings import CE, KD, RECIPE, find_weighting
 from sskd.tracking.session import open_run, sync_folder, sync_later
 from sskd.training.signals import Interrupted
 
-# Figures about the student as a whole; the others are named after their stage.
+# Figures about the student as a whole; the others are named after their phase.
 _UNPREFIXED = ("test/", "holdout/", "best/")
 # Where a result has the figures of W&B's summary.
 _SUMMARISED = {
@@ -136,7 +136,7 @@ class Tracker:
             for key, value in line.items()
             if isinstance(value, int | float)
         }
-        if "test/top1" in line:  # of the last stage, whatever its name
+        if "test/top1" in line:  # of the last phase, whatever its name
             figures["epoch"] = line["epoch"]
         self._lines += 1
         self._send(lambda: self._wandb.log(figures, step=self._lines))
@@ -163,7 +163,7 @@ class Tracker:
         in runs that W&B may still have.
         """
         config = self._config
-        changed = difference(config)
+        changed = diff_from_recipe(config)
         texts = {key: str(value) for key, value in changed.items()}
         if weighting := find_weighting(config.method.name, RECIPE, texts):
             own = flatten(config.model_dump())

@@ -8,9 +8,9 @@ import torch
 
 from sskd.config import Config
 from sskd.data import Batch
-from sskd.device import place
+from sskd.device import to_device
 from sskd.errors import UserError
-from sskd.methods import Method, Stage, Step
+from sskd.methods import LossOutput, Method, Phase
 from sskd.models import fold_batch_norms
 
 
@@ -18,11 +18,11 @@ def fold_teacher(method: Method, device: torch.device) -> None:
     """Give ``method`` a teacher, if it has one, that computes the same in fewer operations."""
     if method.needs_teacher:
         method.teacher = fold_batch_norms(method.teacher).requires_grad_(False)
-        place(method.teacher, device)
+        to_device(method.teacher, device)
 
 
-def compile_loss(stage: Stage, config: Config) -> Stage:
-    """Return ``stage`` with its loss compiled by ``torch.compile``, if ``config`` asks for that.
+def compile_loss(phase: Phase, config: Config) -> Phase:
+    """Return ``phase`` with its loss compiled by ``torch.compile``, if ``config`` asks for that.
 
     Networks, method and losses are one graph, for full batches: the epoch's last one, which may
     be smaller, is computed as it is written, for compiling again costs more than a step an epoch.
@@ -31,22 +31,22 @@ def compile_loss(stage: Stage, config: Config) -> Stage:
     own generators either way.
     """
     if config.compile in ("auto", "off"):
-        return stage
+        return phase
     torch.compiler.reset()  # of a cell before this one, which counts against a limit
     options = {**torch._inductor.list_mode_options(config.compile), "fallback_random": True}
-    compiled = torch.compile(stage.losses, dynamic=False, options=options)
+    compiled = torch.compile(phase.losses, dynamic=False, options=options)
 
-    def loss(batch: Batch) -> Step:
+    def loss(batch: Batch) -> LossOutput:
         if len(batch.y) < config.batch_size:
-            return stage.loss(batch)
+            return phase.loss(batch)
         try:
-            step: Step = compiled(batch)
+            step: LossOutput = compiled(batch)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"compile={config.compile}: stage {stage.name} cannot be compiled here "
+                f"compile={config.compile}: phase {phase.name} cannot be compiled here "
                 f"({reason}); use compile=off"
             ) from error
         return step
 
-    return replace(stage, loss=loss)
+    return replace(phase, loss=loss)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sskd.data import Images, Split, plain
-from sskd.device import inference_batch
+from sskd.data import Images, Split, eval_batches
+from sskd.device import inference_batch_size
 from sskd.errors import UserError
 
 
@@ -25,7 +25,9 @@ def predict(network: nn.Module, split: Split, images: Images, of: str = "the net
         NotFiniteError: they are not finite; ``of`` is what it calls the network or the images.
     """
     network.eval()
-    batches = plain(split, images.mean, images.std, inference_batch(split.images.device))
+    batches = eval_batches(
+        split, images.mean, images.std, inference_batch_size(split.images.device)
+    )
     logits = torch.cat([network(x).logits for x, _ in batches])
     lost = (~logits.isfinite()).any(1)
     if lost.any():

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sskd.config import Config
-from sskd.methods import Stage
+from sskd.methods import Phase
 from sskd.training.meter import Meter
 
 _WEIGHTED = "weighted/"
@@ -43,12 +43,12 @@ def first_lost(meter: Meter, figures: Mapping[str, float], step: int) -> tuple[s
     return told, terms
 
 
-def advise(config: Config, stage: Stage, terms: Sequence[str] = ()) -> str:
-    """Return what may keep ``stage`` finite, if ``terms`` of it were the first to be lost."""
-    own_lr = stage.phase is not None and stage.phase.lr is not None
-    phases = (name for name, value in config.method if value == stage.phase)
+def advise(config: Config, phase: Phase, terms: Sequence[str] = ()) -> str:
+    """Return what may keep ``phase`` finite, if ``terms`` of it were the first to be lost."""
+    own_lr = phase.schedule is not None and phase.schedule.lr is not None
+    phases = (name for name, value in config.method if value == phase.schedule)
     tries = [f"a smaller method.{next(phases, '')}.lr" if own_lr else "a smaller optimizer.lr"]
-    if stage.phase is None and len(terms) == 1 and len(stage.weights) > 1:
+    if phase.schedule is None and len(terms) == 1 and len(phase.weights) > 1:
         tries.append(f"a smaller method.weights.{terms[0]}")
     if config.precision != "fp32":
         tries.append("precision=fp32")

@@ -10,7 +10,7 @@ from torchvision.utils import make_grid, save_image
 
 from sskd.config import Config
 from sskd.data import Images, Loader
-from sskd.files import write_whole
+from sskd.files import write_atomically
 from sskd.training.seeding import derive_seed
 
 _ROWS = 8
@@ -32,5 +32,5 @@ def save_views(folder: Path, images: Images, config: Config, views: int) -> Path
     large = pixels.repeat_interleave(_SCALE, 2).repeat_interleave(_SCALE, 3)
     picture = BytesIO()
     save_image(make_grid(large, nrow=views, padding=_SCALE, pad_value=_GREY), picture, format="png")
-    write_whole(folder / "views.png", lambda stream: stream.write(picture.getvalue()))
+    write_atomically(folder / "views.png", lambda stream: stream.write(picture.getvalue()))
     return folder / "views.png"

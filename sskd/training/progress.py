@@ -1,4 +1,4 @@
-"""Progress of a long stage: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a long phase: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _TOLD = ("lr", "loss", "top1", "contrastive_top1", "test/", "holdout/", "images_
 
 
 class Progress:
-    """Shows how far a stage is, its rate and time left, and the figures of the running epoch.
+    """Shows how far a phase is, its rate and time left, and the figures of the running epoch.
 
     Args:
         title: what is being trained.
-        epochs: of the whole stage.
+        epochs: of the whole phase.
         size: images an epoch.
         done: images that an earlier start has trained.
         figures: called at most once a second; returns the epoch's figures so far.

@@ -22,18 +22,18 @@ from sskd.runs.names import RESULT
 from sskd.runs.run import Run
 from sskd.runs.weightings import RECIPE
 from sskd.training.evaluation import accuracy, agreement, mean_kl, predict
-from sskd.training.trainer import Position
+from sskd.training.trainer import TrainingState
 
 
-def summarise(
+def measure_result(
     run: Run,
     config: Config,
     changed: Mapping[str, Any],
     images: Images,
     method: Method,
-    position: Position,
+    position: TrainingState,
 ) -> dict[str, Any]:
-    """Return the result of a run whose last stage ended at ``position``.
+    """Return the result of a run whose last phase ended at ``position``.
 
     Accuracies are top-1 in percent, of the last and of the best epoch on the test set;
     agreement is in percent, the divergence in nats.

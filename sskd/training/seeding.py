@@ -9,7 +9,7 @@ import torch
 
 
 def derive_seed(*purpose: int | str) -> int:
-    """Return a seed in [0, 2^63) for ``purpose``, such as ``(seed, stage, epoch, "batches")``.
+    """Return a seed in [0, 2^63) for ``purpose``, such as ``(seed, phase, epoch, "batches")``.
 
     Each purpose has a stream of its own, so that work which is skipped (a reused first
     phase, the epochs before a checkpoint) shifts nothing that comes after it.
@@ -18,7 +18,7 @@ def derive_seed(*purpose: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def seed_everything(*purpose: int | str) -> None:
+def seed_torch(*purpose: int | str) -> None:
     """Seed PyTorch's own generators (weights, dropout) for ``purpose``."""
     torch.manual_seed(derive_seed(*purpose))
 

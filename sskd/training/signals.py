@@ -64,7 +64,7 @@ class StopSignals:
 
 
 @contextmanager
-def termination_raised() -> Iterator[None]:
+def raise_on_sigterm() -> Iterator[None]:
     """Raise Interrupted where SIGTERM comes outside of training, so that all is ended in order.
 
     A launcher ends the processes that it has begun, a run closes its folder and its W&B run. A
@@ -86,7 +86,7 @@ def termination_raised() -> Iterator[None]:
 
 
 @contextmanager
-def warnings_passed_on() -> Iterator[None]:
+def forward_scheduler_signal() -> Iterator[None]:
     """Pass a warning that has stopped the run on to the scheduler's handler, at the end.
 
     By then the run is saved and closed. The handler ends the process as a rule, and SLURM its

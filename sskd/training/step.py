@@ -1,4 +1,4 @@
-"""One training step of a stage, and what is on and off during it."""
+"""One training step of a phase, and what is on and off during it."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import torch
 from torch import Tensor, nn
 
 from sskd.data import Batch
-from sskd.methods import Stage
+from sskd.methods import Phase
 
 
-def enter(stage: Stage, method: nn.Module) -> None:
-    """Give what ``stage`` trains gradients and train mode; freeze the rest of ``method``."""
+def set_trainable(phase: Phase, method: nn.Module) -> None:
+    """Give what ``phase`` trains gradients and train mode; freeze the rest of ``method``."""
     method.requires_grad_(False).eval()
-    stage.trains.requires_grad_(True).train()
+    phase.trains.requires_grad_(True).train()
 
 
-def take_step(
-    stage: Stage, optimizer: torch.optim.Optimizer, batch: Batch, precision: str
+def train_step(
+    phase: Phase, optimizer: torch.optim.Optimizer, batch: Batch, precision: str
 ) -> dict[str, Tensor]:
-    """Train ``stage`` on one batch.
+    """Train ``phase`` on one batch.
 
     Args:
         precision: ``fp32``, or ``bf16`` for autocast of the networks.
 
     Returns:
         Figures on the device, scalars: ``loss``, each term as ``loss/<term>`` and
-        ``weighted/<term>``, and the stage's metrics.
+        ``weighted/<term>``, and the phase's metrics.
     """
     with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        terms, metrics = stage.losses(batch)
-    weighted = stage.weigh(terms)
+        terms, metrics = phase.losses(batch)
+    weighted = phase.weigh(terms)
     loss = torch.stack(list(weighted.values())).sum()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()

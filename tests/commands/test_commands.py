@@ -24,7 +24,7 @@ from test_run import SMALL
 import sskd.training.trainer
 import train_student
 import train_teacher
-from sskd.commands.job import explain
+from sskd.commands.job import user_message
 from sskd.errors import UserError
 from sskd.models import build_model
 from train_student import train
@@ -134,7 +134,7 @@ def test_a_job_without_a_result_is_told_without_all_that_it_has_printed() -> Non
         "Job 7_0 (task: 0) with path 7_0_0_result.pkl\nhas not produced any output "
         "(state: CANCELLED)\nError stream produced:\n-----\nTraceback"
     )
-    told = explain(error)
+    told = user_message(error)
     assert told.startswith("Job 7_0 (task: 0) with path 7_0_0_result.pkl has not produced any ")
     assert told.endswith("output (state: CANCELLED); the other jobs go on (see squeue)")
 
@@ -170,7 +170,7 @@ def test_an_error_whose_cause_says_nothing_is_one_line(
     def refuse(*_: Any) -> None:
         raise UserError("what to do about it") from EOFError()
 
-    monkeypatch.setattr(sskd.training.trainer.Fit, "_step", refuse)
+    monkeypatch.setattr(sskd.training.trainer.Trainer, "_step", refuse)
     status, _, err = command(*sweep, *SMALL, "method=vanilla")
     told, *at_the_end = err.splitlines()
     assert (status, told) == (1, "error: what to do about it")
@@ -184,7 +184,7 @@ def test_a_sweep_tells_each_cell_that_breaks(
     def broken(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(sskd.training.trainer.Fit, "_step", broken)
+    monkeypatch.setattr(sskd.training.trainer.Trainer, "_step", broken)
     status, _, err = command("-m", *SMALL, "method=vanilla", "seed=0,1")
     assert status == 1
     assert err.count("Traceback") == err.count("error: out of memory") == 2

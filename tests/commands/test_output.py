@@ -27,10 +27,10 @@ import sskd.dashboard.__main__
 import sskd.evaluate
 import sskd.report.__main__
 from sskd import CONF
-from sskd.commands.sweep import Cell, Sweep
+from sskd.commands.sweep import Job, Sweep
 from sskd.errors import BusyError, UnfinishedError, UserError
 from sskd.output import SteadyStream, complain, say, steady_output
-from sskd.runs.checkpoint_file import save_sealed
+from sskd.runs.checkpoint_file import save_checkpoint
 from sskd.runs.folder import read_config_file
 from sskd.runs.lock import FolderLock
 from sskd.runs.run import Run
@@ -322,9 +322,9 @@ def test_a_strangers_status_is_told_clean(
     told = {"state": "failed", "error": "none", field: f"odd{CODES}"}
     (tmp_path / "status.json").write_text(json.dumps(told))
     sweep = Sweep([], compose=lambda _: OmegaConf.create())
-    sweep.cells = [Cell([], "", composed("method=vanilla"), tmp_path)]
+    sweep.cells = [Job([], "", composed("method=vanilla"), tmp_path)]
     with pytest.raises(UnfinishedError):
-        sweep.end()
+        sweep.report_unfinished()
     out, err = capsys.readouterr()
     assert "odd?" in err
     assert all(line.isprintable() for line in (out + err).splitlines())
@@ -333,8 +333,8 @@ def test_a_strangers_status_is_told_clean(
 @pytest.mark.parametrize("name", ["last.pt", "best.pt"])
 def test_a_strangers_checkpoint_is_told_clean(tmp_path: Path, capsys: Any, name: str) -> None:
     odd = {"stage": CODES, "epoch": CODES, "lines": 0}
-    save_sealed(tmp_path / name, odd)
-    save_sealed(tmp_path / "previous.pt", {"stage": "train", "lines": 0})
+    save_checkpoint(tmp_path / name, odd)
+    save_checkpoint(tmp_path / "previous.pt", {"stage": "train", "lines": 0})
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     with Run(tmp_path, {"seed": 1}).open() as run:
         if name == "last.pt":
@@ -347,7 +347,7 @@ def test_a_strangers_checkpoint_is_told_clean(tmp_path: Path, capsys: Any, name:
 
 
 def test_a_strangers_configuration_is_told_clean(tmp_path: Path, capsys: Any) -> None:
-    save_sealed(tmp_path / "last.pt", {"stage": "train", "lines": 0})
+    save_checkpoint(tmp_path / "last.pt", {"stage": "train", "lines": 0})
     for text in ('odd: "\\e[2J\\x9b"', '"\\e[2J": 1', "odd: !\x1b[2J 1", "\x1b[2J"):
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(UserError) as error:

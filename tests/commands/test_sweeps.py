@@ -22,10 +22,10 @@ import train_student
 import train_teacher
 from sskd.commands.sweep import Sweep
 from sskd.config import Config
-from sskd.runs.identity import difference, recipe
+from sskd.runs.identity import diff_from_recipe, recipe
 from sskd.runs.lock import FolderLock
 from sskd.runs.status import SWEEP_VARIABLE, read_status
-from sskd.teachers.find import locate
+from sskd.teachers.find import run_location
 
 ROOT = Path(train_student.__file__).resolve().parent
 SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
@@ -100,7 +100,7 @@ def test_every_cell_of_every_sweep_composes(composed_cells: Any, name: str) -> N
         assert set(distilled) == expected
         assert len(distilled) == len(expected) == 11 * len(pairs)
         assert alone == sorted({student for _, student in pairs})
-        assert not any(difference(config) for config in configs)
+        assert not any(diff_from_recipe(config) for config in configs)
         assert weights_of(configs) == published_weights("sskd")
     if name == "teachers":
         pairs, _ = published("published.csv", "similar", "cross")
@@ -187,7 +187,7 @@ def test_a_teacher_that_fails_is_tried_once_a_sweep(
 def test_a_cell_of_another_process_is_named_and_not_a_failure(
     command: Command, composed: Compose
 ) -> None:
-    folder, _ = locate(composed(*TINY, "method=vanilla", f"runs={command.runs}"))
+    folder, _ = run_location(composed(*TINY, "method=vanilla", f"runs={command.runs}"))
     folder.mkdir(parents=True)
     lock = FolderLock(folder)
     lock.acquire()

@@ -21,10 +21,10 @@ from test_data_folder import settings
 from test_data_identity import digest, photos, reads  # noqa: F401
 
 import sskd.data.digests
-from sskd.commands.sweep import Cell, Sweep
+from sskd.commands.sweep import Job, Sweep
 from sskd.data import SOURCES, DatasetSettings, load_images
 from sskd.errors import UserError
-from sskd.runs.identity import describe
+from sskd.runs.identity import full_config
 from sskd.runs.status import SWEEP_VARIABLE
 
 
@@ -181,11 +181,11 @@ def test_processes_that_start_at_once_agree(photos: Path, reads: list[str], tmp_
     assert [path.suffix for path in cache_file(tmp_path).parent.iterdir()] == [".json"]
 
 
-class Looked(Cell):
+class Looked(Job):
     """A cell that has finished, which it takes the fingerprint of its images to know."""
 
     def has_finished(self) -> bool:
-        return all(describe(self.config) for _ in range(2))
+        return all(full_config(self.config) for _ in range(2))
 
 
 def test_a_sweep_begins_with_one_look_at_a_folder(
@@ -205,7 +205,7 @@ def test_a_sweep_begins_with_one_look_at_a_folder(
     configs.append(composed(*words, "dataset.fraction=0.5"))
     sweep = Sweep([], compose=lambda _: OmegaConf.create())
     sweep.cells = [Looked([], "", config, tmp_path / "run") for config in configs]
-    assert sweep.begin() == []
+    assert sweep.queue() == []
     assert taken == [1.0, 0.5]
-    describe(configs[0])  # as a cell does when it starts
+    full_config(configs[0])  # as a cell does when it starts
     assert taken == [1.0, 0.5, 1.0]

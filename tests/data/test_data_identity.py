@@ -22,7 +22,7 @@ from sskd.data import load_images
 from sskd.data.sources import folder_fingerprint
 from sskd.errors import UserError
 from sskd.evaluate import main as evaluate
-from sskd.teachers.find import locate
+from sskd.teachers.find import run_location
 from train_student import train
 
 TINY = ("dataset=folder", "schedule.epochs=1", "arch@student=resnet8")
@@ -183,7 +183,7 @@ def test_a_change_while_a_run_starts_ends_it(
     monkeypatch.setattr("sskd.device.reset_peak_memory", lambda _: change_pixel(photos))
     with pytest.raises(UserError, match="its files changed"):
         train(config)
-    assert not (locate(config)[0] / "result.json").exists()
+    assert not (run_location(config)[0] / "result.json").exists()
 
 
 def test_a_phase_is_of_the_images_that_were_loaded(
@@ -193,13 +193,13 @@ def test_a_phase_is_of_the_images_that_were_loaded(
     words = (*TINY, f"dataset.root={photos}", "arch@teacher=resnet8", "teacher.train=true")
     train(composed(*TINY, "method=vanilla", f"dataset.root={photos}"))
     before = digest(photos)
-    share = sskd.teachers.phases.share_phase
+    share = sskd.teachers.phases.run_shared_phase
 
     def changed(*args: Any) -> Any:
         change_pixel(photos)
         return share(*args)
 
-    monkeypatch.setattr("sskd.teachers.phases.share_phase", changed)
+    monkeypatch.setattr("sskd.teachers.phases.run_shared_phase", changed)
     config = composed(*words, "method=sskd")
     train(config)
     (phase,) = Path(config.runs, "photos/phases").rglob("config.yaml")
@@ -211,7 +211,7 @@ def test_an_evaluation_says_if_the_images_may_be_others(
 ) -> None:
     config = composed(*TINY, "method=vanilla", f"dataset.root={photos}")
     train(config)
-    folder = str(locate(config)[0])
+    folder = str(run_location(config)[0])
     for warnings in (0, 1):
         capsys.readouterr()
         assert evaluate([folder, "--device", "cpu"]) == 0
@@ -239,7 +239,7 @@ def earlier_run(composed: Compose, photos: Path) -> Callable[..., dict[str, Any]
     config = composed(*TINY, "method=vanilla", f"dataset.root={photos}")
     (photos / "train/dark/Thumbs.db").write_text("counted by those versions")
     train(config)
-    path = locate(config)[0] / "config.yaml"
+    path = run_location(config)[0] / "config.yaml"
     path.write_text(path.read_text().replace(digest(photos), names_and_sizes(photos)))
     assert names_and_sizes(photos) in path.read_text()
     return lambda *more: train(
@@ -266,7 +266,7 @@ def test_an_earlier_run_goes_on_with_a_warning(
     photos: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder = locate(composed(*TINY, "method=vanilla", f"dataset.root={photos}"))[0]
+    folder = run_location(composed(*TINY, "method=vanilla", f"dataset.root={photos}"))[0]
     (folder / "result.json").unlink()
     capsys.readouterr()
     earlier_run()
@@ -297,7 +297,7 @@ def test_an_earlier_run_that_read_hidden_images_is_refused(
     """It trained on images, or even classes, that are passed over now."""
     config = composed(*TINY, "method=vanilla", f"dataset.root={photos}")
     train(config)
-    path = locate(config)[0] / "config.yaml"
+    path = run_location(config)[0] / "config.yaml"
     (photos / where).mkdir()
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(photos / where / "0.png")
     path.write_text(path.read_text().replace(digest(photos), names_and_sizes(photos)))

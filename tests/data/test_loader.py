@@ -12,8 +12,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from scipy.stats import binomtest, chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sskd.data import Batch, Loader, Split, plain
-from sskd.data.loader import cut, draw_crops, normalise
+from sskd.data import Batch, Loader, Split, eval_batches
+from sskd.data.loader import crop_views, draw_crops, normalise
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 UNLIKELY = 1e-3  # the level of the frequency tests; their seeds are fixed
@@ -54,7 +54,7 @@ def choices(count: int, views: int, side: int, seed: int) -> np.ndarray:
     images = noise_split(count, side, seed).images
     before = images.clone()
     crops = draw_crops(count, views, torch.Generator().manual_seed(seed))
-    augmented = cut(images, crops, views)
+    augmented = crop_views(images, crops, views)
     assert torch.equal(images, before)
     assert augmented.dtype == torch.uint8
     assert augmented.shape == (count, views, 3, side, side)
@@ -133,7 +133,7 @@ def test_an_epoch_holds_every_image_once(count: int, batch_size: int, steps: int
     batches = epoch(loader)
     assert [len(batch.y) for batch in batches[:-1]] == [batch_size] * (steps - 1)
     assert len(batches[-1].y) == count - batch_size * (steps - 1)
-    assert torch.cat([batch.index for batch in batches]).sort().values.tolist() == [*range(count)]
+    assert torch.cat([batch.indices for batch in batches]).sort().values.tolist() == [*range(count)]
     assert loader.position == steps
     with pytest.raises(IndexError, match=f"all {steps} batches"):
         loader.next_batch()
@@ -146,13 +146,13 @@ def test_a_batch_has_its_own_labels_and_views_image_by_image() -> None:
     mean, std = np.reshape(MEAN, (3, 1, 1)), np.reshape(STD, (3, 1, 1))
     for batch in epoch(loader):
         assert batch.x.dtype == torch.float32
-        assert batch.y.dtype == batch.index.dtype == torch.int64
+        assert batch.y.dtype == batch.indices.dtype == torch.int64
         assert batch.x.shape == (4 * len(batch.y), 3, 8, 8)
         assert batch.x.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(batch.y, split.labels[batch.index])
+        assert torch.equal(batch.y, split.labels[batch.indices])
         pixels = np.rint((batch.x.numpy() * std + mean) * 255).astype(np.uint8)
         for row, view in enumerate(pixels):
-            image = split.images[batch.index[row // 4]].numpy()
+            image = split.images[batch.indices[row // 4]].numpy()
             assert len(found_in(image, view, turns=row % 4)) == 1
 
 
@@ -167,8 +167,8 @@ def test_the_seed_of_an_epoch_fixes_its_batches() -> None:
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     first.begin_epoch(12)
     others = epoch(first)
-    assert not torch.equal(ours[0].index, others[0].index)
-    assert not torch.equal(ours[0].index.sort().values, torch.arange(8)), "shuffled"
+    assert not torch.equal(ours[0].indices, others[0].indices)
+    assert not torch.equal(ours[0].indices.sort().values, torch.arange(8)), "shuffled"
 
 
 @pytest.mark.parametrize("done", [0, 2, 4])
@@ -237,7 +237,7 @@ def test_a_batch_never_waits_for_the_device() -> None:
 
 def test_plain_goes_through_the_images_in_order() -> None:
     split = noise_split(10)
-    batches = list(plain(split, MEAN, STD, batch_size=4))
+    batches = list(eval_batches(split, MEAN, STD, batch_size=4))
     assert [len(y) for _, y in batches] == [4, 4, 2]
     assert torch.equal(torch.cat([y for _, y in batches]), split.labels)
     x = torch.cat([x for x, _ in batches])

@@ -12,7 +12,7 @@ from scipy.stats import chi2
 from torch import Tensor, nn
 
 from sskd.data import Batch, Images
-from sskd.methods.crd import CRD, Memory, draw_negatives, nce_loss, score
+from sskd.methods.crd import CRD, ContrastMemory, draw_negatives, nce_loss, score
 from sskd.models import build_model
 
 EQUAL, UNEQUAL = [12] * 5, [50, 1, 7, 2]
@@ -190,7 +190,7 @@ def test_contrast_scores_the_other_bank_by_a_constant_of_the_first_batch(
     batch: int, dimension: int, num_data: int, count: int
 ) -> None:
     torch.manual_seed(0)
-    memory, other = Memory(6, dimension, num_data), Memory(9, dimension, num_data)
+    memory, other = ContrastMemory(6, dimension, num_data), ContrastMemory(9, dimension, num_data)
     first, index = unit_rows(batch, dimension).requires_grad_(), positions(batch, count, num_data)
     loss = memory.contrast(first, other, index, 0.07)
     normaliser = normaliser_by_hand(first, other.bank, index)
@@ -214,7 +214,7 @@ def assert_same_with_gradient(found: Tensor, expected: Tensor, leaf: Tensor) -> 
 
 def test_descent_lowers_the_contrast() -> None:
     torch.manual_seed(8)
-    memory, other, index = Memory(6, 8, 30), Memory(9, 8, 30), positions(5, 20, 30)
+    memory, other, index = ContrastMemory(6, 8, 30), ContrastMemory(9, 8, 30), positions(5, 20, 30)
     pooled = torch.randn(5, 6)
     losses = []
     for _ in range(21):
@@ -229,7 +229,7 @@ def test_descent_lowers_the_contrast() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_degenerate_features_give_finite_gradients(features: Tensor, bias: bool) -> None:
     torch.manual_seed(9)
-    memory, other = Memory(6, 8, 30), Memory(9, 8, 30)
+    memory, other = ContrastMemory(6, 8, 30), ContrastMemory(9, 8, 30)
     if not bias:
         memory.linear.bias.data.zero_()
     index = positions(len(features), 20, 30)
@@ -247,7 +247,7 @@ def test_a_bank_starts_uniform_with_rows_of_length_one_on_average() -> None:
     is below ``(1 - x) a`` with a probability of exp(-x N/2): 3e-7 at x = 30/N.
     """
     torch.manual_seed(3)
-    entries = Memory(5, 128, 1000).bank.double()
+    entries = ContrastMemory(5, 128, 1000).bank.double()
     bound, number = 1 / math.sqrt(128 / 3), entries.numel()
     assert entries.shape == (1000, 128)
     for extreme in (entries.max().item(), -entries.min().item()):
@@ -260,12 +260,12 @@ def test_a_bank_starts_uniform_with_rows_of_length_one_on_average() -> None:
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
 def test_renew_moves_the_batchs_rows_alone(momentum: float) -> None:
     torch.manual_seed(4)
-    memory = Memory(5, 16, 40)
+    memory = ContrastMemory(5, 16, 40)
     before = memory.bank
     kept = before.clone()
     index = [31, 2, 17, 8]
     embedding = unit_rows(4, 16).requires_grad_()
-    memory.renew(embedding, torch.tensor(index), momentum)
+    memory.update(embedding, torch.tensor(index), momentum)
     assert torch.equal(before, kept)  # the backward pass still needs it
     assert not memory.bank.requires_grad
     for image in set(range(40)) - set(index):
@@ -282,7 +282,7 @@ def test_renew_moves_the_batchs_rows_alone(momentum: float) -> None:
 
 def test_embeddings_are_unit_rows_in_float32_inside_autocast() -> None:
     torch.manual_seed(5)
-    memory = Memory(6, 16, 10)
+    memory = ContrastMemory(6, 16, 10)
     pooled = 30 * torch.randn(7, 6)
     with torch.autocast("cpu", torch.bfloat16):
         inside = memory(pooled)
@@ -307,7 +307,7 @@ def test_both_directions_are_summed_before_the_banks_are_renewed(few_images: Ima
     memories = method.student_memory, method.teacher_memory
     index = torch.tensor([4, 39, 11])
     labels = few_images.train.labels[index]
-    batch = Batch(torch.randn(3, 3, 32, 32), labels, index, crop=torch.zeros(3).long())
+    batch = Batch(torch.randn(3, 3, 32, 32), labels, index, crops=torch.zeros(3).long())
     features = [network(batch.x) for network in networks]
     for _ in range(2):
         banks = [memory.bank for memory in memories]

@@ -11,7 +11,7 @@ from conftest import Compose, random_images
 from torch import Tensor
 
 from sskd.data import Loader
-from sskd.methods.kd import divergence, kd_loss
+from sskd.methods.kd import kd_loss, softened_kl
 from sskd.teachers.assembly import assemble
 from sskd.training.evaluation import mean_kl
 
@@ -65,7 +65,7 @@ def test_value_and_gradient_at_any_temperature(
     student = logits(scale, 1) if apart is None else teacher + logits(apart, 1)
     wanted, slope = by_parts(student, teacher, temperature)
     student.requires_grad_()
-    found = divergence(student, teacher, temperature)
+    found = softened_kl(student, teacher, temperature)
     (gradient,) = torch.autograd.grad(found.sum(), student)
     assert (found.dtype, gradient.dtype) == (torch.float32, torch.float32)
     assert (found >= 0).all()
@@ -91,7 +91,7 @@ def test_nothing_is_lost_at_the_bounds(kind: str, temperature: float) -> None:
         "saturated": saturated(1),
         "saturated and not": logits(10, 1),
     }[kind].requires_grad_()
-    found = divergence(student, teacher, temperature)
+    found = softened_kl(student, teacher, temperature)
     (gradient,) = torch.autograd.grad(found.sum(), student)
     assert found.isfinite().all()
     assert (found >= 0).all()
@@ -108,7 +108,7 @@ def test_nothing_is_lost_at_the_bounds(kind: str, temperature: float) -> None:
 def test_there_is_no_second_derivative() -> None:
     """Beside other terms, PyTorch would take the gradient for a constant: 0, without a word."""
     student = logits(1, 5).requires_grad_()
-    found = divergence(student, logits(1, 6), 4.0).sum() + student.square().sum()
+    found = softened_kl(student, logits(1, 6), 4.0).sum() + student.square().sum()
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(found, student, create_graph=True)
     torch.autograd.grad(found, student, retain_graph=True)
@@ -118,7 +118,7 @@ def test_there_is_no_second_derivative() -> None:
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_equal_predictions_diverge_by_nothing(temperature: float) -> None:
     student = logits(5, 2).requires_grad_()
-    found = divergence(student, student.detach(), temperature)
+    found = softened_kl(student, student.detach(), temperature)
     assert (found == 0).all()
     (gradient,) = torch.autograd.grad(found.sum(), student)
     assert (gradient == 0).all()
@@ -130,7 +130,7 @@ def test_a_hot_divergence_is_half_the_variance(temperature: float) -> None:
     student, teacher = logits(3, 3), logits(3, 4)
     difference = (teacher - student).double()
     variance = difference.var(1, correction=0)
-    found = divergence(student, teacher, temperature)
+    found = softened_kl(student, teacher, temperature)
     torch.testing.assert_close(found.double(), variance / 2, rtol=20 / temperature + 1e-6, atol=0)
 
 
@@ -138,7 +138,7 @@ def test_predictions_that_share_nothing_stay_finite() -> None:
     student, teacher = torch.zeros(2, 3), torch.zeros(2, 3)
     student[:, 0], teacher[:, 1] = 3000, 3000
     student.requires_grad_()
-    found = divergence(student, teacher, 1.0)
+    found = softened_kl(student, teacher, 1.0)
     (gradient,) = torch.autograd.grad(found.sum(), student)
     assert found.tolist() == pytest.approx([3000, 3000])
     assert gradient.tolist() == [[1, -1, 0]] * 2
@@ -149,7 +149,7 @@ def test_what_is_not_finite_is_not_hidden(lost: float) -> None:
     student, teacher = logits(1, 5), logits(1, 6)
     student[3, 4] = lost
     assert not kd_loss(student, teacher, 4.0).isfinite()
-    assert divergence(student, teacher, 4.0).isfinite().sum() == len(student) - 1
+    assert softened_kl(student, teacher, 4.0).isfinite().sum() == len(student) - 1
     assert not kd_loss(teacher, student, 4.0).isfinite()
 
 
@@ -164,11 +164,11 @@ def test_hot_terms_of_a_method_are_half_a_variance(
     images = random_images(8, 4)
     built = assemble(composed(*words), images)
     batch = Loader(images.train, images.mean, images.std, 8, built.views).next_batch()
-    *_, stage = built.stages()
+    *_, stage = built.phases()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         terms = stage.loss(batch).terms
         student = built.student(batch.x).logits.float()[:: built.views]
-        teacher = built.ask_teacher(batch).logits.float()[:: built.views]
+        teacher = built.teacher_features(batch).logits.float()[:: built.views]
     wanted = (teacher - student).double().var(1, correction=0).mean() / 2
     assert terms["kd"].item() == pytest.approx(wanted.item(), rel=1e-3)
     assert terms["kd"].item() > 0

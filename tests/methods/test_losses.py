@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sskd.methods.kd import divergence, kd_loss
-from sskd.methods.sskd import keep_rows, kept_mean, own_image, similarity, split_views
+from sskd.methods.kd import kd_loss, softened_kl
+from sskd.methods.sskd import keep_rows, masked_mean, positives, similarity, split_views
 
 
 def softmax(row: list[float], temperature: float) -> list[float]:
@@ -36,7 +36,7 @@ def test_kd_is_the_divergence_of_the_softened_predictions(
     teacher = 3 * torch.randn(batch, classes, generator=generator)
     by_hand = kl_by_hand(student.double(), teacher.double(), temperature)
     torch.testing.assert_close(
-        divergence(student, teacher, temperature), torch.tensor(by_hand), rtol=1e-4, atol=1e-5
+        softened_kl(student, teacher, temperature), torch.tensor(by_hand), rtol=1e-4, atol=1e-5
     )
     expected = sum(by_hand) / batch
     assert kd_loss(student, teacher, temperature).item() == pytest.approx(expected, rel=1e-4)
@@ -132,11 +132,11 @@ def test_a_teacher_that_is_always_right_or_always_wrong() -> None:
 def test_kept_mean_averages_over_what_is_kept() -> None:
     rows = torch.tensor([1.0, 2.0, 4.0, 8.0], requires_grad=True)
     keep = torch.tensor([True, False, False, True])
-    kept_mean(rows, keep).backward()
-    assert kept_mean(rows, keep).item() == 4.5
+    masked_mean(rows, keep).backward()
+    assert masked_mean(rows, keep).item() == 4.5
     assert rows.grad is not None
     assert rows.grad.tolist() == [0.5, 0, 0, 0.5]
-    assert kept_mean(rows, torch.zeros(4, dtype=torch.bool)).item() == 0
+    assert masked_mean(rows, torch.zeros(4, dtype=torch.bool)).item() == 0
 
 
 def test_views_are_split_image_by_image() -> None:
@@ -144,4 +144,4 @@ def test_views_are_split_image_by_image() -> None:
     normal, transformed = split_views(rows)
     assert normal.flatten().tolist() == [0, 10, 20]
     assert transformed.flatten().tolist() == [1, 2, 3, 11, 12, 13, 21, 22, 23]
-    assert own_image(normal).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert positives(normal).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]

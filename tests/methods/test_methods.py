@@ -14,16 +14,16 @@ from sskd.data import Batch, Images, Loader
 from sskd.errors import UserError
 from sskd.methods import (
     METHODS,
+    LossOutput,
     Method,
-    Stage,
-    Step,
+    Phase,
     build_method,
-    load_own_state,
-    own_state,
+    load_state_without_teacher,
+    state_without_teacher,
 )
 from sskd.models import build_model
-from sskd.training.step import enter
-from sskd.training.trainer import stage_schedule
+from sskd.training.step import set_trainable
+from sskd.training.trainer import phase_schedule
 
 PAIRS = sorted(
     [
@@ -66,13 +66,13 @@ def tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
-def first_batch(images: Images, stage: Stage, size: int) -> Batch:
+def first_batch(images: Images, stage: Phase, size: int) -> Batch:
     loader = Loader(images.train, images.mean, images.std, size, stage.views)
     loader.begin_epoch(0)
     return loader.next_batch()
 
 
-def total(stage: Stage, step: Step) -> torch.Tensor:
+def total(stage: Phase, step: LossOutput) -> torch.Tensor:
     return torch.stack(list(stage.weigh(step.terms).values())).sum()
 
 
@@ -96,8 +96,8 @@ def test_every_stage_of_every_pair(composed: Compose, method: str, pair: str) ->
     images = random_images(count, 4)
     built = make(composed, method, pair, images)
     saved = {id(parameter) for parameter in built.parameters()}
-    for stage in built.stages():
-        enter(stage, built)
+    for stage in built.phases():
+        set_trainable(stage, built)
         assert saved.issuperset(id(parameter) for parameter in stage.trains.parameters())
         own = {id(tensor) for tensor in [*stage.trains.parameters(), *stage.trains.buffers()]}
         frozen = {name: tensor.clone() for name, tensor in tensors(built) if id(tensor) not in own}
@@ -119,8 +119,8 @@ def test_overfits_one_batch(composed: Compose, method: str) -> None:
     built = make(composed, method, "resnet14-resnet8", images)
     if built.teacher is not None:
         built.teacher.load_state_dict(fitted_teacher().state_dict())
-    for stage in built.stages():
-        enter(stage, built)
+    for stage in built.phases():
+        set_trainable(stage, built)
         batch = first_batch(images, stage, 16)
         optimizer = torch.optim.SGD(stage.trains.parameters(), lr=0.05, momentum=0.9)
         for _ in range(60):
@@ -158,7 +158,7 @@ def test_state_round_trips(composed: Compose, few_images: Images, method: str) -
         for name, tensor in tensors(first):
             if not name.startswith("teacher."):
                 tensor.add_(1)
-    load_own_state(second, own_state(first))
+    load_state_without_teacher(second, state_without_teacher(first))
     for (name, tensor), (_, loaded) in zip(tensors(first), tensors(second), strict=True):
         # The labels are the data's.
         assert torch.equal(tensor, loaded) or name == "labels", name
@@ -167,8 +167,8 @@ def test_state_round_trips(composed: Compose, few_images: Images, method: str) -
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_last_batch_of_one_image(composed: Compose, few_images: Images, method: str) -> None:
     built = make(composed, method, "resnet14-resnet8", few_images)
-    for stage in built.stages():
-        enter(stage, built)
+    for stage in built.phases():
+        set_trainable(stage, built)
         assert total(stage, stage.loss(first_batch(few_images, stage, 1))).isfinite()
 
 
@@ -190,7 +190,7 @@ def test_sskd_terms_are_those_of_its_parts(composed: Compose, few_images: Images
     """The four terms, computed view by view with gathered rows instead of masks."""
     built = make(composed, "sskd", "resnet14-resnet8", few_images, "method.tf_ratio=0.5")
     built.eval()
-    batch = first_batch(few_images, next(iter(built.stages())), 8)
+    batch = first_batch(few_images, next(iter(built.phases())), 8)
     with torch.no_grad():
         found = built.loss(batch).terms
         views = batch.x.view(8, 4, 3, 32, 32)
@@ -230,7 +230,7 @@ def test_sskd_terms_are_those_of_its_parts(composed: Compose, few_images: Images
 def test_a_term_without_a_weight_and_a_weight_without_a_term_are_errors(
     weights: dict[str, float],
 ) -> None:
-    stage = Stage("distill", nn.Linear(1, 1), lambda batch: Step({}, {}), weights)
+    stage = Phase("distill", nn.Linear(1, 1), lambda batch: LossOutput({}, {}), weights)
     with pytest.raises(ValueError, match=r"its terms are .* its weights"):
         stage.weigh({"ce": torch.ones(()), "kd": torch.ones(())})
 
@@ -257,10 +257,10 @@ def test_the_weighting_fills_in_ce_and_kd(
     own = {method: PUBLISHED_WEIGHTS[method]} if method in PUBLISHED_WEIGHTS else {}
     for words, (ce, kd) in WEIGHTINGS.items():
         built = make(composed, method, "resnet14-resnet8", few_images, *words)
-        assert list(built.stages())[-1].weights == {"ce": ce, "kd": kd, **own}
+        assert list(built.phases())[-1].weights == {"ce": ce, "kd": kd, **own}
     words = ("weighting=crd_benchmark", "method.weights.kd=0.25")
     built = make(composed, method, "resnet14-resnet8", few_images, *words)
-    assert list(built.stages())[-1].weights == {"ce": 1, "kd": 0.25, **own}
+    assert list(built.phases())[-1].weights == {"ce": 1, "kd": 0.25, **own}
 
 
 @pytest.mark.parametrize("method", ["kd", "sskd"])
@@ -283,11 +283,11 @@ def test_first_phases_are_an_eighth_of_the_run_at_a_constant_rate(
     config = composed(f"method={method}", f"schedule.epochs={epochs}", "pair=vgg13-vgg8")
     first, last = build_method(
         config.method, build_model("vgg8", 5), build_model("vgg13", 5), few_images
-    ).stages()
-    schedule = stage_schedule(first, config)
+    ).phases()
+    schedule = phase_schedule(first, config)
     assert (first.name, schedule.epochs) == (phase, expected)
     assert {schedule.lr_at(epoch) for epoch in range(expected)} == {0.05}
-    assert stage_schedule(last, config).epochs == epochs
+    assert phase_schedule(last, config).epochs == epochs
 
 
 @pytest.mark.parametrize(
@@ -308,5 +308,5 @@ def test_the_paraphraser_learns_at_the_rate_of_its_student(
     config = composed("method=ft", *overrides)
     first, _ = build_method(
         config.method, build_model("resnet8", 5), build_model("resnet8", 5), few_images
-    ).stages()
-    assert stage_schedule(first, config).lr == expected
+    ).phases()
+    assert phase_schedule(first, config).lr == expected

@@ -14,11 +14,11 @@ from torch import nn
 
 from sskd.data import Batch, Images, Loader, Split
 from sskd.errors import UserError
-from sskd.methods import METHODS, Method, Stage
-from sskd.methods.sskd import keep_rows, kept_mean
+from sskd.methods import METHODS, Method, Phase
+from sskd.methods.sskd import keep_rows, masked_mean
 from sskd.models import ARCHITECTURES, build_model
 from sskd.teachers.assembly import assemble
-from sskd.training.step import enter, take_step
+from sskd.training.step import set_trainable, train_step
 from train_student import train
 
 BATCH = 6
@@ -26,19 +26,19 @@ BATCH = 6
 
 def stages(
     composed: Compose, method: str, images: Images, pair: str = "resnet14-resnet8"
-) -> tuple[Method, list[Stage]]:
+) -> tuple[Method, list[Phase]]:
     teacher, student = pair.split("-")
     words = [f"arch@teacher={teacher}", f"arch@student={student}", f"method={method}"]
     built = assemble(composed(*words, *(["method.negatives=5"] * (method == "crd"))), images)
-    return built, list(built.stages())
+    return built, list(built.phases())
 
 
-def step_stays_finite(built: Method, stage: Stage, batch: Batch, precision: str) -> None:
+def step_stays_finite(built: Method, stage: Phase, batch: Batch, precision: str) -> None:
     """Take two steps: the second shows what the first has made of the weights."""
-    enter(stage, built)
+    set_trainable(stage, built)
     optimizer = torch.optim.SGD(stage.trains.parameters(), 0.01, 0.9)
     for _ in range(2):
-        figures = take_step(stage, optimizer, batch, precision)
+        figures = train_step(stage, optimizer, batch, precision)
         told = {name: value.item() for name, value in figures.items() if not value.isfinite()}
         assert not told
     for name, parameter in stage.trains.named_parameters():
@@ -158,7 +158,7 @@ def test_a_teacher_that_is_always_right_or_always_wrong() -> None:
         kept = keep_rows(-right, target, ratio)
         assert kept.sum() == int(7 * ratio)
     rows = torch.arange(7.0, requires_grad=True)
-    nothing = kept_mean(rows, torch.zeros(7, dtype=torch.bool))
+    nothing = masked_mean(rows, torch.zeros(7, dtype=torch.bool))
     assert nothing == 0
     nothing.backward()
     assert rows.grad is not None
@@ -179,7 +179,7 @@ def test_sskd_learns_from_a_teacher_that_is_always(composed: Compose, always: st
     built.tf_ratio = 0.5  # type: ignore[assignment]
     loader = Loader(images.train, images.mean, images.std, BATCH, built.views)
     batch = loader.next_batch()
-    enter(each[-1], built)
+    set_trainable(each[-1], built)
     kept = built.loss(batch).metrics["kept_tf"].item()
     rotated = 3 * BATCH
     assert kept == pytest.approx(100 if always == "right" else 100 * (rotated // 2) / rotated)

@@ -14,7 +14,7 @@ from torch import nn
 from sskd.data import Batch, Images
 from sskd.errors import UserError
 from sskd.methods import build_method
-from sskd.methods.adapters import body, conv_regressor
+from sskd.methods.adapters import conv_regressor, modules_behind
 from sskd.methods.kd import KD
 from sskd.models import Features, build_model
 from sskd.teachers.assembly import assemble
@@ -90,7 +90,7 @@ def test_any_teacher_with_any_student(
             assert isinstance(built, KD)
             terms = built.feature_terms(features[student], features[teacher], batch)
             with torch.no_grad():
-                for phase in list(built.stages())[:-1]:
+                for phase in list(built.phases())[:-1]:
                     terms |= phase.loss(batch).terms
             assert terms, "nothing of the method's own was computed"
             assert all(term.isfinite() for term in terms.values()), (teacher, student)
@@ -158,7 +158,7 @@ def test_the_regressor_refuses_a_map_that_is_much_smaller() -> None:
 @pytest.mark.parametrize("name", LEVELS)
 def test_the_body_is_what_changes_the_outputs(name: str, outputs: str, images: Images) -> None:
     network = build_model(name, 5).eval()
-    parts = body(network, images, lambda features: getattr(features, outputs))
+    parts = modules_behind(network, images, lambda features: getattr(features, outputs))
     found = {id(parameter) for part in parts for parameter in part.parameters()}
     assert all(parameter.requires_grad for parameter in network.parameters())
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -177,7 +177,7 @@ def test_the_body_is_what_changes_the_outputs(name: str, outputs: str, images: I
 def test_the_body_leaves_frozen_what_is_frozen(images: Images) -> None:
     network = build_model("resnet8", 5)
     network.conv1.requires_grad_(False)
-    body(network, images, lambda features: features.stages)
+    modules_behind(network, images, lambda features: features.stages)
     frozen = [name for name, each in network.named_parameters() if not each.requires_grad]
     assert frozen == ["conv1.weight"]
 
@@ -196,4 +196,4 @@ def test_a_body_that_modules_cannot_hold_is_refused(images: Images) -> None:
             return found._replace(stages=tuple(self.scale * maps for maps in found.stages))
 
     with pytest.raises(ValueError, match="a parameter of its own"):
-        body(Scaled(), images, lambda features: features.stages)
+        modules_behind(Scaled(), images, lambda features: features.stages)

@@ -29,7 +29,7 @@ from sskd import CONF
 from sskd.config import Config, parse_config, read_config
 from sskd.data import Split
 from sskd.data.images import add_label_noise, hold_out, keep_fraction
-from sskd.errors import UserError, nearest
+from sskd.errors import UserError, did_you_mean
 from sskd.methods.crd import draw_negatives
 from sskd.methods.sskd import keep_rows
 from sskd.models import read_checkpoint
@@ -37,7 +37,7 @@ from sskd.overrides import as_override, flatten
 from sskd.report.metrics import EpochLine, read_metrics
 from sskd.report.result import Result
 from sskd.report.results import parse_result
-from sskd.runs.checkpoint_file import DamagedError, load_sealed, save_sealed
+from sskd.runs.checkpoint_file import CorruptFileError, load_checkpoint, save_checkpoint
 
 # The same examples each time, as many as a few seconds allow.
 some = settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -179,9 +179,9 @@ def test_flat_settings_can_be_nested_again(values: dict[str, Any]) -> None:
 @some
 @given(st.text(min_size=1), st.lists(st.text(min_size=1), max_size=5))
 def test_the_nearest_name_is_one_of_the_choices(word: str, choices: list[str]) -> None:
-    told = nearest(word, choices)
+    told = did_you_mean(word, choices)
     assert told == "" or told in {f"; did you mean '{choice}'?" for choice in choices}
-    assert nearest(word, [*choices, word]) in (f"; did you mean '{word}'?", told)
+    assert did_you_mean(word, [*choices, word]) in (f"; did you mean '{word}'?", told)
 
 
 # ---- checkpoints ----
@@ -243,8 +243,8 @@ def test_a_changed_checkpoint_is_read_or_refused_in_a_line(name: str) -> None:
 @pytest.fixture(scope="module")
 def sealed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("sealed") / "last.pt"
-    save_sealed(path, {"stage": "distill", "model": {"fc.bias": torch.ones(3)}, "lines": 2})
-    content = load_sealed(path)
+    save_checkpoint(path, {"stage": "distill", "model": {"fc.bias": torch.ones(3)}, "lines": 2})
+    content = load_checkpoint(path)
     assert (content["stage"], content["lines"]) == ("distill", 2)
     return path.read_bytes()
 
@@ -253,8 +253,8 @@ def refused_as_damaged(folder: Path, data: bytes) -> bool:
     path = folder / "last.pt"
     path.write_bytes(data)
     try:
-        load_sealed(path)
-    except DamagedError:
+        load_checkpoint(path)
+    except CorruptFileError:
         return True
     return False
 

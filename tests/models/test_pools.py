@@ -10,7 +10,7 @@ import pytest
 from conftest import Compose
 from omegaconf import OmegaConf
 
-from sskd.commands.sweep import Cell, Sweep
+from sskd.commands.sweep import Job, Sweep
 from sskd.errors import UnfinishedError
 from sskd.runs.status import write_status
 
@@ -50,7 +50,7 @@ def sweep_of(composed: Compose, root: Path) -> Sweep:
     config = composed("dataset=digits", "method=vanilla", "arch@student=resnet8")
     sweep = Sweep([], compose=lambda _: OmegaConf.create())
     sweep.cells = [
-        Cell([f"seed={k}"], "", config.model_copy(update={"seed": k}), root / str(k))
+        Job([f"seed={k}"], "", config.model_copy(update={"seed": k}), root / str(k))
         for k in range(CELLS)
     ]
     return sweep
@@ -63,12 +63,12 @@ def test_a_cell_that_kills_its_process_costs_no_other(
     composed: Compose, tmp_path: Path, capsys: Any, size: int, deadly: set[int], prepares: bool
 ) -> None:
     sweep, pool = sweep_of(composed, tmp_path), Pool(tmp_path, size, deadly, prepares)
-    sweep.launch(sweep.begin(), None, pool)
+    sweep.launch(sweep.queue(), None, pool)
     finished = {int(path.parent.name) for path in tmp_path.glob("*/result.json")}
     assert finished == set(range(CELLS)) - deadly
     assert len(pool.launched) <= 1 + 3 * CELLS  # each failure counts for one cell at least
     with pytest.raises(UnfinishedError) as error:
-        sweep.end()
+        sweep.report_unfinished()
     assert error.value.status == 1
     out, err = capsys.readouterr()
     assert f"{len(finished)} of {CELLS} cells have finished" in out
@@ -87,8 +87,8 @@ def test_a_process_that_dies_once_costs_no_more_than_itself(
         finally:
             pool._deadly.clear()
 
-    sweep.launch(sweep.begin(), None, dies_once)
-    sweep.end()
+    sweep.launch(sweep.queue(), None, dies_once)
+    sweep.report_unfinished()
     # The three that were at work come after the others, in the same pool.
     assert pool.launched == [list(range(CELLS)), [6, 7, 3, 4, 5]]
 
@@ -103,8 +103,8 @@ def test_another_failure_of_the_launcher_ends_the_sweep(
         launched.append(batch)
         raise RuntimeError("no cluster")
 
-    sweep.launch(sweep.begin(), None, gives_up)
+    sweep.launch(sweep.queue(), None, gives_up)
     with pytest.raises(UnfinishedError):
-        sweep.end()
+        sweep.report_unfinished()
     assert len(launched) == 1
     assert "error: the launcher gave up: no cluster" in capsys.readouterr().err

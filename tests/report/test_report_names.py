@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from report_runs import never, put_run, put_status
 
-from sskd.errors import printable
+from sskd.errors import mask_unprintable
 from sskd.report.__main__ import main
 from sskd.report.latex import render_latex
 from sskd.report.render import render_csv, render_markdown, render_text
@@ -143,7 +143,7 @@ def test_nothing_that_is_printed_steers_the_terminal(
         assert main([str(runs), *arguments]) == 0
         out, err = capsys.readouterr()
         for line in (out + err).split("\n"):
-            assert line == printable(line)
+            assert line == mask_unprintable(line)
         assert "warning: " in err
     page = (tmp_path / f"out {sign}" / "all.html").read_text(encoding="utf-8")
     assert sign not in page

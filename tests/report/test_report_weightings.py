@@ -19,9 +19,9 @@ from sskd.models import build_model
 from sskd.report.groups import Entry
 from sskd.report.report import read_report
 from sskd.report.rows import display_name
-from sskd.runs.identity import difference
+from sskd.runs.identity import diff_from_recipe
 from sskd.runs.weightings import METHODS, RECIPE, WEIGHTINGS, name_weighting
-from sskd.teachers.find import locate
+from sskd.teachers.find import run_location
 
 HERE = ("resnet56", "resnet20")
 FROM_LAST = {"teacher.epoch": "last"}
@@ -64,7 +64,7 @@ def test_the_weightings_are_those_of_the_configuration(composed: Compose) -> Non
 @pytest.mark.parametrize("weighting", ["sskd", "crd_benchmark", "common"])
 def test_a_label_is_what_composes_the_row(composed: Compose, method: str, weighting: str) -> None:
     pair = ("pair=resnet56-resnet20", f"method={method}")
-    changed = difference(composed(*pair, f"weighting={weighting}"))
+    changed = diff_from_recipe(composed(*pair, f"weighting={weighting}"))
     named = name_weighting(method, RECIPE, {key: str(value) for key, value in changed.items()})
     # The default has no label; any other has the word of the command line.
     assert named == ({} if weighting == "sskd" else {"weighting": weighting})
@@ -218,7 +218,7 @@ def test_beside_a_checkpoint_the_epoch_is_the_one_asked_for(
     composed: Compose, tmp_path: Path, checkpoint: Path, words: list[str], source: int | None
 ) -> None:
     config = composed("pair=resnet56-resnet20", f"teacher.checkpoint={checkpoint}", *words)
-    changed = locate(config)[1]
+    changed = run_location(config)[1]
     assert "teacher.epoch" not in changed
     assert config.teacher
     asked, method = config.teacher.epoch, config.method.name

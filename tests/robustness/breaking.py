@@ -15,7 +15,7 @@ from faults import Attempt, Fault
 from filelock import FileLock
 from starting import forked
 
-from sskd.runs.checkpoint_file import DamagedError, load_sealed
+from sskd.runs.checkpoint_file import CorruptFileError, load_checkpoint
 
 TIMES = {"seconds", "images_per_second", "date", "peak_memory_mib"}
 
@@ -92,9 +92,9 @@ def saved(runs: Path) -> dict[str, int]:
     """Return of how many epochs, all stages together, each run's newest whole checkpoint is."""
     found: dict[str, int] = {}
     for path in [*runs.rglob("last.pt"), *runs.rglob("previous.pt")]:
-        with suppress(DamagedError):
+        with suppress(CorruptFileError):
             name = str(path.parent.relative_to(runs))
-            found[name] = max(found.get(name, 0), load_sealed(path)["lines"])
+            found[name] = max(found.get(name, 0), load_checkpoint(path)["lines"])
     return found
 
 

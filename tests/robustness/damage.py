@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from sskd.runs.checkpoint_file import seal
+from sskd.runs.checkpoint_file import checksum_comment
 
 ODD: list[Any] = [
     *(None, True, -1, 0, 1e308, -0.0, 10**400, float("nan"), float("inf")),
@@ -90,6 +90,6 @@ def changed(name: str, data: bytes, chance: random.Random) -> bytes:
         return change_bytes(data, chance)
     if name == "last.pt":  # sealed again, by somebody who knows how
         archive = change_archive(data, chance)
-        return archive[:-2] + seal(archive)
+        return archive[:-2] + checksum_comment(archive)
     by_suffix = {".pth": change_archive, ".safetensors": change_header}
     return by_suffix.get(Path(name).suffix, change_json)(data, chance)

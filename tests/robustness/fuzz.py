@@ -47,7 +47,7 @@ def whole_files(folder: Path) -> dict[str, bytes]:
     from safetensors.torch import save_file
 
     from sskd.models import build_model
-    from sskd.runs.checkpoint_file import save_sealed
+    from sskd.runs.checkpoint_file import save_checkpoint
 
     state = {f"module.{k}": v for k, v in build_model("resnet8", 2).state_dict().items()}
     small = {"conv1.weight": torch.arange(6.0).view(2, 3), "fc.bias": torch.ones(2).half()}
@@ -59,7 +59,7 @@ def whole_files(folder: Path) -> dict[str, bytes]:
     both = {"student": small, "model_ema": dict(small), "args": "a" * 20_000}
     torch.save(both, folder / "both.pth")
     save_file(small, folder / "net.safetensors", metadata={"about": '{"epoch": 3, "acc": "7.5"}'})
-    save_sealed(folder / "last.pt", {"stage": "distill", "lines": 2, "model": small})
+    save_checkpoint(folder / "last.pt", {"stage": "distill", "lines": 2, "model": small})
     put_status(put_run(folder, "run", [10.0, 20.0]), "failed", error="it broke")
     (folder / "run/config.yaml").write_text(json.dumps({"dataset": {"name": "a"}, "seed": 0}))
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -69,21 +69,21 @@ def read(path: Path) -> str:
     """Give the file to its readers; return what became of it, or raise what is a finding."""
     from sskd.errors import UserError
     from sskd.models import read_checkpoint
-    from sskd.runs.checkpoint_file import DamagedError, load_sealed
+    from sskd.runs.checkpoint_file import CorruptFileError, load_checkpoint
     from sskd.runs.folder import read_config_file, read_result
-    from sskd.runs.identity import differing
+    from sskd.runs.identity import explain_difference
 
     try:
         if path.name == "last.pt":
-            load_sealed(path)
+            load_checkpoint(path)
         elif path.suffix in (".pth", ".safetensors"):
             read_checkpoint(path)
         elif path.name == "config.yaml":
-            differing(read_config_file(path), {"seed": 0})
+            explain_difference(read_config_file(path), {"seed": 0})
         else:
             read_report_of(path)
             read_result(path.parent)
-    except (UserError, DamagedError) as error:
+    except (UserError, CorruptFileError) as error:
         if not str(error).isprintable():
             raise AssertionError("a refusal of several lines") from error
         return REFUSED

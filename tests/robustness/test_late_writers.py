@@ -72,7 +72,7 @@ WRITES: dict[str, Callable[[Run], object]] = {
     "model.safetensors": lambda run: run.finish(network(1.0), {"holder": LATE}),
     "failure": lambda run: run.__exit__(ValueError, ValueError(LATE), None),
     "metrics.jsonl again": lambda run: run.checkpoint(["train"]),
-    "config.yaml": lambda run: run._take_up(),
+    "config.yaml": lambda run: run._enter(),
 }
 
 
@@ -176,7 +176,7 @@ def test_two_nodes_prepare_no_file_of_one_name(
 
     monkeypatch.setattr(os, "getpid", lambda: 7)
     for _ in range(5):
-        sskd.files.write_whole(tmp_path / "last.pt", write)
+        sskd.files.write_atomically(tmp_path / "last.pt", write)
     assert len(names) == 5
 
 

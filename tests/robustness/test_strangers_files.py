@@ -26,8 +26,8 @@ from sskd.models import read_checkpoint
 from sskd.report.cells import read_cells
 from sskd.report.metrics import read_metrics
 from sskd.report.results import read_results
-from sskd.runs.checkpoint_file import DamagedError, load_sealed, save_sealed
-from sskd.runs.folder import put_aside, read_config_file, read_result
+from sskd.runs.checkpoint_file import CorruptFileError, load_checkpoint, save_checkpoint
+from sskd.runs.folder import archive_run, read_config_file, read_result
 from sskd.runs.run import Run
 from sskd.runs.status import read_status, write_failure
 from sskd.tracking.session import run_id
@@ -125,8 +125,8 @@ def test_a_report_names_a_file_without_end(tmp_path: Path, name: str) -> None:
 def test_a_checkpoint_without_end_is_damaged(tmp_path: Path, name: str, end: bytes) -> None:
     with sparse(tmp_path / name).open("ab") as stream:
         stream.write(end)
-    with in_time(), pytest.raises(DamagedError, match=r"bytes, the limit|its end is missing"):
-        load_sealed(tmp_path / name)
+    with in_time(), pytest.raises(CorruptFileError, match=r"bytes, the limit|its end is missing"):
+        load_checkpoint(tmp_path / name)
     run = Run(tmp_path, {})
     if name == "best.pt":
         assert run.load_best(1) is None
@@ -226,9 +226,9 @@ def test_what_looks_like_a_number_does_not_end_force(tmp_path: Path, odd: str) -
     """Digits that are raised, circled or of other scripts among the runs that were put aside."""
     folder = tmp_path / "seed0"
     folder.mkdir()
-    save_sealed(folder / "last.pt", {"stage": "train"})
+    save_checkpoint(folder / "last.pt", {"stage": "train"})
     (tmp_path / ".old" / f"seed0-{odd}").mkdir(parents=True)
-    put_aside(folder)
+    archive_run(folder)
     moved = list((tmp_path / ".old").rglob("last.pt"))
     assert len(moved) == 1
     assert moved[0].parent.name.removeprefix("seed0-").isdecimal()

@@ -21,11 +21,11 @@ from sskd.methods import AB, METHODS, Vanilla, build_method
 from sskd.methods.kd import KD
 from sskd.models import build_model
 from sskd.optimizers import OPTIMIZERS, OptimizerChoice, SGDSettings
-from sskd.runs.identity import describe, difference, run_folder, teacher_config
+from sskd.runs.identity import diff_from_recipe, full_config, run_folder, teacher_config
 from sskd.runs.run import Run
 from sskd.schedule import PhaseSettings
 from sskd.settings import Positive, Share
-from sskd.teachers.find import Teacher, find_teacher
+from sskd.teachers.find import TeacherWeights, find_teacher
 from sskd.teachers.phases import phase_settings
 from train_student import train
 
@@ -126,14 +126,14 @@ def words_of(kind: str) -> tuple[str, ...]:
 
 
 def folder_of(config: Config) -> Path:
-    return run_folder(config, difference(config))
+    return run_folder(config, diff_from_recipe(config))
 
 
 def leave(config: Config, name: str, text: str) -> None:
     """Leave what an earlier version has of the run of ``config``, beside a file."""
     folder = folder_of(config)
     folder.mkdir(parents=True)
-    OmegaConf.save(OmegaConf.create(describe(config)), folder / "config.yaml")
+    OmegaConf.save(OmegaConf.create(full_config(config)), folder / "config.yaml")
     (folder / name).write_text(text)
 
 
@@ -152,7 +152,7 @@ def test_its_default_holds_where_the_yaml_lacks_it(
     upgrade(kind)
     assert setting(composed(*words_of(kind)), path) == default
     changed = composed(*words_of(kind), f"+{path}={json.dumps(other)}")
-    assert difference(changed) == {path: other}
+    assert diff_from_recipe(changed) == {path: other}
 
 
 @pytest.mark.parametrize("kind", LATER)
@@ -165,7 +165,7 @@ def test_a_finished_run_is_found_in_its_folder(
     upgrade(kind)
     after = composed(*words_of(kind), *extra)
     assert folder_of(after) == folder_of(before)
-    assert Run(folder_of(after), describe(after)).finished() == {"top1": {"last": 50.0}}
+    assert Run(folder_of(after), full_config(after)).finished() == {"top1": {"last": 50.0}}
 
 
 @pytest.mark.parametrize("kind", LATER)
@@ -175,7 +175,7 @@ def test_a_run_that_was_stopped_is_resumed(
     leave(composed(*words_of(kind)), "last.pt", "a checkpoint")
     upgrade(kind)
     config = composed(*words_of(kind))
-    with Run(folder_of(config), describe(config)).open():
+    with Run(folder_of(config), full_config(config)).open():
         pass
 
 
@@ -190,7 +190,7 @@ def test_another_value_is_another_configuration(
     changed = composed(*words_of(kind), f"+{path}={json.dumps(other)}")
     assert folder_of(changed) != folder_of(old)
     with pytest.raises(UserError, match=rf"{path} \({default!r} there, {other!r} here\)"):
-        Run(folder_of(old), describe(changed)).finished()
+        Run(folder_of(old), full_config(changed)).finished()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in LATER if "phase" not in kind])
@@ -214,7 +214,7 @@ def test_a_shared_phase_stays_in_its_folder(
         config = composed(*RUN, "method=sskd")
         student, teacher = (build_model("resnet8", 5) for _ in range(2))
         method = build_method(config.method, student, teacher, few_images)
-        return phase_settings(next(iter(method.stages())), config, Teacher(Path(), "0"))
+        return phase_settings(next(iter(method.phases())), config, TeacherWeights(Path(), "0"))
 
     before = settings()
     upgrade(kind)
@@ -268,9 +268,9 @@ def test_a_setting_of_the_recipe_alone_counts_as_the_recipes(
     monkeypatch.setattr(sskd.runs.identity, "_compose", with_ema)
     sskd.runs.identity._recipe.cache_clear()
     same, other = (parse_config({**old.model_dump(), "ema": ema}) for ema in (0.25, 0.5))
-    assert Run(folder_of(old), describe(same)).finished() == {}
+    assert Run(folder_of(old), full_config(same)).finished() == {}
     with pytest.raises(UserError, match=r"ema \(0.25 there, 0.5 here\)"):
-        Run(folder_of(old), describe(other)).finished()
+        Run(folder_of(old), full_config(other)).finished()
     sskd.runs.identity._recipe.cache_clear()
 
 
@@ -287,7 +287,7 @@ def test_what_every_version_has_written_is_never_assumed(composed: Compose, lost
     del node[last]
     OmegaConf.save(kept, path)
     with pytest.raises(UserError, match=rf"{lost} \(None there"):
-        Run(folder_of(config), describe(config)).finished()
+        Run(folder_of(config), full_config(config)).finished()
 
 
 def test_a_real_run_is_finished_in_the_later_version(

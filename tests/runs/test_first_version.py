@@ -10,7 +10,7 @@ import pytest
 from conftest import Compose
 
 from sskd.report.__main__ import main as report
-from sskd.teachers.find import locate
+from sskd.teachers.find import run_location
 from train_student import train
 
 # config.yaml, metrics.jsonl, best.pt and last.pt after step 8 of 20, of commit 66610dc; weights
@@ -23,7 +23,7 @@ def test_a_run_of_the_first_version_goes_on_and_serves(
     composed: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = composed(*SETTINGS, "arch=resnet8", primary="teacher")
-    folder, _ = locate(config)
+    folder, _ = run_location(config)
     folder.mkdir(parents=True)
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(folder, filter="data")

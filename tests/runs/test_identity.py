@@ -19,8 +19,14 @@ from sskd.commands.sweep import Sweep
 from sskd.config import Config
 from sskd.data import Images
 from sskd.models import build_model
-from sskd.runs.identity import describe, difference, differing, earlier_differences, run_folder
-from sskd.teachers.find import locate, missing_teacher
+from sskd.runs.identity import (
+    diff_from_recipe,
+    earlier_diffs_from_recipe,
+    explain_difference,
+    full_config,
+    run_folder,
+)
+from sskd.teachers.find import missing_teacher, run_location
 from sskd.training.result import _circumstances
 from train_student import train
 
@@ -28,7 +34,7 @@ OWN_TEACHER = [item for item in SMALL if not item.startswith("teacher.train")]
 
 
 def folder_of(config: Config) -> Path:
-    return locate(config)[0]
+    return run_location(config)[0]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +54,7 @@ def test_a_default_that_is_given_is_no_variant(
     composed: Compose, words: list[str], said: str
 ) -> None:
     without, given = composed(*words), composed(*words, said)
-    assert difference(given) == difference(without)
+    assert diff_from_recipe(given) == diff_from_recipe(without)
     assert folder_of(given) == folder_of(without)
     one, other = missing_teacher(given), missing_teacher(without)
     assert one
@@ -63,10 +69,10 @@ def test_a_default_that_is_given_is_no_variant(
 )  # fmt: skip
 def test_another_teacher_of_the_suite_is_a_variant(composed: Compose, said: str) -> None:
     key, _, value = said.partition("=")
-    changed = difference(composed(said))
+    changed = diff_from_recipe(composed(said))
     assert list(changed) == [key]
     assert str(changed[key]) == value
-    assert earlier_differences(composed(said)) == [changed]
+    assert earlier_diffs_from_recipe(composed(said)) == [changed]
 
 
 @pytest.fixture
@@ -88,17 +94,19 @@ def test_settings_beside_a_file_make_no_variant(
     composed: Compose, checkpoint: str, said: str
 ) -> None:
     words = [*OWN_TEACHER, "method=kd", f"teacher.checkpoint={checkpoint}"]
-    assert locate(composed(*words, said)) == locate(composed(*words))
-    assert list(locate(composed(*words))[1])[-1] == "teacher.digest"
+    assert run_location(composed(*words, said)) == run_location(composed(*words))
+    assert list(run_location(composed(*words))[1])[-1] == "teacher.digest"
 
 
 def test_beside_a_folder_the_epoch_chooses_the_file(composed: Compose, checkpoint: str) -> None:
     words = [*OWN_TEACHER, "method=kd", f"teacher.checkpoint={Path(checkpoint).parent}"]
-    best, last = (locate(composed(*words, f"teacher.epoch={epoch}")) for epoch in ("best", "last"))
+    best, last = (
+        run_location(composed(*words, f"teacher.epoch={epoch}")) for epoch in ("best", "last")
+    )
     assert best != last
     assert best[1].keys() == last[1].keys()
     file = [*OWN_TEACHER, "method=kd", f"teacher.checkpoint={checkpoint}"]
-    assert locate(composed(*file)) == best
+    assert run_location(composed(*file)) == best
 
 
 # ``seed0-`` and 8 hex digits of {"teacher.epochs": 240}, as earlier versions named the folder.
@@ -108,7 +116,7 @@ EARLIER = "seed0-575746df"
 def put_aside_as(folder: Path, config: Config) -> None:
     """Leave what a run of ``config`` writes first in ``folder``."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(describe(config, "0" * 64)))
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(full_config(config, "0" * 64)))
 
 
 def test_a_run_that_an_earlier_version_named_is_found(
@@ -123,7 +131,7 @@ def test_a_run_that_an_earlier_version_named_is_found(
 
     given = composed(*SMALL, "method=kd", "teacher.epochs=3")
     result = train(composed(*SMALL, "method=kd"))
-    (named,) = earlier_differences(given)
+    (named,) = earlier_diffs_from_recipe(given)
     older = run_folder(given, named)
     folder_of(given).rename(older)
     config_file = older / "config.yaml"
@@ -160,7 +168,7 @@ def test_a_run_of_the_first_recipe_is_found(
     older = today.parent / f"seed0{digits}"
     assert older != today
     put_aside_as(older, config)
-    assert locate(config) == (older, difference(config))
+    assert run_location(config) == (older, diff_from_recipe(config))
     today.mkdir()
     assert folder_of(config) == today
 
@@ -203,7 +211,7 @@ def test_a_run_of_the_first_recipe_is_not_trained_again(
             train(config)
     today = folder_of(config)
     # By default, CE + KD (1, 1) was no difference.
-    weightless = {k: v for k, v in difference(config).items() if "weights" not in k}
+    weightless = {k: v for k, v in diff_from_recipe(config).items() if "weights" not in k}
     older = today.rename(run_folder(config, weightless))
     capsys.readouterr()
     train(config)
@@ -250,12 +258,12 @@ def test_the_number_of_threads_is_in_the_result(few_images: Images, more: int) -
     ],
 )
 def test_what_differs_is_a_short_line(found: dict[str, object]) -> None:
-    told = differing(found, {"batch_size": 64})
+    told = explain_difference(found, {"batch_size": 64})
     assert "batch_size (" in told
     assert len(told) < 1000
 
 
 def test_a_digest_that_differs_is_told_whole() -> None:
     one, other = (hashlib.sha256(text).hexdigest() for text in (b"one", b"other"))
-    told = differing({"dataset": {"digest": one}}, {"dataset": {"digest": other}})
+    told = explain_difference({"dataset": {"digest": one}}, {"dataset": {"digest": other}})
     assert told == f"dataset.digest ('{one}' there, '{other}' here)"

@@ -32,16 +32,16 @@ import sskd.tracking.tracker
 import sskd.training.preview
 import sskd.training.trainer
 from sskd.config import Config
-from sskd.data import Batch, Images, load_images, plain
+from sskd.data import Batch, Images, eval_batches, load_images
 from sskd.errors import UserError
 from sskd.methods import METHODS, build_method
 from sskd.models import build_model, load_weights, weights_digest
-from sskd.runs.checkpoint_file import load_sealed, save_sealed
-from sskd.runs.identity import difference, run_folder, teacher_config, training_command
+from sskd.runs.checkpoint_file import load_checkpoint, save_checkpoint
+from sskd.runs.identity import diff_from_recipe, run_folder, teacher_config, training_command
 from sskd.runs.run import Run
 from sskd.runs.status import SWEEP_VARIABLE, forced_in_this_sweep, read_status
 from sskd.teachers.assembly import assemble
-from sskd.teachers.find import Teacher, locate
+from sskd.teachers.find import TeacherWeights, run_location
 from sskd.teachers.phases import phase_settings
 from sskd.training.signals import Interrupted, StopSignals
 from train_student import train
@@ -58,16 +58,16 @@ def at_step(
     monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], None]
 ) -> Callable[[], int]:
     """Do ``action`` after the ``number``-th training step from now; return a counter of steps."""
-    original, count = sskd.training.trainer.Fit._step, 0
+    original, count = sskd.training.trainer.Trainer._step, 0
 
-    def step(self: sskd.training.trainer.Fit, batch: Batch) -> None:
+    def step(self: sskd.training.trainer.Trainer, batch: Batch) -> None:
         nonlocal count
         original(self, batch)
         count += 1
         if count == number:
             action()
 
-    monkeypatch.setattr(sskd.training.trainer.Fit, "_step", step)
+    monkeypatch.setattr(sskd.training.trainer.Trainer, "_step", step)
     return lambda: count
 
 
@@ -185,8 +185,8 @@ def test_a_shared_phase_is_told_apart_by_all_that_it_depends_on(
     def settings(*overrides: str) -> dict[str, Any]:
         usual = ("method=ft", "dataset=digits", "arch@teacher=resnet14", "arch@student=resnet8")
         config = composed(*usual, *overrides)
-        stage, _ = assemble(config, few_images).stages()
-        return phase_settings(stage, config, Teacher(Path("teacher.pt"), "digest"))
+        stage, _ = assemble(config, few_images).phases()
+        return phase_settings(stage, config, TeacherWeights(Path("teacher.pt"), "digest"))
 
     usual = settings()
     for change in ("arch@student=wrn_16_1", "method.weights.ft=1", "method.temperature=2"):
@@ -268,7 +268,7 @@ def test_the_result_tells_what_can_be_measured_again(composed: Compose, tmp_path
     right = same = 0
     divergence = 0.0
     with torch.no_grad():
-        for x, y in plain(images.test, images.mean, images.std, 1):
+        for x, y in eval_batches(images.test, images.mean, images.std, 1):
             s = student.eval()(x).logits[0].double().softmax(0)
             t = teacher.eval()(x).logits[0].double().softmax(0)
             right += int(s.argmax() == y[0])
@@ -308,7 +308,7 @@ def test_a_run_is_begun_afresh_once_by_each_sweep(
 ) -> None:
     """Jobs of two sweeps that come back in turns do not put each other's progress aside."""
     config = composed(*SMALL, "method=vanilla", "force=true", "schedule.epochs=1")
-    folder, _ = locate(config)
+    folder, _ = run_location(config)
     for count, sweep in ((0, "one"), (1, "two"), (1, "one"), (1, "two")):
         monkeypatch.setenv(SWEEP_VARIABLE, sweep)
         train(config)
@@ -391,7 +391,7 @@ def test_a_second_interrupt_does_not_wait() -> None:
 
 def test_only_one_process_works_on_a_run(composed: Compose, tmp_path: Path) -> None:
     config = composed(*SMALL, "method=vanilla")
-    folder = run_folder(config, difference(config))
+    folder = run_folder(config, diff_from_recipe(config))
     with (
         Run(folder, config.model_dump()).open(),
         pytest.raises(UserError, match="another process"),
@@ -401,7 +401,7 @@ def test_only_one_process_works_on_a_run(composed: Compose, tmp_path: Path) -> N
 
 def test_a_loss_that_is_not_finite_stops_the_run(composed: Compose, tmp_path: Path) -> None:
     config = with_rate(composed(*SMALL, "method=vanilla"), 1e30)
-    with pytest.raises(UserError, match=r"stage train, epoch \d: the term 'ce' is not finite"):
+    with pytest.raises(UserError, match=r"phase train, epoch \d: the term 'ce' is not finite"):
         train(config)
     assert not list((tmp_path / "runs").rglob("result.json"))
 
@@ -430,7 +430,7 @@ def test_a_crash_at_any_write_loses_nothing(
         sskd.training.preview,
         sskd.models.checkpoints,
     ):
-        monkeypatch.setattr(module, "write_whole", count(sskd.files.write_whole))
+        monkeypatch.setattr(module, "write_atomically", count(sskd.files.write_atomically))
     monkeypatch.setattr(Run, "log", count(Run.log))
     broken = composed(*arguments, f"runs={tmp_path / 'broken'}")
     crashes = 0
@@ -558,7 +558,7 @@ def test_a_best_epoch_whose_weights_are_damaged_costs_no_result(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(
-        sskd.training.trainer.Fit, "_save_if_best", lambda self: damage_best(self.run.folder)
+        sskd.training.trainer.Trainer, "_save_if_best", lambda self: damage_best(self.run.folder)
     )
     with pytest.raises(UserError, match=r"no digest of the best epoch's weights; .*teacher\.epoch"):
         train(composed(*SMALL, "method=kd"))
@@ -576,7 +576,7 @@ def test_a_best_epoch_whose_weights_are_damaged_costs_no_result(
 def test_another_epochs_weights_are_not_taken_for_the_best(
     tmp_path: Path, capsys: Any, content: dict[str, Any], how: str
 ) -> None:
-    save_sealed(tmp_path / "best.pt", content)
+    save_checkpoint(tmp_path / "best.pt", content)
     assert Run(tmp_path, {}).load_best(3) is None
     assert f"of epoch 3, the best, are lost: best.pt is damaged: {how}" in capsys.readouterr().err
 
@@ -614,11 +614,11 @@ def test_a_checkpoint_of_something_else_is_refused(
     stopped: Stopped, content: dict[str, Any]
 ) -> None:
     config, folder = stopped("checkpoint_minutes=1e-9")
-    state = load_sealed(folder / "last.pt")
+    state = load_checkpoint(folder / "last.pt")
     assert state["position"]["mid_epoch"]
     if "loader" in content:
         content = {"loader": {**state["loader"], **content["loader"]}}
-    save_sealed(folder / "last.pt", {**state, **content})
+    save_checkpoint(folder / "last.pt", {**state, **content})
     with pytest.raises(UserError, match=rf"{folder}: its checkpoint is not one of this run"):
         train(config)
 
@@ -634,11 +634,11 @@ def test_a_checkpoint_changed_anywhere_is_refused_in_a_line_or_goes_on(
             train(config)
     (folder,) = (path.parent for path in (tmp_path / "runs").rglob("previous.pt"))
     shutil.copytree(folder, tmp_path / "whole")
-    state, told = load_sealed(folder / "last.pt"), ""
+    state, told = load_checkpoint(folder / "last.pt"), ""
     for number in range(CHANGES):
         chance = random.Random(number)
         key = chance.choice(list(state))
-        save_sealed(folder / "last.pt", {**state, key: change_value(state[key], chance)})
+        save_checkpoint(folder / "last.pt", {**state, key: change_value(state[key], chance)})
         try:
             train(config)
         except UserError as error:
@@ -652,10 +652,10 @@ def test_a_checkpoint_changed_anywhere_is_refused_in_a_line_or_goes_on(
 @pytest.mark.parametrize("stage", [[1], {"a": 1}, 3, "elsewhere"])
 def test_a_checkpoint_of_no_stage_is_damaged(stopped: Stopped, capsys: Any, stage: Any) -> None:
     config, folder = stopped("checkpoint_minutes=1e-9")
-    save_sealed(folder / "last.pt", {**load_sealed(folder / "last.pt"), "stage": stage})
+    save_checkpoint(folder / "last.pt", {**load_checkpoint(folder / "last.pt"), "stage": stage})
     train(config)
     assert f"warning: {folder}: last.pt is damaged: it stands in stage" in capsys.readouterr().err
-    assert load_sealed(folder / "damaged.pt")["stage"] == stage
+    assert load_checkpoint(folder / "damaged.pt")["stage"] == stage
 
 
 def test_a_run_keeps_its_files_in_its_own_folder(stopped: Stopped, tmp_path: Path) -> None:
@@ -676,7 +676,7 @@ def test_a_link_below_the_folder_of_runs_is_not_followed(
     composed: Compose, tmp_path: Path, above: int
 ) -> None:
     config = composed(*SMALL, "method=vanilla")
-    folder, _ = locate(config)
+    folder, _ = run_location(config)
     link = [folder, *folder.parents][above]
     link.parent.mkdir(parents=True)
     elsewhere = tmp_path / "elsewhere"
@@ -710,7 +710,7 @@ def test_what_an_epochs_last_step_loses_is_told(
 ) -> None:
     """There is no loss after it that would show it."""
     words = ("batch_size=1000", "schedule.epochs=1")
-    with pytest.raises(UserError, match=rf"stage train, epoch 1: {lost}.*; try"):
+    with pytest.raises(UserError, match=rf"phase train, epoch 1: {lost}.*; try"):
         train(with_rate(composed(*SMALL, "method=vanilla", *words), lr))
     assert not list((tmp_path / "runs").rglob("last.pt"))
 
@@ -801,7 +801,9 @@ def test_a_run_of_automatic_precision_is_one_of_that_precision(
         config, named = composed(*words), composed(*words, f"precision={precision}")
         assert config.precision == precision
         assert train(config)["precision"] == precision
-        assert locate(config) == locate(named)  # the teacher, of the same precision, included
+        assert run_location(config) == run_location(
+            named
+        )  # the teacher, of the same precision, included
         assert train(named)["precision"] == precision
 
 
@@ -852,7 +854,7 @@ def test_a_missing_teacher_is_told_with_the_command_that_trains_it(
     assert (program, script) == ("python", "train_teacher.py")
     told = composed(*overrides, primary="teacher")
     wanted = teacher_config(config)
-    assert run_folder(told, difference(told)) == run_folder(wanted, difference(wanted))
+    assert run_folder(told, diff_from_recipe(told)) == run_folder(wanted, diff_from_recipe(wanted))
     assert training_command(told) == command
 
 
@@ -863,7 +865,7 @@ def test_the_student_alone_is_the_same_run_from_either_command(composed: Compose
 
 
 def folder_of(config: Config) -> str:
-    return str(run_folder(config, difference(config)).relative_to(config.runs))
+    return str(run_folder(config, diff_from_recipe(config)).relative_to(config.runs))
 
 
 def test_folders_are_named_after_what_they_hold(composed: Compose) -> None:

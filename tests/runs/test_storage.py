@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import pytest
 
-from sskd.files import leftovers, make_folder, write_text, write_whole
+from sskd.files import make_durable_folder, stale_temporaries, write_atomically, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "no space left")
 
     with pytest.raises(OSError, match="no space left") as error:
-        write_whole(path, fail)
+        write_atomically(path, fail)
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(path))
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -34,13 +34,13 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_found_and_nothing_else(tmp_path: Path) -> None:
     for name in (".last.pt.123.part", "last.pt", ".lock", "views.part"):
         (tmp_path / name).write_text("")
-    assert [path.name for path in leftovers(tmp_path)] == [".last.pt.123.part"]
+    assert [path.name for path in stale_temporaries(tmp_path)] == [".last.pt.123.part"]
 
 
 def test_what_was_there_before_can_be_kept(tmp_path: Path) -> None:
     path, kept = tmp_path / "last.pt", tmp_path / "previous.pt"
     for content in (b"one", b"two", b"three"):
-        write_whole(path, methodcaller("write", content), keep=kept)
+        write_atomically(path, methodcaller("write", content), keep=kept)
     assert (path.read_text(), kept.read_text()) == ("three", "two")
 
 
@@ -67,7 +67,7 @@ def test_the_disk_has_a_file_before_its_name(
 
     monkeypatch.setattr(os, "fsync", recorded)
     monkeypatch.setattr(Path, "replace", replace)
-    write_whole(
+    write_atomically(
         path, methodcaller("write", b"new"), keep=tmp_path / "previous.pt" if keep else None
     )
     number = path.stat().st_ino
@@ -80,8 +80,8 @@ def test_the_disk_has_a_file_before_its_name(
 
 def test_a_folder_is_made_with_those_above_it(tmp_path: Path) -> None:
     for _ in range(2):
-        make_folder(tmp_path / "a" / "b" / "c")
+        make_durable_folder(tmp_path / "a" / "b" / "c")
         assert (tmp_path / "a" / "b" / "c").is_dir()
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        make_folder(tmp_path / "file" / "d")
+        make_durable_folder(tmp_path / "file" / "d")

@@ -12,10 +12,10 @@ from conftest import Compose
 from torch import nn
 
 from sskd.errors import UserError
-from sskd.runs.checkpoint_file import load_sealed, save_sealed
-from sskd.runs.identity import describe
+from sskd.runs.checkpoint_file import load_checkpoint, save_checkpoint
+from sskd.runs.identity import full_config
 from sskd.runs.run import Run
-from sskd.teachers.find import find_teacher, locate
+from sskd.teachers.find import find_teacher, run_location
 from train_student import train
 
 STUDENT = ("dataset=digits", "method=kd", "arch@teacher=resnet14", "arch@student=resnet8")
@@ -60,12 +60,12 @@ def resumed(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
 def test_another_runs_checkpoint_is_refused(
     composed: Compose, tmp_path: Path, name: str, key: str
 ) -> None:
-    own = describe(composed(*STUDENT), "digest")
+    own = full_config(composed(*STUDENT), "digest")
     folder = stopped(tmp_path / "own", own)
     put(
         folder,
         name,
-        stopped(tmp_path / "other", describe(composed(*STUDENT, OTHERS[key]), "digest")),
+        stopped(tmp_path / "other", full_config(composed(*STUDENT, OTHERS[key]), "digest")),
     )
     with pytest.raises(UserError) as error:
         resumed(folder, own)
@@ -80,10 +80,10 @@ def test_a_checkpoint_of_another_teacher_is_refused(
     composed: Compose, tmp_path: Path, digest: str | None
 ) -> None:
     config = composed(*STUDENT)
-    folder = stopped(tmp_path / "own", describe(config, "digest"))
-    put(folder, "last.pt", stopped(tmp_path / "other", describe(config, digest)))
+    folder = stopped(tmp_path / "own", full_config(config, "digest"))
+    put(folder, "last.pt", stopped(tmp_path / "other", full_config(config, digest)))
     with pytest.raises(UserError, match=r"another run: teacher\.digest \("):
-        resumed(folder, describe(config, "digest"))
+        resumed(folder, full_config(config, "digest"))
 
 
 @pytest.mark.parametrize("key", ["seed", "teacher", "views", "schedule"])
@@ -101,30 +101,30 @@ def test_a_shared_phases_checkpoint_is_its_own(tmp_path: Path, key: str) -> None
 def test_what_does_not_decide_the_result_does_not_count(
     composed: Compose, tmp_path: Path, word: str
 ) -> None:
-    folder = stopped(tmp_path / "own", describe(composed(*STUDENT)))
-    assert resumed(folder, describe(composed(*STUDENT, word, f"runs={tmp_path / 'b'}")))
+    folder = stopped(tmp_path / "own", full_config(composed(*STUDENT)))
+    assert resumed(folder, full_config(composed(*STUDENT, word, f"runs={tmp_path / 'b'}")))
 
 
 @pytest.mark.parametrize("name", ["last.pt", "previous.pt"])
 def test_a_checkpoint_of_a_version_without_names_resumes(
     composed: Compose, tmp_path: Path, name: str
 ) -> None:
-    own = describe(composed(*STUDENT))
+    own = full_config(composed(*STUDENT))
     folder = stopped(tmp_path, own)
-    state = load_sealed(folder / "last.pt")
+    state = load_checkpoint(folder / "last.pt")
     del state["run"]
     (folder / "last.pt").unlink()
-    save_sealed(folder / name, state)
+    save_checkpoint(folder / name, state)
     assert resumed(folder, own)
 
 
 def test_another_runs_best_epoch_is_not_taken(
     composed: Compose, tmp_path: Path, capsys: Any
 ) -> None:
-    own = describe(composed(*STUDENT))
+    own = full_config(composed(*STUDENT))
     folder = stopped(tmp_path / "own", own)
     assert Run(folder, own).load_best(1) is not None
-    put(folder, "best.pt", stopped(tmp_path / "other", describe(composed(*STUDENT, "seed=1"))))
+    put(folder, "best.pt", stopped(tmp_path / "other", full_config(composed(*STUDENT, "seed=1"))))
     assert Run(folder, own).load_best(1) is None
     assert (
         "best.pt is damaged: it is of another run: seed (1 there, 0 here)"
@@ -135,7 +135,7 @@ def test_another_runs_best_epoch_is_not_taken(
 @pytest.mark.parametrize("odd", [3, [1], "name", None, nn.Linear(1, 1).weight.data, {"a": {1: []}}])
 def test_an_odd_name_is_damage_or_another_run(tmp_path: Path, odd: Any) -> None:
     folder = stopped(tmp_path, {"seed": 1})
-    save_sealed(folder / "last.pt", {**load_sealed(folder / "last.pt"), "run": odd})
+    save_checkpoint(folder / "last.pt", {**load_checkpoint(folder / "last.pt"), "run": odd})
     with pytest.raises(UserError, match=r"it names no run|another run"):
         resumed(folder, {"seed": 1})
 
@@ -153,9 +153,9 @@ def finished(folder: Path, config: dict[str, Any]) -> Path:
 
 @pytest.mark.parametrize("key", OTHERS)
 def test_another_runs_result_is_refused(composed: Compose, tmp_path: Path, key: str) -> None:
-    own = describe(composed(*STUDENT), "digest")
+    own = full_config(composed(*STUDENT), "digest")
     folder = finished(tmp_path / "own", own)
-    other = finished(tmp_path / "other", describe(composed(*STUDENT, OTHERS[key]), "digest"))
+    other = finished(tmp_path / "other", full_config(composed(*STUDENT, OTHERS[key]), "digest"))
     found = Run(folder, own).finished()
     assert found is not None
     assert found["top1"] == {"last": 70.0}
@@ -171,14 +171,14 @@ def test_another_runs_result_is_refused(composed: Compose, tmp_path: Path, key: 
 def test_the_result_of_the_same_run_elsewhere_is_taken(
     composed: Compose, tmp_path: Path, word: str
 ) -> None:
-    folder = finished(tmp_path, describe(composed(*STUDENT), "digest"))
-    assert Run(folder, describe(composed(*STUDENT, word), "digest")).finished()
+    folder = finished(tmp_path, full_config(composed(*STUDENT), "digest"))
+    assert Run(folder, full_config(composed(*STUDENT, word), "digest")).finished()
 
 
 def test_a_result_of_a_version_that_named_no_run_is_taken(
     composed: Compose, tmp_path: Path
 ) -> None:
-    own = describe(composed(*STUDENT), "digest")
+    own = full_config(composed(*STUDENT), "digest")
     folder = finished(tmp_path, own)
     (folder / "result.json").write_text(json.dumps(RESULT))
     assert Run(folder, own).finished() == RESULT
@@ -193,7 +193,7 @@ def test_another_runs_result_and_weights_are_no_teacher(composed: Compose, tmp_p
     for more in ((), ("seed=1",)):
         config = composed(*words, "arch=resnet8", *more, primary="teacher")
         train(config)
-        folders.append(locate(config)[0])
+        folders.append(run_location(config)[0])
     student = composed(
         *words, "arch@teacher=resnet8", "arch@student=resnet8", "method=kd", "teacher.fraction=0.05"
     )

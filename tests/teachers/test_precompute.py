@@ -30,21 +30,23 @@ from sskd.data import Images, Loader
 from sskd.errors import BusyError, UserError
 from sskd.methods import METHODS, Method
 from sskd.models import Features
-from sskd.runs.checkpoint_file import load_sealed, save_sealed
+from sskd.runs.checkpoint_file import load_checkpoint, save_checkpoint
 from sskd.teachers.assembly import assemble
-from sskd.teachers.find import Teacher
-from sskd.teachers.outputs import fits
-from sskd.teachers.precompute import STAGE, precompute
+from sskd.teachers.find import TeacherWeights
+from sskd.teachers.outputs import can_precompute
+from sskd.teachers.precompute import PHASE, precompute
 from sskd.training.acceleration import fold_teacher
 from sskd.training.signals import Interrupted
-from sskd.training.step import enter
+from sskd.training.step import set_trainable
 
 TEACHERS = [
     "resnet14", "resnet32x4", "wrn_40_2", "vgg13", "ResNet50", "MobileNetV2", "ShuffleV1",
     "ShuffleV2",
 ]  # fmt: skip
-FITTING = sorted(name for name, kind in METHODS.items() if kind.needs_teacher and fits(kind))
-DIGEST = Teacher(Path("nowhere"), "0" * 64)
+FITTING = sorted(
+    name for name, kind in METHODS.items() if kind.needs_teacher and can_precompute(kind)
+)
+DIGEST = TeacherWeights(Path("nowhere"), "0" * 64)
 
 
 def made(config: Config, images: Images) -> Method:
@@ -84,8 +86,8 @@ def test_a_method_reads_of_its_teacher_what_it_declares(composed: Compose, name:
         return Spy(method.teacher(batch.x), read)
 
     method.precomputed = spied
-    for stage in method.stages():
-        enter(stage, method)
+    for stage in method.phases():
+        set_trainable(stage, method)
         loader = Loader(images.train, images.mean, images.std, 8, stage.views)
         stage.loss(loader.next_batch())
     assert read == set(method.teacher_outputs)
@@ -111,7 +113,7 @@ def test_rows_are_what_the_teacher_computes(
         for seed in range(3):
             loader.begin_epoch(seed)
             batch = loader.next_batch()
-            own, kept = method.ask_teacher(batch), found(batch)
+            own, kept = method.teacher_features(batch), found(batch)
             # Other images in the batch round otherwise: by a bit or two of the type.
             close = 1e-4 if precision == "fp32" else 0.05
             for name in ("logits", "pooled"):
@@ -128,11 +130,11 @@ def test_losses_are_those_of_the_teacher_itself(composed: Compose, name: str) ->
     config = composed(f"method={name}", *pair, "dataset=digits")
     method = made(config, images)
     looked_up = precompute(method, images, config, DIGEST)
-    stages = list(method.stages())
+    stages = list(method.phases())
     asked: list[object] = []
     method.teacher.register_forward_pre_hook(lambda *given: asked.append(given))
     for stage in stages:
-        enter(stage, method)
+        set_trainable(stage, method)
         loader = Loader(images.train, images.mean, images.std, 8, stage.views)
         batch = loader.next_batch()
         state = {key: value.clone() for key, value in method.state_dict().items()}
@@ -183,7 +185,7 @@ def test_a_run_learns_what_it_does_without(composed: Compose, tmp_path: Path, na
         {path.parent.relative_to(runs) for path in runs.rglob("result.json")}
         for runs in (tmp_path / "with", tmp_path / "without")
     ]
-    assert {path.parts[3] for path in folders[0] - folders[1]} == {STAGE}
+    assert {path.parts[3] for path in folders[0] - folders[1]} == {PHASE}
 
 
 def test_the_next_run_of_the_teacher_finds_them(
@@ -192,7 +194,7 @@ def test_the_next_run_of_the_teacher_finds_them(
 ) -> None:  # fmt: skip
     words = kd(tmp_path)
     train_student.train(composed(*words))
-    assert f"{STAGE}: computes" in capsys.readouterr().out
+    assert f"{PHASE}: computes" in capsys.readouterr().out
     before = outputs(tmp_path).read_bytes()
     monkeypatch.setattr(sskd.teachers.precompute, "_compute", None)
     for other in ("seed=1", "method.temperature=2", "arch@student=resnet20", "batch_size=8"):
@@ -387,10 +389,10 @@ def test_a_checkpoint_of_something_else_is_damaged(
     words = kd(tmp_path)
     stopped(words, composed, monkeypatch)
     path = outputs(tmp_path).with_name("last.pt")
-    whole, content = load_sealed(path), outputs(tmp_path).read_bytes()
+    whole, content = load_checkpoint(path), outputs(tmp_path).read_bytes()
     shared = {name: whole[name] for name in ("stage", "lines", "metrics_digest")}
     for state in OTHER_STATES:
-        save_sealed(path, {**(whole if state else shared), **state})
+        save_checkpoint(path, {**(whole if state else shared), **state})
         with pytest.raises(UserError, match=r"(last\.pt|bin): is damaged; remove the folder"):
             train_student.train(composed(*words))
         outputs(tmp_path).write_bytes(content)
@@ -440,7 +442,7 @@ def test_processes_that_need_the_same_compute_them_once(
     for attempt in ours:
         assert attempt.end(after=300) == 0, attempt.told
     told = [line for attempt in ours for line in attempt.told]
-    assert sum(f"{STAGE}: computes" in line for line in told) == 1
+    assert sum(f"{PHASE}: computes" in line for line in told) == 1
     assert undisturbed.outcome("precomputed").items() <= outcome(runs).items()
 
 

@@ -22,7 +22,7 @@ import sskd.tracking.tracker
 from sskd import CONF
 from sskd.config import Config
 from sskd.errors import UserError
-from sskd.runs.identity import describe, difference, run_folder
+from sskd.runs.identity import diff_from_recipe, full_config, run_folder
 from sskd.runs.run import Run
 from sskd.runs.status import read_status
 from sskd.runs.weightings import RECIPE
@@ -99,8 +99,8 @@ def test_a_run_without_a_login_is_kept_whole_on_disk(
 
 def described(config: Config, digest: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what W&B is told of a run of ``config``, and the configuration on disk."""
-    changed = difference(config) | ({"teacher.digest": digest} if digest else {})
-    run = Run(run_folder(config, changed), describe(config, digest))
+    changed = diff_from_recipe(config) | ({"teacher.digest": digest} if digest else {})
+    run = Run(run_folder(config, changed), full_config(config, digest))
     with run.open(), Tracker(run, config):
         pass
     (path,) = offline_runs(run.folder)
@@ -128,7 +128,7 @@ def test_seeds_share_what_wandb_averages_over_and_nothing_else_does(composed: Co
 
 def variant(config: Config) -> tuple[str, str]:
     """Return the variant, and the digest of the data, as a run that W&B does not wait for."""
-    run = Run(run_folder(config, difference(config)), describe(config))
+    run = Run(run_folder(config, diff_from_recipe(config)), full_config(config))
     return Tracker(run, config)._variant(), run.config["dataset"].get("digest", "")
 
 

@@ -14,7 +14,7 @@ from test_run import SMALL, CrashError, at_step, crash
 from test_tracking import history, inspect, offline_runs
 
 from sskd.config import Config
-from sskd.runs.identity import describe, difference, run_folder
+from sskd.runs.identity import diff_from_recipe, full_config, run_folder
 from sskd.runs.run import Run
 from sskd.tracking.environment import surroundings
 from sskd.tracking.tracker import Tracker
@@ -89,7 +89,7 @@ LINES = [
 
 def finish(config: Config) -> Path:
     """Leave what a finished run of ``config`` leaves; return its folder."""
-    run = Run(run_folder(config, difference(config)), describe(config))
+    run = Run(run_folder(config, diff_from_recipe(config)), full_config(config))
     top1 = {"last": 30.0, "best": 40.0, "best_epoch": 1}
     figures = dict.fromkeys(("teacher_top1", "agreement", "kl"))
     cost = {"images_per_second": 100.0, "peak_memory_mib": 10.0, "seconds": 3600.0}
@@ -195,7 +195,7 @@ def test_a_later_run_of_the_process_is_not_the_agents(
         monkeypatch.delenv(name)
     agent.unlink()
     other = composed(*ALONE, "seed=1")
-    run = Run(run_folder(other, difference(other)), describe(other))
+    run = Run(run_folder(other, diff_from_recipe(other)), full_config(other))
     with run.open(), Tracker(run, other):
         pass
     ids = [told(path).get("sweep_id") for path in offline_runs(tmp_path / "runs")]
@@ -243,7 +243,7 @@ def test_a_users_own_notes_reach_the_run(
     monkeypatch.setenv("WANDB_NOTES", "before the new loss")
     wandb.teardown()  # W&B reads its variables once a process
     config = composed(*ALONE)
-    with Run(tmp_path / "runs" / "seed0", describe(config)).open() as run, Tracker(run, config):
+    with Run(tmp_path / "runs" / "seed0", full_config(config)).open() as run, Tracker(run, config):
         pass
     (path,) = offline_runs(tmp_path)
     assert told(path)["notes"] == "before the new loss"

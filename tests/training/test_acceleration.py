@@ -16,15 +16,15 @@ from test_run import SMALL
 from torch import Tensor, nn
 
 from sskd.data import Batch, Loader
-from sskd.device import place
+from sskd.device import to_device
 from sskd.errors import UserError
-from sskd.methods import METHODS, Method, Stage, Step
-from sskd.methods.base import ask_in_parts
+from sskd.methods import METHODS, LossOutput, Method, Phase
+from sskd.methods.base import forward_in_chunks
 from sskd.models import ARCHITECTURES, Features, build_model, fold_batch_norms
 from sskd.teachers.assembly import assemble
 from sskd.training.acceleration import compile_loss, fold_teacher
 from sskd.training.evaluation import predict
-from sskd.training.step import enter, take_step
+from sskd.training.step import set_trainable, train_step
 from train_student import train
 
 CPU = torch.device("cpu")
@@ -101,9 +101,9 @@ def test_a_large_batch_is_asked_in_parts_where_only_vectors_are_read() -> None:
     network.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
     x = torch.randn(130, 3, 32, 32)
     with torch.no_grad():
-        whole, parts = network(x), ask_in_parts(network, x, ("logits", "pooled"))
-        maps = ask_in_parts(network, x, ("logits", "stages"))
-        ask_in_parts(network, x[:64], ("logits",))
+        whole, parts = network(x), forward_in_chunks(network, x, ("logits", "pooled"))
+        maps = forward_in_chunks(network, x, ("logits", "stages"))
+        forward_in_chunks(network, x[:64], ("logits",))
     assert sizes == [130, 44, 44, 42, 130, 64]
     close(parts.logits, whole.logits, 1e-5)
     close(parts.pooled, whole.pooled, 1e-5)
@@ -142,7 +142,7 @@ def test_predictions_are_the_plain_networks() -> None:
     close(found, expected, 1e-5)
 
 
-def made(composed: Compose, method: str, pair: str) -> tuple[Method, list[Stage], Batch]:
+def made(composed: Compose, method: str, pair: str) -> tuple[Method, list[Phase], Batch]:
     images = random_images(12, 4)
     teacher, student = pair.split("-")
     words = [f"arch@teacher={teacher}", f"arch@student={student}", f"method={method}"]
@@ -150,7 +150,7 @@ def made(composed: Compose, method: str, pair: str) -> tuple[Method, list[Stage]
     for network in built.children():
         with_statistics(network)
     loader = Loader(images.train, images.mean, images.std, 8, built.views)
-    return built, list(built.stages()), loader.next_batch()
+    return built, list(built.phases()), loader.next_batch()
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -165,7 +165,7 @@ def test_losses_and_gradients_are_those_of_the_plain_path(composed: Compose, met
     fast.load_state_dict(plain.state_dict())
     batch = batch._replace(x=batch.x.double())
     plain_batch = batch._replace(x=batch.x.contiguous(memory_format=torch.contiguous_format))
-    place(fast.double(), CPU)
+    to_device(fast.double(), CPU)
     plain.double()
     if METHODS[method].needs_teacher:
         before = batch_norms(fast.teacher)
@@ -176,12 +176,12 @@ def test_losses_and_gradients_are_those_of_the_plain_path(composed: Compose, met
         for stage, owner, given, fused in (
             (ours, fast, batch, True), (theirs, plain, plain_batch, False),
         ):  # fmt: skip
-            enter(stage, owner)
+            set_trainable(stage, owner)
             optimizer = torch.optim.SGD(
                 stage.trains.parameters(), 0.05, 0.9, weight_decay=5e-4, fused=fused
             )
             torch.manual_seed(1)
-            figures.append(take_step(stage, optimizer, given, "fp32"))
+            figures.append(train_step(stage, optimizer, given, "fp32"))
         for name, value in figures[1].items():
             torch.testing.assert_close(figures[0][name], value, rtol=1e-5, atol=1e-6)
         pairs = zip(ours.trains.named_parameters(), theirs.trains.parameters(), strict=True)
@@ -198,7 +198,7 @@ NEEDS_A_COMPILER = pytest.mark.skipif(
 COMPILE = torch.compile
 
 
-def trace(loss: Callable[[Batch], Step], **_: object) -> Callable[[Batch], Step]:
+def trace(loss: Callable[[Batch], LossOutput], **_: object) -> Callable[[Batch], LossOutput]:
     """Do what ``torch.compile`` does before it makes machine code, in a fifth of the time."""
     return COMPILE(loss, dynamic=False, backend="aot_eager")
 
@@ -219,10 +219,10 @@ def test_a_compiled_loss_is_the_same(
     config = composed("compile=default", "batch_size=8")
     built.double()
     batch = batch._replace(x=batch.x.double())
-    enter(stages[-1], built)
+    set_trainable(stages[-1], built)
     state = copy.deepcopy(built.state_dict())
 
-    def gradients(loss: Callable[[Batch], Step]) -> list[Tensor]:
+    def gradients(loss: Callable[[Batch], LossOutput]) -> list[Tensor]:
         built.load_state_dict(state)
         built.zero_grad()
         torch.manual_seed(1)
@@ -279,13 +279,13 @@ def test_a_loss_that_cannot_be_compiled_is_told_in_a_line(
 ) -> None:
     _, stages, batch = made(composed, "kd", "resnet8-resnet8")
 
-    def refuse(_: Batch) -> Step:
+    def refuse(_: Batch) -> LossOutput:
         raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nwas found")
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: refuse)
     stage = compile_loss(stages[-1], composed("compile=default", "batch_size=8"))
     told = (
-        r"compile=default: stage distill cannot .* \(no C\+\+ compiler was found\); use compile=off"
+        r"compile=default: phase distill cannot .* \(no C\+\+ compiler was found\); use compile=off"
     )
     with pytest.raises(UserError, match=told):
         stage.loss(batch)

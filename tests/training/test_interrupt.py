@@ -22,8 +22,8 @@ from sskd.runs.run import Run
 from sskd.training.signals import (
     Interrupted,
     StopSignals,
-    termination_raised,
-    warnings_passed_on,
+    forward_scheduler_signal,
+    raise_on_sigterm,
 )
 from train_student import train
 
@@ -71,7 +71,7 @@ def test_a_warning_reaches_the_scheduler_when_the_run_is_saved_and_closed(
     scheduler = Scheduler(warning, tmp_path / "stopped")
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: os.kill(os.getpid(), warning))
-        with pytest.raises(SystemExit), warnings_passed_on():
+        with pytest.raises(SystemExit), forward_scheduler_signal():
             train(stopped)
     assert scheduler.requeued_at == [3]
     assert scheduler.bypassed == [signal.SIGTERM]
@@ -81,7 +81,7 @@ def test_a_warning_reaches_the_scheduler_when_the_run_is_saved_and_closed(
 
 def receive(*signums: int) -> None:
     """Receive signals during a step of training, and come to its end."""
-    with warnings_passed_on(), StopSignals() as signals:
+    with forward_scheduler_signal(), StopSignals() as signals:
         for signum in signums:
             signal.raise_signal(signum)
         signals.raise_if_received()
@@ -130,7 +130,7 @@ def test_a_stop_can_be_handed_from_process_to_process() -> None:
 
 def test_a_launcher_hears_of_sigterm() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted) as stop, termination_raised():
+    with pytest.raises(Interrupted) as stop, raise_on_sigterm():
         signal.raise_signal(signal.SIGTERM)
     assert stop.value.signum == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before

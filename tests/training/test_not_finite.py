@@ -18,13 +18,13 @@ import sskd.methods.kd
 from sskd import evaluate
 from sskd.data import Images, Loader, Split
 from sskd.errors import UserError
-from sskd.methods import METHODS, Method, Stage, Step
+from sskd.methods import METHODS, LossOutput, Method, Phase
 from sskd.models import build_model
 from sskd.teachers.assembly import assemble
 from sskd.training.evaluation import NotFiniteError, predict
 from sskd.training.meter import Meter
 from sskd.training.not_finite import advise, first_lost, is_sound
-from sskd.training.step import enter, take_step
+from sskd.training.step import set_trainable, train_step
 from train_student import train
 
 NAN, INF = math.nan, math.inf
@@ -96,11 +96,11 @@ def test_what_was_loaded_counts_as_sound() -> None:
     assert found == ("the term 'kd' is not finite, in step 3", ["kd"])
 
 
-def built(composed: Compose, *words: str) -> tuple[Method, Images, list[Stage]]:
+def built(composed: Compose, *words: str) -> tuple[Method, Images, list[Phase]]:
     images = random_images(16, 4)
     networks = ("arch@teacher=resnet8", "arch@student=resnet8")
     method = assemble(composed(*networks, *words), images)
-    return method, images, list(method.stages())
+    return method, images, list(method.phases())
 
 
 def lose_kd(monkeypatch: pytest.MonkeyPatch, value: float, after: int = 0) -> None:
@@ -124,9 +124,9 @@ def test_a_term_without_weight_poisons_nothing(
     own, images, (*_, stage) = built(composed, f"method={method}", "method.weights.kd=0")
     lose_kd(monkeypatch, value)
     batch = Loader(images.train, images.mean, images.std, 16, 1).next_batch()
-    enter(stage, own)
+    set_trainable(stage, own)
     optimizer = torch.optim.SGD(stage.trains.parameters(), 0.01)
-    found = take_step(stage, optimizer, batch, "fp32")
+    found = train_step(stage, optimizer, batch, "fp32")
     assert found["loss"].isfinite()
     assert found["loss/kd"].item() != found["loss/kd"].item() or found["loss/kd"].isinf()
     assert found["weighted/kd"] == 0
@@ -185,7 +185,7 @@ ADVICE: dict[str, tuple[list[str], int, list[str], str]] = {
 def test_the_advice_fits(composed: Compose, kind: str) -> None:
     words, number, terms, told = ADVICE[kind]
     config = composed("arch@teacher=resnet8", "arch@student=resnet8", *words)
-    stages = list(assemble(config, random_images(16, 4)).stages())
+    stages = list(assemble(config, random_images(16, 4)).phases())
     assert advise(config, stages[number], terms) == told
 
 
@@ -203,21 +203,21 @@ def test_a_first_phase_names_its_term(
     term: str,
 ) -> None:
     kind = METHODS[method]
-    original = kind.stages
+    original = kind.phases
 
-    def stages(self: Method) -> Iterator[Stage]:
+    def stages(self: Method) -> Iterator[Phase]:
         first, *rest = original(self)
 
-        def lost(batch: Any, loss: Callable[..., Step] = first.loss) -> Step:
+        def lost(batch: Any, loss: Callable[..., LossOutput] = first.loss) -> LossOutput:
             terms, metrics = loss(batch)
-            return Step({name: value * NAN for name, value in terms.items()}, metrics)
+            return LossOutput({name: value * NAN for name, value in terms.items()}, metrics)
 
         yield replace(first, loss=lost)
         yield from rest
 
-    monkeypatch.setattr(kind, "stages", stages)
+    monkeypatch.setattr(kind, "phases", stages)
     with pytest.raises(
-        UserError, match=rf"stage {stage}.*the term '{term}' is not finite, in step 1"
+        UserError, match=rf"phase {stage}.*the term '{term}' is not finite, in step 1"
     ):
         train(composed(*tiny, f"method={method}"))
 

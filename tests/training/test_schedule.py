@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 from conftest import Compose
 
-from sskd.methods import Stage
+from sskd.methods import Phase
 from sskd.schedule import PhaseSettings, Schedule
-from sskd.training.trainer import stage_schedule
+from sskd.training.trainer import phase_schedule
 
 
 def published(composed: Compose, *overrides: str) -> tuple[Schedule, Schedule]:
     """Return the schedules of SSKD's student and of its head phase."""
     config = composed("method=sskd", *overrides)
     stage: dict[str, Any] = {"trains": None, "loss": None, "weights": {}}
-    head = Stage("ss_head", phase=config.method.ss_head, **stage)
-    return stage_schedule(Stage("distill", **stage), config), stage_schedule(head, config)
+    head = Phase("ss_head", schedule=config.method.ss_head, **stage)
+    return phase_schedule(Phase("distill", **stage), config), phase_schedule(head, config)
 
 
 def test_the_published_schedule(composed: Compose) -> None:
