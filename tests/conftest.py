@@ -20,6 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+import sskd.train
 import train_student
 from sskd import CONF
 from sskd.commands.job import run_command
@@ -178,7 +179,7 @@ class SmallTeacher:
                 words = (f"runs={self._runs}.part", *SMALL, "method=kd")
                 config = missing_teacher(read_config(compose_once("student", *words)))
                 assert config is not None
-                train_student.train(config)
+                sskd.train.train(config)
                 Path(f"{self._runs}.part").rename(self._runs)
         for runs in folders:
             shutil.copytree(self._runs, runs)

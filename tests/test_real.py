@@ -15,7 +15,7 @@ from sskd.data import SOURCES, DatasetSettings
 from sskd.data.images import Split
 from sskd.data.reading import Source
 from sskd.models import build_model, load_weights
-from train_student import train
+from sskd.train import train
 
 
 def stated_accuracy(teachers: Path) -> float:

@@ -23,7 +23,7 @@ from sskd.data.sources import folder_fingerprint
 from sskd.errors import UserError
 from sskd.evaluate import main as evaluate
 from sskd.teachers.find import run_location
-from train_student import train
+from sskd.train import train
 
 TINY = ("dataset=folder", "schedule.epochs=1", "arch@student=resnet8")
 
@@ -180,7 +180,7 @@ def test_a_change_while_a_run_starts_ends_it(
     composed: Compose, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = composed(*TINY, "method=vanilla", f"dataset.root={photos}")
-    monkeypatch.setattr("sskd.device.reset_peak_memory", lambda _: change_pixel(photos))
+    monkeypatch.setattr("sskd.train.reset_peak_memory", lambda _: change_pixel(photos))
     with pytest.raises(UserError, match="its files changed"):
         train(config)
     assert not (run_location(config)[0] / "result.json").exists()
@@ -199,7 +199,7 @@ def test_a_phase_is_of_the_images_that_were_loaded(
         change_pixel(photos)
         return share(*args)
 
-    monkeypatch.setattr("sskd.teachers.phases.run_shared_phase", changed)
+    monkeypatch.setattr("sskd.train.run_shared_phase", changed)
     config = composed(*words, "method=sskd")
     train(config)
     (phase,) = Path(config.runs, "photos/phases").rglob("config.yaml")

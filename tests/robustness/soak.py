@@ -34,6 +34,7 @@ from sklearn.datasets import load_digits
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import sskd.commands.job  # noqa: E402
 import train_student  # noqa: E402
 from sskd.commands.job import run_command  # noqa: E402
 from sskd.runs.run import Run  # noqa: E402
@@ -132,7 +133,7 @@ def command(*words: str) -> int:
 
 def soak_cells(count: int, out: Path) -> bool:
     """Run a sweep of ``count`` cells; return whether something grows."""
-    watch, train = Watch("cells", count), train_student.train_composed
+    watch, train = Watch("cells", count), sskd.commands.job._train
     runs = tempfile.mkdtemp(prefix="cells-", dir=out)
 
     def counted(composed: Any) -> None:
@@ -142,7 +143,7 @@ def soak_cells(count: int, out: Path) -> bool:
     with (
         (out / "cells.log").open("w") as log,
         redirect_stdout(log),
-        patch.object(train_student, "train_composed", counted),
+        patch.object(sskd.commands.job, "_train", counted),
     ):
         status = command(
             "-m", "dataset=digits", "dataset.fraction=0.02", "schedule.epochs=1",

@@ -42,7 +42,7 @@ from sskd.models import build_model, load_weights
 from sskd.report import published
 from sskd.report.__main__ import main as report_main
 from sskd.report.results import read_results
-from train_student import train
+from sskd.train import train
 
 SECONDS = 60  # what none of these may take; a device or a pipe would never end
 

@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 
 from sskd.data.folder import folder_fingerprint, names_and_sizes
 from sskd.errors import UserError
-from train_student import train
+from sskd.train import train
 
 # ---- what is passed over ----
 

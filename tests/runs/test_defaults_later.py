@@ -27,7 +27,7 @@ from sskd.schedule import PhaseSettings
 from sskd.settings import Positive, Share
 from sskd.teachers.find import TeacherWeights, find_teacher
 from sskd.teachers.phases import phase_settings
-from train_student import train
+from sskd.train import train
 
 RUN = ("dataset=digits", "arch@teacher=resnet8", "arch@student=resnet8", "seed=3")
 

@@ -11,7 +11,7 @@ from conftest import Compose
 
 from sskd.report.__main__ import main as report
 from sskd.teachers.find import run_location
-from train_student import train
+from sskd.train import train
 
 # config.yaml, metrics.jsonl, best.pt and last.pt after step 8 of 20, of commit 66610dc; weights
 # and momentum are rounded to bfloat16, so that the archive is small.

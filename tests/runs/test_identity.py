@@ -27,8 +27,8 @@ from sskd.runs.identity import (
     run_folder,
 )
 from sskd.teachers.find import missing_teacher, run_location
+from sskd.train import train
 from sskd.training.result import _circumstances
-from train_student import train
 
 OWN_TEACHER = [item for item in SMALL if not item.startswith("teacher.train")]
 

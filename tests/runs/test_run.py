@@ -43,8 +43,8 @@ from sskd.runs.status import SWEEP_VARIABLE, forced_in_this_sweep, read_status
 from sskd.teachers.assembly import assemble
 from sskd.teachers.find import TeacherWeights, run_location
 from sskd.teachers.phases import phase_settings
+from sskd.train import train
 from sskd.training.signals import Interrupted, StopSignals
-from train_student import train
 
 CHANGES = 25
 TEACHER_STEPS = 3  # 40 images in a batch of the recipe's 64, three times

@@ -16,7 +16,7 @@ from sskd.runs.checkpoint_file import load_checkpoint, save_checkpoint
 from sskd.runs.identity import full_config
 from sskd.runs.run import Run
 from sskd.teachers.find import find_teacher, run_location
-from train_student import train
+from sskd.train import train
 
 STUDENT = ("dataset=digits", "method=kd", "arch@teacher=resnet14", "arch@student=resnet8")
 OTHERS = {

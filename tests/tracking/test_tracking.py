@@ -28,8 +28,8 @@ from sskd.runs.status import read_status
 from sskd.runs.weightings import RECIPE
 from sskd.tracking.session import choose_mode, run_id
 from sskd.tracking.tracker import Tracker
+from sskd.train import train
 from sskd.training.signals import Interrupted
-from train_student import train
 
 
 def inspect(path: Path, *options: str) -> list[dict[str, Any]]:

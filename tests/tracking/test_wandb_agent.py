@@ -18,7 +18,7 @@ from sskd.runs.identity import diff_from_recipe, full_config, run_folder
 from sskd.runs.run import Run
 from sskd.tracking.environment import surroundings
 from sskd.tracking.tracker import Tracker
-from train_student import train
+from sskd.train import train
 
 AGENT = {
     "WANDB_SWEEP_ID": "sweep123",

@@ -22,10 +22,10 @@ from sskd.methods import METHODS, LossOutput, Method, Phase
 from sskd.methods.base import forward_in_chunks
 from sskd.models import ARCHITECTURES, Features, build_model, fold_batch_norms
 from sskd.teachers.assembly import assemble
+from sskd.train import train
 from sskd.training.acceleration import compile_loss, fold_teacher
 from sskd.training.evaluation import predict
 from sskd.training.step import set_trainable, train_step
-from train_student import train
 
 CPU = torch.device("cpu")
 # wide ResNets keep the BatchNorms that a sum or the returned stem stands in front of

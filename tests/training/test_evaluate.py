@@ -14,7 +14,7 @@ from test_run import SMALL
 import sskd.data.cifar
 from sskd import evaluate
 from sskd.models import build_model
-from train_student import train
+from sskd.train import train
 
 
 def test_a_runs_folder_is_evaluated_on_its_own_dataset(

@@ -19,13 +19,13 @@ from sskd.errors import UserError
 from sskd.runs.folder import read_config_file
 from sskd.runs.names import CONFIG
 from sskd.runs.run import Run
+from sskd.train import train
 from sskd.training.signals import (
     Interrupted,
     StopSignals,
     forward_scheduler_signal,
     raise_on_sigterm,
 )
-from train_student import train
 
 SIGNALS = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)
 

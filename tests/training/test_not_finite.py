@@ -21,11 +21,11 @@ from sskd.errors import UserError
 from sskd.methods import METHODS, LossOutput, Method, Phase
 from sskd.models import build_model
 from sskd.teachers.assembly import assemble
+from sskd.train import train
 from sskd.training.evaluation import NotFiniteError, predict
 from sskd.training.meter import Meter
 from sskd.training.not_finite import advise, first_lost, is_sound
 from sskd.training.step import set_trainable, train_step
-from train_student import train
 
 NAN, INF = math.nan, math.inf
 TINY = (
