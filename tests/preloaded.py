@@ -21,6 +21,7 @@ MODULES = (
     *(f"sskd.training.{name}" for name in ("acceleration", "trainer", "result")),
     *(f"sskd.teachers.{name}" for name in ("phases", "precompute")),
     "sskd.commands.sweep",
+    "sskd.train",
     "sskd.tracking.tracker",
     "train_student",
     "train_teacher",
