@@ -2,65 +2,67 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
-
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any, TypeVar
 
 from sskd.errors import UserError
-from sskd.files import fsync_folder, is_regular_file, make_durable_folder, read_bounded_text
+from sskd.files import fsync_folder, make_durable_folder
 from sskd.runs.lock import FolderLock, remove_lock_file
 from sskd.runs.names import CONFIG, LAST, MOST_CONFIG, MOST_RESULT, PREVIOUS, RESULT
+from sskd.runs.result import Result
 from sskd.runs.status import current_sweep, forced_in, read_status, write_status
+from sskd.runs.untrusted import read_json, read_yaml
 
-_DEEPEST = 50  # levels; a configuration has five
+R = TypeVar("R", bound=Result)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Return the configuration that a run's folder was made with; UserError if it is not one."""
+    """Return the configuration that a run's folder was made with.
+
+    Raises:
+        UserError: ``path`` cannot be read, or is not a configuration.
+    """
     try:
-        if not is_regular_file(path):
-            raise ValueError("it is not a regular file" if path.exists() else "it is missing")
-        text = read_bounded_text(path, MOST_CONFIG)
-        _refuse_odd_yaml(text)
-        config = OmegaConf.to_container(OmegaConf.create(text))
-        str(config)  # ValueError for an integer of more digits than Python writes
-    except (OSError, OmegaConfBaseException, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: is not a run's configuration; start afresh with force=true")
-    return {str(key): value for key, value in config.items()}
+        return read_yaml(path, MOST_CONFIG)
+    except TypeError:
+        raise UserError(
+            f"{path}: is not a run's configuration; start from scratch with force=true"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
 
 
-def _refuse_odd_yaml(text: str) -> None:
-    """Raise ValueError for what no run writes, and would take without bound, or break, a reader."""
-    depth = 0
-    for event in yaml.parse(text):
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError("it has aliases, which can grow without bound")
-        if isinstance(event, yaml.ScalarEvent) and depth == 0:
-            raise ValueError("it is a single value")
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
-            raise ValueError("it is nested too deeply")
+def read_result_record(folder: Path) -> dict[str, Any] | None:
+    """Return the fields of the result in ``folder``; None if no run has finished there.
 
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """Return the result of the run in ``folder``, or None where none has finished."""
+    Raises:
+        UserError: the file is not a JSON object.
+    """
     path = folder / RESULT
     if not path.exists():
         return None
     try:
-        result = json.loads(read_bounded_text(path, MOST_RESULT)) if is_regular_file(path) else None
-    except (OSError, ValueError, RecursionError):
-        result = None
-    if not isinstance(result, dict):
-        raise UserError(f"{path}: is not a result; start afresh with force=true")
-    return result
+        return read_json(path, MOST_RESULT)
+    except (OSError, ValueError) as error:
+        raise _not_a_result(path, error) from None
+
+
+def read_result(folder: Path, kind: type[R]) -> R | None:
+    """Return the result in ``folder``, of class ``kind``; None if no run has finished there.
+
+    Raises:
+        UserError: the file is not such a result.
+    """
+    record = read_result_record(folder)
+    try:
+        return None if record is None else kind.from_json(record)
+    except ValueError as error:
+        raise _not_a_result(folder / RESULT, error) from None
+
+
+def _not_a_result(path: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(f"{path}: is not a result ({reason}); start from scratch with force=true")
 
 
 def archive_run(folder: Path) -> None:

@@ -29,9 +29,10 @@ from sskd.config import (
 from sskd.data import SOURCES, DatasetSettings
 from sskd.data.reading import abbreviate
 from sskd.errors import UserError, shortened
+from sskd.files import safe_join
 from sskd.output import complain_once
 from sskd.overrides import as_override, flatten
-from sskd.paths import safe_join
+from sskd.runs.folder import read_result_record
 from sskd.runs.names import NAME, RESULT
 from sskd.runs.weightings import CE, FORMER, KD, METHODS
 
@@ -315,16 +316,17 @@ def other_run(content: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return explain_difference(named, wanted)
 
 
-def refuse_other_result(folder: Path, result: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise UserError if the ``result`` that was read in ``folder`` is not that of ``wanted``."""
+def refuse_other_result(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Raise UserError if the result in ``folder`` is not that of the run ``wanted``."""
+    record = read_result_record(folder)
     try:
-        other = other_run(result, wanted)
+        other = other_run(record or {}, wanted)
     except ValueError as error:
         other = str(error)
     if other:
         raise UserError(
-            f"{folder / RESULT}: is the result of another run: {other}; put back this run's, or "
-            "train it again with force=true"
+            f"{folder / RESULT}: is the result of another run: {other}; restore this run's file, "
+            "or train it again with force=true"
         )
 
 

@@ -391,5 +391,5 @@ def test_a_process_that_is_killed_costs_no_cell(tmp_path: Path) -> None:
     text, _ = process.communicate()
     assert process.returncode == 0, text
     assert "warning: a process has died: " in text
-    assert f"goes on in {folder}, " in text
+    assert f"resumes in {folder}, " in text
     assert "2 of 2 cells have finished" in text

@@ -22,10 +22,12 @@ from sskd.methods.kd import KD
 from sskd.models import build_model
 from sskd.optimizers import OPTIMIZERS, OptimizerChoice, SGDSettings
 from sskd.runs.identity import diff_from_recipe, full_config, run_folder, teacher_config
+from sskd.runs.plan import TeacherWeights
+from sskd.runs.result import RunResult, Top1
 from sskd.runs.run import Run
 from sskd.schedule import PhaseSettings
 from sskd.settings import Positive, Share
-from sskd.teachers.find import TeacherWeights, find_teacher
+from sskd.teachers.find import find_teacher
 from sskd.teachers.phases import phase_settings
 from sskd.train import train
 
@@ -165,7 +167,9 @@ def test_a_finished_run_is_found_in_its_folder(
     upgrade(kind)
     after = composed(*words_of(kind), *extra)
     assert folder_of(after) == folder_of(before)
-    assert Run(folder_of(after), full_config(after)).finished() == {"top1": {"last": 50.0}}
+    assert Run(folder_of(after), full_config(after)).finished(RunResult) == RunResult(
+        top1=Top1(last=50.0)
+    )
 
 
 @pytest.mark.parametrize("kind", LATER)
@@ -190,7 +194,7 @@ def test_another_value_is_another_configuration(
     changed = composed(*words_of(kind), f"+{path}={json.dumps(other)}")
     assert folder_of(changed) != folder_of(old)
     with pytest.raises(UserError, match=rf"{path} \({default!r} there, {other!r} here\)"):
-        Run(folder_of(old), full_config(changed)).finished()
+        Run(folder_of(old), full_config(changed)).finished(RunResult)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in LATER if "phase" not in kind])
@@ -268,9 +272,9 @@ def test_a_setting_of_the_recipe_alone_counts_as_the_recipes(
     monkeypatch.setattr(sskd.runs.identity, "_compose", with_ema)
     sskd.runs.identity._recipe.cache_clear()
     same, other = (parse_config({**old.model_dump(), "ema": ema}) for ema in (0.25, 0.5))
-    assert Run(folder_of(old), full_config(same)).finished() == {}
+    assert Run(folder_of(old), full_config(same)).finished(RunResult) == RunResult()
     with pytest.raises(UserError, match=r"ema \(0.25 there, 0.5 here\)"):
-        Run(folder_of(old), full_config(other)).finished()
+        Run(folder_of(old), full_config(other)).finished(RunResult)
     sskd.runs.identity._recipe.cache_clear()
 
 
@@ -287,7 +291,7 @@ def test_what_every_version_has_written_is_never_assumed(composed: Compose, lost
     del node[last]
     OmegaConf.save(kept, path)
     with pytest.raises(UserError, match=rf"{lost} \(None there"):
-        Run(folder_of(config), full_config(config)).finished()
+        Run(folder_of(config), full_config(config)).finished(RunResult)
 
 
 def test_a_real_run_is_finished_in_the_later_version(
@@ -302,4 +306,4 @@ def test_a_real_run_is_finished_in_the_later_version(
             LATER[kind][0](monkeypatch)
     monkeypatch.setitem(METHODS, "vanilla", LaterVanilla)
     sskd.runs.identity._recipe.cache_clear()
-    assert train(composed(*words)) == json.loads(json.dumps(result))
+    assert train(composed(*words)) == result

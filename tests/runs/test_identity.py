@@ -139,9 +139,9 @@ def test_a_run_that_an_earlier_version_named_is_found(
     config_file.write_text(text.replace("  epochs: null\n", "  epochs: 3\n", 1))
     assert config_file.read_text() != text
     capsys.readouterr()
-    assert result["threads"] == torch.get_num_threads()
+    assert result.threads == torch.get_num_threads()
     assert train(given) == result
-    assert f"{older}: finished already" in capsys.readouterr().out
+    assert f"{older}: already finished" in capsys.readouterr().out
 
 
 BENCHMARK = ("weighting=crd_benchmark", "teacher.epoch=last")
@@ -216,8 +216,8 @@ def test_a_run_of_the_first_recipe_is_not_trained_again(
     capsys.readouterr()
     train(config)
     out = capsys.readouterr().out
-    assert f"{older}: {'last top-1' if stopped else 'finished already'}" in out
-    assert ("goes on in" in out) == stopped
+    assert f"{older}: {'last top-1' if stopped else 'already finished'}" in out
+    assert ("resumes in" in out) == stopped
     assert not today.exists()
 
 
