@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from sskd.config import Config
-from sskd.data import load_images, refuse_missing
+from sskd.data import Images, load_images, refuse_missing
 from sskd.device import choose_device, reset_peak_memory, to_device
+from sskd.methods import Method
 from sskd.output import say
 from sskd.runs.folder import archive_run
 from sskd.runs.plan import RunPlan
@@ -40,17 +41,14 @@ def carry_out(
     """
     # ---- the plan ----
     check_environment(config.wandb.mode)
-    is_agent_run = from_command_line and is_agents()
+    agents = from_command_line and is_agents()
     device = choose_device(config.device)
     _train_missing_teacher(config)
     plan = resolve_plan(config)
     run = Run(plan.folder, plan.full_config)
     force = config.force and not forced_in_this_sweep(plan.folder)  # a requeued job resumes
-    if not force and (result := run.finished(RunResult)) is not None:
-        top1 = last_top1(result, plan.folder)
-        say(f"{plan.folder}: already finished, last top-1 {top1:.2f}")
-        if is_agent_run:
-            report_finished(run, plan, result)
+    if not force and (result := _finished(run, plan, agents=agents)):
+        say(f"{plan.folder}: already finished, last top-1 {last_top1(result, plan.folder):.2f}")
         return plan, result
 
     # ---- data, networks, method ----
@@ -60,46 +58,13 @@ def carry_out(
     to_device(method, device)
     fold_teacher(method, device)
 
+    # ---- training ----
     if force:
         archive_run(plan.folder)
     with run.open(wait=wait):
-        if (result := run.finished(RunResult)) is not None:  # another process was faster
-            if is_agent_run:
-                report_finished(run, plan, result)
+        if result := _finished(run, plan, agents=agents):  # another process was faster
             return plan, result
-
-        # ---- every phase, from the last checkpoint on ----
-        phases = list(method.phases())
-        epochs = {phase.name: phase_schedule(phase, config).epochs for phase in phases}
-        checkpoint = run.checkpoints.load(epochs)
-        run.announce(epochs)
-        first = list(epochs).index(checkpoint["stage"]) if checkpoint else 0
-        with Tracker(run, plan, agents=is_agent_run) as tracker:
-            tracker.picture("views", save_views(plan.folder, images, config, method.views))
-            run.metrics.subscribe(tracker.log)
-            if config.teacher and config.teacher.precompute:
-                load_teacher_outputs(method, images, plan)
-            for phase in phases[first:]:
-                if phase.teacher_only and plan.teacher:
-                    for line in load_shared_phase(phase, method, images, plan):
-                        run.metrics.log(line)
-                    continue
-                trainer = Trainer(
-                    phase=phase,
-                    method=method,
-                    checkpointed=method,
-                    images=images,
-                    run=run,
-                    config=config,
-                    eval_model=method.student if phase is phases[-1] else None,
-                )
-                is_current = checkpoint is not None and checkpoint["stage"] == phase.name
-                state = trainer.train(checkpoint if is_current else None)
-
-            # ---- the result ----
-            result = measure_result(run, plan, images, method, state)
-            tracker.summarise(result)
-            run.finish(method.student, result)
+        result = _train_phases(run, plan, method, images, agents=agents)
     say(f"{plan.folder}: last top-1 {result.top1.last:.2f}, best {result.top1.best:.2f}")
     return plan, result
 
@@ -113,3 +78,46 @@ def _train_missing_teacher(config: Config) -> None:
     check_compatible(config)  # before anyone trains a teacher for an impossible pair
     if config.teacher and config.teacher.train:
         carry_out(missing, wait=True, from_command_line=False)
+
+
+def _finished(run: Run, plan: RunPlan, *, agents: bool) -> RunResult | None:
+    """Return the result of a finished run, after a report to the W&B run of an agent."""
+    result = run.finished(RunResult)
+    if result is not None and agents:
+        report_finished(run, plan, result)
+    return result
+
+
+def _train_phases(
+    run: Run, plan: RunPlan, method: Method, images: Images, *, agents: bool
+) -> RunResult:
+    """Train each phase from the last checkpoint on, and record the result."""
+    config, phases = plan.config, list(method.phases())
+    epochs = {phase.name: phase_schedule(phase, config).epochs for phase in phases}
+    checkpoint = run.checkpoints.load(epochs)
+    run.announce(epochs)
+    current = checkpoint["stage"] if checkpoint else phases[0].name
+    with Tracker(run, plan, agents=agents) as tracker:
+        tracker.picture("views", save_views(plan.folder, images, config, method.views))
+        run.metrics.subscribe(tracker.log)
+        if config.teacher and config.teacher.precompute:
+            load_teacher_outputs(method, images, plan)
+        for phase in phases[list(epochs).index(current) :]:
+            if phase.teacher_only and plan.teacher:
+                for line in load_shared_phase(phase, method, images, plan):
+                    run.metrics.log(line)
+                continue
+            trainer = Trainer(
+                phase=phase,
+                method=method,
+                checkpointed=method,
+                images=images,
+                run=run,
+                config=config,
+                eval_model=method.student if phase is phases[-1] else None,
+            )
+            state = trainer.train(checkpoint if checkpoint and phase.name == current else None)
+        result = measure_result(run, plan, images, method, state)
+        tracker.summarise(result)
+        run.finish(method.student, result)
+    return result

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from sskd.errors import CorruptFileError, UserError
 from sskd.output import complain
 from sskd.runs.checkpoint_file import load_checkpoint, save_checkpoint
-from sskd.runs.identity import identity, other_run
+from sskd.runs.comparison import other_run
+from sskd.runs.identity import identity
 from sskd.runs.lock import FolderLock
 from sskd.runs.metrics_log import MetricsLog
 from sskd.runs.names import BEST, DAMAGED, LAST, NAME, PREVIOUS

@@ -1,19 +1,50 @@
-"""What stands in the folder of a run that is not open here, and how it makes way for another."""
+"""The folder of a run that is not open: its name, its configuration, its result, its archive."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sskd.errors import UserError
-from sskd.files import fsync_folder, make_durable_folder
+from sskd.files import fsync_folder, make_durable_folder, safe_join
 from sskd.runs.lock import FolderLock, remove_lock_file
 from sskd.runs.names import CONFIG, LAST, MOST_CONFIG, MOST_RESULT, PREVIOUS, RESULT
 from sskd.runs.result import Result
 from sskd.runs.status import current_sweep, forced_in, read_status, write_status
 from sskd.runs.untrusted import read_json, read_yaml
 
+if TYPE_CHECKING:
+    from sskd.config import Config  # imports torch, which reading a folder does not need
+
 R = TypeVar("R", bound=Result)
+
+
+def run_folder(config: Config, difference: Mapping[str, Any]) -> Path:
+    """Return the folder of a run below ``config.runs``.
+
+    It is ``<dataset>/scratch/<arch>/seed<k>`` or ``<dataset>/distill/<teacher>-<student>/<method>/
+    seed<k>``, followed by 8 hex digits of a hash of ``difference`` if that is not empty, so that
+    two configurations never share a folder.
+
+    Args:
+        difference: the settings that differ from the recipe, by dotted key.
+
+    Raises:
+        UserError: the folder, or one between it and ``config.runs``, is a symbolic link.
+    """
+    if config.teacher is None:
+        parts = ["scratch", config.student.name]
+    else:
+        pair = f"{config.teacher.name}-{config.student.name}"
+        parts = ["distill", pair, config.method.name]
+    name = f"seed{config.seed}"
+    if difference:
+        text = json.dumps(difference, sort_keys=True)
+        name += f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return safe_join(Path(config.runs), config.dataset.name, *parts, name)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -66,34 +97,34 @@ def _not_a_result(path: Path, error: Exception) -> UserError:
 
 
 def archive_run(folder: Path) -> None:
-    """Move a run's folder into ``.old/`` beside it, and begin a new one in its place.
+    """Move a run's folder into ``.old/`` beside it, and create a new one in its place.
 
-    Its status tells which sweeps did that, so that a job that comes back goes on with it. A
-    folder in which nothing but a status stands is left where it is.
+    The status of the new one names the sweeps that did so, so that a requeued job resumes the new
+    run. A folder with nothing but a status stays in place.
 
     Raises:
-        UserError: it cannot be moved.
+        UserError: the folder cannot be moved.
         OSError: the new one cannot be written.
     """
     status = read_status(folder)
     if any((folder / name).exists() for name in (CONFIG, LAST, PREVIOUS, RESULT)):
         _move_to_old(folder)
-    told = {"command": status["command"]} if "command" in status else {}
+    details = {"command": status["command"]} if "command" in status else {}
     sweep = current_sweep()
     forced = [*forced_in(status), *([sweep] if sweep else [])]
-    write_queued(folder, forced=forced, **told)
+    write_queued(folder, forced=forced, **details)
 
 
 def write_queued(folder: Path, **details: Any) -> None:
-    """Say that the run in ``folder``, which is made if it is missing, is to be started.
+    """Write the status of a run that waits for its start in ``folder``, created if missing.
 
     Raises:
-        BusyError: another process is at work in it.
+        BusyError: another process is working in it.
         OSError: it cannot be written.
     """
     make_durable_folder(folder)
     lock = FolderLock(folder)
-    lock.acquire(watch=False)  # a process that died there is handled by its own job
+    lock.acquire(watch=False)  # the run's own job handles a process that died there
     try:
         write_status(folder, "queued", still_ours=lock.check, **details)
     finally:
@@ -107,7 +138,7 @@ def _move_to_old(folder: Path) -> None:
         if old.is_symlink():
             raise UserError(f"{old}: is a symbolic link; put the folder itself there")
         make_durable_folder(old)
-        target = old / f"{folder.name}-{_last_put_aside(folder) + 1}"
+        target = old / f"{folder.name}-{_last_archived(folder) + 1}"
         lock.check()
         folder.rename(target)
         fsync_folder(old)
@@ -119,8 +150,8 @@ def _move_to_old(folder: Path) -> None:
         lock.release()
 
 
-def _last_put_aside(folder: Path) -> int:
-    """Return the number of the latest run that was put aside from ``folder``, or 0."""
+def _last_archived(folder: Path) -> int:
+    """Return the highest number of an archived run of ``folder``, or 0."""
     names = [path.name for path in (folder.parent / ".old").glob(f"{folder.name}-*")]
     numbers = [name.removeprefix(f"{folder.name}-") for name in names]
     return max((int(number) for number in numbers if number.isdecimal()), default=0)

@@ -15,11 +15,12 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from sskd.errors import BusyError, UserError
-from sskd.files import make_durable_folder, stale_temporaries, write_at, write_text
+from sskd.files import make_durable_folder, stale_temporaries, write_text
 from sskd.models import save_weights
 from sskd.runs.checkpoints import Checkpoints
+from sskd.runs.comparison import explain_difference, refuse_other_result
 from sskd.runs.folder import read_config_file, read_result
-from sskd.runs.identity import explain_difference, identity, refuse_other_result
+from sskd.runs.identity import identity
 from sskd.runs.lock import FolderLock
 from sskd.runs.metrics_log import MetricsLog
 from sskd.runs.names import CONFIG, LAST, NAME, PREVIOUS, RESULT, WEIGHTS
@@ -40,8 +41,8 @@ class Run:
     (``sskd.runs.identity.identity``).
 
     Attributes:
-        folder: the folder.
-        config: the full configuration, as ``config.yaml`` keeps it.
+        folder, config: the folder, and the full configuration as ``config.yaml`` keeps it.
+        lock: the lock of the folder, to be checked before each write.
         metrics: the lines of ``metrics.jsonl``.
         checkpoints: what the run resumes from, and its best weights.
     """
@@ -49,33 +50,31 @@ class Run:
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self.folder = folder
         self.config = config
-        self._lock = FolderLock(folder)
-        self.metrics = MetricsLog(folder, self._lock)
-        self.checkpoints = Checkpoints(folder, config, self._lock, self.metrics)
+        self.lock = FolderLock(folder)
+        self.metrics = MetricsLog(folder, self.lock)
+        self.checkpoints = Checkpoints(folder, config, self.lock, self.metrics)
 
     def open(self, *, wait: bool = False) -> Self:
         """Lock the folder, which is created if it is missing.
 
         Args:
-            wait: wait for another process that has it open, instead of an error. Several jobs of
-                a sweep need such a run, so one that failed in this sweep is not tried again.
+            wait: wait for another process that has it open, instead of an error. A run that
+                failed in this sweep is then not tried again, since several jobs need it.
 
         Raises:
             BusyError: another process is working in it.
-            UserError: the folder cannot be written, holds a run of another configuration, or one
-                that is waited for failed in this sweep.
+            UserError: the folder cannot be written, or holds a run of another configuration.
         """
         try:
             make_durable_folder(self.folder)
-            self._lock.acquire(wait=wait)
+            self.lock.acquire(wait=wait)
         except OSError as error:
-            raise UserError(
-                f"{self.folder}: cannot be written ({error.strerror}); "
-                "choose another folder with runs=FOLDER"
-            ) from None
+            reason = f"cannot be written ({error.strerror})"
+            raise UserError(f"{self.folder}: {reason}; use another runs=FOLDER") from None
         try:
-            if wait:
-                self._refuse_failed()
+            if wait and (reason := failed_in_this_sweep(self.folder)):
+                reason = reason.removeprefix(f"{self.folder}: ")
+                raise UserError(f"{self.folder}: already failed in this sweep: {reason}")
             self._enter()
         except BaseException:
             self.close()
@@ -84,7 +83,7 @@ class Run:
 
     def close(self) -> None:
         """Release the lock of the folder."""
-        self._lock.release()
+        self.lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -94,25 +93,20 @@ class Run:
     ) -> None:
         finished = (self.folder / RESULT).exists()  # a later error is not a failure of the run
         if error is not None and not isinstance(error, BusyError) and not finished:
-            write_failure(self.folder, error, still_ours=self._lock.check)
+            write_failure(self.folder, error, still_ours=self.lock.check)
         self.close()
-
-    def _refuse_failed(self) -> None:
-        if reason := failed_in_this_sweep(self.folder):
-            reason = reason.removeprefix(f"{self.folder}: ")
-            raise UserError(f"{self.folder}: already failed in this sweep: {reason}")
 
     def _enter(self) -> None:
         refuse_odd_entries(self.folder)
         # An earlier holder that is suspended during a write finds its temporary file gone.
         for path in stale_temporaries(self.folder):
-            self._lock.check()
+            self.lock.check()
             path.unlink(missing_ok=True)  # a sweep that queues this run may be writing
         if any((self.folder / name).exists() for name in (LAST, PREVIOUS, RESULT)):
             self._refuse_other_config()
         else:
             text = OmegaConf.to_yaml(OmegaConf.create(dict(self.config)))
-            with self._lock.writing() as still_ours:
+            with self.lock.writing() as still_ours:
                 write_text(self.folder / CONFIG, text, still_ours=still_ours)
         if not (self.folder / RESULT).exists():
             self._write_status("running")
@@ -122,7 +116,7 @@ class Run:
         self._write_status("running", epochs=dict(epochs))
 
     def _write_status(self, state: Any, **details: Any) -> None:
-        with self._lock.writing() as still_ours:
+        with self.lock.writing() as still_ours:
             write_status(self.folder, state, still_ours=still_ours, **details)
 
     def _refuse_other_config(self) -> None:
@@ -134,9 +128,7 @@ class Run:
             )
 
     def finished(self, kind: type[R]) -> R | None:
-        """Return the result, of class ``kind``, if the run has finished, else None.
-
-        The folder need not be open.
+        """Return the result if the run has finished, else None; the folder need not be open.
 
         Raises:
             UserError: the folder's finished run has another configuration.
@@ -147,11 +139,6 @@ class Run:
             refuse_other_result(self.folder, self.config)
         return result
 
-    def write_at(self, name: str, offset: int, data: bytes, *, sync: bool) -> None:
-        """Write ``data`` into the folder's file ``name`` (``sskd.files.write_at``)."""
-        with self._lock.writing() as still_ours:
-            write_at(self.folder / name, offset, data, sync=sync, still_ours=still_ours)
-
     def finish(self, model: nn.Module | None, result: Result) -> None:
         """Write the weights of ``model``, if there is one, and then the result.
 
@@ -159,7 +146,7 @@ class Run:
         """
         values = result.to_json()
         metadata = {key: values[key] for key in _METADATA if key in values}
-        with self._lock.writing() as still_ours:
+        with self.lock.writing() as still_ours:
             if model is not None:
                 save_weights(self.folder / WEIGHTS, model, metadata, still_ours=still_ours)
             text = json.dumps({**values, NAME: identity(self.config)}, indent=2) + "\n"

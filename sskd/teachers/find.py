@@ -19,20 +19,17 @@ from sskd.models import (
     recognise,
     weights_digest,
 )
-from sskd.runs.folder import read_config_file, read_result
-from sskd.runs.identity import (
+from sskd.runs.comparison import explain_difference, is_run_of, refuse_other_result
+from sskd.runs.folder import read_config_file, read_result, run_folder
+from sskd.runs.identity import full_config
+from sskd.runs.names import BEST, CONFIG, WEIGHTS
+from sskd.runs.plan import RunPlan, TeacherWeights
+from sskd.runs.recipe import (
     diff_from_recipe,
     earlier_diffs_from_recipe,
-    explain_difference,
-    full_config,
-    is_of,
-    refuse_other_result,
-    run_folder,
     teacher_config,
     training_command,
 )
-from sskd.runs.names import BEST, CONFIG, WEIGHTS
-from sskd.runs.plan import RunPlan, TeacherWeights
 from sskd.runs.result import RunResult
 
 _FILES = {"best": BEST, "last": WEIGHTS}
@@ -139,7 +136,7 @@ def _earlier_folders(config: Config, digest: dict[str, str]) -> Iterator[Path]:
     for earlier in earlier_diffs_from_recipe(config):
         with suppress(UserError):  # it is a link, or its configuration cannot be read
             folder = run_folder(config, earlier | digest)
-            if folder.is_dir() and is_of(config, read_config_file(folder / CONFIG)):
+            if folder.is_dir() and is_run_of(config, read_config_file(folder / CONFIG)):
                 yield folder
 
 

@@ -27,6 +27,7 @@ from sskd.config import Config
 from sskd.data import CROPS, Images, Loader
 from sskd.device import inference_batch_size
 from sskd.errors import UserError
+from sskd.files import write_at
 from sskd.methods import Method
 from sskd.methods.base import forward_in_chunks
 from sskd.output import say
@@ -149,7 +150,9 @@ class _Writer:
         data = rows.cpu().view(torch.uint8).numpy().tobytes()
         done = first + len(rows)
         save = save or done == self._layout.images
-        self._run.write_at(OUTPUTS, first * self._layout.image_size, data, sync=save)
+        path, offset = self._run.folder / OUTPUTS, first * self._layout.image_size
+        with self._run.lock.writing() as still_ours:
+            write_at(path, offset, data, sync=save, still_ours=still_ours)
         self._digest.update(data)
         seconds = time.monotonic() - self._started
         self.point = ResumePoint(done, seconds, self._digest.hexdigest())

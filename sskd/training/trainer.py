@@ -126,8 +126,7 @@ class Trainer:
 
     def _end_epoch(self, started: float) -> None:
         state, meter = self.checkpoint.state, self.checkpoint.meter
-        # Waits for the device, so the time is that of the whole epoch.
-        metrics = self._finite.checked_metrics(meter, self.loader.position)
+        metrics = self._finite.checked_metrics(meter, self.loader.position)  # waits for the device
         state.epoch_seconds = time.monotonic() - started
         if self.eval_model is not None:
             metrics |= self._evaluate(self.eval_model)

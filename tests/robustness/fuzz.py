@@ -70,8 +70,8 @@ def read(path: Path) -> str:
     from sskd.errors import CorruptFileError, UserError
     from sskd.models import read_checkpoint
     from sskd.runs.checkpoint_file import load_checkpoint
+    from sskd.runs.comparison import explain_difference
     from sskd.runs.folder import read_config_file, read_result
-    from sskd.runs.identity import explain_difference
     from sskd.runs.result import RunResult
 
     try:

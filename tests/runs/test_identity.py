@@ -19,13 +19,10 @@ from sskd.commands.sweep import Sweep
 from sskd.config import Config
 from sskd.data import Images
 from sskd.models import build_model
-from sskd.runs.identity import (
-    diff_from_recipe,
-    earlier_diffs_from_recipe,
-    explain_difference,
-    full_config,
-    run_folder,
-)
+from sskd.runs.comparison import explain_difference
+from sskd.runs.folder import run_folder
+from sskd.runs.identity import full_config
+from sskd.runs.recipe import diff_from_recipe, earlier_diffs_from_recipe
 from sskd.teachers.find import missing_teacher, run_location
 from sskd.train import train
 from sskd.training.result import _circumstances

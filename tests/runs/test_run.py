@@ -38,9 +38,10 @@ from sskd.methods import METHODS, build_method
 from sskd.models import build_model, load_weights, weights_digest
 from sskd.runs.checkpoint_file import load_checkpoint, save_checkpoint
 from sskd.runs.checkpoints import Checkpoints
-from sskd.runs.identity import diff_from_recipe, run_folder, teacher_config, training_command
+from sskd.runs.folder import run_folder
 from sskd.runs.metrics_log import MetricsLog
 from sskd.runs.plan import TeacherWeights
+from sskd.runs.recipe import diff_from_recipe, teacher_config, training_command
 from sskd.runs.run import Run
 from sskd.runs.status import SWEEP_VARIABLE, forced_in_this_sweep, read_status
 from sskd.teachers.assembly import assemble
