@@ -226,7 +226,7 @@ def test_the_front_page_lists_every_method() -> None:
 
 
 def test_the_front_page_has_the_measured_costs() -> None:
-    """The cost of a method is that of its last phase: the file lists phases in their order."""
+    """A method's cost is the cost of its last phase. The file lists the phases in order."""
     cost: dict[tuple[str, str], str] = {}
     pair = ""
     for line in read("results/method_cost.md").splitlines():
