@@ -29,8 +29,7 @@ from sskd.files import expanded
 from sskd.methods import METHODS, Method
 from sskd.models import ARCHITECTURES
 from sskd.optimizers import OPTIMIZERS
-from sskd.overrides import flatten
-from sskd.runs.weightings import about_renamed
+from sskd.overrides import about_renamed, flatten
 from sskd.schedule import Gamma, Milestones
 from sskd.settings import (
     Count,
