@@ -13,10 +13,9 @@ from pathlib import Path
 from sskd.errors import UserError, mask_unprintable, shortened
 from sskd.output import complain, output_status, reader_has_gone, say, steady_output
 from sskd.report.files import write_files
-from sskd.report.render import render_text
+from sskd.report.render import count_states, render_status, render_text
 from sskd.report.report import Report, read_report
-from sskd.report.result import Epoch
-from sskd.report.status import count_states, render_status
+from sskd.report.results import Epoch
 from sskd.runs.names import RESULT
 
 DESCRIPTION = """\
@@ -62,7 +61,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace) -> None:
     warn = _Warner()
     report = read_report(Path(arguments.runs), warn)
-    if not (report.cells if arguments.status else report.results):
+    if not (report.jobs if arguments.status else report.results):
         raise UserError(
             f"no finished run: no readable {RESULT} under '{arguments.runs}'; train a network"
             " with 'python train_teacher.py dataset=digits arch=resnet20', or name the folder of"
@@ -71,7 +70,7 @@ def _show(arguments: argparse.Namespace) -> None:
     written = _write(report, arguments, warn)
     _say(_status(report) if arguments.status else _tables(report, arguments))
     if not arguments.status and report.unfinished():
-        say(f"\n{count_states(report.cells)} (--status lists them)")
+        say(f"\n{count_states(report.jobs)} (--status lists them)")
     if written:
         _say(f"\n{written}")
     if arguments.wandb is not None:
@@ -85,7 +84,7 @@ def _watch(arguments: argparse.Namespace) -> None:
     written = ""
     while not reader_has_gone():
         report = read_report(Path(arguments.runs), warn)
-        now = (report.results, [(cell.folder, cell.state) for cell in report.cells])
+        now = (report.results, [(cell.folder, cell.state) for cell in report.jobs])
         if now != before:  # an epoch more is not worth the time that plots take
             written = _write(report, arguments, warn)
         before = now
@@ -114,7 +113,7 @@ def _tables(report: Report, arguments: argparse.Namespace) -> str:
 
 def _status(report: Report) -> str:
     now = datetime.now().astimezone()
-    return render_status(report.cells, shutil.get_terminal_size().columns, now)
+    return render_status(report.jobs, shutil.get_terminal_size().columns, now)
 
 
 def _write(report: Report, arguments: argparse.Namespace, warn: _Warner) -> str:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from sskd.errors import UserError
 from sskd.files import write_atomically
-from sskd.report.latex import render_latex
-from sskd.report.render import render_markdown
+from sskd.report.render import render_latex, render_markdown
 from sskd.report.report import Report
-from sskd.report.result import Epoch
+from sskd.report.results import Epoch
 
 SUFFIXES = (".md", ".csv", ".tex", ".html")
 

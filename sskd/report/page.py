@@ -13,12 +13,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sskd.errors import mask_unprintable
-from sskd.report.canvas import INK, PAPER
-from sskd.report.gains import GAIN_LEGEND
-from sskd.report.groups import Entry
+from sskd.report.groups import GAIN_LEGEND, Entry
+from sskd.report.plots import INK, PAPER
+from sskd.report.published import STUDENT_ROW, TEACHER_ROW
+from sskd.report.render import count_states, describe_progress
 from sskd.report.report import Report
-from sskd.report.rows import STUDENT_ROW, TEACHER_ROW
-from sskd.report.status import count_states, describe_progress
 from sskd.report.tables import EPOCH_TITLES, Table
 
 FULL_DIFFERENCE = 2.0  # points of top-1 from which a difference has its full colour
@@ -61,7 +60,7 @@ def render_page(report: Report, figures: Mapping[str, tuple[str, bytes]], made: 
         runs=mask_unprintable(str(report.runs)),
         made=made,
         results=len(report.results),
-        states=count_states(report.cells),
+        states=count_states(report.jobs),
         commits=Counter(result.commit or "not recorded" for result in report.results),
         epochs=EPOCH_TITLES,
         tables=[_view(table) for table in tables if table.epoch],

@@ -7,10 +7,16 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from sskd.report.groups import NETWORKS_TABLE, Entry, Group, build_groups
-from sskd.report.published import SAME_TEACHER, Pair, is_comparable
-from sskd.report.result import Epoch, Result
-from sskd.report.rows import RowKey, row_label
+from sskd.report.groups import (
+    NETWORKS_TABLE,
+    Entry,
+    Group,
+    build_groups,
+    network_entries,
+    network_runs,
+)
+from sskd.report.published import SAME_TEACHER, Pair, RowKey, is_comparable, row_label
+from sskd.report.results import Epoch, Result
 
 COST_TITLE = "cost and agreement, means over seeds"
 EPOCH_TITLES: dict[Epoch, str] = {"last": "last epoch", "best": "best epoch on the test set"}
@@ -64,7 +70,7 @@ def build_tables(results: Iterable[Result], epoch: Epoch) -> list[Table]:
         own = [table for group in groups for table in _group_tables(group)]
         # What is made from scratch is shared by the groups, and shown where no pair shows it.
         shown = {network for group in groups for pair in group.pairs() for network in pair}
-        if runs := groups[0].network_runs(shown):
+        if runs := network_runs(groups[0], shown):
             own.append(_networks_table(groups[0], runs))
         last = max(index for index, table in enumerate(own) if table.entries)
         own[last] = replace(own[last], notes=_notes(groups))
@@ -103,7 +109,7 @@ def _commits_in_one_mean(groups: Iterable[Group]) -> list[str]:
     """Return the commits whose runs share a row, shortened."""
     shared: set[str] = set()
     for group in groups:
-        rows = [group.network_runs(())]
+        rows = [network_runs(group, ())]
         rows += [group.pair_runs(pair) for pair in group.pairs()]
         for runs in (runs for of in rows for runs in of.values()):
             commits = {run.commit or "not recorded" for run in runs}
@@ -164,7 +170,7 @@ def _rerun_rows(
 
 def _networks_table(group: Group, runs: dict[RowKey, list[Result]]) -> Table:
     rows = []
-    entries = group.network_entries(runs)
+    entries = network_entries(group, runs)
     for key, found in runs.items():
         sizes = " or ".join(f"{size:,}" for size in sorted({run.parameters for run in found}))
         top1, *published = _lines(entries[key])

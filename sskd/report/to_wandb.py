@@ -12,8 +12,8 @@ import wandb
 from sskd.output import say
 from sskd.report.files import write_files
 from sskd.report.groups import Entry
+from sskd.report.published import display_name, row_label
 from sskd.report.report import Report
-from sskd.report.rows import display_name, row_label
 from sskd.tracking.session import open_run, sync_later
 
 # What sets a row of the table of results apart; see ``sskd.report.groups.Entry``.

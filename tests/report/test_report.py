@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from report_runs import RESULT
 
+from sskd.report.disambiguation import distinct_results
 from sskd.report.groups import Entry
 from sskd.report.render import render_text
-from sskd.report.result import Result
-from sskd.report.results import read_results
+from sskd.report.results import Result, read_results
 from sskd.report.tables import Table, build_tables
 
 PUBLISHED_ORDER = [
@@ -38,7 +38,7 @@ def read(root: Path, *records: dict[str, Any]) -> list[Result]:
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps(values))
     warnings: list[str] = []
-    results = read_results(root, warnings.append)
+    results = distinct_results(read_results(root, warnings.append), warnings.append)
     assert warnings == []
     return results
 

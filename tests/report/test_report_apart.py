@@ -16,8 +16,8 @@ from report_runs import never, put_alone, put_run
 from sskd.data import SOURCES
 from sskd.report.figures import draw_figures
 from sskd.report.groups import Entry
-from sskd.report.origin import FIXED, read_origin
 from sskd.report.report import Report, read_report
+from sskd.report.results import FIXED_SOURCES, read_origin
 from sskd.runs.names import CONFIG
 from train_student import train
 
@@ -125,7 +125,7 @@ def test_a_borrowed_name_gets_no_published_figure(
 
 def test_the_fixed_sources_are_those_of_the_suite() -> None:
     fixed = {name for name, reader in SOURCES.items() if reader.fingerprint.__name__ == "fixed"}
-    assert fixed == FIXED
+    assert fixed == FIXED_SOURCES
 
 
 def test_a_teacher_stands_with_its_own_data(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from sskd.report.__main__ import main
+from sskd.report.disambiguation import distinct_results
 from sskd.report.results import read_results
 
 RESULT = """{
@@ -35,7 +36,8 @@ def put(root: Path, folder: str, text: str = RESULT, **changes: Any) -> Path:
 def read(root: Path) -> tuple[list[int], list[str]]:
     """Return the seeds that were read, and the warnings."""
     warnings: list[str] = []
-    return [result.seed for result in read_results(root, warnings.append)], warnings
+    results = distinct_results(read_results(root, warnings.append), warnings.append)
+    return [result.seed for result in results], warnings
 
 
 def without(key: str) -> str:

@@ -17,12 +17,20 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from report_runs import epoch_line, never, put_alone, put_metrics, put_run
 
-from sskd.report.figures import as_png, as_svg, draw_figures
-from sskd.report.gains import pair_gains
-from sskd.report.metrics import LOSS, WEIGHTED, loss_curves, read_metrics, top1_curve
-from sskd.report.plots import spread_out
+from sskd.report.figures import (
+    LOSS,
+    WEIGHTED,
+    as_png,
+    as_svg,
+    draw_figures,
+    loss_curves,
+    top1_curve,
+)
+from sskd.report.groups import pair_gains
+from sskd.report.metrics import read_metrics
+from sskd.report.plots import avoid_overlap
+from sskd.report.published import KD, STUDENT
 from sskd.report.report import read_report
-from sskd.report.rows import KD, STUDENT
 
 PAIR = ("resnet56", "resnet20")
 
@@ -121,7 +129,7 @@ def test_figures_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
     odd: dict[str, Any] = {"a": math.nan, "b": math.inf, "c": "1", "d": True, "e": None, "\x1b": 1}
     put_metrics(tmp_path, [{"stage": "a", "epoch": 1, "good": 1, **odd, "f": 10**400, "g": -1e31}])
     (line,) = read_metrics(tmp_path, never)
-    assert line.figures == {"epoch": 1.0, "good": 1.0}
+    assert line.metrics == {"epoch": 1.0, "good": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -129,7 +137,7 @@ def test_figures_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
     [([0.5], 0.1), ([0.0, 0.0, 0.0], 0.1), ([0.9, 0.95, 1.0], 0.2), ([0.1, 0.5, 0.52], 0.05)],
 )
 def test_labels_are_moved_apart_within_the_panel(places: list[float], gap: float) -> None:
-    moved = spread_out(places, gap)
+    moved = avoid_overlap(places, gap)
     assert all(b - a >= gap - 1e-9 for a, b in pairwise(moved))
     assert min(moved) >= 0
     assert max(moved) <= 1

@@ -18,8 +18,7 @@ from report_runs import never, put_run, put_status
 
 from sskd.errors import mask_unprintable
 from sskd.report.__main__ import main
-from sskd.report.latex import render_latex
-from sskd.report.render import render_csv, render_markdown, render_text
+from sskd.report.render import render_csv, render_latex, render_markdown, render_text
 from sskd.report.report import read_report
 from sskd.report.tables import Table
 

@@ -17,8 +17,8 @@ from report_runs import never, put_alone, put_run, put_status
 
 from sskd.report.__main__ import main
 from sskd.report.figures import as_svg, draw_figures
-from sskd.report.latex import render_latex
 from sskd.report.page import render_page
+from sskd.report.render import render_latex
 from sskd.report.report import Report, read_report
 
 VOID = {"meta", "br", "input", "link", "img", "hr"}

@@ -11,9 +11,9 @@ import pytest
 from report_runs import epoch_line, never, put_metrics, put_run, put_status
 
 from sskd.report import __main__ as command
-from sskd.report.cells import Cell, read_cells
+from sskd.report.render import render_status
 from sskd.report.report import Report, read_report
-from sskd.report.status import render_status
+from sskd.report.status import Job, read_jobs
 from sskd.runs.lock import FolderLock
 
 DISTILL = "cifar100/distill/resnet56-resnet20"
@@ -35,8 +35,8 @@ def hold() -> Iterator[Hold]:
         lock.release()
 
 
-def only_cell(root: Path) -> Cell:
-    (cell,) = read_cells(root, never)
+def only_cell(root: Path) -> Job:
+    (cell,) = read_jobs(root, never)
     return cell
 
 
@@ -46,7 +46,7 @@ def test_a_cell_of_each_state_in_the_order_of_the_lists(tmp_path: Path, hold: Ho
     (tmp_path / "finished" / "result.json").write_text("{}")
     hold(put_status(tmp_path / "running", "running"))
     put_status(tmp_path / "dead", "running")
-    cells = read_cells(tmp_path, never)
+    cells = read_jobs(tmp_path, never)
     assert [(cell.name, cell.state) for cell in cells] == [
         *((state, state) for state in ("running", "queued", "stopped")),
         ("dead", "interrupted"),
@@ -67,7 +67,7 @@ def test_folders_without_a_status(tmp_path: Path) -> None:
     put_status(tmp_path / ".old" / "seed0-1", "failed")
     put_status(tmp_path.parent / "elsewhere", "failed")
     (tmp_path / "link").symlink_to(tmp_path.parent / "elsewhere")
-    assert {cell.name: cell.state for cell in read_cells(tmp_path, never)} == {
+    assert {cell.name: cell.state for cell in read_jobs(tmp_path, never)} == {
         "old": "finished",
         "fell over after its result": "finished",
         "checkpoint": "stopped",
@@ -96,8 +96,8 @@ def test_what_a_status_may_lack_or_have_wrong(tmp_path: Path, hold: Hold, since:
     hold(folder)
     (folder / "metrics.jsonl").write_text("{\n\xff\n[]\n" + '{"stage": "a", "epoch": 1e999}\n')
     warnings: list[str] = []
-    (cell,) = read_cells(tmp_path, warnings.append)
-    assert cell == Cell(Path("run"), "running")
+    (cell,) = read_jobs(tmp_path, warnings.append)
+    assert cell == Job(Path("run"), "running")
     assert len(warnings) == 1
     assert "4 of 4 lines" in warnings[0]
 
@@ -107,10 +107,10 @@ def test_a_damaged_status_is_told_and_taken_for_none(tmp_path: Path, text: str) 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "status.json").write_bytes(text.encode("latin-1"))
     warnings: list[str] = []
-    assert read_cells(tmp_path, warnings.append) == []
+    assert read_jobs(tmp_path, warnings.append) == []
     assert len(warnings) == 1
     (tmp_path / "run" / "last.pt").touch()
-    assert [cell.state for cell in read_cells(tmp_path, warnings.append)] == ["stopped"]
+    assert [cell.state for cell in read_jobs(tmp_path, warnings.append)] == ["stopped"]
 
 
 def test_a_status_that_is_a_pipe_or_a_link_is_not_opened(tmp_path: Path) -> None:
@@ -121,14 +121,14 @@ def test_a_status_that_is_a_pipe_or_a_link_is_not_opened(tmp_path: Path) -> None
     (tmp_path / "link" / "status.json").symlink_to(secret / "status.json")
     (tmp_path / "link" / "last.pt").touch()
     (tmp_path / "link" / "metrics.jsonl").symlink_to(secret / "status.json")
-    assert read_cells(tmp_path, never) == [Cell(Path("link"), "stopped")]
+    assert read_jobs(tmp_path, never) == [Job(Path("link"), "stopped")]
 
 
 def test_text_fits_the_width_and_tells_errors(tmp_path: Path) -> None:
     since = NOW - timedelta(hours=2)
-    long = Cell(Path("d" * 60), "failed", since=since, host="node1", error="an error of words " * 9)
-    day = Cell(Path("short"), "stopped", since=since - timedelta(days=1), host="node2")
-    text = render_status([long, day, Cell(Path("x"), "finished")], 80, NOW)
+    long = Job(Path("d" * 60), "failed", since=since, host="node1", error="an error of words " * 9)
+    day = Job(Path("short"), "stopped", since=since - timedelta(days=1), host="node2")
+    text = render_status([long, day, Job(Path("x"), "finished")], 80, NOW)
     assert text.startswith("1 stopped · 1 failed · 1 finished\n")
     assert max(map(len, text.splitlines())) <= 80
     assert text.count("an error of words") == text.count("an error")

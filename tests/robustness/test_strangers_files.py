@@ -23,9 +23,9 @@ import sskd.runs.status
 from sskd.errors import UserError
 from sskd.files import read_bounded, read_lines
 from sskd.models import read_checkpoint
-from sskd.report.cells import read_cells
 from sskd.report.metrics import read_metrics
 from sskd.report.results import read_results
+from sskd.report.status import read_jobs
 from sskd.runs.checkpoint_file import CorruptFileError, load_checkpoint, save_checkpoint
 from sskd.runs.folder import archive_run, read_config_file, read_result
 from sskd.runs.run import Run
@@ -98,7 +98,7 @@ def test_files_without_end_are_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: it has more than"):
             Run(run, {}).read_metrics()
         assert len(run_id(run, "name")) == 16
-        for read in (read_results, read_cells):
+        for read in (read_results, read_jobs):
             warnings: list[str] = []
             read(tmp_path, warnings.append)
             assert all("more than" in line for line in warnings)
@@ -113,7 +113,7 @@ def test_a_report_names_a_file_without_end(tmp_path: Path, name: str) -> None:
     warnings: list[str] = []
     with in_time():
         if name == "status.json":
-            assert read_cells(tmp_path, warnings.append) == []
+            assert read_jobs(tmp_path, warnings.append) == []
             assert read_status(tmp_path) == {}
         else:
             assert read_results(tmp_path, warnings.append) == []
@@ -307,7 +307,7 @@ def test_a_run_too_deep_for_the_report_is_one_warning(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         put_run(deepest, name)
         make_deep(deepest / name, 100)
-    for read in (read_results, read_cells):
+    for read in (read_results, read_jobs):
         warnings: list[str] = []
         assert len(read(tmp_path, warnings.append)) == 1
         line = told(warnings)
