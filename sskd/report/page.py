@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -20,13 +20,13 @@ from sskd.report.render import count_states, describe_progress
 from sskd.report.report import Report
 from sskd.report.tables import EPOCH_TITLES, Table
 
-FULL_DIFFERENCE = 2.0  # points of top-1 from which a difference has its full colour
+FULL_DIFFERENCE = 2.0  # points of top-1 from which the colour is full
 BY_DIFFERENCE = f"Colours: ours - published, full from {FULL_DIFFERENCE:g} points."
 
 
 @dataclass(frozen=True)
 class CellView:
-    """A cell of a page's table: its lines, what it sorts by, and its colour from -1 to 1."""
+    """A cell as the page shows it: its lines, the value to sort by, and a shade from -1 to 1."""
 
     lines: list[str]
     value: float | None = None
@@ -35,7 +35,7 @@ class CellView:
 
 @dataclass(frozen=True)
 class TableView:
-    """A table as the page shows it."""
+    """A table as the page shows it, with the legend of its colours."""
 
     table: Table
     rows: list[list[CellView]]
@@ -43,9 +43,9 @@ class TableView:
 
 
 def render_page(report: Report, figures: Mapping[str, tuple[str, bytes]], made: datetime) -> str:
-    """Return the page, made at the moment ``made``.
+    """Return the page, dated ``made``.
 
-    ``figures`` are the titles and SVG files of ``figures.draw_figures`` by name.
+    ``figures`` has the title and the SVG file of each of ``figures.draw_figures`` by name.
     """
     environment = Environment(
         loader=PackageLoader(__package__, "templates"),
@@ -73,7 +73,7 @@ def render_page(report: Report, figures: Mapping[str, tuple[str, bytes]], made: 
 
 
 def _both_epochs(report: Report) -> Iterator[Table]:
-    """Yield each table at the last epoch and, where it depends on that, at the best."""
+    """Yield each table at the last epoch and, if it depends on the epoch, at the best."""
     for last, best in zip(report.tables("last"), report.tables("best"), strict=True):
         yield last
         if best.epoch:
@@ -81,35 +81,38 @@ def _both_epochs(report: Report) -> Iterator[Table]:
 
 
 def _view(table: Table) -> TableView:
-    gains = {id(entry): gain for entry, gain in _gains_over_student(table.entries)}
-    compared = any(entry.published is not None for entry in table.entries)
-    full = FULL_DIFFERENCE if compared else max(map(abs, gains.values()), default=0.0) or 1.0
-
-    def shade(entry: Entry) -> float | None:
-        points = entry.difference if compared else gains.get(id(entry))
-        return None if points is None else max(-1.0, min(1.0, points / full))
-
-    def cell(text: str, entry: Entry | None) -> CellView:
-        lines = text.split("\n")
-        return (
-            CellView(lines, entry.mean, shade(entry)) if entry else CellView(lines, _number(text))
-        )
-
+    shades, legend = _shades([cell.entry for row in table.rows for cell in row if cell.entry])
     rows, above = [], ""
     for index, row in enumerate(table.rows):
-        placed = table.placed[index] if table.placed else (None,) * len(row)
-        above = row[0] or above  # a label that is not repeated must be, where rows move
-        # The labels sort into the order in which the rows were laid out.
-        labels = [CellView(text.split("\n"), index) for text in (above, *row[1 : table.labels])]
-        others = zip(row[table.labels :], placed, strict=False)
-        rows.append([*labels, *(cell(text, entry) for text, entry in others)])
-    legend = BY_DIFFERENCE if compared and table.placed else ""
-    if gains and not compared:
+        # The table shows a repeated label once; sorting moves the rows, so here each row has it.
+        above = row[0].text or above
+        labels = [above, *(cell.text for cell in row[1 : table.labels])]
+        # Sorting by a label restores the original order.
+        views = [CellView(text.split("\n"), index) for text in labels]
+        for cell in row[table.labels :]:
+            shade = shades.get(cell.entry) if cell.entry else None
+            views.append(CellView(cell.text.split("\n"), cell.value, shade))
+        rows.append(views)
+    return TableView(table, rows, legend)
+
+
+def _shades(entries: Sequence[Entry]) -> tuple[dict[Entry, float], str]:
+    """Return the shade of each entry, from -1 to 1, and the legend.
+
+    The shade is the difference from the published value or, if no entry has one, the gain over
+    the student alone.
+    """
+    points = {entry: entry.difference for entry in entries if entry.difference is not None}
+    full, legend = FULL_DIFFERENCE, BY_DIFFERENCE
+    if not points:
+        points = dict(_gains_over_student(entries))
+        full = max(map(abs, points.values()), default=0.0) or 1.0
         legend = (
             "Colours: gain over the student alone, as nothing published compares; full from"
             f" {full:.2f} points."
         )
-    return TableView(table, rows, legend)
+    shades = {entry: max(-1.0, min(1.0, value / full)) for entry, value in points.items()}
+    return shades, legend if shades else ""
 
 
 def _gains_over_student(entries: Iterable[Entry]) -> Iterator[tuple[Entry, float]]:
@@ -119,11 +122,6 @@ def _gains_over_student(entries: Iterable[Entry]) -> Iterator[tuple[Entry, float
         pair = (entry.teacher, entry.student)
         if pair in alone and entry.row not in (TEACHER_ROW, STUDENT_ROW):
             yield entry, entry.mean - alone[pair]
-
-
-def _number(text: str) -> float | None:
-    found = re.match(r"[-+]?[\d,]+(\.\d+)?(e[-+]?\d+)?", text.strip())
-    return float(found[0].replace(",", "") or 0) if found and re.search(r"\d", found[0]) else None
 
 
 SECTIONS = {

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from sskd.report.tables import Cell, Table
 
 RESULT: dict[str, Any] = {
     "kind": "distill",
@@ -76,6 +79,17 @@ def put_status(folder: Path, state: str, **details: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "status.json").write_text(json.dumps({"state": state, **details}))
     return folder
+
+
+def texts(table: Table) -> tuple[tuple[str, ...], ...]:
+    """Return the rows of ``table`` as text, without the header."""
+    return table.texts[1:]
+
+
+def text_table(title: str, header: Sequence[str], *rows: Sequence[str], **fields: Any) -> Table:
+    """Return a table of cells that are text."""
+    cells = tuple(tuple(Cell(text) for text in row) for row in rows)
+    return Table(title, tuple(header), cells, labels=1, **fields)
 
 
 def never(text: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import RESULT
+from report_runs import RESULT, text_table, texts
 
 from sskd.report.disambiguation import distinct_results
 from sskd.report.groups import Entry
@@ -69,13 +69,13 @@ def test_cells_show_count_published_figure_and_sign(tmp_path: Path) -> None:
     runs = [record(seed=seed, top1=top1(70.0 + seed, 75.0)) for seed in range(3)]
     single = record(method="sskd", top1=top1(71.489, 72.0))
     table, cost = build_tables(read(tmp_path, *runs, single), "last")
-    cells = {row[0].split("\n")[0]: row[1] for row in table.rows}
+    cells = {row[0].split("\n")[0]: row[1] for row in texts(table)}
     assert cells["KD"] == "71.00 ± 1.00 (3)\n70.66 +0.34"
     # 71.489 - 71.49 = -0.001, which must not read "-0.00".
     assert cells["SSKD"] == "71.49 (1)\n71.49 +0.00"
     assert cells["FitNet"] == ""
     assert table.title == "cifar100 · the recipe · similar · last epoch"
-    assert cost.rows[0][:4] == ("resnet56-resnet20", "KD", "71.00", "75.00")
+    assert texts(cost)[0][:4] == ("resnet56-resnet20", "KD", "71.00", "75.00")
 
 
 def test_layout_follows_the_published_order(tmp_path: Path) -> None:
@@ -88,10 +88,10 @@ def test_layout_follows_the_published_order(tmp_path: Path) -> None:
     similar, cross, other, _ = tables
     assert similar.header == ("teacher\nstudent", "wrn_40_2\nwrn_16_2", "vgg13\nvgg8")
     assert cross.header == ("teacher\nstudent", "vgg13\nMobileNetV2")
-    labels = [row[0].split("\n")[0] for row in similar.rows]
+    labels = [row[0].split("\n")[0] for row in texts(similar)]
     assert labels == [*PUBLISHED_ORDER, "SSKD, FN8211/SSKD (1)", "NST", "XYZ"]
-    assert [row[0].split("\n")[0] for row in cross.rows] == PUBLISHED_ORDER
-    assert other.rows == (("KD", "71.00 (1)"),)
+    assert [row[0].split("\n")[0] for row in texts(cross)] == PUBLISHED_ORDER
+    assert texts(other) == (("KD", "71.00 (1)"),)
     assert similar.title.endswith("best epoch on the test set")
 
 
@@ -147,7 +147,7 @@ def test_published_figures_only_stand_beside_the_same_experiment(
     found = [entry for table in tables for entry in table.entries]
     assert len(found) == 5  # in both sources' tables KD and the student, and a network
     assert all((entry.published is not None) == compared for entry in found)
-    text = " ".join(cell for table in tables for row in table.rows for cell in row)
+    text = " ".join(cell for table in tables for row in texts(table) for cell in row)
     assert ("published" in text) == compared
     notes = " ".join(note for table in tables for note in table.notes)
     assert ("would mean nothing" in notes) != compared
@@ -175,7 +175,7 @@ def test_the_crd_benchmark_has_tables_of_its_own(tmp_path: Path) -> None:
         crd(method="at", teacher="a", student="b"),
     )
     tables = build_tables(results, "last")
-    names = [table.title.split(" · ")[2] for table in tables if table.placed]
+    names = [table.title.split(" · ")[2] for table in tables if table.epoch]
     bench = [f"the CRD benchmark, {name}" for name in ("similar", "cross", "other pairs")]
     assert names == ["similar", *bench]
     found = entries(tables)
@@ -200,7 +200,7 @@ def test_the_crd_benchmark_has_tables_of_its_own(tmp_path: Path) -> None:
     assert found[bench[1], "vgg13", "MobileNetV2", "FSP"].published is None
     assert found[bench[2], "a", "b", "AT"].published is None
     (table,) = (table for table in tables if f" {similar} " in table.title)
-    assert [row[0].split("\n")[0] for row in table.rows] == [
+    assert [row[0].split("\n")[0] for row in texts(table)] == [
         *("teacher", "student", "KD", "FitNet", "AT", "SP", "CC", "VID"),
         *("RKD", "PKT", "AB", "FT", "FSP", "NST", "CRD"),
     ]
@@ -254,7 +254,7 @@ def test_networks_alone(tmp_path: Path) -> None:
     runs = [scratch("resnet20", seed=seed, top1=top1(69.0 + seed, 71.0)) for seed in range(2)]
     (table,) = build_tables(read(tmp_path, *runs, scratch("resnet8", parameters=7)), "last")
     # 69 and 70: deviation sqrt(0.5); the paper's student column has 69.63 for resnet20.
-    assert table.rows == (
+    assert texts(table) == (
         ("resnet20", "69.50 ± 0.71 (2)", "278,324", "69.63 -0.13"),
         ("resnet8", "70.00 (1)", "7", ""),
     )
@@ -269,16 +269,37 @@ def test_cost_and_agreement_are_means_over_seeds(tmp_path: Path) -> None:
         record(agreement=None, kl=None, method="at"),
     )
     cost = build_tables(results, "last")[-1]
-    assert cost.rows == (
+    assert texts(cost) == (
         ("resnet56-resnet20", "KD", "70.00", "71.00", "81.00", "0.500", "1,500", "300", "0.033"),
         ("", "AT", "70.00", "71.00", "", "", "1,000", "", "0.017"),
     )
 
 
+def test_cells_have_the_numbers_that_they_show(tmp_path: Path) -> None:
+    results = read(
+        tmp_path,
+        record(method="sskd", top1=top1(71.489, 72.0), teacher="vgg13", student="vgg8", kl=0.12345),
+        scratch("resnet20", top1=top1(69.126, 71.0), parameters=278324),
+        scratch("resnet20", top1=top1(69.126, 71.0), parameters=7, seed=1),
+    )
+    pairs, cost, networks = build_tables(results, "last")
+    (sskd,) = (row for row in pairs.rows if row[1].entry)
+    assert (sskd[0].value, sskd[1].value, sskd[1].entry) == (None, 71.489, pairs.entries[0])
+    (rerun,) = (row for row in pairs.rows if "re-run" in row[0].text)
+    assert (rerun[1].text, rerun[1].value, rerun[1].entry) == ("\n74.53", 74.53, None)
+    empty = next(row[1] for row in pairs.rows if row[0].text == "KD")
+    assert (empty.text, empty.value) == ("", None)
+    # Rounded as shown, so that rows that look equal keep their order; agreement was not measured.
+    assert [cell.value for cell in cost.rows[0]] == [
+        *(None, None, 71.49, 72.0, None, 0.123, 1000.0, None, 0.017),
+    ]
+    assert [cell.value for cell in networks.rows[0]] == [None, 69.13, 7.0, 69.63]
+
+
 def test_dataset_without_published_figures(tmp_path: Path) -> None:
     table, cost = build_tables(read(tmp_path, record(dataset="digits", method="sskd")), "last")
     assert table.title == "digits · the recipe · pairs · last epoch"
-    assert table.rows == (("SSKD", "70.00 (1)"),)
+    assert texts(table) == (("SSKD", "70.00 (1)"),)
     assert "CRD" not in notes_of([table, cost])
     cifar100 = build_tables(read(tmp_path / "cifar100", record()), "last")
     assert "digit for digit" in notes_of(cifar100)
@@ -289,7 +310,8 @@ def test_dataset_without_published_figures(tmp_path: Path) -> None:
 
 def test_text_wraps_to_the_width_with_labels_in_every_block() -> None:
     rows = (("KD\n  published", "1.00 (1)\n2.00 -1.00", ""), ("AT", "", "3.00 (1)"))
-    table = Table("title", ("row", "first", "second"), rows, labels=1, align="<", notes=("note",))
+    header = ("row", "first", "second")
+    table = text_table("title", header, *rows, align="<", notes=("note",))
     assert render_text(table, 25) == (
         "title\n=====\n"
         "row          first\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import never, put_run, put_status
+from report_runs import never, put_run, put_status, text_table
 
 from sskd.errors import mask_unprintable
 from sskd.report.__main__ import main
@@ -33,14 +33,14 @@ NAMES = [
 
 
 def as_table(names: list[str]) -> Table:
-    rows = tuple((name, "1.00") for name in names)
+    rows = [(name, "1.00") for name in names]
     notes = tuple(f"Of {name}" for name in names)
-    return Table(" ".join(names), ("row", names[0]), rows, labels=1, align=">", notes=notes)
+    return text_table(" ".join(names), ("row", names[0]), *rows, align=">", notes=notes)
 
 
 def test_markdown_escapes_each_sign_of_markup() -> None:
     rows = (("a|b\nc", "<img> [x](y) `z` \\|"), ("_x_ ~y~ &amp; $z$", "wrn_40_2 www.x"))
-    table = Table("a *b*", ("row", "top"), rows, labels=1, align=">")
+    table = text_table("a *b*", ("row", "top"), *rows, align=">")
     assert render_markdown(table) == (
         "## a \\*b\\*\n\n"
         "| row | top |\n"

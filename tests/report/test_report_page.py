@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import never, put_alone, put_run, put_status
+from report_runs import never, put_alone, put_run, put_status, texts
 
 from sskd.report.__main__ import main
 from sskd.report.figures import as_svg, draw_figures
@@ -82,7 +82,7 @@ def test_the_page_has_every_table_and_figure_and_needs_nothing_else(tmp_path: Pa
     titles = found.told("h3")
     for table in [*report.tables("last"), *report.tables("best")]:
         assert titles.count(table.title) == 1
-        for row in table.rows:
+        for row in texts(table):
             for cell in row:
                 assert all(
                     line.strip() in " ".join(text for _, text in found.text)
@@ -178,7 +178,7 @@ def test_the_script_is_well_formed(tmp_path: Path) -> None:
 def test_rows_of_a_pair_keep_its_name_when_they_are_sorted(tmp_path: Path) -> None:
     report = some_runs(tmp_path)
     rows = page(report).told("th").count("resnet56-resnet20")
-    costs = [row for table in report.tables("last") if not table.epoch for row in table.rows]
+    costs = [row for table in report.tables("last") if not table.epoch for row in texts(table)]
     missing = {(c.table, c.setting) for c in report.missing() if c.teacher == "resnet56"}
     assert rows == len(costs) + len(missing)
 

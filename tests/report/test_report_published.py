@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report_runs import texts
 from test_report import PUBLISHED_ORDER, crd, read, record, scratch, top1
 
 from sskd.report.published import published_for
@@ -59,7 +60,7 @@ def test_reruns_of_sskd_stand_beneath_its_row(tmp_path: Path) -> None:
     runs = [record(method="sskd", teacher=teacher, student=student) for teacher, student in pairs]
     runs.append(record(method="kd", teacher="resnet32x4", student="resnet8x4"))
     (table, _) = build_tables(read(tmp_path, *runs), "best")
-    rows = {row[0]: row[1:] for row in table.rows}
+    rows = {row[0]: row[1:] for row in texts(table)}
     assert table.header[1:] == (
         *("wrn_40_2\nwrn_16_2", "resnet56\nresnet20", "resnet32x4\nresnet8x4", "vgg13\nvgg8"),
     )
@@ -114,7 +115,7 @@ def test_a_figure_stands_beside_students_of_its_own_teacher(
     (student,) = (entry for name, entry in entries.items() if name != "teacher")
     assert student.published == figure
     assert "its accuracy is the published teacher's" in " ".join(table.notes)
-    assert any("re-run" in row[0] for row in table.rows) == (figure == 71.49)
+    assert any("re-run" in row[0] for row in texts(table)) == (figure == 71.49)
     if teacher_top1 is not None:
         own = 72.34 if "teacher.epoch" in changes else 73.44
         assert entries["teacher"].published == (own if abs(teacher_top1 - own) <= 0.1 else None)
@@ -139,7 +140,7 @@ def test_a_teacher_that_was_trained_here_compares_whatever_it_reached(tmp_path: 
 )
 def test_no_rerun_beside_another_experiment(tmp_path: Path, changes: dict[str, Any]) -> None:
     tables = build_tables(read(tmp_path, record(**{"method": "sskd"} | changes)), "last")
-    assert not any("HSAKD" in row[0] for table in tables for row in table.rows)
+    assert not any("HSAKD" in row[0] for table in tables for row in texts(table))
 
 
 @pytest.mark.skipif("SSKD_REFERENCE" not in os.environ, reason="SSKD_REFERENCE names no folder")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import Compose
-from report_runs import RESULT, never, put_alone, put_run
+from report_runs import RESULT, never, put_alone, put_run, texts
 
 from sskd import CONF
 from sskd import report as report_package
@@ -243,8 +243,8 @@ def test_a_sweep_of_all_weightings_has_a_row_each(tmp_path: Path) -> None:
         put_run(tmp_path, f"fitnet{number}", method="fitnet", difference=changes)
         put_run(tmp_path, f"ab{number}", method="ab", difference=changes)
     report = read_report(tmp_path, never)
-    (table,) = (table for table in report.tables("last") if table.placed)
-    filled = [row[0].split("\n")[0] for row in table.rows if any(row[1:])]
+    (table,) = (table for table in report.tables("last") if table.epoch)
+    filled = [row[0].split("\n")[0] for row in texts(table) if any(row[1:])]
     assert filled == [
         *("teacher", "student"),
         *("FitNet", "FitNet (weighting=common)", "FitNet (weighting=crd_benchmark)"),
