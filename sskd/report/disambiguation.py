@@ -54,9 +54,11 @@ def _by_data(results: Sequence[Result], warn: Warn) -> list[Result]:
             shown = ", ".join(
                 f"'{label}' ({counts[name, data]})" for data, label in by_data.items()
             )
-            warn(f"the name '{name}' stands for {len(by_data)} datasets, shown apart: {shown}")
+            warn(
+                f"{len(by_data)} datasets have the name '{name}' and are shown separately: {shown}"
+            )
         elif counts[name, Origin()] > 1:
-            warn(f"runs of '{name}' do not record their data; they are averaged as if it were one")
+            warn(f"runs of '{name}' do not record their data; they are averaged as one dataset")
     return [
         replace(run, dataset=labels[dataset])
         for run, dataset in zip(results, datasets, strict=True)
@@ -100,7 +102,7 @@ def _by_epochs(results: Sequence[Result], warn: Warn) -> list[Result]:
     for (dataset, setting), epochs in several.items():
         shown = ", ".join(f"{key}={value}" for key, value in setting) or "the recipe"
         numbers = " or ".join(map(str, epochs))
-        warn(f"runs of '{dataset}' by {shown} have {numbers} epochs, shown apart")
+        warn(f"runs of '{dataset}' with {shown} have {numbers} epochs; they are shown separately")
     return [
         replace(run, difference=tuple(sorted((*run.difference, (EPOCHS, str(run.epochs))))))
         if (run.dataset, run.setting) in several and not _has_published_epochs(run)
@@ -124,7 +126,8 @@ def _by_settings(results: Sequence[Result], warn: Warn) -> list[Result]:
                 found.setdefault(_scope(run, key), set()).add(value)
     several = {scope: sorted(values) for scope, values in found.items() if len(values) > 1}
     for (dataset, key, _), values in several.items():
-        warn(f"runs of '{dataset}' by one name have {key}={' or '.join(values)}, shown apart")
+        shown = " or ".join(values)
+        warn(f"runs of '{dataset}' that share a name have {key}={shown}; they are shown separately")
     return [_with_settings(run, several) for run in results]
 
 
@@ -155,7 +158,7 @@ def _without_copies(results: Iterable[Result], warn: Warn) -> Iterator[Result]:
             "" if run.last == first.last else f" (last top-1 {first.last:.2f}, here {run.last:.2f})"
         )
         warn(
-            f"{run.folder / RESULT}: the same configuration and seed as {first.folder / RESULT}"
+            f"{run.folder / RESULT}: has the same configuration and seed as {first.folder / RESULT}"
             f"{differs}; left out"
         )
 

@@ -34,6 +34,14 @@ def get(record: Record, key: str) -> object:
     return record[key]
 
 
+def mapping(record: Record, key: str) -> Record:
+    """Return a nested JSON object."""
+    value = get(record, key)
+    if not isinstance(value, dict):
+        raise ValueError(f"'{key}' is not an object")
+    return value
+
+
 def text(record: Record, key: str) -> str:
     """Return a name: printable and not empty."""
     value = get(record, key)

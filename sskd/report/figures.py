@@ -156,7 +156,7 @@ def _warn_of_lengths(group: Group, metrics: Metrics, warn: Warn) -> None:
                 counts = " or ".join(map(str, lengths))
                 warn(
                     f"{group.title}, {'-'.join(pair)}, {row_label(row)}: its runs have {counts}"
-                    " epochs of metrics, so not every epoch of its curve is a mean of all"
+                    " epochs of metrics, so the end of its curve is a mean of fewer runs"
                 )
 
 

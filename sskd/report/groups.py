@@ -30,7 +30,7 @@ NETWORKS_TABLE = "networks"
 GAIN_LEGEND = (
     "Gain: the method's mean top-1 minus the mean of the student alone, or of KD, in points. Error"
     " bars: one standard deviation of that difference, the root of the sum of both sample"
-    " variances over seeds; none where either side is a single run."
+    " variances over seeds; none if either side is a single run."
 )
 REFERENCES = {STUDENT: "over the student alone", KD: "over KD"}
 

@@ -51,7 +51,7 @@ def read_metrics(folder: Path, warn: Callable[[str], None]) -> list[EpochLine]:
         return []
     if malformed:
         total = len(epochs) + malformed
-        warn(f"{path}: {malformed} of {total} lines are no epoch's figures; left out")
+        warn(f"{path}: {malformed} of {total} lines are malformed; left out")
     return epochs
 
 

@@ -1,4 +1,4 @@
-"""Render the report as one HTML page that needs nothing else: no other file, no network."""
+"""Render the report as one HTML page that needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sskd.report.report import Report
 from sskd.report.tables import EPOCH_TITLES, Table
 
 FULL_DIFFERENCE = 2.0  # points of top-1 from which the colour is full
-BY_DIFFERENCE = f"Colours: ours - published, full from {FULL_DIFFERENCE:g} points."
+BY_DIFFERENCE = f"Colours: measured - published, full from {FULL_DIFFERENCE:g} points."
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _shades(entries: Sequence[Entry]) -> tuple[dict[Entry, float], str]:
         points = dict(_gains_over_student(entries))
         full = max(map(abs, points.values()), default=0.0) or 1.0
         legend = (
-            "Colours: gain over the student alone, as nothing published compares; full from"
+            "Colours: gain over the student alone, because no published value compares; full from"
             f" {full:.2f} points."
         )
     shades = {entry: max(-1.0, min(1.0, value / full)) for entry, value in points.items()}
@@ -128,34 +128,34 @@ SECTIONS = {
     "gain": ("Gains", GAIN_LEGEND),
     "curves": (
         "Accuracy",
-        "Top-1 on the test set after each epoch: mean over seeds, the band one sample standard"
-        " deviation either way. Only finished runs.",
+        "Top-1 on the test set after each epoch: mean over seeds, in a band of plus and minus one"
+        " sample standard deviation. Only finished runs.",
     ),
     "losses": (
         "Loss terms",
-        "Means over seeds, by epoch through all stages: as computed, and as weighted in the sum"
-        " that was minimised.",
+        "Means over seeds by epoch, counted through all phases: as computed, and as weighted in"
+        " the sum that was minimised.",
     ),
 }
 
 
 def _figure_sections(figures: Mapping[str, tuple[str, bytes]]) -> Iterator[dict[str, Any]]:
     for kind, (heading, legend) in SECTIONS.items():
-        of = [value for name, value in figures.items() if name.partition("-")[0] == kind]
-        shown = [(title, _inline(svg)) for title, svg in of]
+        found = [value for name, value in figures.items() if name.partition("-")[0] == kind]
+        shown = [(title, _inline(svg)) for title, svg in found]
         yield {"kind": kind, "heading": heading, "legend": legend, "figures": shown}
 
 
 def _inline(svg: bytes) -> Markup:
-    """Return an SVG file as a part of a page, in the page's own ink and paper.
+    """Return an SVG file as a part of the page, in the page's colours of ink and paper.
 
-    It is matplotlib's, which has escaped every text in it.
+    Matplotlib, which made the file, has escaped all text in it.
     """
     text = svg.decode()
     text = text[text.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "none")
-    # Names of groups, which nothing refers to, are the same in every figure.
+    # Every figure has the same ids of groups. Nothing refers to them.
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    # A tenth of a point is finer than a screen, and half the size.
+    # Tenths of a point are finer than a screen's pixels, and halve the size.
     text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), text)
     return Markup(text)
 

@@ -149,7 +149,7 @@ def draw_losses(
     """
     columns = min(4, len(losses))
     lines = math.ceil(len(losses) / columns)
-    styles = {"as computed": "-", "weighted": DASHES[1], "another stage begins": ":"}
+    styles = {"as computed": "-", "weighted": DASHES[1], "another phase begins": ":"}
     legend = [Line2D([], [], color=INK, ls=dash, label=text) for text, dash in styles.items()]
     figure = new_figure(title, max(3.2 * columns + 0.2, 6), 2.6 * lines, legend)
     panels = figure.subplots(lines, columns, squeeze=False).flat
@@ -205,7 +205,7 @@ def _draw_terms(
         handlelength=0.8,
         columnspacing=0.8,
     )
-    axes.set_xlabel("epoch, all stages", fontsize=8)
+    axes.set_xlabel("epoch, all phases", fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

@@ -177,15 +177,15 @@ SSKD = Source(
     "published.csv",
     "",
     (
-        "Published: Xu et al., Knowledge Distillation Meets Self-Supervision, ECCV 2020, from"
-        " teachers of its own ({teachers}). Its KD row is the CRD benchmark's (Tian et al., ICLR"
-        " 2020) digit for digit, from other teachers: the paper's own figure 4 has about 73.6 for"
-        " KD on vgg13-vgg8, where its table has 72.98.",
-        "SSKD keeps the best epoch on the test set, so its figures compare with the best epoch"
+        "Published: Xu et al., Knowledge Distillation Meets Self-Supervision, ECCV 2020, with its"
+        " authors' teachers ({teachers}). Its KD row equals the CRD benchmark's (Tian et al., ICLR"
+        " 2020) digit for digit, which had other teachers: figure 4 of the paper shows about 73.6"
+        " for KD on vgg13-vgg8, but its table 72.98.",
+        "SSKD reports the best epoch on the test set, so its values compare with the best epoch"
         " (--best); the last epoch is the fairer measure of a method.",
         "Published re-runs of SSKD, with the number of runs: HSAKD's authors (Yang et al., IJCAI"
-        " 2021), mean ± standard deviation; the repository FN8211/SSKD, best epoch, from its own"
-        " vgg13 (74.49).",
+        " 2021), mean ± standard deviation; the repository FN8211/SSKD, best epoch, with that"
+        " repository's vgg13 as the teacher (74.49).",
     ),
     reruns={"SSKD": "published_sskd_reruns.csv"},
     teachers_of={"KD": "published_crd_benchmark.csv"},
@@ -195,10 +195,10 @@ CRD_BENCHMARK = Source(
     "published_crd_benchmark.csv",
     "the CRD benchmark",
     (
-        "The CRD benchmark: Tian et al., Contrastive Representation Distillation, ICLR 2020, from"
-        " teachers of its own ({teachers}). It distils from the teacher's last epoch, every method"
-        " but KD without KD's term (weighting=crd_benchmark), and reports the last epoch, so its"
-        " figures compare with the last epoch.",
+        "The CRD benchmark: Tian et al., Contrastive Representation Distillation, ICLR 2020, with"
+        " its authors' teachers ({teachers}). It distils from the teacher's last epoch, all methods"
+        " except KD without KD's term (weighting=crd_benchmark), and reports the last epoch, so its"
+        " values compare with the last epoch.",
     ),
     variant=(*FROM_LAST, (WEIGHTING, "crd_benchmark")),
     variant_of={"KD": FROM_LAST},
@@ -314,9 +314,9 @@ def read_csv(
                 continue
             line = _check_line(row, columns, numbers, optional)
             found = tuple(line[name] for name in key)
-            _require(found not in lines, f"{', '.join(found)} has a figure already")
+            _require(found not in lines, f"{', '.join(found)} has a value already")
             lines[found] = line
-        _require(bool(lines), "has no figures")
+        _require(bool(lines), "has no values")
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path}, line {number}: {error}; install the package again") from None
     return list(lines.values())

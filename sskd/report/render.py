@@ -119,7 +119,7 @@ def _csv_field(value: str | float | None) -> str | float:
     return round(value, 4)
 
 
-LATEX_HEAD = r"""% Tables of runs beside published figures; \input this file in a document.
+LATEX_HEAD = r"""% Tables of runs beside published values; \input this file in a document.
 % Needs \usepackage{booktabs} and \usepackage{graphicx} (tables wider than the line are scaled).
 """
 LATEX_ESCAPES = {

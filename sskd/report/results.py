@@ -171,9 +171,7 @@ def parse_result(text: str, folder: Path) -> Result | None:
     kind = _kind(record)
     if kind == "phase":
         return None
-    top1 = fields.get(record, "top1")
-    if not isinstance(top1, dict):
-        raise ValueError("'top1' is not an object")
+    top1 = fields.mapping(record, "top1")
     method = fields.text(record, "method")
     return Result(
         kind=kind,
@@ -266,9 +264,7 @@ def _recipe(record: fields.Record) -> int:
 
 
 def _difference(record: fields.Record, method: str) -> Settings:
-    value = fields.get(record, "difference")
-    if not isinstance(value, dict):
-        raise ValueError("'difference' is not an object")
+    value = fields.mapping(record, "difference")
     if not all(key and key.isprintable() for key in value):
         raise ValueError("'difference' has a key that is not a name")
     texts = {key: _as_text(item) for key, item in value.items()}

@@ -101,7 +101,7 @@ def _read_status(folder: Path, warn: Callable[[str], None]) -> fields.Record:
         if fields.text(status, "state") not in STATES:
             raise ValueError(f"'state' is {shortened(status['state'])}")
     except (OSError, ValueError) as error:
-        warn(f"{path}: {error}; taken for no status")
+        warn(f"{path}: {error}; ignored")
         return {}
     return status
 

@@ -1,4 +1,4 @@
-"""Lay the figures of many runs out as the published tables are."""
+"""Lay out the results of many runs as the published tables are."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ COST_TITLE = "cost and agreement, means over seeds"
 EPOCH_TITLES: dict[Epoch, str] = {"last": "last epoch", "best": "best epoch on the test set"}
 LEGEND = "Top-1 in %: mean ± sample standard deviation over seeds (number of runs)."
 PUBLISHED_LEGEND = (
-    "Beside or beneath it, the published figure and ours - published; only if nothing but the"
-    " precision differs from the published setting and configuration, and, if the teacher is a"
-    f" file, its accuracy is the published teacher's (within {SAME_TEACHER} points)."
+    "Beside or beneath it, the published value and the difference, measured - published; only if"
+    " nothing but the precision differs from the published setting and configuration and, if the"
+    f" teacher is a file, its accuracy equals the published teacher's (within {SAME_TEACHER}"
+    " points)."
 )
 INCOMPARABLE_LEGEND = (
-    "Without published figures: they were made with another schedule, batch size, optimizer or"
-    " data than this setting's, so a difference would mean nothing."
+    "Without published values: their schedule, batch size, optimizer or data differs from this"
+    " setting's, so a difference would mean nothing."
 )
 TEACHER_LEGEND = (
-    "A teacher that was not trained in this setting shows the accuracy that its students' runs"
-    " measured, and its number counts distinct teachers."
+    "For a teacher that was not trained in this setting, the table shows the accuracy that its"
+    " students' runs measured, and the number of distinct teachers."
 )
 COST_LEGEND = (
-    "Cost and agreement: top-1 in % at the last epoch and at the best epoch on the test set; how"
-    " often student and teacher agree; the KL divergence between them; a run's speed, peak memory"
-    " (of the GPU, or of the process on a CPU, with the teacher's outputs that it read from a file)"
-    " and time of training, a first phase that several students share included, computing the"
-    " teacher's outputs beforehand not."
+    "Cost and agreement: top-1 in % at the last epoch and at the best epoch on the test set; the"
+    " share of test images on which student and teacher agree; the KL divergence between them; a"
+    " run's images per second, its peak memory (of the GPU, or on a CPU of the process, including"
+    " precomputed teacher outputs that it read from a file) and its training time, which includes"
+    " a first phase that several students share, but not the precomputation of teacher outputs."
 )
 
 

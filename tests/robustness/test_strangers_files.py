@@ -338,7 +338,7 @@ def test_losses_without_end_get_no_curves(tmp_path: Path) -> None:
     warnings: list[str] = []
     lines = read_metrics(tmp_path, warnings.append)
     assert [line.epoch for line in lines] == [1, 3, 4]
-    assert "30 of 33 lines are no epoch's figures; left out" in told(warnings)
+    assert "30 of 33 lines are malformed; left out" in told(warnings)
 
 
 def test_a_large_file_is_no_checkpoint_and_is_not_read_whole(tmp_path: Path) -> None:
