@@ -158,7 +158,8 @@ def _cost(grouping: Grouping) -> Panels:
 
 def evaluated_phase_keys(metric: str) -> list[str]:
     """Return the keys of ``metric`` in the phases that are evaluated, of all methods."""
-    return [f"{phase}/{metric}" for phase in ("distill", "train")]
+    phases = {method.evaluated_phase for method in METHODS.values()}
+    return [f"{phase}/{metric}" for phase in sorted(phases)]
 
 
 def method_terms() -> list[str]:
