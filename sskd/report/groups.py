@@ -279,7 +279,7 @@ def pair_gains(group: Group, table: str, pair: Pair) -> dict[RowKey, dict[RowKey
         row: gains
         for row, entry in entries.items()
         if row not in (TEACHER, STUDENT)
-        if (gains := {key: gain(entry, of) for key, of in references.items() if key != row})
+        if (gains := {key: gain(entry, other) for key, other in references.items() if key != row})
     }
 
 

@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from sskd.report.groups import REFERENCES, Gain
 from sskd.report.published import Pair, RowKey, row_label
 
-# No line has these two colours, so a page can replace them by its own.
+# No line has these two colours, so a page can replace them by its colours.
 INK, PAPER = "#1b1f24", "#fefefe"
 # Distinct, also for colour-blind eyes, on light paper and on dark.
 COLORS = (

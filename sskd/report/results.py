@@ -22,7 +22,7 @@ Settings = tuple[tuple[str, str], ...]
 Warn = Callable[[str], None]
 
 DIGEST = "teacher.digest"
-# A difference in these settings makes a row of its own, a difference in others a table.
+# A difference in these settings makes a separate row, a difference in others a separate table.
 ROW_KEYS = ("teacher.", "method.", WEIGHTING)
 # Settings in which the runs of a row differ on purpose, or that the tables show elsewhere.
 NOT_SETTINGS = ("seed", "dataset.name", "dataset.digest", DIGEST)
@@ -104,7 +104,7 @@ class Result:
 
     @property
     def variant(self) -> Settings:
-        """The part of the difference that gives the run a row of its own."""
+        """The part of the difference that gives the run a separate row."""
         return tuple(item for item in self.difference if item[0].startswith(ROW_KEYS))
 
     def top1(self, epoch: Epoch) -> float:

@@ -34,8 +34,9 @@ FAILED = ("state", "cell", "reason", "since", "host")
 def log_report(report: Report, project: str, entity: str | None, warn: Warn) -> None:
     """Log ``report`` to the W&B run ``tables``, one run for each folder of runs.
 
-    It gets the results, the cost, and the failed and missing runs under ``tables/``, the figures
-    of each kind under ``plots/``, and the files of ``write_files`` as the artifact ``tables``.
+    Tables of the results, the cost, and the failed and missing runs are under ``tables/``, the
+    figures of each kind under ``plots/``, and the files of ``write_files`` in the artifact
+    ``tables``.
     """
     run = open_run("auto", report.runs, "tables", project=project, entity=entity, job_type="report")
     try:

@@ -218,12 +218,12 @@ def test_each_source_has_its_published_values(tmp_path: Path) -> None:
 
 
 def test_a_single_teacher_file_makes_no_extra_row(tmp_path: Path) -> None:
-    elsewhere = {"teacher.digest": "0123456789abcdef"}
+    from_file = {"teacher.digest": "0123456789abcdef"}
     results = read(
         tmp_path,
-        record(top1=top1(70.0, 70.0), difference=elsewhere),
-        record(top1=top1(72.0, 72.0), difference=elsewhere, seed=1),
-        record(top1=top1(50.0, 50.0), difference=elsewhere | {"method.weights.kd": 0.5}),
+        record(top1=top1(70.0, 70.0), difference=from_file),
+        record(top1=top1(72.0, 72.0), difference=from_file, seed=1),
+        record(top1=top1(50.0, 50.0), difference=from_file | {"method.weights.kd": 0.5}),
     )
     entries = [entry for table in build_tables(results, "last") for entry in table.entries]
     assert [(entry.row, entry.mean, entry.n) for entry in entries] == [

@@ -58,7 +58,7 @@ def test_names_cannot_become_emojis(name: str) -> None:
     assert name in text.replace("<!-- -->", "")
 
 
-@pytest.mark.skipif(shutil.which("cmark-gfm") is None, reason="no cmark-gfm, GitHub's own renderer")
+@pytest.mark.skipif(shutil.which("cmark-gfm") is None, reason="no cmark-gfm, GitHub's renderer")
 def test_github_shows_names_unchanged() -> None:
     extensions = ("table", "autolink", "strikethrough", "footnotes", "tasklist")
     command = ["cmark-gfm", "--unsafe", *(word for name in extensions for word in ("-e", name))]
@@ -148,7 +148,7 @@ def test_no_output_controls_the_terminal(
     assert text not in page
 
 
-@pytest.mark.skipif(os.name != "posix", reason="names are text elsewhere")
+@pytest.mark.skipif(os.name != "posix", reason="names are text on other systems")
 def test_folders_may_have_names_that_are_not_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

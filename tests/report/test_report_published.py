@@ -84,7 +84,7 @@ BENCHMARK = {"weighting": "crd_benchmark", "teacher.epoch": "last"}
 
 # resnet56 has 73.44 in SSKD and 72.34 in the CRD benchmark, from which KD's value is copied.
 @pytest.mark.parametrize(
-    ("method", "changes", "teacher_top1", "figure"),
+    ("method", "changes", "teacher_top1", "value"),
     [
         ("fitnet", {}, 73.44, 71.60),
         ("fitnet", {}, 73.40, 71.60),
@@ -107,18 +107,20 @@ def test_published_values_need_the_published_teacher(
     method: str,
     changes: dict[str, str],
     teacher_top1: float | None,
-    figure: float | None,
+    value: float | None,
 ) -> None:
     run = record(method=method, difference=FILE | changes, teacher_top1=teacher_top1)
     table, *_ = build_tables(read(tmp_path, run), "last")
     entries = {entry.row.partition(" ")[0]: entry for entry in table.entries}
     (student,) = (entry for name, entry in entries.items() if name != "teacher")
-    assert student.published == figure
+    assert student.published == value
     assert "its accuracy equals the published teacher's" in " ".join(table.notes)
-    assert any("re-run" in row[0] for row in texts(table)) == (figure == 71.49)
+    assert any("re-run" in row[0] for row in texts(table)) == (value == 71.49)
     if teacher_top1 is not None:
-        own = 72.34 if "teacher.epoch" in changes else 73.44
-        assert entries["teacher"].published == (own if abs(teacher_top1 - own) <= 0.1 else None)
+        expected = 72.34 if "teacher.epoch" in changes else 73.44
+        assert entries["teacher"].published == (
+            expected if abs(teacher_top1 - expected) <= 0.1 else None
+        )
 
 
 def test_a_teacher_trained_here_is_always_comparable(tmp_path: Path) -> None:
@@ -199,8 +201,8 @@ def test_the_readme_has_the_published_values_and_reruns() -> None:
         for rerun in published.reruns
         for pair in rerun.top1
     }
-    figures = {key: f"{top1:.2f}" for key, top1 in published.top1.items()} | reruns
-    assert {key: cell for key, cell in found.items() if "---" not in cell} == figures
+    values = {key: f"{top1:.2f}" for key, top1 in published.top1.items()} | reruns
+    assert {key: cell for key, cell in found.items() if "---" not in cell} == values
 
 
 @pytest.mark.parametrize("source", [0, 1])

@@ -36,7 +36,8 @@ COMPETITORS = [
 
 
 def every_row(root: Path) -> dict[str, Entry]:
-    entries = [entry for of in read_report(root, never).tables("last") for entry in of.entries]
+    tables = read_report(root, never).tables("last")
+    entries = [entry for table in tables for entry in table.entries]
     return {entry.row: entry for entry in entries}
 
 
@@ -195,7 +196,7 @@ def test_published_values_need_the_published_weights(
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("elsewhere") / "resnet56.pth"
+    path = tmp_path_factory.mktemp("teachers") / "resnet56.pth"
     torch.save(build_model("resnet56", 100).state_dict(), path)
     return path
 
