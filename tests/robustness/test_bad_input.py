@@ -956,7 +956,7 @@ def test_metrics_that_the_report_reads(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     assert str(folder / "metrics.jsonl") in lines[0]
-    assert " lines are no epoch's figures; left out" in lines[0]
+    assert " lines are malformed; left out" in lines[0]
 
 
 INJECTIONS = (
@@ -1031,8 +1031,8 @@ def test_the_command_of_the_report(capsys: pytest.CaptureFixture[str], kind: str
 HEADER = "table,teacher,student,row,top1"
 LINE = "similar,vgg13,vgg8,KD,72.98"
 FIGURES: dict[str, tuple[str | bytes, str]] = {
-    "nothing": ("", "line 0: has no figures"),
-    "no figures": (HEADER, "line 1: has no figures"),
+    "nothing": ("", "line 0: has no values"),
+    "no figures": (HEADER, "line 1: has no values"),
     "another header": (f"{HEADER},n\n{LINE},3", f"line 1: should be {HEADER}"),
     "a column missing": (f"{HEADER}\n{LINE}\nsimilar,vgg13,KD,70", "line 3: has 4 columns, not 5"),
     "a column more": (f"{HEADER}\n{LINE},3", "line 2: has 6 columns, not 5"),
@@ -1042,7 +1042,7 @@ FIGURES: dict[str, tuple[str | bytes, str]] = {
     "not a number": (f"{HEADER}\nsimilar,a,b,KD,nan", "line 2: top1 is nan, not from 0 to 100"),
     "above 100": (f"{HEADER}\nsimilar,a,b,KD,7298", "line 2: top1 is 7298, not from 0 to 100"),
     "below 0": (f"{HEADER}\nsimilar,a,b,KD,-1", "line 2: top1 is -1, not from 0 to 100"),
-    "twice": (f"{HEADER}\n{LINE}\n{LINE}", "line 3: vgg13, vgg8, KD has a figure already"),
+    "twice": (f"{HEADER}\n{LINE}\n{LINE}", "line 3: vgg13, vgg8, KD has a value already"),
     "a quote left open": (f'{HEADER}\nsimilar,"a,b,KD,70', "unexpected end of data"),
     "no text": (b"\xff\xfe", "'utf-8' codec can't decode"),
 }
