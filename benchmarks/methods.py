@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.workload import Case, case_of, loader_of, noise, suite_step
-from sskd.device import choose_device
+from sskd.device import choose_device, tune_device
 from sskd.errors import UserError
 from sskd.methods import METHODS
 from sskd.teachers.assembly import assemble
@@ -97,6 +97,7 @@ def cases(pair: str, options: argparse.Namespace) -> Iterator[tuple[Case, str]]:
 def measure(case: Case, phase: str, rounds: int) -> Cost:
     """Return the cost of a phase; call it in a new process."""
     device = choose_device(case.device)
+    tune_device(device)
     images = noise(case.images, device)
     base_case = replace(case, method=BASE)
     loader, base_loader = loader_of(case, images), loader_of(base_case, images)

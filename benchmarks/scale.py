@@ -21,7 +21,7 @@ import torch
 from benchmarks import harness
 from benchmarks.harness import Pipeline
 from benchmarks.workload import Case, case_of, loader_of, noise, suite_step
-from sskd.device import choose_device
+from sskd.device import choose_device, tune_device
 from sskd.methods import METHODS
 
 STEPS = 3  # between two readings of the clock, each of which waits for a GPU
@@ -100,6 +100,7 @@ def run(case: Case, jobs: int, seconds: float) -> tuple[float, float]:
 def pipeline(case: Case, jobs: int) -> Pipeline:
     """Return the training step of this process, one of ``jobs``, which the first call builds."""
     device = choose_device(case.device)
+    tune_device(device)
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     images = noise(case.images, device)

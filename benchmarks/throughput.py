@@ -40,7 +40,7 @@ from benchmarks.ceiling import flop_share
 from benchmarks.harness import Pipeline, new_process, table_head, table_row, take_turns
 from benchmarks.workload import Case, case_of, drawer, loader_of, noise, suite_step
 from sskd.data import Images, Split
-from sskd.device import choose_device, to_device
+from sskd.device import choose_device, to_device, tune_device
 from sskd.models import build_model
 from sskd.training.evaluation import accuracy, predict
 
@@ -180,9 +180,10 @@ class Measured:
 def pipeline(side: Side) -> Pipeline:
     """Return the pipeline of this process, which the first call builds."""
     work = WORKS[side.work]
-    # choose_device also tunes memory allocation, which must not speed up the other pipeline.
     choose = choose_device if side.suite else conventional.baseline_device
     device = choose(work.device or side.case.device)
+    if side.suite:  # the settings of the suite must not speed up the other pipeline
+        tune_device(device)
     images = noise(side.case.images, device)
     tested = torch.arange(min(side.case.images, TEST_IMAGES), device=device)
     images = replace(images, test=images.train.take(tested))
