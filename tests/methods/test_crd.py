@@ -12,6 +12,7 @@ from scipy.stats import chi2
 from torch import Tensor, nn
 
 from sskd.data import Batch, Images
+from sskd.methods import Networks, Outputs
 from sskd.methods.crd import CRD, ContrastMemory, draw_negatives, nce_loss, score
 from sskd.models import build_model
 
@@ -301,7 +302,7 @@ def test_both_directions_are_summed_before_the_banks_are_renewed(few_images: Ima
     torch.manual_seed(6)
     networks = build_model("resnet8", 5).eval(), build_model("resnet14", 5).eval()
     method = CRD(
-        *networks, few_images, dimension=8, negatives=20, contrast_temperature=0.07,
+        Networks(*networks, few_images), dimension=8, negatives=20, contrast_temperature=0.07,
         momentum=0.5, temperature=4.0, weights={"ce": 1.0, "kd": 1.0, "crd": 1.0},
     )  # fmt: skip
     memories = method.student_memory, method.teacher_memory
@@ -315,7 +316,7 @@ def test_both_directions_are_summed_before_the_banks_are_renewed(few_images: Ima
         negatives = draw_negatives(few_images.train.labels, batch.y, 20)
         columns = torch.cat([index[:, None], negatives], dim=1)
         torch.manual_seed(7)
-        loss = method.feature_terms(features[0], features[1], batch)["crd"]
+        loss = method.feature_terms(Outputs(features[0], features[1], batch))["crd"]
         embeddings = [m(f.pooled) for m, f in zip(memories, features, strict=True)]
         expected = sum(
             contrast_by_hand(embedding, bank, columns, memory.normaliser.item()).item()

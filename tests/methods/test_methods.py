@@ -152,6 +152,13 @@ def fitted_teacher() -> nn.Module:
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
+def test_the_last_phase_alone_evaluates(composed: Compose, few_images: Images, method: str) -> None:
+    *first, last = make(composed, method, "resnet14-resnet8", few_images).phases()
+    assert last.evaluates
+    assert not any(phase.evaluates for phase in first)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_state_round_trips(composed: Compose, few_images: Images, method: str) -> None:
     first, second = (make(composed, method, "resnet14-resnet8", few_images) for _ in range(2))
     with torch.no_grad():
@@ -231,7 +238,7 @@ def test_a_term_without_a_weight_and_a_weight_without_a_term_are_errors(
     weights: dict[str, float],
 ) -> None:
     stage = Phase("distill", nn.Linear(1, 1), lambda batch: LossOutput({}, {}), weights)
-    with pytest.raises(ValueError, match=r"its terms are .* its weights"):
+    with pytest.raises(ValueError, match=r"the terms are .* the weights"):
         stage.weigh({"ce": torch.ones(()), "kd": torch.ones(())})
 
 

@@ -13,9 +13,10 @@ from torch import nn
 
 from sskd.data import Batch, Images
 from sskd.errors import UserError
-from sskd.methods import build_method
-from sskd.methods.adapters import conv_regressor, modules_behind
+from sskd.methods import Outputs, build_method
+from sskd.methods.adapters import conv_regressor
 from sskd.methods.kd import KD
+from sskd.methods.networks import modules_behind
 from sskd.models import Features, build_model
 from sskd.teachers.assembly import assemble
 from sskd.train import train
@@ -88,7 +89,8 @@ def test_any_teacher_with_any_student(
                 continue
             built = build_method(settings, *pair, images)
             assert isinstance(built, KD)
-            terms = built.feature_terms(features[student], features[teacher], batch)
+            outputs = Outputs(features[student], features[teacher], batch)
+            terms = built.feature_terms(outputs)
             with torch.no_grad():
                 for phase in list(built.phases())[:-1]:
                     terms |= phase.loss(batch).terms
@@ -195,5 +197,5 @@ def test_a_body_that_modules_cannot_hold_is_refused(images: Images) -> None:
             found: Features = self.network(x)
             return found._replace(stages=tuple(self.scale * maps for maps in found.stages))
 
-    with pytest.raises(ValueError, match="a parameter of its own"):
+    with pytest.raises(ValueError, match="a module that also holds"):
         modules_behind(Scaled(), images, lambda features: features.stages)
