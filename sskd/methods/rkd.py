@@ -18,8 +18,8 @@ def distances_and_angles(features: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         psi_D, [B, B]: the distances divided by mu, the mean of the distances that are not 0.
-        psi_A, [B, B, B]: the cosines of the angles. Entry [j, i, k] is that of the angle at row j
-        between rows i and k; it is 0 if row j equals one of them.
+        psi_A, [B, B, B]: the cosines of the angles. Entry [j, i, k] is the cosine at row j between
+        rows i and k, or 0 if row j equals one of them.
     """
     offsets = features[None, :] - features[:, None]
     distances = offsets.norm(dim=2)
