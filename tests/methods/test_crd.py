@@ -31,7 +31,7 @@ def others_of(labels: Tensor, own: int) -> list[int]:
 
 @pytest.mark.parametrize("count", [1, 5, 10])
 @pytest.mark.parametrize("sizes", [EQUAL, UNEQUAL])
-def test_negatives_are_of_other_classes_and_none_comes_twice(sizes: list[int], count: int) -> None:
+def test_negatives_are_of_other_classes_without_repeats(sizes: list[int], count: int) -> None:
     torch.manual_seed(0)
     labels = labels_of(sizes)
     negatives = draw_negatives(labels, labels, count)
@@ -42,7 +42,7 @@ def test_negatives_are_of_other_classes_and_none_comes_twice(sizes: list[int], c
 
 
 @pytest.mark.parametrize("sizes", [EQUAL, UNEQUAL, [1, 1]])
-def test_as_many_negatives_as_there_are_others_are_all_of_them(sizes: list[int]) -> None:
+def test_the_largest_count_draws_all_other_images(sizes: list[int]) -> None:
     torch.manual_seed(0)
     labels = labels_of(sizes)
     largest = torch.full((20,), sizes.index(max(sizes)))
@@ -53,7 +53,7 @@ def test_as_many_negatives_as_there_are_others_are_all_of_them(sizes: list[int])
 
 @pytest.mark.parametrize("own", [0, 3])
 @pytest.mark.parametrize(("sizes", "count"), [(EQUAL, 1), (EQUAL, 30), (UNEQUAL, 2), (UNEQUAL, 7)])
-def test_every_other_image_is_drawn_as_often(sizes: list[int], count: int, own: int) -> None:
+def test_negatives_are_uniform(sizes: list[int], count: int, own: int) -> None:
     """Pearson's chi-squared test.
 
     Each of E images is in a row with p = count / E; the covariance of two of them, drawn without
@@ -72,7 +72,7 @@ def test_every_other_image_is_drawn_as_often(sizes: list[int], count: int, own: 
 
 
 @pytest.mark.parametrize("classes", [(0, 0), (0, 1)])
-def test_samples_have_draws_of_their_own(classes: tuple[int, int]) -> None:
+def test_draws_of_two_samples_are_independent(classes: tuple[int, int]) -> None:
     """Neighbouring rows share as many images as chance has it, within five standard deviations.
 
     A row of ``count`` out of E images holds a given one with p = count / E and a given pair with
@@ -104,14 +104,14 @@ def nce_by_hand(scores: list[list[float]], num_data: int) -> float:
 
 
 @pytest.mark.parametrize(("batch", "negatives", "num_data"), [(1, 1, 2), (4, 9, 50), (7, 64, 70)])
-def test_nce_loss_is_what_loops_give(batch: int, negatives: int, num_data: int) -> None:
+def test_nce_loss_equals_loops(batch: int, negatives: int, num_data: int) -> None:
     generator = torch.Generator().manual_seed(batch)
     scores = torch.randn(batch, 1 + negatives, generator=generator).exp()
     expected = nce_by_hand(scores.tolist(), num_data)
     assert nce_loss(scores, num_data).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_nce_loss_survives_scores_of_any_size() -> None:
+def test_nce_loss_is_finite_for_extreme_scores() -> None:
     # From the farthest to the nearest cosine at a temperature of 0.07.
     extremes = [math.exp(-1 / 0.07), 1.0, math.exp(1 / 0.07)]
     scores = torch.tensor(list(itertools.product(extremes, repeat=3)), requires_grad=True)
@@ -124,7 +124,7 @@ def test_nce_loss_survives_scores_of_any_size() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_scores_and_their_loss_are_float32_whatever_comes_in(dtype: torch.dtype) -> None:
+def test_scores_and_loss_are_float32_for_any_input(dtype: torch.dtype) -> None:
     embedding, bank, index = unit_rows(3, 8), unit_rows(20, 8, seed=1), positions(3, 5, 20)
     embedding, bank = embedding.to(dtype), bank.to(dtype)
     scores = score(embedding.float(), bank.float(), index, 0.07)
@@ -175,7 +175,7 @@ SIZES = [(1, 4, 10, 3), (5, 8, 30, 20), (12, 128, 200, 150)]
 
 
 @pytest.mark.parametrize(("batch", "dimension", "num_data", "count"), SIZES)
-def test_gradient_is_that_of_gathered_rows(
+def test_gradient_equals_gathered_rows(
     batch: int, dimension: int, num_data: int, count: int
 ) -> None:
     embedding = unit_rows(batch, dimension).requires_grad_()
@@ -187,7 +187,7 @@ def test_gradient_is_that_of_gathered_rows(
 
 
 @pytest.mark.parametrize(("batch", "dimension", "num_data", "count"), SIZES)
-def test_contrast_scores_the_other_bank_by_a_constant_of_the_first_batch(
+def test_the_first_batch_sets_the_normaliser(
     batch: int, dimension: int, num_data: int, count: int
 ) -> None:
     torch.manual_seed(0)
@@ -213,7 +213,7 @@ def assert_same_with_gradient(found: Tensor, expected: Tensor, leaf: Tensor) -> 
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_descent_lowers_the_contrast() -> None:
+def test_gradient_descent_lowers_the_loss() -> None:
     torch.manual_seed(8)
     memory, other, index = ContrastMemory(6, 8, 30), ContrastMemory(9, 8, 30), positions(5, 20, 30)
     pooled = torch.randn(5, 6)
@@ -241,7 +241,7 @@ def test_degenerate_features_give_finite_gradients(features: Tensor, bias: bool)
         assert gradient.isfinite().all()
 
 
-def test_a_bank_starts_uniform_with_rows_of_length_one_on_average() -> None:
+def test_the_initial_bank_is_uniform() -> None:
     """Within five standard deviations of the moments of +-a, a = 1/sqrt(d/3).
 
     The entries' variance is a^2/3 = 1/d, that of their squares a^4/5 - a^4/9. The largest of N
@@ -259,7 +259,7 @@ def test_a_bank_starts_uniform_with_rows_of_length_one_on_average() -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
-def test_renew_moves_the_batchs_rows_alone(momentum: float) -> None:
+def test_update_changes_only_the_rows_of_the_batch(momentum: float) -> None:
     torch.manual_seed(4)
     memory = ContrastMemory(5, 16, 40)
     before = memory.bank
@@ -281,7 +281,7 @@ def test_renew_moves_the_batchs_rows_alone(momentum: float) -> None:
         assert math.hypot(*memory.bank[image].tolist()) == pytest.approx(1, abs=1e-6)
 
 
-def test_embeddings_are_unit_rows_in_float32_inside_autocast() -> None:
+def test_embeddings_are_float32_unit_vectors_in_autocast() -> None:
     torch.manual_seed(5)
     memory = ContrastMemory(6, 16, 10)
     pooled = 30 * torch.randn(7, 6)
@@ -298,7 +298,7 @@ def test_embeddings_are_unit_rows_in_float32_inside_autocast() -> None:
         assert row == pytest.approx([m / math.hypot(*mapped) for m in mapped], abs=1e-5)
 
 
-def test_both_directions_are_summed_before_the_banks_are_renewed(few_images: Images) -> None:
+def test_both_losses_use_the_banks_before_the_update(few_images: Images) -> None:
     torch.manual_seed(6)
     networks = build_model("resnet8", 5).eval(), build_model("resnet14", 5).eval()
     method = CRD(

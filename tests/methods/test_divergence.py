@@ -82,7 +82,7 @@ def saturated(seed: int) -> Tensor:
 
 @pytest.mark.parametrize("temperature", [1e-3, 1.0, 1e4, 1e12])
 @pytest.mark.parametrize("kind", ["apart", "near", "saturated", "saturated and not"])
-def test_nothing_is_lost_at_the_bounds(kind: str, temperature: float) -> None:
+def test_extreme_temperatures_stay_accurate(kind: str, temperature: float) -> None:
     """The smallest and largest temperatures that make sense, and logits of a broken network."""
     teacher = saturated(0) if "saturated" in kind else logits(10, 0)
     student = {
@@ -116,7 +116,7 @@ def test_there_is_no_second_derivative() -> None:
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_equal_predictions_diverge_by_nothing(temperature: float) -> None:
+def test_equal_predictions_give_zero(temperature: float) -> None:
     student = logits(5, 2).requires_grad_()
     found = softened_kl(student, student.detach(), temperature)
     assert (found == 0).all()
@@ -125,7 +125,7 @@ def test_equal_predictions_diverge_by_nothing(temperature: float) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e4, 1e6, 1e9])
-def test_a_hot_divergence_is_half_the_variance(temperature: float) -> None:
+def test_high_temperature_gives_half_the_variance(temperature: float) -> None:
     """Hinton, Vinyals, Dean (2015), section 2.1: distillation then matches centred logits."""
     student, teacher = logits(3, 3), logits(3, 4)
     difference = (teacher - student).double()
@@ -134,7 +134,7 @@ def test_a_hot_divergence_is_half_the_variance(temperature: float) -> None:
     torch.testing.assert_close(found.double(), variance / 2, rtol=20 / temperature + 1e-6, atol=0)
 
 
-def test_predictions_that_share_nothing_stay_finite() -> None:
+def test_disjoint_predictions_stay_finite() -> None:
     student, teacher = torch.zeros(2, 3), torch.zeros(2, 3)
     student[:, 0], teacher[:, 1] = 3000, 3000
     student.requires_grad_()
@@ -145,7 +145,7 @@ def test_predictions_that_share_nothing_stay_finite() -> None:
 
 
 @pytest.mark.parametrize("lost", [math.nan, math.inf])
-def test_what_is_not_finite_is_not_hidden(lost: float) -> None:
+def test_nan_and_inf_are_not_hidden(lost: float) -> None:
     student, teacher = logits(1, 5), logits(1, 6)
     student[3, 4] = lost
     assert not kd_loss(student, teacher, 4.0).isfinite()
@@ -155,7 +155,7 @@ def test_what_is_not_finite_is_not_hidden(lost: float) -> None:
 
 @pytest.mark.parametrize("method", ["kd", "sskd"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_hot_terms_of_a_method_are_half_a_variance(
+def test_methods_stay_accurate_at_high_temperature(
     composed: Compose, method: str, precision: str
 ) -> None:
     """Of whole methods, in autocast, where the logits have 8 bits and the loss has more."""
@@ -175,7 +175,7 @@ def test_hot_terms_of_a_method_are_half_a_variance(
     assert terms.get("ss", terms["kd"]).item() > 0
 
 
-def test_the_divergence_that_a_result_tells_is_not_negative() -> None:
+def test_the_mean_kl_of_a_result_is_not_negative() -> None:
     close = logits(5, 7).double()
     assert mean_kl(close, close) == 0
     for size in (1e-8, 1e-12, 1e-15):  # the last is -4e-20 as it is summed

@@ -251,7 +251,7 @@ def draw(shapes: tuple[Shape, ...], seed: int = 0) -> list[Tensor]:
 
 @pytest.mark.parametrize("repeated", [False, True])
 @pytest.mark.parametrize(("name", "shapes"), EVERY_SHAPE)
-def test_loss_is_what_loops_give(name: str, shapes: tuple[Shape, ...], repeated: bool) -> None:
+def test_loss_equals_loops(name: str, shapes: tuple[Shape, ...], repeated: bool) -> None:
     inputs = draw(shapes)
     if repeated:
         inputs[0][1] = inputs[0][0]
@@ -266,7 +266,7 @@ def test_rkd_weighs_distances_and_angles(weights: tuple[float, float]) -> None:
     assert rkd_loss(student, teacher, *weights).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_pkt_survives_a_probability_of_zero() -> None:
+def test_pkt_accepts_a_probability_of_zero() -> None:
     opposite = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     equal = torch.ones(2, 2)
     # Each of two rows: half log(half / 1) and half log(half / 1e-7).
@@ -275,7 +275,7 @@ def test_pkt_survives_a_probability_of_zero() -> None:
 
 
 @pytest.mark.parametrize("margin", [0.5, 1, 2])
-def test_ab_pushes_across_the_boundary_and_no_further_than_the_margin(margin: float) -> None:
+def test_ab_loss_ends_at_the_margin(margin: float) -> None:
     student, noise = draw(((3, 4, 5, 5),) * 2, seed=1)
     teacher = noise.round()  # with zeros, which are not active
     assert (teacher == 0).any()
@@ -289,13 +289,13 @@ def test_ab_pushes_across_the_boundary_and_no_further_than_the_margin(margin: fl
 
 
 @pytest.mark.parametrize("name", ["hint", "at", "sp", "rkd", "pkt", "ft", "cc", "nst", "fsp"])
-def test_loss_is_zero_for_the_teachers_own_features(name: str) -> None:
+def test_loss_is_zero_for_equal_features(name: str) -> None:
     case = CASES[name]
     features = draw(case.shapes[0][: case.students])
     assert case.loss(*features, *features).item() == pytest.approx(0, abs=1e-7)
 
 
-def test_vid_is_least_at_the_target_and_for_the_variance_of_the_errors() -> None:
+def test_vid_is_smallest_at_target_and_error_variance() -> None:
     mean, target, variance = draw(CASES["vid"].shapes[0])
     least = vid_loss(target, target, variance)
     assert least.item() == pytest.approx(fmean(math.log(v) / 2 for v in variance.tolist()))
@@ -319,7 +319,7 @@ def mean_by_hand(position: Row, weights: list[list[Row]]) -> Row:
 
 @pytest.mark.parametrize(("ours", "theirs"), [((3, 2), (4, 8)), ((2, 8), (3, 2)), ((5, 3), (6, 3))])
 @pytest.mark.parametrize("raw", [None, -2.0])
-def test_vids_gaussian_regresses_the_mean_and_learns_the_variance(
+def test_gaussian_equals_loops_and_trains_all_parameters(
     ours: tuple[int, int], theirs: tuple[int, int], raw: float | None
 ) -> None:
     torch.manual_seed(0)
@@ -346,7 +346,7 @@ def test_vids_gaussian_regresses_the_mean_and_learns_the_variance(
 
 
 @pytest.mark.parametrize(("name", "shapes"), EVERY_SHAPE)
-def test_descent_lowers_the_loss(name: str, shapes: tuple[Shape, ...]) -> None:
+def test_gradient_descent_lowers_the_loss(name: str, shapes: tuple[Shape, ...]) -> None:
     case = CASES[name]
     inputs = draw(shapes)
     students, others = inputs[: case.students], inputs[case.students :]
@@ -394,7 +394,7 @@ INVARIANT = [
 
 @pytest.mark.parametrize("position", [0, 1])
 @pytest.mark.parametrize(("name", "change"), INVARIANT)
-def test_loss_is_blind_to(name: str, change: Callable[[Tensor], Tensor], position: int) -> None:
+def test_loss_is_invariant(name: str, change: Callable[[Tensor], Tensor], position: int) -> None:
     for shapes in CASES[name].shapes:
         inputs = draw(shapes)
         before = CASES[name].loss(*inputs).item()
@@ -404,7 +404,7 @@ def test_loss_is_blind_to(name: str, change: Callable[[Tensor], Tensor], positio
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", CASES)
-def test_loss_is_float32_whatever_comes_in(name: str, dtype: torch.dtype) -> None:
+def test_loss_is_float32_for_any_input(name: str, dtype: torch.dtype) -> None:
     # So large that squares and sums overflow in float16.
     inputs = [(100 * values).to(dtype) for values in draw(CASES[name].shapes[0])]
     expected = CASES[name].loss(*(values.float() for values in inputs))
@@ -459,7 +459,7 @@ def assert_finite(case: Case, inputs: list[Tensor]) -> None:
         assert gradient.isfinite().all()
 
 
-def test_rkd_does_not_explode_where_two_students_are_alike() -> None:
+def test_rkd_gradient_is_bounded_for_equal_samples() -> None:
     student, teacher = draw(((6, 5), (6, 5)))
     student = first_two_alike(student).requires_grad_()
     (gradient,) = torch.autograd.grad(rkd_loss(student, teacher), student)
@@ -467,7 +467,7 @@ def test_rkd_does_not_explode_where_two_students_are_alike() -> None:
 
 
 @pytest.mark.parametrize(("name", "loss"), [("sp", sp_loss), ("pkt", pkt_loss), ("rkd", rkd_loss)])
-def test_a_sample_without_any_activation_does_not_blow_the_gradient_up(
+def test_gradient_is_bounded_for_a_sample_of_zeros(
     name: str, loss: Callable[..., Tensor]
 ) -> None:
     student, teacher = draw(((6, 5), (6, 5)))

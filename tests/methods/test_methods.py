@@ -91,7 +91,7 @@ def leaves(root: torch.Tensor) -> set[int]:
 
 
 @pytest.mark.parametrize(("method", "pair"), CASES)
-def test_every_stage_of_every_pair(composed: Compose, method: str, pair: str) -> None:
+def test_every_phase_of_every_pair(composed: Compose, method: str, pair: str) -> None:
     count = 2 if method != "rkd" else 3  # of two images, every relative distance is 1
     images = random_images(count, 4)
     built = make(composed, method, pair, images)
@@ -179,7 +179,7 @@ def test_a_last_batch_of_one_image(composed: Compose, few_images: Images, method
         assert total(stage, stage.loss(first_batch(few_images, stage, 1))).isfinite()
 
 
-def test_sskd_teacher_head_starts_alike_for_every_student(
+def test_the_teacher_head_is_the_same_for_all_students(
     composed: Compose, few_images: Images
 ) -> None:
     small = make(composed, "sskd", "resnet14-resnet8", few_images)
@@ -193,7 +193,7 @@ def test_sskd_teacher_head_starts_alike_for_every_student(
         assert torch.equal(tensor, other.get_submodule("teacher_head").state_dict()[name])
 
 
-def test_sskd_terms_are_those_of_its_parts(composed: Compose, few_images: Images) -> None:
+def test_sskd_terms_equal_loops(composed: Compose, few_images: Images) -> None:
     """The four terms, computed view by view with gathered rows instead of masks."""
     built = make(composed, "sskd", "resnet14-resnet8", few_images, "method.tf_ratio=0.5")
     built.eval()
@@ -234,7 +234,7 @@ def test_sskd_terms_are_those_of_its_parts(composed: Compose, few_images: Images
 
 
 @pytest.mark.parametrize("weights", [{"ce": 1.0}, {"ce": 1.0, "kd": 1.0, "tf": 1.0}])
-def test_a_term_without_a_weight_and_a_weight_without_a_term_are_errors(
+def test_terms_and_weights_must_have_the_same_names(
     weights: dict[str, float],
 ) -> None:
     stage = Phase("distill", nn.Linear(1, 1), lambda batch: LossOutput({}, {}), weights)
@@ -242,7 +242,7 @@ def test_a_term_without_a_weight_and_a_weight_without_a_term_are_errors(
         stage.weigh({"ce": torch.ones(()), "kd": torch.ones(())})
 
 
-def test_weights_must_match_the_terms(composed: Compose) -> None:
+def test_a_weight_of_an_unknown_term_is_refused(composed: Compose) -> None:
     with pytest.raises(UserError, match=r"method\.weights\.crd: no such setting"):
         composed("method=kd", "+method.weights.crd=1")
 
@@ -258,7 +258,7 @@ WEIGHTINGS = {(): (0.1, 0.9), ("weighting=crd_benchmark",): (1, 0), ("weighting=
 
 
 @pytest.mark.parametrize("method", sorted({*PUBLISHED_WEIGHTS, "ab", "fsp"}))
-def test_the_weighting_fills_in_ce_and_kd(
+def test_the_weighting_sets_ce_and_kd(
     composed: Compose, few_images: Images, method: str
 ) -> None:
     own = {method: PUBLISHED_WEIGHTS[method]} if method in PUBLISHED_WEIGHTS else {}
@@ -271,7 +271,7 @@ def test_the_weighting_fills_in_ce_and_kd(
 
 
 @pytest.mark.parametrize("method", ["kd", "sskd"])
-def test_kd_and_sskd_keep_their_own_weights(composed: Compose, method: str) -> None:
+def test_the_weighting_does_not_change_kd_and_sskd(composed: Compose, method: str) -> None:
     def weights(*words: str) -> dict[str, float]:
         found: dict[str, float] = composed(f"method={method}", *words).method.weights.model_dump()
         return found
@@ -284,7 +284,7 @@ def test_kd_and_sskd_keep_their_own_weights(composed: Compose, method: str) -> N
     ("method", "phase"), [("ab", "boundary"), ("ft", "paraphraser"), ("fsp", "flow")]
 )
 @pytest.mark.parametrize(("epochs", "expected"), [(240, 30), (24, 3), (2, 1)])
-def test_first_phases_are_an_eighth_of_the_run_at_a_constant_rate(
+def test_first_phases_take_an_eighth_at_a_constant_rate(
     composed: Compose, few_images: Images, method: str, phase: str, epochs: int, expected: int
 ) -> None:
     config = composed(f"method={method}", f"schedule.epochs={epochs}", "pair=vgg13-vgg8")
@@ -309,7 +309,7 @@ def test_first_phases_are_an_eighth_of_the_run_at_a_constant_rate(
         (["pair=resnet56-resnet20", "method.paraphraser.lr=null", "optimizer.lr=0.2"], 0.2),
     ],
 )
-def test_the_paraphraser_learns_at_the_rate_of_its_student(
+def test_the_student_decides_the_paraphrasers_rate(
     composed: Compose, few_images: Images, overrides: list[str], expected: float
 ) -> None:
     config = composed("method=ft", *overrides)

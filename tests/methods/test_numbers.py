@@ -64,7 +64,7 @@ def as_it_is(images: Images) -> Images:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("given", [flat, alike, as_it_is])
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_images_that_cannot_be_told_apart(
+def test_identical_images_keep_the_weights_finite(
     composed: Compose, method: str, given: Callable[[Images], Images], precision: str
 ) -> None:
     images = given(random_images(BATCH, 4, classes=3))
@@ -83,7 +83,7 @@ def silence(network: nn.Module) -> None:
 
 @pytest.mark.parametrize("silent", ["student", "teacher", "both"])
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_features_of_no_variance(composed: Compose, method: str, silent: str) -> None:
+def test_constant_features_keep_the_weights_finite(composed: Compose, method: str, silent: str) -> None:
     images = random_images(BATCH, 4, classes=3)
     built, each = stages(composed, method, images)
     for role in ("student", "teacher"):
@@ -95,7 +95,7 @@ def test_features_of_no_variance(composed: Compose, method: str, silent: str) ->
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_a_single_image_in_the_last_step(composed: Compose, method: str) -> None:
+def test_a_last_batch_of_one_keeps_the_weights_finite(composed: Compose, method: str) -> None:
     images = random_images(BATCH + 1, 4, classes=3)
     built, each = stages(composed, method, images)
     for stage in each:
@@ -128,7 +128,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_a_loss_that_overflows_is_named(
+def test_an_overflowing_term_is_named(
     composed: Compose, tmp_path: Path, teachers: Path, method: str, precision: str
 ) -> None:
     """The learning rate takes the weights beyond what the networks' sums can hold."""
@@ -140,7 +140,7 @@ def test_a_loss_that_overflows_is_named(
         unfinished.rename(runs)
     shutil.copytree(runs, tmp_path / "runs")
     wild = [f"method={method}", "optimizer.lr=1e6", "batch_size=4"]
-    with pytest.raises(UserError, match=r"stage \w+, epoch 1: the terms? '\w+'.* not finite, in"):
+    with pytest.raises(UserError, match=r"phase \w+, epoch 1: the terms? '\w+'.* not finite, in"):
         train(composed(*words, *wild))
     (folder,) = {
         path.parent for path in tmp_path.rglob("status.json") if "failed" in path.read_text()
@@ -149,7 +149,7 @@ def test_a_loss_that_overflows_is_named(
     assert not (folder / "last.pt").exists()
 
 
-def test_a_teacher_that_is_always_right_or_always_wrong() -> None:
+def test_kept_share_of_a_teacher_always_right_or_wrong() -> None:
     """Selective transfer keeps every row of the one, and the floor of its share of the other's."""
     target = torch.arange(7) % 5
     right = torch.nn.functional.one_hot(target, 5).float()
@@ -166,7 +166,7 @@ def test_a_teacher_that_is_always_right_or_always_wrong() -> None:
 
 
 @pytest.mark.parametrize("always", ["right", "wrong"])
-def test_sskd_learns_from_a_teacher_that_is_always(composed: Compose, always: str) -> None:
+def test_sskd_with_a_teacher_always_right_or_wrong(composed: Compose, always: str) -> None:
     """All images are of one class of two, which the teacher names always or never."""
     images = random_images(BATCH, 4, classes=2)
     labels = torch.zeros(BATCH, dtype=torch.long)

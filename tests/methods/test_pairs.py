@@ -66,7 +66,7 @@ def features(networks: dict[str, nn.Module]) -> dict[str, Features]:
 
 
 @pytest.mark.parametrize("method", METHODS_WITH_FEATURES)
-def test_any_teacher_with_any_student(
+def test_every_method_takes_or_refuses_every_pair(
     composed: Compose,
     method: str,
     networks: dict[str, nn.Module],
@@ -124,7 +124,7 @@ def test_fitnet_takes_any_stage_of_any_pair(
         (("method=vid", "method.variance=1e-6"), "method.variance=1e-06: must be above"),
     ],
 )
-def test_what_cannot_be_is_refused_before_a_teacher_is_trained(
+def test_impossible_pairs_are_refused_before_training(
     composed: Compose, tmp_path: Path, overrides: tuple[str, ...], told: str, trains: str
 ) -> None:
     with pytest.raises(UserError, match=told):
@@ -144,21 +144,21 @@ def test_crd_needs_a_second_class(composed: Compose) -> None:
     [((6, 8, 8), (9, 8, 8)), ((6, 8, 8), (9, 16, 16)), ((6, 8, 8), (9, 4, 4)),
      ((6, 8, 8), (9, 7, 7)), ((6, 8, 8), (9, 1, 1))],
 )  # fmt: skip
-def test_the_regressor_gives_the_teachers_shape(
+def test_the_regressor_returns_the_teachers_shape(
     ours: tuple[int, int, int], theirs: tuple[int, int, int]
 ) -> None:
     regressor = conv_regressor(torch.Size(ours), torch.Size(theirs))
     assert regressor(torch.randn(2, *ours)).shape == (2, *theirs)
 
 
-def test_the_regressor_refuses_a_map_that_is_much_smaller() -> None:
+def test_the_regressor_refuses_a_much_smaller_map() -> None:
     with pytest.raises(UserError, match="cannot map the student's 4x4 to the teacher's 16x16"):
         conv_regressor(torch.Size((6, 4, 4)), torch.Size((6, 16, 16)))
 
 
 @pytest.mark.parametrize("outputs", ["stages", "preacts"])
 @pytest.mark.parametrize("name", LEVELS)
-def test_the_body_is_what_changes_the_outputs(name: str, outputs: str, images: Images) -> None:
+def test_the_body_alone_changes_the_outputs(name: str, outputs: str, images: Images) -> None:
     network = build_model(name, 5).eval()
     parts = modules_behind(network, images, lambda features: getattr(features, outputs))
     found = {id(parameter) for part in parts for parameter in part.parameters()}
@@ -176,7 +176,7 @@ def test_the_body_is_what_changes_the_outputs(name: str, outputs: str, images: I
             assert {id(parameter) in found for parameter in child.parameters()} == {changed}, label
 
 
-def test_the_body_leaves_frozen_what_is_frozen(images: Images) -> None:
+def test_frozen_parameters_stay_frozen(images: Images) -> None:
     network = build_model("resnet8", 5)
     network.conv1.requires_grad_(False)
     modules_behind(network, images, lambda features: features.stages)
@@ -184,7 +184,7 @@ def test_the_body_leaves_frozen_what_is_frozen(images: Images) -> None:
     assert frozen == ["conv1.weight"]
 
 
-def test_a_body_that_modules_cannot_hold_is_refused(images: Images) -> None:
+def test_a_body_with_unused_parameters_is_refused(images: Images) -> None:
     class Scaled(nn.Module):
         """A network whose scale is a parameter of its own, beside an unused classifier."""
 

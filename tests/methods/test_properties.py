@@ -112,7 +112,7 @@ def told_in_a_line(error: Exception, path: Path = Path()) -> None:
 
 @some
 @given(configurations())
-def test_plain_values_are_a_configuration_or_are_refused_in_a_line(values: dict[str, Any]) -> None:
+def test_changed_values_are_read_or_refused(values: dict[str, Any]) -> None:
     values.pop("weighting", None)
     try:
         assert isinstance(parse_config(values), Config)
@@ -122,14 +122,14 @@ def test_plain_values_are_a_configuration_or_are_refused_in_a_line(values: dict[
 
 @some
 @given(configurations())
-def test_a_composed_configuration_is_typed_or_refused_in_a_line(values: dict[str, Any]) -> None:
+def test_a_changed_composition_is_read_or_refused(values: dict[str, Any]) -> None:
     try:
         assert isinstance(read_config(OmegaConf.create(values)), Config)
     except UserError as error:
         told_in_a_line(error)
 
 
-def test_the_configuration_that_is_changed_is_itself_a_right_one() -> None:
+def test_the_unchanged_configuration_is_valid() -> None:
     assert read_config(OmegaConf.create(real())).dataset.name == "digits"
 
 
@@ -178,7 +178,7 @@ def test_flat_settings_can_be_nested_again(values: dict[str, Any]) -> None:
 
 @some
 @given(st.text(min_size=1), st.lists(st.text(min_size=1), max_size=5))
-def test_the_nearest_name_is_one_of_the_choices(word: str, choices: list[str]) -> None:
+def test_the_suggestion_is_one_of_the_choices(word: str, choices: list[str]) -> None:
     told = did_you_mean(word, choices)
     assert told == "" or told in {f"; did you mean '{choice}'?" for choice in choices}
     assert did_you_mean(word, [*choices, word]) in (f"; did you mean '{word}'?", told)
@@ -222,7 +222,7 @@ def mutated(draw: st.DrawFn, whole: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["zip.pth", "legacy.pth", "net.safetensors"])
-def test_a_changed_checkpoint_is_read_or_refused_in_a_line(name: str) -> None:
+def test_a_changed_checkpoint_is_read_or_refused(name: str) -> None:
     @few
     @given(mutated(checkpoints()[name]))
     def check(data: bytes) -> None:
@@ -259,7 +259,7 @@ def refused_as_damaged(folder: Path, data: bytes) -> bool:
     return False
 
 
-def test_any_changed_byte_shows(sealed: bytes, tmp_path: Path) -> None:
+def test_any_changed_byte_is_detected(sealed: bytes, tmp_path: Path) -> None:
     for position in range(len(sealed)):
         changed = bytearray(sealed)
         changed[position] ^= 1 << position % 8
@@ -268,7 +268,7 @@ def test_any_changed_byte_shows(sealed: bytes, tmp_path: Path) -> None:
 
 @some
 @given(st.data())
-def test_a_sealed_file_with_changes_or_cut_short_is_damaged(
+def test_a_changed_or_cut_checkpoint_is_corrupt(
     sealed: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     changed = data.draw(mutated(sealed))
@@ -295,7 +295,7 @@ def test_a_sealed_file_with_changes_or_cut_short_is_damaged(
     ),
     st.floats(0, 1),
 )
-def test_the_rows_that_are_kept(rows: list[tuple[list[int], int]], ratio: float) -> None:
+def test_kept_rows_follow_the_definition(rows: list[tuple[list[int], int]], ratio: float) -> None:
     """Against the words of the definition, row by row; small whole scores make for ties."""
     ranks = [sum(score > scores[target] for score in scores) for scores, target in rows]
     wrong = [index for index, rank in enumerate(ranks) if rank > 0]
@@ -315,7 +315,7 @@ LABELS = st.lists(st.integers(0, 3), min_size=2, max_size=30).filter(
 
 @some
 @given(LABELS, st.data())
-def test_negatives_are_of_other_classes_and_none_comes_twice(
+def test_negatives_are_of_other_classes_without_repeats(
     labels: list[int], data: st.DataObject
 ) -> None:
     others = len(labels) - max(Counter(labels).values())
@@ -355,7 +355,7 @@ def nearest_even(value: float) -> int:
 
 @some
 @given(LABELS, SHARES, SHARES, SEEDS)
-def test_a_fraction_is_one_of_each_class_and_within_a_larger_one(
+def test_a_fraction_is_part_of_a_larger_fraction(
     labels: list[int], one: float, other: float, seed: int
 ) -> None:
     small, large = (
@@ -371,7 +371,7 @@ def test_a_fraction_is_one_of_each_class_and_within_a_larger_one(
 
 @some
 @given(LABELS, SHARES, SEEDS)
-def test_what_is_held_out_and_what_is_left_are_all(
+def test_held_out_and_kept_images_are_all_images(
     labels: list[int], share: float, seed: int
 ) -> None:
     sizes = Counter(labels)
@@ -392,7 +392,7 @@ def test_what_is_held_out_and_what_is_left_are_all(
 
 @some
 @given(LABELS, SHARES, SHARES, SEEDS)
-def test_wrong_labels_are_so_many_of_each_class_and_the_same_in_a_larger_noise(
+def test_wrong_labels_stay_wrong_with_more_noise(
     labels: list[int], one: float, other: float, seed: int
 ) -> None:
     little, much = sorted((one, other))
@@ -434,7 +434,7 @@ def records(draw: st.DrawFn, whole: Mapping[str, Any]) -> str:
 
 @some
 @given(records(RESULT) | JSON.map(json.dumps) | st.text())
-def test_a_result_is_read_or_refused_in_words(text: str) -> None:
+def test_a_changed_result_is_read_or_refused(text: str) -> None:
     try:
         result = parse_result(text, Path("run"))
     except ValueError as error:
@@ -450,7 +450,7 @@ def test_a_result_is_read_or_refused_in_words(text: str) -> None:
 
 @some
 @given(st.lists(records(epoch_line("distill", 1, 50.0)) | JSON.map(json.dumps) | TEXT, max_size=4))
-def test_metrics_are_read_or_told_in_a_warning(lines: list[str]) -> None:
+def test_changed_metrics_are_read_or_warned_about(lines: list[str]) -> None:
     warnings: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "metrics.jsonl")
@@ -464,7 +464,7 @@ def test_metrics_are_read_or_told_in_a_warning(lines: list[str]) -> None:
     assert all(math.isfinite(value) for line in found for value in line.figures.values())
 
 
-def test_whole_records_are_read() -> None:
+def test_valid_records_are_read() -> None:
     """Else the properties above could hold of a reader that refuses everything."""
     result = parse_result(json.dumps(RESULT), Path("run"))
     assert result is not None
