@@ -63,7 +63,7 @@ def run(overrides: list[str], runs: Path) -> list[dict[str, Any]]:
     with redirect_stdout(sys.stderr):
         train(config)
     folder, _ = run_location(config)
-    return Run(folder, {}).read_metrics()
+    return Run(folder, {}).metrics.read()
 
 
 def compare(method: str, overrides: list[str], runs: Path) -> Iterator[str]:

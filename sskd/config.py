@@ -26,11 +26,11 @@ from pydantic.fields import FieldInfo
 from sskd.data import SOURCES, DatasetSettings
 from sskd.device import best_precision
 from sskd.errors import UserError, did_you_mean, shortened
+from sskd.files import expanded
 from sskd.methods import METHODS, Method
 from sskd.models import ARCHITECTURES
 from sskd.optimizers import OPTIMIZERS
 from sskd.overrides import flatten
-from sskd.paths import expanded
 from sskd.runs.weightings import about_renamed
 from sskd.schedule import Gamma, Milestones
 from sskd.settings import (

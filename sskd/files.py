@@ -23,6 +23,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from hydra.core.hydra_config import HydraConfig
+
+from sskd.errors import UserError
+
 StillOurs = Callable[[], object]
 
 MOST_DEPTH = 64  # of folders in one that is walked: os.walk calls itself for each level
@@ -209,3 +213,43 @@ def read_lines(path: Path, most: int, most_lines: int) -> Iterator[bytes]:
 def read_bounded_text(path: Path, most: int) -> str:
     """Return the text in the file ``path`` as ``read_bounded`` does; ValueError if it is none."""
     return read_bounded(path, most).decode()
+
+
+def safe_join(folder: Path, *parts: str) -> Path:
+    """Return the path ``parts`` below ``folder``, which itself may be a link.
+
+    Raises:
+        UserError: one of ``parts`` is a symbolic link, which may lead elsewhere.
+    """
+    path = folder
+    for part in parts:
+        path = path / part
+        if path.is_symlink():
+            raise UserError(
+                f"{path}: is a symbolic link, which may lead out of {folder}; put the folder "
+                "itself there, or name the other place with runs=FOLDER"
+            )
+    return path
+
+
+def expanded(path: str | Path) -> Path:
+    """Return ``path`` with the home folder that a leading ``~`` stands for.
+
+    A relative path starts from the folder in which the command was started. It becomes absolute
+    if Hydra has changed to another folder for the job (``hydra.job.chdir``).
+    """
+    try:
+        return _start_of_command() / Path(path).expanduser()
+    except RuntimeError:
+        user = Path(path).parts[0]
+        raise UserError(
+            f"{path}: there is no home folder for {user}; write the folder's whole path"
+        ) from None
+
+
+def _start_of_command() -> Path:
+    """Return the folder in which the command was started, empty if that is the current one."""
+    if not HydraConfig.initialized():
+        return Path()
+    start = Path(HydraConfig.get().runtime.cwd)
+    return Path() if start == Path.cwd() else start

@@ -42,7 +42,7 @@ def prepare() -> None:
     from sskd import CONF
     from sskd.config import read_config
     from sskd.models.recognition import recognise
-    from sskd.runs.identity import recipe
+    from sskd.runs.recipe import recipe
 
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: a child would wait for them
     few_digits.install()

@@ -67,7 +67,7 @@ def test_a_student_learns_from_it(
     result = train(config)
     read = load(config.dataset)
     expected = plain_top1(teachers_root / "resnet56_cifar100.pth", read.test)
-    assert result["teacher_top1"] == pytest.approx(expected, abs=0.02)
+    assert result.teacher_top1 == pytest.approx(expected, abs=0.02)
     (path,) = (tmp_path / "runs/cifar100/distill").rglob("metrics.jsonl")
     first, last = [json.loads(line) for line in path.open()][-2:]
     for term in ("ce", "kd", "tf", "ss"):

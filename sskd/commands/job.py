@@ -106,8 +106,8 @@ def _train(composed: DictConfig) -> float:
     if alone and (line := about_weighting(config.method.name, hydra.overrides.task)):
         say(line)
     check_search(config.dataset.holdout)
-    folder, result = carry_out(config, commanded=alone)
-    return objective(result, folder)
+    plan, result = carry_out(config, from_command_line=alone)
+    return objective(result, plan.folder)
 
 
 def _status(error: Exception) -> int:

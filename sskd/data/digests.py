@@ -23,8 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sskd.errors import UserError
-from sskd.files import open_bounded, write_atomically
-from sskd.paths import expanded
+from sskd.files import expanded, open_bounded, write_atomically
 
 FORMAT = 1  # of the cache: another number if an entry means something else
 MOST_BYTES = 2**29  # of a cache: more than two million files

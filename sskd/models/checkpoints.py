@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sskd.errors import UserError
-from sskd.files import StillOurs, write_atomically
+from sskd.files import StillOurs, expanded, write_atomically
 from sskd.models.layouts import (
     State,
     own_names,
@@ -27,7 +27,6 @@ from sskd.models.layouts import (
 )
 from sskd.models.recognition import recognise, tensor_shapes
 from sskd.models.safe_load import load_torch_file, unreadable
-from sskd.paths import expanded
 
 # The second ones count if a folder has none of the first: a .bin may hold anything.
 SUFFIXES = ((".pth", ".pt", ".safetensors"), (".tar", ".th", ".ckpt", ".bin"))  # .tar: of .pth.tar

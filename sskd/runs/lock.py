@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -78,6 +80,20 @@ class FolderLock:
     def release(self) -> None:
         """Let go of the folder."""
         self._lease.release()
+
+    @contextmanager
+    def writing(self) -> Iterator[Callable[[], None]]:
+        """Check that this process still holds the folder, before a write and within it.
+
+        Yields ``check``, which a writer calls when its file is ready. If a file or the folder is
+        gone, the check is repeated, since losing the folder is the better explanation.
+        """
+        self.check()
+        try:
+            yield self.check
+        except FileNotFoundError:
+            self.check()
+            raise
 
     def check(self) -> None:
         """Ask, before anything is written into the folder, whether it is still this process's.

@@ -20,7 +20,7 @@ from sskd.files import path_in_errors
 from sskd.methods import Method
 from sskd.methods.networks import probe_features
 from sskd.models import VECTOR_FIELDS, Features, partial_features
-from sskd.teachers.phases import corrupt_file_error
+from sskd.teachers.shared import corrupt_file_error
 
 MEMORY_ERROR = "out of memory"  # of PyTorch, on any device
 

@@ -92,14 +92,14 @@ def _init(mode: str, arguments: dict[str, Any]) -> wandb.Run:
     return wandb.init(mode=mode, settings=settings, **arguments)  # type: ignore[arg-type]
 
 
-def sync_folder(run: wandb.Run) -> Path:
+def offline_folder(run: wandb.Run) -> Path:
     """Return the folder of ``run`` that ``wandb sync`` sends."""
     return Path(run.dir).parent
 
 
 def sync_later(run: wandb.Run) -> str:
     """Return the line for a server that has not taken all of ``run`` in time."""
-    return f"W&B did not answer; `wandb sync {sync_folder(run)}` sends the rest later"
+    return f"W&B did not answer; `wandb sync {offline_folder(run)}` sends the rest later"
 
 
 def choose_mode(mode: str) -> str:

@@ -44,6 +44,20 @@ def _and_others(count: int) -> str:
     return f", and those of {count} other {images}" if count else ""
 
 
+def evaluate_epoch(network: nn.Module, images: Images) -> dict[str, float]:
+    """Return ``test/top1`` and, if there are held-out images, ``holdout/top1``, in percent.
+
+    Raises:
+        NotFiniteError: logits are not finite.
+    """
+    accuracies = {}
+    for name, split in (("test", images.test), ("holdout", images.holdout)):
+        if split is not None:
+            logits = predict(network, split, images, f"{name} set")
+            accuracies[f"{name}/top1"] = accuracy(logits, split.labels)
+    return accuracies
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Return the top-1 accuracy in percent of ``logits`` [N, C] for ``labels`` [N]."""
     return 100 * (logits.argmax(1) == labels).sum().item() / len(labels)

@@ -27,7 +27,7 @@ class Progress:
         epochs: of the whole phase.
         size: images an epoch.
         done: images that an earlier start has trained.
-        figures: called at most once a second; returns the epoch's figures so far.
+        metrics: called at most once a second; returns the epoch's metrics so far.
     """
 
     def __init__(
@@ -35,11 +35,12 @@ class Progress:
         title: str,
         epochs: int,
         size: int,
+        *,
         done: int,
-        figures: Callable[[], Mapping[str, Any]],
+        metrics: Callable[[], Mapping[str, Any]],
     ) -> None:
         self._title, self._epochs, self._size = title, epochs, size
-        self._figures = figures
+        self._metrics = metrics
         self._bar = tqdm(
             total=epochs * size,
             initial=done,
@@ -60,7 +61,7 @@ class Progress:
         self._bar.update(images)
         if time.monotonic() - self._shown < self._interval:
             return
-        told = _tell(self._figures())
+        told = _tell(self._metrics())
         self._shown = time.monotonic()
         self._bar.set_description(f"{self._title} {epoch}/{self._epochs}", refresh=False)
         self._bar.set_postfix_str(told)

@@ -17,11 +17,12 @@ from test_data_folder import settings
 
 import sskd.data
 import sskd.data.digests
-import sskd.teachers.phases
+import sskd.train
 from sskd.data import load_images
 from sskd.data.sources import folder_fingerprint
 from sskd.errors import UserError
 from sskd.evaluate import main as evaluate
+from sskd.runs.result import RunResult
 from sskd.teachers.find import run_location
 from sskd.train import train
 
@@ -193,13 +194,13 @@ def test_a_phase_is_of_the_images_that_were_loaded(
     words = (*TINY, f"dataset.root={photos}", "arch@teacher=resnet8", "teacher.train=true")
     train(composed(*TINY, "method=vanilla", f"dataset.root={photos}"))
     before = digest(photos)
-    share = sskd.teachers.phases.run_shared_phase
+    share = sskd.train.load_shared_phase
 
     def changed(*args: Any) -> Any:
         change_pixel(photos)
         return share(*args)
 
-    monkeypatch.setattr("sskd.train.run_shared_phase", changed)
+    monkeypatch.setattr("sskd.train.load_shared_phase", changed)
     config = composed(*words, "method=sskd")
     train(config)
     (phase,) = Path(config.runs, "photos/phases").rglob("config.yaml")
@@ -234,7 +235,7 @@ def names_and_sizes(root: Path) -> str:
 
 
 @pytest.fixture
-def earlier_run(composed: Compose, photos: Path) -> Callable[..., dict[str, Any]]:
+def earlier_run(composed: Compose, photos: Path) -> Callable[..., RunResult]:
     """Train; make the run one of those versions; return what starts the same command again."""
     config = composed(*TINY, "method=vanilla", f"dataset.root={photos}")
     (photos / "train/dark/Thumbs.db").write_text("counted by those versions")
@@ -248,12 +249,12 @@ def earlier_run(composed: Compose, photos: Path) -> Callable[..., dict[str, Any]
 
 
 def test_an_earlier_run_is_taken_with_a_warning(
-    earlier_run: Callable[..., dict[str, Any]], photos: Path, capsys: pytest.CaptureFixture[str]
+    earlier_run: Callable[..., RunResult], photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
     earlier_run()
     out, err = capsys.readouterr()
-    assert "finished already" in out
+    assert "already finished" in out
     assert err.count("\n") == 1
     assert "warning: the run of resnet8 (vanilla, seed 0)" in err
     assert str(photos) in err
@@ -262,7 +263,7 @@ def test_an_earlier_run_is_taken_with_a_warning(
 
 def test_an_earlier_run_goes_on_with_a_warning(
     composed: Compose,
-    earlier_run: Callable[..., dict[str, Any]],
+    earlier_run: Callable[..., RunResult],
     photos: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -282,7 +283,7 @@ def test_an_earlier_run_goes_on_with_a_warning(
     ],
 )
 def test_an_earlier_run_of_other_files_is_refused(
-    earlier_run: Callable[..., dict[str, Any]], photos: Path, change: Callable[[Path], object]
+    earlier_run: Callable[..., RunResult], photos: Path, change: Callable[[Path], object]
 ) -> None:
     change(photos)
     for more in ((), ("method=kd", "arch@teacher=resnet8")):

@@ -241,7 +241,7 @@ def test_a_class_whose_name_is_not_utf8_is_trained_on(
     assert sorted(classes) == sorted([escaped, "dog"])
     "".join(classes).encode()  # it is text again
     words = ("dataset=folder", f"dataset.root={root}", "schedule.epochs=1", "method=vanilla")
-    assert train(composed(*words, "arch@student=resnet8"))["top1"]
+    assert train(composed(*words, "arch@student=resnet8")).top1
 
 
 @pytest.mark.parametrize("kind", ["a broken image", "an empty class"])

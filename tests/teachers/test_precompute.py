@@ -31,10 +31,10 @@ from sskd.errors import BusyError, UserError
 from sskd.methods import METHODS, Method
 from sskd.models import Features
 from sskd.runs.checkpoint_file import load_checkpoint, save_checkpoint
+from sskd.runs.plan import RunPlan, TeacherWeights
 from sskd.teachers.assembly import assemble
-from sskd.teachers.find import TeacherWeights
 from sskd.teachers.outputs import can_precompute
-from sskd.teachers.precompute import PHASE, precompute
+from sskd.teachers.precompute import PHASE, load_teacher_outputs
 from sskd.training.acceleration import fold_teacher
 from sskd.training.signals import Interrupted
 from sskd.training.step import set_trainable
@@ -106,8 +106,10 @@ def test_rows_are_what_the_teacher_computes(
     pair = (f"arch@teacher={teacher}", "arch@student=resnet8")
     config = composed("method=rkd", *pair, f"precision={precision}", "dataset=digits")
     method = made(config, images)
-    found = precompute(method, images, config, DIGEST)
+    load_teacher_outputs(method, images, planned(config))
+    found = method.precomputed
     assert found is not None
+    method.precomputed = None
     loader = Loader(images.train, images.mean, images.std, 2)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         for seed in range(3):
@@ -129,7 +131,8 @@ def test_losses_are_those_of_the_teacher_itself(composed: Compose, name: str) ->
     pair = ("arch@teacher=resnet14", "arch@student=resnet8")
     config = composed(f"method={name}", *pair, "dataset=digits")
     method = made(config, images)
-    looked_up = precompute(method, images, config, DIGEST)
+    load_teacher_outputs(method, images, planned(config))
+    looked_up = method.precomputed
     stages = list(method.phases())
     asked: list[object] = []
     method.teacher.register_forward_pre_hook(lambda *given: asked.append(given))
@@ -149,6 +152,11 @@ def test_losses_are_those_of_the_teacher_itself(composed: Compose, name: str) ->
         for term, value in losses[0].items():
             torch.testing.assert_close(losses[1][term], value, rtol=1e-4, atol=1e-5)
     assert not asked, "the last stage, looked up, needs no teacher"
+
+
+def planned(config: Config) -> RunPlan:
+    """Return the plan of a run with a teacher of any weights."""
+    return RunPlan(config, Path(config.runs, "run"), {}, DIGEST, {})
 
 
 def cell(runs: Path, *more: str) -> list[str]:
@@ -196,7 +204,7 @@ def test_the_next_run_of_the_teacher_finds_them(
     sskd.train.train(composed(*words))
     assert f"{PHASE}: computes" in capsys.readouterr().out
     before = outputs(tmp_path).read_bytes()
-    monkeypatch.setattr(sskd.teachers.precompute, "_compute", None)
+    monkeypatch.setattr(sskd.teachers.precompute, "_fill", None)
     for other in ("seed=1", "method.temperature=2", "arch@student=resnet20", "batch_size=8"):
         sskd.train.train(composed(*words, other))
         assert f"{outputs(tmp_path).parent}: reused" in capsys.readouterr().out
@@ -255,8 +263,7 @@ def test_a_damaged_file_is_named(composed: Compose, tmp_path: Path) -> None:
         with pytest.raises(UserError) as told:
             sskd.train.train(composed(*words, "seed=1"))
         assert str(told.value) == (
-            f"{path}: is damaged; remove the folder {path.parent}, and the same command makes it "
-            "anew"
+            f"{path}: is corrupt; delete the folder {path.parent} and rerun the same command"
         )
         path.write_bytes(content)
     shutil.rmtree(path.parent)
@@ -377,7 +384,7 @@ def test_a_part_that_is_damaged_is_not_gone_on_from(
     content = path.read_bytes()
     for name in ("a bit", "cut", "gone"):
         DAMAGES[name](path)
-        with pytest.raises(UserError, match=r"outputs\.bin: is damaged; remove the folder"):
+        with pytest.raises(UserError, match=r"outputs\.bin: is corrupt; delete the folder"):
             sskd.train.train(composed(*words))
         path.write_bytes(content)
     sskd.train.train(composed(*words))
@@ -393,7 +400,7 @@ def test_a_checkpoint_of_something_else_is_damaged(
     shared = {name: whole[name] for name in ("stage", "lines", "metrics_digest")}
     for state in OTHER_STATES:
         save_checkpoint(path, {**(whole if state else shared), **state})
-        with pytest.raises(UserError, match=r"(last\.pt|bin): is damaged; remove the folder"):
+        with pytest.raises(UserError, match=r"(last\.pt|bin): is corrupt; delete the folder"):
             sskd.train.train(composed(*words))
         outputs(tmp_path).write_bytes(content)
 

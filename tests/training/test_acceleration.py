@@ -267,7 +267,7 @@ def test_a_compiled_run_learns_what_a_plain_one_does(composed: Compose, tmp_path
         if losses:  # the same teacher: how it was compiled is no part of what a run is
             shutil.copytree(tmp_path / "off/digits/scratch", runs / "digits/scratch")
         result = train(composed(*words, f"compile={choice}", f"runs={runs}"))
-        assert result["compile"] == choice
+        assert result.compile == choice
         (path,) = (runs / "digits/distill").rglob("metrics.jsonl")
         losses.append(json.loads(path.read_text())["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
