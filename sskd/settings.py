@@ -17,7 +17,7 @@ SMALLEST = 1e-30  # of the numbers other than 0; float32 has numbers down to 1e-
 
 
 def _as_float(value: object) -> object:
-    """Replace an integer beyond the range of float by the largest float, which exceeds any bound."""
+    """Replace an integer beyond float's range by the largest float, which exceeds any bound."""
     if isinstance(value, int) and abs(value) > sys.float_info.max:
         return sys.float_info.max if value > 0 else -sys.float_info.max
     return value

@@ -467,9 +467,7 @@ def test_rkd_gradient_is_bounded_for_equal_samples() -> None:
 
 
 @pytest.mark.parametrize(("name", "loss"), [("sp", sp_loss), ("pkt", pkt_loss), ("rkd", rkd_loss)])
-def test_gradient_is_bounded_for_a_sample_of_zeros(
-    name: str, loss: Callable[..., Tensor]
-) -> None:
+def test_gradient_is_bounded_for_a_sample_of_zeros(name: str, loss: Callable[..., Tensor]) -> None:
     student, teacher = draw(((6, 5), (6, 5)))
 
     def largest(rows: Tensor) -> float:

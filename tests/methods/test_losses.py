@@ -28,9 +28,7 @@ def kl_by_hand(student: Tensor, teacher: Tensor, temperature: float) -> list[flo
 
 @pytest.mark.parametrize(("batch", "classes"), [(1, 2), (7, 5), (16, 100)])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_kd_equals_loops(
-    batch: int, classes: int, temperature: float
-) -> None:
+def test_kd_equals_loops(batch: int, classes: int, temperature: float) -> None:
     generator = torch.Generator().manual_seed(batch)
     student = 3 * torch.randn(batch, classes, generator=generator)
     teacher = 3 * torch.randn(batch, classes, generator=generator)
@@ -109,9 +107,7 @@ def rows_kept_by_hand(scores: Tensor, target: Tensor, ratio: float) -> list[bool
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.29, 0.5, 0.75, 1.0])
 @pytest.mark.parametrize("seed", range(8))
-def test_keep_rows_equals_loops(
-    ratio: float, seed: int
-) -> None:
+def test_keep_rows_equals_loops(ratio: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows, columns = 3 * (seed + 1) * 4, 2 + 5 * seed
     # Few different scores, so that ranks tie and whole rows are equal.

@@ -258,9 +258,7 @@ WEIGHTINGS = {(): (0.1, 0.9), ("weighting=crd_benchmark",): (1, 0), ("weighting=
 
 
 @pytest.mark.parametrize("method", sorted({*PUBLISHED_WEIGHTS, "ab", "fsp"}))
-def test_the_weighting_sets_ce_and_kd(
-    composed: Compose, few_images: Images, method: str
-) -> None:
+def test_the_weighting_sets_ce_and_kd(composed: Compose, few_images: Images, method: str) -> None:
     own = {method: PUBLISHED_WEIGHTS[method]} if method in PUBLISHED_WEIGHTS else {}
     for words, (ce, kd) in WEIGHTINGS.items():
         built = make(composed, method, "resnet14-resnet8", few_images, *words)

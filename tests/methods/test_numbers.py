@@ -83,7 +83,9 @@ def silence(network: nn.Module) -> None:
 
 @pytest.mark.parametrize("silent", ["student", "teacher", "both"])
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_constant_features_keep_the_weights_finite(composed: Compose, method: str, silent: str) -> None:
+def test_constant_features_keep_the_weights_finite(
+    composed: Compose, method: str, silent: str
+) -> None:
     images = random_images(BATCH, 4, classes=3)
     built, each = stages(composed, method, images)
     for role in ("student", "teacher"):
