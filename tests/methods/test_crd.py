@@ -1,4 +1,4 @@
-"""CRD's parts, against loops and gathered rows in float64, and its draws against their odds."""
+"""CRD's losses and memories, compared with loops in float64, and the distribution of its draws."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ EQUAL, UNEQUAL = [12] * 5, [50, 1, 7, 2]
 
 
 def labels_of(sizes: list[int]) -> Tensor:
-    """Return labels of classes of ``sizes``, in an order of their own."""
+    """Return shuffled labels of classes with these ``sizes``."""
     labels = torch.tensor([label for label, size in enumerate(sizes) for _ in range(size)])
     return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
 
 
-def others_of(labels: Tensor, own: int) -> list[int]:
-    return [image for image, label in enumerate(labels.tolist()) if label != own]
+def others_of(labels: Tensor, label: int) -> list[int]:
+    return [image for image, other in enumerate(labels.tolist()) if other != label]
 
 
 @pytest.mark.parametrize("count", [1, 5, 10])
@@ -36,9 +36,9 @@ def test_negatives_are_of_other_classes_without_repeats(sizes: list[int], count:
     labels = labels_of(sizes)
     negatives = draw_negatives(labels, labels, count)
     assert (negatives.shape, negatives.dtype) == ((len(labels), count), torch.int64)
-    for own, row in zip(labels.tolist(), negatives.tolist(), strict=True):
+    for label, row in zip(labels.tolist(), negatives.tolist(), strict=True):
         assert len(set(row)) == count
-        assert set(row) <= set(others_of(labels, own))
+        assert set(row) <= set(others_of(labels, label))
 
 
 @pytest.mark.parametrize("sizes", [EQUAL, UNEQUAL, [1, 1]])
@@ -51,9 +51,9 @@ def test_the_largest_count_draws_all_other_images(sizes: list[int]) -> None:
         assert sorted(row) == others
 
 
-@pytest.mark.parametrize("own", [0, 3])
+@pytest.mark.parametrize("label", [0, 3])
 @pytest.mark.parametrize(("sizes", "count"), [(EQUAL, 1), (EQUAL, 30), (UNEQUAL, 2), (UNEQUAL, 7)])
-def test_negatives_are_uniform(sizes: list[int], count: int, own: int) -> None:
+def test_negatives_are_uniform(sizes: list[int], count: int, label: int) -> None:
     """Pearson's chi-squared test.
 
     Each of E images is in a row with p = count / E; the covariance of two of them, drawn without
@@ -63,8 +63,8 @@ def test_negatives_are_uniform(sizes: list[int], count: int, own: int) -> None:
     """
     torch.manual_seed(1)
     labels, rows = labels_of(sizes), 4000
-    others = others_of(labels, own)
-    drawn = draw_negatives(labels, torch.full((rows,), own), count).flatten().tolist()
+    others = others_of(labels, label)
+    drawn = draw_negatives(labels, torch.full((rows,), label), count).flatten().tolist()
     chance = count / len(others)
     spread = rows * chance * (1 - chance) * len(others) / (len(others) - 1)
     statistic = sum((drawn.count(image) - rows * chance) ** 2 for image in others) / spread
@@ -73,7 +73,7 @@ def test_negatives_are_uniform(sizes: list[int], count: int, own: int) -> None:
 
 @pytest.mark.parametrize("classes", [(0, 0), (0, 1)])
 def test_draws_of_two_samples_are_independent(classes: tuple[int, int]) -> None:
-    """Neighbouring rows share as many images as chance has it, within five standard deviations.
+    """Adjacent rows share as many images as independent draws do, within 5 standard deviations.
 
     A row of ``count`` out of E images holds a given one with p = count / E and a given pair with
     q = p (count - 1) / (E - 1). So of the S images that both rows may hold, independent rows share
@@ -84,7 +84,7 @@ def test_draws_of_two_samples_are_independent(classes: tuple[int, int]) -> None:
     rows = draw_negatives(labels, torch.tensor(classes).repeat(pairs), count).tolist()
     shared = [len(set(a) & set(b)) for a, b in zip(rows[::2], rows[1::2], strict=True)]
     eligible = len(labels) - EQUAL[0]
-    shareable = len(labels) - sum(EQUAL[own] for own in set(classes))
+    shareable = len(labels) - sum(EQUAL[label] for label in set(classes))
     one = count / eligible
     pair = one * (count - 1) / (eligible - 1)
     variance = shareable * (one**2 - one**4) + shareable * (shareable - 1) * (pair**2 - one**4)
@@ -119,7 +119,7 @@ def test_nce_loss_is_finite_for_extreme_scores() -> None:
     assert loss.item() == pytest.approx(nce_by_hand(scores.tolist(), 50_000), rel=1e-5)
     (gradient,) = torch.autograd.grad(loss, scores)
     assert gradient.isfinite().all()
-    assert (gradient[:, 0] <= 0).all()  # 0 where the float32 has no room for the noise
+    assert (gradient[:, 0] <= 0).all()  # 0 if the noise is below float32's resolution
     assert (gradient[:, 1:] > 0).all()
 
 
@@ -144,16 +144,16 @@ def unit_rows(count: int, dimension: int, seed: int = 0) -> Tensor:
 
 
 def positions(batch: int, count: int, num_data: int, seed: int = 0) -> Tensor:
-    """Return [batch, count] different positions, the first of each row differing between rows."""
+    """Return [batch, count] positions, distinct within each row and within the first column."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randperm(num_data, generator=generator)[:batch].tolist()
     rows = [torch.randperm(num_data, generator=generator).tolist() for _ in first]
     pairs = zip(first, rows, strict=True)
-    return torch.tensor([[own, *[i for i in row if i != own]][:count] for own, row in pairs])
+    return torch.tensor([[image, *[i for i in row if i != image]][:count] for image, row in pairs])
 
 
 def scores_by_hand(embedding: Tensor, bank: Tensor, index: Tensor) -> Tensor:
-    """Return the exponentials at a temperature of 0.07 by way of gathered rows, in float64."""
+    """Return the exponentials at a temperature of 0.07 from gathered rows, in float64."""
     rows = bank.double()[index]
     return torch.exp((rows * embedding.double()[:, None]).sum(2) / 0.07)
 
@@ -196,7 +196,7 @@ def test_the_first_batch_sets_the_normaliser(
     loss = memory.contrast(first, other, index, 0.07)
     normaliser = normaliser_by_hand(first, other.bank, index)
     assert memory.normaliser.item() == pytest.approx(normaliser, rel=1e-5)
-    assert other.normaliser == 0  # a direction has a constant of its own
+    assert other.normaliser == 0  # each direction has its constant
     assert_same_with_gradient(loss, contrast_by_hand(first, other.bank, index, normaliser), first)
     kept = memory.normaliser.clone()
     second = unit_rows(batch, dimension, seed=2).requires_grad_()
@@ -209,8 +209,11 @@ def test_the_first_batch_sets_the_normaliser(
 
 def assert_same_with_gradient(found: Tensor, expected: Tensor, leaf: Tensor) -> None:
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-    (gradient,), (wanted,) = torch.autograd.grad(found, leaf), torch.autograd.grad(expected, leaf)
-    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+    (gradient,), (expected_gradient,) = (
+        torch.autograd.grad(found, leaf),
+        torch.autograd.grad(expected, leaf),
+    )
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_descent_lowers_the_loss() -> None:
@@ -244,7 +247,7 @@ def test_degenerate_features_give_finite_gradients(features: Tensor, bias: bool)
 def test_the_initial_bank_is_uniform() -> None:
     """Within five standard deviations of the moments of +-a, a = 1/sqrt(d/3).
 
-    The entries' variance is a^2/3 = 1/d, that of their squares a^4/5 - a^4/9. The largest of N
+    The variance of the entries is a^2/3 = 1/d, of their squares a^4/5 - a^4/9. The largest of N
     is below ``(1 - x) a`` with a probability of exp(-x N/2): 3e-7 at x = 30/N.
     """
     torch.manual_seed(3)
@@ -324,5 +327,5 @@ def test_both_losses_use_the_banks_before_the_update(few_images: Images) -> None
         )
         assert loss.item() == pytest.approx(expected, rel=1e-5)
         for memory, bank, embedding in zip(memories, banks, embeddings, strict=True):
-            renewed = nn.functional.normalize(0.5 * bank[index] + 0.5 * embedding, dim=1)
-            torch.testing.assert_close(memory.bank[index], renewed)
+            updated = nn.functional.normalize(0.5 * bank[index] + 0.5 * embedding, dim=1)
+            torch.testing.assert_close(memory.bank[index], updated)

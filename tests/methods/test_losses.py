@@ -1,4 +1,4 @@
-"""The pure functions, against loops in float64 and properties that the papers state."""
+"""The losses of KD and SSKD, compared with loops in float64 and the properties in the papers."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def test_similarity_ignores_scale_and_accepts_zeros() -> None:
 
 def rows_kept_by_hand(scores: Tensor, target: Tensor, ratio: float) -> list[bool]:
     ranks = [
-        sum(value > row[own] for value in row)
-        for row, own in zip(scores.tolist(), target.tolist(), strict=True)
+        sum(value > row[column] for value in row)
+        for row, column in zip(scores.tolist(), target.tolist(), strict=True)
     ]
     wrong = sorted((rank, place) for place, rank in enumerate(ranks) if rank > 0)
     kept = {place for _, place in wrong[: math.floor(ratio * len(wrong))]}
@@ -110,7 +110,7 @@ def rows_kept_by_hand(scores: Tensor, target: Tensor, ratio: float) -> list[bool
 def test_keep_rows_equals_loops(ratio: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows, columns = 3 * (seed + 1) * 4, 2 + 5 * seed
-    # Few different scores, so that ranks tie and whole rows are equal.
+    # Four different scores, so that some ranks tie and some rows are equal.
     scores = torch.randint(0, 4, (rows, columns), generator=generator).float()
     target = torch.randint(0, columns, (rows,), generator=generator)
     kept = keep_rows(scores, target, ratio)
@@ -122,7 +122,7 @@ def test_keep_rows_of_a_teacher_always_right_or_wrong() -> None:
     right = torch.eye(6)
     assert keep_rows(right, torch.arange(6), 0.0).all()
     wrong = keep_rows(-right, torch.arange(6), 0.5)
-    assert wrong.tolist() == [True] * 3 + [False] * 3  # all tie: the earlier rows go first
+    assert wrong.tolist() == [True] * 3 + [False] * 3  # all ranks tie: the earlier rows are kept
 
 
 def test_masked_mean_averages_the_kept_rows() -> None:

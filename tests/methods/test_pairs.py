@@ -1,4 +1,4 @@
-"""Any teacher with any student: every method takes the pair, or refuses it by name."""
+"""Every method with every pair of networks: it takes the pair, or refuses it by name."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from sskd.models import Features, build_model
 from sskd.teachers.assembly import assemble
 from sskd.train import train
 
-# The channels of the stem and of each stage, one network for every row of channels that the
-# 22 have (the papers' tables; half width for MobileNetV2).
+# The channels of the stem and of each stage: one network for each combination that the 22 have,
+# from the papers' tables (MobileNetV2 with half the width).
 LEVELS = {
     "resnet8": (16, 16, 32, 64),
     "resnet8x4": (32, 64, 128, 256),
@@ -48,7 +48,7 @@ def refused(method: str, teacher: str, student: str) -> bool:
 
 @pytest.fixture(scope="module")
 def networks() -> dict[str, nn.Module]:
-    """Return one network of every kind; what is tested here changes none of them."""
+    """Return one network of each family; the tests here change none of them."""
     torch.manual_seed(0)
     return {name: build_model(name, 5).eval() for name in LEVELS}
 
@@ -74,7 +74,7 @@ def test_every_method_takes_or_refuses_every_pair(
     images: Images,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Shapes are what is tested; to draw the weights of the widest layers takes most of the time.
+    # Only shapes are tested, and most of the time is the initialisation of the widest layers.
     constant = partial(nn.init.constant_, val=0.01)
     monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda weight, **_: constant(weight))
     settings = composed(f"method={method}").method
@@ -94,7 +94,7 @@ def test_every_method_takes_or_refuses_every_pair(
             with torch.no_grad():
                 for phase in list(built.phases())[:-1]:
                     terms |= phase.loss(batch).terms
-            assert terms, "nothing of the method's own was computed"
+            assert terms, "the method computed no term"
             assert all(term.isfinite() for term in terms.values()), (teacher, student)
 
 
@@ -107,16 +107,16 @@ def test_fitnet_takes_any_stage_of_any_pair(
     images: Images,
 ) -> None:
     settings = composed("method=fitnet", f"method.stage={stage}").method
-    for teacher, theirs in features.items():
-        for student, ours in features.items():
+    for teacher, of_teacher in features.items():
+        for student, of_student in features.items():
             built = build_method(settings, networks[student], networks[teacher], images)
-            mapped = built.get_submodule("regressor")(ours.stages[stage - 1])
-            assert mapped.shape == theirs.stages[stage - 1].shape
+            mapped = built.get_submodule("regressor")(of_student.stages[stage - 1])
+            assert mapped.shape == of_teacher.stages[stage - 1].shape
 
 
 @pytest.mark.parametrize("trains", ["teacher.train=true", "teacher.train=false"])
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (("method=fsp", "pair=vgg13-MobileNetV2"), "method=fsp vgg13-MobileNetV2: needs the same"),
         (("method=at", "arch@student=vgg8"), "method=at wrn_40_2-vgg8: .*the teacher has 3 stages"),
@@ -125,9 +125,9 @@ def test_fitnet_takes_any_stage_of_any_pair(
     ],
 )
 def test_impossible_pairs_are_refused_before_training(
-    composed: Compose, tmp_path: Path, overrides: tuple[str, ...], told: str, trains: str
+    composed: Compose, tmp_path: Path, overrides: tuple[str, ...], message: str, trains: str
 ) -> None:
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         train(composed("dataset=digits", trains, *overrides))
     assert not list(tmp_path.rglob("*.pt"))
     assert not list(tmp_path.rglob("config.yaml"))
@@ -140,15 +140,15 @@ def test_crd_needs_a_second_class(composed: Compose) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
+    ("student_shape", "teacher_shape"),
     [((6, 8, 8), (9, 8, 8)), ((6, 8, 8), (9, 16, 16)), ((6, 8, 8), (9, 4, 4)),
      ((6, 8, 8), (9, 7, 7)), ((6, 8, 8), (9, 1, 1))],
 )  # fmt: skip
 def test_the_regressor_returns_the_teachers_shape(
-    ours: tuple[int, int, int], theirs: tuple[int, int, int]
+    student_shape: tuple[int, int, int], teacher_shape: tuple[int, int, int]
 ) -> None:
-    regressor = conv_regressor(torch.Size(ours), torch.Size(theirs))
-    assert regressor(torch.randn(2, *ours)).shape == (2, *theirs)
+    regressor = conv_regressor(torch.Size(student_shape), torch.Size(teacher_shape))
+    assert regressor(torch.randn(2, *student_shape)).shape == (2, *teacher_shape)
 
 
 def test_the_regressor_refuses_a_much_smaller_map() -> None:
@@ -186,7 +186,7 @@ def test_frozen_parameters_stay_frozen(images: Images) -> None:
 
 def test_a_body_with_unused_parameters_is_refused(images: Images) -> None:
     class Scaled(nn.Module):
-        """A network whose scale is a parameter of its own, beside an unused classifier."""
+        """A network with a parameter beside a module that has an unused classifier."""
 
         def __init__(self) -> None:
             super().__init__()
