@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from sskd.data import Images
-from sskd.methods.adapters import ProjectionHead, probe_features
+from sskd.methods.adapters import ProjectionHead
+from sskd.methods.networks import probe_features
 
 NEGATIVES = 16_384
 DIMENSION = 128

@@ -1,4 +1,4 @@
-"""The optimizers that ``optimizer=`` chooses from."""
+"""The optimizers, by their names on the command line (``optimizer=``)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SGDSettings(Settings):
 
 
 class AdamWSettings(Settings):
-    """Adam with decoupled weight decay."""
+    """Adam with decoupled weight decay (Loshchilov & Hutter, ICLR 2019)."""
 
     name: Literal["adamw"]
     lr: LearningRate
@@ -40,7 +40,7 @@ class AdamWSettings(Settings):
 
 
 class OptimizerChoice(NamedTuple):
-    """An optimizer's class and the settings that it takes."""
+    """The class of an optimizer, and the class of its settings."""
 
     build: Callable[..., torch.optim.Optimizer]
     settings: type[Settings]
@@ -55,32 +55,32 @@ OPTIMIZERS: dict[str, OptimizerChoice] = {
 def build_optimizer(
     settings: Any, parameters: Iterable[torch.nn.Parameter], lr: float
 ) -> torch.optim.Optimizer:
-    """Return the optimizer that ``settings`` describe, for ``parameters``, at ``lr``."""
-    own = settings.model_dump(exclude={"name", "lr"})
-    # One kernel for all parameters instead of several for each.
-    return OPTIMIZERS[settings.name].build(parameters, lr=lr, fused=True, **own)
+    """Return the optimizer with ``settings`` for ``parameters``, at the learning rate ``lr``."""
+    values = settings.model_dump(exclude={"name", "lr"})
+    # fused: one kernel for all parameters instead of several for each.
+    return OPTIMIZERS[settings.name].build(parameters, lr=lr, fused=True, **values)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load ``state`` into ``optimizer`` after checks, because PyTorch barely validates it.
+    """Load ``state`` into ``optimizer``, and check what PyTorch does not.
 
     Raises:
         ValueError: it is the state of another kind of optimizer, or of other parameters.
     """
-    settings = [{**group, "params": None} for group in optimizer.param_groups]
+    before = [{**group, "params": None} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for own, group in zip(settings, optimizer.param_groups, strict=True):
-        for name, value in own.items():
+    for expected, group in zip(before, optimizer.param_groups, strict=True):
+        for name, value in expected.items():
             if name != "params" and _kind(group.get(name, value)) != _kind(value):
                 raise ValueError(f"the optimizer's {name} is {group[name]!r}")
-    for parameter, kept in optimizer.state.items():
-        for name, value in kept.items():
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
             if not isinstance(value, torch.Tensor) or value.shape not in (parameter.shape, ()):
-                raise ValueError(f"{name} does not fit its parameter")
+                raise ValueError(f"the optimizer's {name} does not have its parameter's shape")
 
 
 def _kind(value: object) -> str:
-    """Return what sort of setting ``value`` is; None is a flag that PyTorch chooses itself."""
+    """Return the kind of a setting's value; None is a flag that PyTorch sets itself."""
     if value is None or isinstance(value, bool):
         return "flag"
     return "number" if isinstance(value, int | float) else type(value).__name__

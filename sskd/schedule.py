@@ -1,4 +1,4 @@
-"""Stepwise learning-rate schedules, given as shares of the epochs so that they scale."""
+"""Stepwise learning-rate schedules. Milestones are shares of the epochs, so they scale."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pydantic import Field
 
 from sskd.settings import EARLY, LATE, LearningRate, Multiple, Settings, Share
 
-# So few that a learning rate, times gamma after each of them, stays a number.
+# At most 30, so that a learning rate times gamma^30 is still finite.
 Milestones = Annotated[list[Share], Field(max_length=30)]
 Gamma = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False), EARLY, LATE]
 
 
 class PhaseSettings(Settings):
-    """A phase before the run's main one, in relation to it.
+    """The schedule of a first phase, in relation to the run's.
 
-    ``lr`` None takes the run's; ``epochs`` is a share of the run's epochs (at least one is
-    trained); ``milestones`` are shares of the phase's own epochs.
+    ``lr`` None is the run's. ``epochs`` is a share of the run's epochs, of which at least one is
+    trained. ``milestones`` are shares of the phase's epochs.
     """
 
     lr: LearningRate | None
@@ -44,7 +44,7 @@ class Schedule:
         return cls(epochs, lr, after, gamma)
 
     def phase(self, settings: PhaseSettings) -> Schedule:
-        """Return the schedule of a phase of the run that this is the schedule of."""
+        """Return the schedule of a first phase with ``settings`` in a run with this schedule."""
         epochs = max(1, math.floor(settings.epochs * self.epochs + 0.5))
         lr = self.lr if settings.lr is None else settings.lr
         return self.from_shares(epochs, lr, settings.milestones, self.gamma)

@@ -1,4 +1,4 @@
-"""The methods that ``method=`` chooses from, one file each."""
+"""The distillation methods, one file each, by their names on the command line (``method=``)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from sskd.methods.crd import CRD
 from sskd.methods.fitnet import FitNet
 from sskd.methods.fsp import FSP
 from sskd.methods.ft import FT
-from sskd.methods.kd import KD
+from sskd.methods.kd import KD, Outputs
+from sskd.methods.networks import Networks
 from sskd.methods.nst import NST
 from sskd.methods.pkt import PKT
 from sskd.methods.rkd import RKD
@@ -52,16 +53,23 @@ METHODS: dict[str, type[Method]] = {
 def build_method(
     settings: Any, student: nn.Module, teacher: nn.Module | None, data: Images
 ) -> Method:
-    """Return the method that checked ``settings`` (``sskd.config.method_settings``) describe."""
-    own = {name: getattr(settings, name) for name in type(settings).model_fields}
-    weights = own.pop("weights").model_dump()
-    return METHODS[own.pop("name")](student, teacher, data, weights=weights, **own)
+    """Return the method with ``settings``, an instance of ``sskd.config.method_settings``.
+
+    Raises:
+        UserError: the method cannot be used with these networks or data.
+    """
+    values = {name: getattr(settings, name) for name in type(settings).model_fields}
+    weights = values.pop("weights").model_dump()
+    method = METHODS[values.pop("name")]
+    return method(Networks(student, teacher, data), weights=weights, **values)
 
 
 __all__ = [
     "METHODS",
     "LossOutput",
     "Method",
+    "Networks",
+    "Outputs",
     "Phase",
     "build_method",
     "load_state_without_teacher",

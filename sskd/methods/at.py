@@ -9,31 +9,37 @@ from torch import Tensor
 
 from sskd.methods.adapters import pool_to_smaller
 from sskd.methods.base import in_float32
-from sskd.methods.stage_by_stage import StageByStage
+from sskd.methods.kd import KD, Outputs
+from sskd.methods.stage_by_stage import StageByStage, sum_over_stages
 
 
 def attention(maps: Tensor) -> Tensor:
-    """Return where [B, c, h, w] is active: the mean square over the channels, as unit rows.
+    """Return the normalised attention map Q / |Q| of [B, c, h, w]: unit vectors [B, h * w].
 
-    [B, h * w], which no positive factor of ``maps`` changes.
+    Q is the mean of the squared channels at each position. The paper sums them, which is the same
+    after the normalisation.
     """
     return F.normalize(maps.square().mean(1).flatten(1), dim=1)
 
 
 @in_float32
 def at_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
-    """Return the mean squared difference of two maps' attention.
+    """Return the mean squared difference of two attention maps.
 
-    That is equation 2 for one layer, its 2-norm as a mean of squares, as in the CRD benchmark.
-    The maps, [B, c, h, w], may differ in their channels, and in their size: the larger is
-    average-pooled to the smaller. A scalar, float32, blind to a positive factor of either map.
+    Equation 2 for one layer, with a mean of squares in place of the 2-norm, as in the CRD
+    benchmark. The maps are [B, c, h, w]. Their channels may differ, and their sizes: the larger map
+    is average-pooled to the smaller. Returns a scalar, float32, which does not change if either map
+    is multiplied by a positive factor.
     """
     student_map, teacher_map = pool_to_smaller(student_map, teacher_map)
     return F.mse_loss(attention(student_map), attention(teacher_map))
 
 
 class AT(StageByStage):
-    """Attend to the same places as the teacher, at the end of every stage."""
+    """Compare the attention maps at the end of every stage."""
 
-    terms = (*StageByStage.terms, "at")
-    stage_loss = staticmethod(at_loss)
+    terms = (*KD.terms, "at")
+
+    def feature_terms(self, outputs: Outputs) -> dict[str, Tensor]:
+        """Return ``at``, the sum over the stages."""
+        return {"at": sum_over_stages(at_loss, outputs)}

@@ -1,4 +1,4 @@
-"""What a distillation method is: a module with named losses, trained in one or more phases."""
+"""The base class of the methods: a module with named losses, trained in one or more phases."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sskd.data import Batch, Images
+from sskd.data import Batch
 from sskd.device import chunks
 from sskd.errors import UserError
+from sskd.methods.networks import Networks
 from sskd.models import VECTOR_FIELDS, Features, partial_features
 from sskd.schedule import PhaseSettings
 
@@ -22,11 +23,11 @@ R = TypeVar("R")
 
 
 class LossOutput(NamedTuple):
-    """What one batch gives.
+    """The losses and metrics of one batch.
 
-    ``terms`` are the losses by name, scalars and UNWEIGHTED: the loop multiplies, so that
-    runs with other weights compare. ``metrics`` are figures to watch, scalars without a
-    gradient. Both are averaged over the epoch on the device.
+    ``terms`` are the losses by name, scalars and UNWEIGHTED: the training step multiplies, so that
+    runs with different weights can be compared. ``metrics`` are scalars without a gradient, for
+    monitoring. Both are averaged over the epoch on the device.
     """
 
     terms: dict[str, Tensor]
@@ -39,15 +40,17 @@ class Phase:
 
     Attributes:
         name: the prefix of its metrics.
-        trains: what gets gradients and train mode; everything else is frozen in eval mode.
-        loss: the losses of one batch.
+        trains: the module that gets gradients and train mode; all others are frozen in eval mode.
+        loss: returns the losses of one batch.
         weights: a weight for each term of ``loss``.
         views: rotated views of each image in a batch (1 to 4).
-        phase: its schedule in relation to the run's; None: the run's own.
-        teacher_only: it depends on the teacher alone, so that one result, computed once,
-            serves every student of that teacher with the same settings.
+        schedule: its schedule in relation to the run's; None: the run's schedule itself.
+        teacher_only: its result depends on the teacher alone: it is computed once for all students
+            of that teacher with the same settings.
         settings: the method's settings that the result of a ``teacher_only`` phase depends on,
-            beside its weights, views and phase.
+            beside its weights, views and schedule.
+        evaluates: it trains the student, whose accuracy is measured after each of its epochs. True
+            for one phase of a method, the last.
     """
 
     name: str
@@ -58,17 +61,21 @@ class Phase:
     schedule: PhaseSettings | None = None
     teacher_only: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    evaluates: bool = False
 
     def weigh(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``terms`` times their weights; ValueError unless each has its weight.
+        """Return ``terms`` times their weights.
 
-        What has a weight of 0 is left out, not multiplied: 0 times NaN is NaN, and so would be
-        the gradient.
+        A term of weight 0 becomes a constant 0 instead of a product: 0 times NaN is NaN, and its
+        gradient would be NaN too.
+
+        Raises:
+            ValueError: a term has no weight, or a weight no term.
         """
         if terms.keys() != self.weights.keys():
             raise ValueError(
-                f"phase {self.name}: its terms are {sorted(terms)}, "
-                f"its weights {sorted(self.weights)}"
+                f"phase {self.name}: the terms are {sorted(terms)}, "
+                f"the weights {sorted(self.weights)}"
             )
         return {
             name: self.weights[name] * term if self.weights[name] else torch.zeros_like(term)
@@ -76,22 +83,26 @@ class Phase:
         }
 
     def losses(self, batch: Batch) -> LossOutput:
-        """Return ``loss`` of the batch, without a gradient of the terms that have a weight of 0."""
+        """Return ``loss`` of the batch; terms of weight 0 carry no gradient."""
         terms, metrics = self.loss(batch)
         kept = {k: term if self.weights.get(k) else term.detach() for k, term in terms.items()}
         return LossOutput(kept, metrics)
 
 
 class Method(nn.Module, ABC):
-    """A student, its teacher, and how the one learns from the other.
+    """A student, its teacher, and the losses by which the student learns from the teacher.
 
-    A subclass names its ``terms``, takes its own settings as keyword-only arguments (their
-    annotations are the types and ranges that the configuration is checked against, see
-    ``sskd.config.method_settings``; ``**shared`` passes its base class's on) and implements
-    ``loss``. What it puts beside the student and trains with it (regressors, embeddings) it
-    names in ``adapters``. Its constructor refuses networks that it cannot take, with a
-    UserError. ``teacher_outputs`` names the fields of the teacher's ``Features`` that its losses
-    read by ``teacher_features``; others may be None there.
+    A subclass
+
+    - names its ``terms`` and implements ``loss``;
+    - takes ``networks`` and, as keyword-only arguments, its settings. Their annotations are the
+      types and ranges against which the configuration is checked (``sskd.config.method_settings``);
+      ``**shared`` are the settings of its base classes;
+    - raises a UserError in its constructor if it cannot be used with the two networks;
+    - lists in ``adapters`` the modules that are trained together with the student (regressors,
+      embeddings);
+    - names in ``teacher_outputs`` the fields of the teacher's ``Features`` that its losses read
+      from ``teacher_features``; the other fields may be None.
     """
 
     views: ClassVar[int] = 1
@@ -100,37 +111,30 @@ class Method(nn.Module, ABC):
     terms: ClassVar[tuple[str, ...]]
     teacher_outputs: ClassVar[tuple[str, ...]] = Features._fields
 
-    # Without a teacher the attribute is None; only methods that need none may see that.
+    # None without a teacher, which only a method with ``needs_teacher = False`` accepts.
     teacher: nn.Module
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        data: Images,
-        *,
-        weights: Mapping[str, float],
-    ) -> None:
+    def __init__(self, networks: Networks, *, weights: Mapping[str, float]) -> None:
         super().__init__()
         if not any(weights.values()):
             raise UserError("method.weights are all 0, so that nothing would be learnt")
-        self.student = student
+        self.student = networks.student
         self.weights = dict(weights)
         self.adapters: tuple[nn.Module, ...] = ()
-        # The teacher's outputs looked up instead of computed (sskd.teachers.outputs).
+        # If set, returns the teacher's outputs from a file instead (sskd.teachers.outputs).
         self.precomputed: Callable[[Batch], Features] | None = None
-        self.register_module("teacher", teacher)
-        if teacher is not None:
-            teacher.requires_grad_(False)
+        self.register_module("teacher", networks.teacher)
+        if networks.teacher is not None:
+            networks.teacher.requires_grad_(False)
 
     def phases(self) -> Iterable[Phase]:
         """Yield the phases in order; the last one trains the student and is evaluated."""
         trained = nn.ModuleList([self.student, *self.adapters])
-        yield Phase("distill", trained, self.loss, self.weights, self.views)
+        yield Phase("distill", trained, self.loss, self.weights, self.views, evaluates=True)
 
     @torch.no_grad()
     def teacher_features(self, batch: Batch) -> Features:
-        """Return what the teacher makes of ``batch``, without a gradient."""
+        """Return the teacher's features of ``batch``, without a gradient."""
         if self.precomputed is not None:
             return self.precomputed(batch)
         return forward_in_chunks(self.teacher, batch.x, self.teacher_outputs)
@@ -141,35 +145,40 @@ class Method(nn.Module, ABC):
 
 
 def forward_in_chunks(network: nn.Module, x: Tensor, fields: Sequence[str]) -> Features:
-    """Return ``fields`` of the network's features of ``x``, in eval mode, and perhaps the others.
+    """Return the features of ``x``, in eval mode; only ``fields`` are guaranteed to be present.
 
-    A large batch goes through in parts, which is faster, where no maps have to be put together.
+    If all ``fields`` are vectors, a large batch is computed in chunks, which is faster. Maps would
+    have to be concatenated, which is not.
     """
     parts = chunks(x)
     if len(parts) == 1 or not set(fields) <= set(VECTOR_FIELDS):
         whole: Features = network(x)
         return whole
-    asked = [network(part) for part in parts]
+    outputs = [network(part) for part in parts]
     return partial_features(
-        {name: torch.cat([getattr(each, name) for each in asked]) for name in fields}
+        {name: torch.cat([getattr(output, name) for output in outputs]) for name in fields}
     )
 
 
 def state_without_teacher(module: nn.Module) -> dict[str, Tensor]:
-    """Return ``module``'s state without its teacher's, which never changes."""
+    """Return the state of ``module`` without the teacher's, which never changes."""
     return {k: v for k, v in module.state_dict().items() if not k.startswith("teacher.")}
 
 
 def load_state_without_teacher(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load what ``state_without_teacher`` returned, strictly."""
-    absent, unexpected = module.load_state_dict(state, strict=False)
-    wrong = [name for name in absent if not name.startswith("teacher.")] + list(unexpected)
+    """Load a state that ``state_without_teacher`` returned.
+
+    Raises:
+        ValueError: a tensor is missing or not expected.
+    """
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    wrong = [name for name in missing if not name.startswith("teacher.")] + list(unexpected)
     if wrong:
-        raise ValueError(f"the checkpoint's state does not fit, in {', '.join(wrong)}")
+        raise ValueError(f"missing or unexpected in the checkpoint's state: {', '.join(wrong)}")
 
 
 def in_float32(function: Callable[P, R]) -> Callable[P, R]:
-    """Make ``function`` compute in float32 whatever comes in, inside autocast too."""
+    """Make ``function`` compute in float32 for inputs of any precision, even inside autocast."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -187,9 +196,9 @@ def in_float32(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def unit_vectors(vectors: Tensor) -> Tensor:
-    """Return [..., d] scaled to length 1 in its last dimension; vectors of zeros stay as they are.
+    """Return [..., d] scaled to length 1 in its last dimension; vectors of zeros stay zero.
 
-    Unlike ``F.normalize``, which divides those by a tiny number, and their gradients too.
+    ``F.normalize`` divides a vector of zeros, and its gradient, by a tiny number; this does not.
     """
     length = vectors.norm(dim=-1, keepdim=True)
     return vectors / length.where(length > 0, 1)

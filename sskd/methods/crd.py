@@ -1,9 +1,9 @@
 """CRD: Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020.
 
-Two banks keep the latest embedding of every training image, the student's and the teacher's.
-Each network's embedding of an image has to tell the other network's embedding of the same image
-from those of images of other classes (section 3 of the paper; the estimate of Gutmann &
-Hyvärinen, AISTATS 2010).
+Two memory banks hold the latest embedding of every training image, the student's and the teacher's.
+Each network learns to distinguish the other network's embedding of the same image (the positive)
+from those of images of other classes (N negatives), out of M training images: section 3 of the
+paper, by the noise-contrastive estimate of Gutmann & Hyvärinen, AISTATS 2010.
 """
 
 from __future__ import annotations
@@ -15,74 +15,75 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from sskd.data import Batch, Images
 from sskd.errors import UserError
-from sskd.methods.adapters import probe_features
 from sskd.methods.base import in_float32
-from sskd.methods.kd import KD
-from sskd.models import Features
+from sskd.methods.kd import KD, Outputs
+from sskd.methods.networks import Networks
 from sskd.settings import EARLY, LARGEST, Count, Share, Width
 
 EPS = 1e-7
-# exp(1 / temperature), summed over the scores of a batch, stays far inside float32's range.
+# From 0.02 on, the sum of exp(1 / temperature) over a batch's scores is far below float32's limit.
 Temperature = Annotated[float, Field(ge=0.02, le=LARGEST, allow_inf_nan=False), EARLY]
 
 
-def draw_negatives(labels: Tensor, own: Tensor, count: int) -> Tensor:
-    """Draw ``count`` images of other classes for each sample, uniformly, none of them twice.
+def draw_negatives(labels: Tensor, classes: Tensor, count: int) -> Tensor:
+    """Draw ``count`` images of other classes for each sample, uniformly and without replacement.
 
-    Each sample has a draw of its own, on the labels' device, from its default generator.
+    The draws of the samples are independent. They come from the default generator of the labels'
+    device.
 
     Args:
-        labels: [n], the class of every training image.
-        own: [B], the samples' own classes.
-        count: at most as many as there are images of other classes.
+        labels: [M], the class of every training image.
+        classes: [B], the class of each sample.
+        count: N, at most the number of images of other classes.
 
     Returns:
-        [B, count], positions in ``labels``, in no order.
+        [B, N], positions in ``labels``, in no particular order.
     """
-    # The images with the smallest of random keys, of 2^24 values, are a uniform draw without
-    # replacement; only a tie for the last place (in 3 of 1000 rows) is settled by topk's order.
-    keys = torch.empty(len(own), len(labels), device=labels.device).random_()
-    keys.masked_fill_(labels == own[:, None], torch.inf)
+    # The images with the N smallest random keys. A key has 2^24 values; the choice is not uniform
+    # only among images that tie for the last place, as happens in 3 of 1000 rows.
+    keys = torch.empty(len(classes), len(labels), device=labels.device).random_()
+    keys.masked_fill_(labels == classes[:, None], torch.inf)
     return keys.topk(count, largest=False, sorted=False).indices
 
 
 @in_float32
 def score(embedding: Tensor, bank: Tensor, index: Tensor, temperature: float) -> Tensor:
-    """Return ``exp(<embedding, bank row> / temperature)`` for the rows that ``index`` names.
+    """Return ``exp(<embedding, bank row> / temperature)`` for the rows ``index`` of the bank.
 
-    ``embedding`` is [B, d], ``bank`` [n, d], ``index`` [B, k]; returns [B, k], float32. One
-    product with the whole bank and a choice of its entries: the rows themselves, [B, k, d],
-    would take hundreds of times the memory.
+    ``embedding`` is [B, d], ``bank`` [M, d], ``index`` [B, k]; returns [B, k], float32. It is
+    gathered from the product with the whole bank: the gathered rows, [B, k, d], would need hundreds
+    of times the memory.
     """
     return (embedding @ bank.T).gather(1, index).div(temperature).exp()
 
 
 @in_float32
 def nce_loss(scores: Tensor, num_data: int) -> Tensor:
-    """Return how badly the positives are told from the negatives (equations 18 and 19).
+    """Return ``-log h`` of the positives and ``-log(1 - h)`` of the negatives (equations 18, 19).
+
+    ``h(T, S) = score / (score + N/M)`` estimates the probability that T and S are embeddings of
+    the same image.
 
     Args:
-        scores: [B, 1 + m], normalised scores, the positive's first.
-        num_data: n, the training images, which the noise is uniform over.
+        scores: [B, 1 + N], ``exp(<T, S> / temperature) / Z``, the positive's first.
+        num_data: M, the number of training images.
 
     Returns:
-        ``-log(P / (P + m/n))`` of the positive and ``-log((m/n) / (P + m/n))`` of each
-        negative, summed, averaged over the batch: a scalar, float32.
+        The sum over the positive and the negatives, averaged over the batch; a scalar, float32.
     """
-    noise = (scores.shape[1] - 1) / num_data
+    n_over_m = (scores.shape[1] - 1) / num_data
     positive, negatives = scores[:, 0], scores[:, 1:]
-    told = (positive / (positive + noise + EPS)).log()
-    rejected = (noise / (negatives + noise + EPS)).log().sum(1)
-    return -(told + rejected).mean()
+    log_h_positive = (positive / (positive + n_over_m + EPS)).log()
+    log_1mh_negative = (n_over_m / (negatives + n_over_m + EPS)).log().sum(1)
+    return -(log_h_positive + log_1mh_negative).mean()
 
 
 class ContrastMemory(nn.Module):
-    """One network's embedding, and a bank of its latest embedding of every training image.
+    """One network's embedding layer, and a bank of the latest embeddings of all training images.
 
-    Buffers: ``bank`` [n, d]; ``normaliser``, Z of the scores of this network's embeddings,
-    a constant that the first batch sets (0 until then, which no score is).
+    Buffers: ``bank`` [M, d]; ``normaliser``, the constant Z by which the scores of this network's
+    embeddings are divided. The first batch sets it; until then it is 0, which no score is.
     """
 
     bank: Tensor
@@ -96,31 +97,31 @@ class ContrastMemory(nn.Module):
         self.register_buffer("normaliser", torch.zeros(()))
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Embed [B, width] as unit rows [B, d], float32."""
+        """Return the embedding of [B, width]: unit vectors [B, d], float32."""
         return F.normalize(self.linear(pooled).float(), dim=1)
 
     def contrast(
         self, embedding: Tensor, other: ContrastMemory, index: Tensor, temperature: float
     ) -> Tensor:
-        """Return the loss of this network's embeddings against the other's bank."""
+        """Return the loss of this network's embeddings against the other network's bank."""
         scores = score(embedding, other.bank, index, temperature)
-        with torch.no_grad():  # without asking the device which batch this is
+        with torch.no_grad():  # torch.where, because an ``if`` would wait for the device
             estimate = len(self.bank) * scores.mean()
             self.normaliser = torch.where(self.normaliser > 0, self.normaliser, estimate)
         return nce_loss(scores / self.normaliser, len(self.bank))
 
     @torch.no_grad()
     def update(self, embedding: Tensor, index: Tensor, momentum: float) -> None:
-        """Move the rows ``index`` [B] of the bank towards ``embedding`` [B, d], at length 1.
+        """Move the rows ``index`` [B] of the bank towards ``embedding`` [B, d], and normalise them.
 
-        The bank is replaced, not written to: the backward pass still needs the old one.
+        The bank is replaced, not modified: the backward pass still needs the old one.
         """
         rows = momentum * self.bank[index] + (1 - momentum) * embedding
         self.bank = self.bank.index_copy(0, index, F.normalize(rows, dim=1))
 
 
 class CRD(KD):
-    """Bring both networks' embeddings of an image together, and apart from other classes'."""
+    """Contrast both networks' embeddings: of the same image, and of images of other classes."""
 
     terms = (*KD.terms, "crd")
     teacher_outputs = (*KD.teacher_outputs, "pooled")
@@ -128,9 +129,7 @@ class CRD(KD):
 
     def __init__(
         self,
-        student: nn.Module,
-        teacher: nn.Module,
-        data: Images,
+        networks: Networks,
         *,
         dimension: Width,
         negatives: Count,
@@ -138,29 +137,28 @@ class CRD(KD):
         momentum: Share,
         **shared: Any,
     ) -> None:
-        super().__init__(student, teacher, data, **shared)
+        super().__init__(networks, **shared)
         self.contrast_temperature = contrast_temperature
         self.momentum = momentum
-        self.register_buffer("labels", data.train.labels, persistent=False)
+        self.register_buffer("labels", networks.data.train.labels, persistent=False)
         others = len(self.labels) - int(self.labels.bincount().max())
         if others == 0:
             raise UserError("needs images of a second class, to draw its negatives from")
         self.negatives = min(negatives, others)
-        ours, theirs = (probe_features(each, data).pooled.shape[1] for each in (student, teacher))
-        self.student_memory = ContrastMemory(ours, dimension, len(self.labels))
-        self.teacher_memory = ContrastMemory(theirs, dimension, len(self.labels))
+        student, teacher = (features.pooled.shape[1] for features in networks.probe())
+        self.student_memory = ContrastMemory(student, dimension, len(self.labels))
+        self.teacher_memory = ContrastMemory(teacher, dimension, len(self.labels))
         self.adapters = (self.student_memory, self.teacher_memory)
 
-    def feature_terms(
-        self, student: Features, teacher: Features, batch: Batch
-    ) -> dict[str, Tensor]:
-        """Return ``crd``, the sum of both directions; then renew the batch's rows of the banks."""
-        ours, theirs = self.student_memory, self.teacher_memory
-        embedding, target = ours(student.pooled), theirs(teacher.pooled)
+    def feature_terms(self, outputs: Outputs) -> dict[str, Tensor]:
+        """Return ``crd``, the sum of both directions; then update the batch's rows of the banks."""
+        batch, student, teacher = outputs.batch, self.student_memory, self.teacher_memory
+        student_embedding = student(outputs.student.pooled)
+        teacher_embedding = teacher(outputs.teacher.pooled)
         negatives = draw_negatives(self.labels, batch.y, self.negatives)
         index = torch.cat([batch.indices[:, None], negatives], dim=1)
-        loss = ours.contrast(embedding, theirs, index, self.contrast_temperature)
-        loss = loss + theirs.contrast(target, ours, index, self.contrast_temperature)
-        ours.update(embedding, batch.indices, self.momentum)
-        theirs.update(target, batch.indices, self.momentum)
+        loss = student.contrast(student_embedding, teacher, index, self.contrast_temperature)
+        loss = loss + teacher.contrast(teacher_embedding, student, index, self.contrast_temperature)
+        student.update(student_embedding, batch.indices, self.momentum)
+        teacher.update(teacher_embedding, batch.indices, self.momentum)
         return {"crd": loss}

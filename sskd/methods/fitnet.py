@@ -1,7 +1,7 @@
 """FitNet: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, section 2.2.
 
-The hint is given all along, beside the labels, as in the CRD benchmark, not in a phase of its
-own before them.
+The student learns the hint during the whole run, beside the labels, as in the CRD benchmark. In the
+paper it learns the hint in a first phase.
 """
 
 from __future__ import annotations
@@ -11,41 +11,33 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sskd.data import Batch, Images
 from sskd.errors import UserError
-from sskd.methods.adapters import conv_regressor, probe_features
+from sskd.methods.adapters import conv_regressor
 from sskd.methods.base import in_float32
-from sskd.methods.kd import KD
-from sskd.models import Features
+from sskd.methods.kd import KD, Outputs
+from sskd.methods.networks import Networks
 from sskd.settings import Count
 
 
 @in_float32
 def hint_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
-    """Return the mean squared difference of two maps [B, c, h, w] (equation 3, but for its 1/2).
+    """Return the mean squared difference of two maps [B, c, h, w], a scalar, float32.
 
-    ``student_map`` has been through the regressor. A scalar, float32.
+    Equation 3 has a factor of 1/2 and sums over the entries; this has no factor and averages, as
+    in the CRD benchmark. ``student_map`` is the output of the regressor.
     """
     return F.mse_loss(student_map, teacher_map)
 
 
 class FitNet(KD):
-    """Regress one stage's map of the teacher from the student's."""
+    """Regress the teacher's map at the end of one stage, the hint, from the student's."""
 
     terms = (*KD.terms, "fitnet")
     teacher_outputs = (*KD.teacher_outputs, "stages")
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        data: Images,
-        *,
-        stage: Count,
-        **shared: Any,
-    ) -> None:
-        super().__init__(student, teacher, data, **shared)
-        maps = [probe_features(network, data).stages for network in (student, teacher)]
+    def __init__(self, networks: Networks, *, stage: Count, **shared: Any) -> None:
+        super().__init__(networks, **shared)
+        maps = [features.stages for features in networks.probe()]
         common = min(len(stages) for stages in maps)
         if stage > common:
             raise UserError(f"method.stage={stage}: choose 1 to {common}, which both networks have")
@@ -54,9 +46,8 @@ class FitNet(KD):
         self.regressor = nn.Sequential(conv_regressor(*shapes), nn.ReLU())
         self.adapters = (self.regressor,)
 
-    def feature_terms(
-        self, student: Features, teacher: Features, batch: Batch
-    ) -> dict[str, Tensor]:
+    def feature_terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """Return ``fitnet``."""
-        hint, guided = teacher.stages[self.stage - 1], student.stages[self.stage - 1]
+        guided = outputs.student.stages[self.stage - 1]
+        hint = outputs.teacher.stages[self.stage - 1]
         return {"fitnet": hint_loss(self.regressor(guided), hint)}

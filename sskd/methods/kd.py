@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from sskd.data import Batch, Images
+from sskd.data import Batch
 from sskd.methods.base import LossOutput, Method, in_float32, top1
+from sskd.methods.networks import Networks
 from sskd.models import Features
 from sskd.settings import Positive
 
 
-class _Divergence(torch.autograd.Function):
-    """The divergence of rows, accurate for any temperature, and its gradient.
+class _SoftenedKL(torch.autograd.Function):
+    """``T^2 * KL`` of rows and its gradient, accurate for any temperature T.
 
     At a temperature T the two predictions differ by about 1/T, and the divergence is a sum of
-    terms of both signs that cancel to 1/T^2: float32 has no digit of it left from T = 1e4 on.
-    With ``q - p = p * expm1(-d)``, which adds up to 0, each class gives ``p * (d + expm1(-d))``,
-    which is not negative. Metal has no float64; there T = 1e4 is accurate to 1e-3.
+    terms of both signs that cancel to 1/T^2: from T = 1e4 on, float32 keeps none of its digits.
+    With ``q - p = p * expm1(-d)``, whose sum over the classes is 0, each class adds
+    ``p * (d + expm1(-d))``, which is not negative. Metal has no float64; there T = 1e4 is accurate
+    to 1e-3.
 
     There is no second derivative: ``create_graph=True`` raises RuntimeError.
     """
@@ -31,18 +33,18 @@ class _Divergence(torch.autograd.Function):
         log_q = F.log_softmax(student.to(exact) / temperature, dim=1)
         log_p = F.log_softmax(teacher.to(exact) / temperature, dim=1)
         p, d = log_p.exp(), log_p - log_q
-        # Far apart, nothing cancels, and expm1 may overflow.
+        # If d is large, nothing cancels and expm1 may overflow.
         excess = torch.where(d.abs() < 1, p * torch.expm1(-d), log_q.exp() - p)
         ctx.save_for_backward((excess * temperature).to(student.dtype))
-        rows = torch.addcmul(excess, p, d).sum(1).clamp(min=0)  # rounding may leave -1e-33
+        rows = torch.addcmul(excess, p, d).sum(1).clamp(min=0)  # rounding can give -1e-33
         return (rows * temperature**2).to(student.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        # once_differentiable sees the student's part of a second derivative only if ``gradient``
-        # depends on the student too; compiled code refuses a second derivative itself.
+        # once_differentiable would raise only if ``gradient`` itself needs a gradient. Compiled
+        # code rejects a second derivative itself.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("the divergence has no second derivative (create_graph=True)")
+            raise RuntimeError("the KL divergence has no second derivative (create_graph=True)")
         (slope,) = ctx.saved_tensors
         return gradient[:, None] * slope, None, None
 
@@ -53,13 +55,13 @@ def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
 
     Args:
         student_logits: [N, C].
-        teacher_logits: [N, C], no gradient flows into it.
-        temperature: T > 0, of both.
+        teacher_logits: [N, C], without a gradient.
+        temperature: T > 0, of both networks.
 
     Returns:
-        [N], float32, each >= 0.
+        [N], float32, not negative.
     """
-    rows: Tensor = _Divergence.apply(student_logits, teacher_logits.detach(), temperature)
+    rows: Tensor = _SoftenedKL.apply(student_logits, teacher_logits.detach(), temperature)
     return rows
 
 
@@ -68,27 +70,27 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     return softened_kl(student_logits, teacher_logits, temperature).mean()
 
 
+class Outputs(NamedTuple):
+    """The features that both networks compute from one ``batch``."""
+
+    student: Features
+    teacher: Features
+    batch: Batch
+
+
 class KD(Method):
-    """Imitate the teacher's softened predictions beside the labels.
+    """Learn the teacher's softened predictions beside the labels.
 
     Most other methods are subclasses: they add terms (``feature_terms``) or a first phase
-    (``stages``); with ``weighting=crd_benchmark`` they stand alone. One whose terms read more of
-    the teacher than its logits says so in ``teacher_outputs``.
+    (``phases``). ``weighting=crd_benchmark`` gives ``kd`` a weight of 0 in them. A subclass whose
+    terms read more of the teacher than its logits declares that in ``teacher_outputs``.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("ce", "kd")
     teacher_outputs: ClassVar[tuple[str, ...]] = ("logits",)
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        data: Images,
-        *,
-        temperature: Positive,
-        **shared: Any,
-    ) -> None:
-        super().__init__(student, teacher, data, **shared)
+    def __init__(self, networks: Networks, *, temperature: Positive, **shared: Any) -> None:
+        super().__init__(networks, **shared)
         self.temperature = temperature
 
     def loss(self, batch: Batch) -> LossOutput:
@@ -99,12 +101,10 @@ class KD(Method):
         terms = {
             "ce": F.cross_entropy(logits, batch.y),
             "kd": kd_loss(logits, teacher.logits, self.temperature),
-            **self.feature_terms(student, teacher, batch),
+            **self.feature_terms(Outputs(student, teacher, batch)),
         }
         return LossOutput(terms, {"top1": top1(logits, batch.y)})
 
-    def feature_terms(
-        self, student: Features, teacher: Features, batch: Batch
-    ) -> dict[str, Tensor]:
+    def feature_terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """Return the terms beside ``ce`` and ``kd``: none here."""
         return {}

@@ -6,43 +6,41 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sskd.data import Batch
 from sskd.methods.base import in_float32, unit_vectors
-from sskd.methods.kd import KD
-from sskd.models import Features
+from sskd.methods.kd import KD, Outputs
 
 EPS = 1e-7
 
 
-def neighbours(features: Tensor) -> Tensor:
-    """Return how likely each row of [B, d] picks each row, itself too: [B, B], rows sum to 1.
+def conditional_probabilities(features: Tensor) -> Tensor:
+    """Return ``p(j|i)``, the probability that sample i of [B, d] selects sample j as neighbour.
 
-    In proportion to the cosine, scaled from [-1, 1] to [0, 1].
+    Row i of [B, B] holds ``p(.|i)`` and sums to 1. It is proportional to the cosine kernel,
+    ``(cos + 1) / 2``. As in the authors' code, a sample may select itself.
     """
     directions = unit_vectors(features)
-    affinity = (directions @ directions.T + 1) / 2
-    return affinity / affinity.sum(1, keepdim=True)
+    kernel = (directions @ directions.T + 1) / 2
+    return kernel / kernel.sum(1, keepdim=True)
 
 
 @in_float32
 def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the divergence of the student's neighbours from the teacher's.
+    """Return the divergence of the student's conditional probabilities from the teacher's.
 
-    ``p_t * log(p_t / p_s)``, averaged over all B^2 entries. ``student`` is [B, d], ``teacher``
-    [B, e]. A scalar, float32, blind to a rotation of either space and to a row's length.
+    ``p_teacher * log(p_teacher / p_student)``, averaged over all B^2 entries. ``student`` is
+    [B, d], ``teacher`` [B, e]. Returns a scalar, float32, which does not change if either network's
+    features are rotated, or if one sample's feature is multiplied by a positive factor.
     """
-    ours, theirs = neighbours(student) + EPS, neighbours(teacher)
-    return (theirs * ((theirs + EPS) / ours).log()).mean()
+    p_student, p_teacher = map(conditional_probabilities, (student, teacher))
+    return (p_teacher * ((p_teacher + EPS) / (p_student + EPS)).log()).mean()
 
 
 class PKT(KD):
-    """Give each sample of a batch the same likely neighbours, in the pooled feature."""
+    """Compare the probabilities that samples of a batch are neighbours, in the pooled feature."""
 
     terms = (*KD.terms, "pkt")
     teacher_outputs = (*KD.teacher_outputs, "pooled")
 
-    def feature_terms(
-        self, student: Features, teacher: Features, batch: Batch
-    ) -> dict[str, Tensor]:
+    def feature_terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """Return ``pkt``."""
-        return {"pkt": pkt_loss(student.pooled, teacher.pooled)}
+        return {"pkt": pkt_loss(outputs.student.pooled, outputs.teacher.pooled)}

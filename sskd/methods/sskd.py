@@ -1,9 +1,10 @@
 """SSKD: Xu, Liu, Li, Loy, "Knowledge Distillation Meets Self-Supervision", ECCV 2020.
 
-Each image comes in four views, one normal and three rotated. A projection head on the
-teacher learns, in a first phase, to tell which normal view each transformed view belongs
-to (section 3.2); the student then learns the teacher's logits of both kinds of view and its
-similarities between them, leaving out where the teacher is most wrong (section 3.3).
+Each image comes in four views, one normal and three transformed (rotated). In a first phase a
+projection head on the teacher learns to match each transformed view to the normal view of the same
+image (section 3.2). Then the student learns the teacher's predictions for both kinds of view and
+the teacher's similarities between them, without those on which the teacher is most wrong (section
+3.3).
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sskd.data import Batch, Images
-from sskd.methods.adapters import ProjectionHead, probe_features
+from sskd.data import Batch
+from sskd.methods.adapters import ProjectionHead
 from sskd.methods.base import LossOutput, Method, Phase, in_float32, top1
 from sskd.methods.kd import kd_loss, softened_kl
+from sskd.methods.networks import Networks
 from sskd.schedule import PhaseSettings
 from sskd.settings import Positive, Share
 
@@ -27,7 +29,7 @@ VIEWS = 4
 
 @in_float32
 def similarity(transformed: Tensor, normal: Tensor) -> Tensor:
-    """Return the cosine of every transformed view to every normal view (equation 5).
+    """Return A, the cosine of each transformed view with each normal view (equation 5).
 
     Args:
         transformed: [N, d], projections of the transformed views.
@@ -40,23 +42,23 @@ def similarity(transformed: Tensor, normal: Tensor) -> Tensor:
 
 
 def keep_rows(scores: Tensor, target: Tensor, ratio: float) -> Tensor:
-    """Return which rows the selective transfer keeps, without a copy to the host.
+    """Return which rows the selective transfer keeps; the result stays on the device.
 
-    Rows whose target has the largest score are right and all kept; of the wrong ones the
-    ``floor(ratio * wrong)`` whose target ranks best are. A rank counts the strictly larger
-    scores of the row; of equal ranks the earlier row goes first.
+    The rank of a row's target is the number of strictly larger scores in the row. All rows of rank
+    0, which are right, are kept. Of the wrong rows, ``floor(ratio * wrong)`` are kept, by
+    increasing rank; among equal ranks, the earlier rows.
 
     Args:
         scores: [N, C], the teacher's.
         target: [N], int64, the true column of each row.
-        ratio: share of the wrong rows to keep, 0 to 1.
+        ratio: the share of the wrong rows to keep, 0 to 1.
 
     Returns:
         [N], bool.
     """
     rank = (scores > scores.gather(1, target[:, None])).sum(1)
     wrong = (rank > 0).sum()
-    # float64 floors as Python does; Metal has none.
+    # In float64, as Python computes the floor. Metal has no float64.
     exact = torch.float32 if scores.device.type == "mps" else torch.float64
     kept = len(rank) - wrong + (wrong.to(exact) * ratio).floor().long()
     place = torch.empty_like(rank)
@@ -65,7 +67,7 @@ def keep_rows(scores: Tensor, target: Tensor, ratio: float) -> Tensor:
 
 
 def masked_mean(rows: Tensor, keep: Tensor) -> Tensor:
-    """Return the mean of ``rows`` [N] where ``keep`` [N] is true, or 0 where it nowhere is."""
+    """Return the mean of the ``rows`` [N] that ``keep`` [N] selects, or 0 if it selects none."""
     return torch.where(keep, rows, 0).sum() / keep.sum().clamp(min=1)
 
 
@@ -76,12 +78,19 @@ def split_views(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def positives(normal: Tensor) -> Tensor:
-    """Return each of 3B transformed views' own column of B; ``normal`` is [B, ...]."""
+    """Return the column of each transformed view's positive: the normal view of the same image.
+
+    [3B], int64, for the rows of ``similarity``; ``normal`` is [B, ...].
+    """
     return torch.arange(len(normal), device=normal.device).repeat_interleave(VIEWS - 1)
 
 
 class SSKD(Method):
-    """Learn the teacher's logits and self-supervised similarities, selectively."""
+    """Learn the teacher's predictions and self-supervised similarities, by selective transfer.
+
+    Of the paper's losses, ``tf`` is L_T, whose temperature tau is ``temperature``, and ``ss`` is
+    L_ss, whose tau is ``ss_temperature``.
+    """
 
     views = VIEWS
     terms = ("ce", "kd", "tf", "ss")
@@ -89,9 +98,7 @@ class SSKD(Method):
 
     def __init__(
         self,
-        student: nn.Module,
-        teacher: nn.Module,
-        data: Images,
+        networks: Networks,
         *,
         temperature: Positive,
         ss_temperature: Positive,
@@ -100,52 +107,52 @@ class SSKD(Method):
         ss_head: PhaseSettings,
         **shared: Any,
     ) -> None:
-        super().__init__(student, teacher, data, **shared)
+        super().__init__(networks, **shared)
         self.temperature = temperature
         self.ss_temperature = ss_temperature
         self.tf_ratio = tf_ratio
         self.ss_ratio = ss_ratio
-        self.phase = ss_head
+        self.phase_settings = ss_head
+        student, teacher = (features.pooled.shape[1] for features in networks.probe())
         # The teacher's head comes first: its initial weights must not depend on the student.
-        self.teacher_head = ProjectionHead(probe_features(teacher, data).pooled.shape[1])
-        self.student_head = ProjectionHead(probe_features(student, data).pooled.shape[1])
+        self.teacher_head = ProjectionHead(teacher)
+        self.student_head = ProjectionHead(student)
         self.adapters = (self.student_head,)
 
     def phases(self) -> Iterable[Phase]:
-        """Yield the teacher's head phase, one for all students, then the distillation."""
+        """Yield the phase of the teacher's head, which all students share, then the main phase."""
         yield Phase(
             "ss_head",
             self.teacher_head,
             self.head_loss,
             {"contrast": 1.0},
             views=self.views,
-            schedule=self.phase,
+            schedule=self.phase_settings,
             teacher_only=True,
         )
         yield from super().phases()
 
     def head_loss(self, batch: Batch) -> LossOutput:
-        """Return ``contrast``: cross-entropy of the similarities against the own image."""
+        """Return ``contrast``: the cross-entropy of the similarities with the positives."""
         scores = self._similarities(self.teacher_head, self.teacher_features(batch).pooled)
-        own = positives(batch.y)
-        return LossOutput(
-            {"contrast": F.cross_entropy(scores, own)}, {"contrastive_top1": top1(scores, own)}
-        )
+        target = positives(batch.y)
+        loss = F.cross_entropy(scores, target)
+        return LossOutput({"contrast": loss}, {"contrastive_top1": top1(scores, target)})
 
     def loss(self, batch: Batch) -> LossOutput:
-        """Return ``ce`` and ``kd`` of the normal views, ``tf`` and ``ss`` of the kept ones."""
+        """Return ``ce`` and ``kd`` of the normal views, ``tf`` and ``ss`` of the kept rows."""
         teacher = self.teacher_features(batch)
         with torch.no_grad():
             teacher_scores = self._similarities(self.teacher_head, teacher.pooled)
         student = self.student(batch.x)
         scores = self._similarities(self.student_head, student.pooled)
-        own = positives(batch.y)
+        target = positives(batch.y)
 
         normal, transformed = split_views(student.logits.float())
         teacher_normal, teacher_transformed = split_views(teacher.logits.float())
-        truth = batch.y.repeat_interleave(VIEWS - 1)
-        keep_tf = keep_rows(teacher_transformed, truth, self.tf_ratio)
-        keep_ss = keep_rows(teacher_scores, own, self.ss_ratio)
+        labels = batch.y.repeat_interleave(VIEWS - 1)
+        keep_tf = keep_rows(teacher_transformed, labels, self.tf_ratio)
+        keep_ss = keep_rows(teacher_scores, target, self.ss_ratio)
         tf = softened_kl(transformed, teacher_transformed, self.temperature)
         ss = softened_kl(scores, teacher_scores, self.ss_temperature)
         terms = {
@@ -156,7 +163,7 @@ class SSKD(Method):
         }
         metrics = {
             "top1": top1(normal, batch.y),
-            "contrastive_top1": top1(scores, own),
+            "contrastive_top1": top1(scores, target),
             "kept_tf": 100 * keep_tf.float().mean(),
             "kept_ss": 100 * keep_ss.float().mean(),
         }

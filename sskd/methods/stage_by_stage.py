@@ -1,36 +1,28 @@
-"""What methods share that compare two networks' maps at the end of every stage."""
+"""The part that methods share which compare the maps at the end of every stage."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sskd.data import Batch, Images
-from sskd.methods.adapters import stage_shapes
-from sskd.methods.kd import KD
-from sskd.models import Features
+from sskd.methods.kd import KD, Outputs
+from sskd.methods.networks import Networks
 
 
 class StageByStage(KD):
-    """KD and a last term: ``stage_loss`` of the two maps [B, c, h, w], summed over the stages."""
+    """KD for two networks with the same number of stages, whose maps a subclass compares."""
 
     teacher_outputs = (*KD.teacher_outputs, "stages")
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, data: Images, **shared: Any) -> None:
-        super().__init__(student, teacher, data, **shared)
-        stage_shapes(student, teacher, data)  # refuses networks that do not match
+    def __init__(self, networks: Networks, **shared: Any) -> None:
+        super().__init__(networks, **shared)
+        networks.stage_shapes()  # raises a UserError if the numbers of stages differ
 
-    def feature_terms(
-        self, student: Features, teacher: Features, batch: Batch
-    ) -> dict[str, Tensor]:
-        """Return the last of ``terms``."""
-        losses = map(self.stage_loss, student.stages, teacher.stages)
-        return {self.terms[-1]: torch.stack(list(losses)).sum()}
 
-    @staticmethod
-    @abstractmethod
-    def stage_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
-        """Return one stage's loss, a scalar; the maps are [B, c, h, w]."""
+def sum_over_stages(loss: Callable[[Tensor, Tensor], Tensor], outputs: Outputs) -> Tensor:
+    """Return the sum of ``loss(student_map, teacher_map)`` over the stages, a scalar."""
+    losses = map(loss, outputs.student.stages, outputs.teacher.stages)
+    return torch.stack(list(losses)).sum()

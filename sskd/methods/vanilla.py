@@ -1,4 +1,4 @@
-"""The network alone: cross-entropy with the labels."""
+"""Vanilla: the student alone, trained by cross-entropy with the labels."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from sskd.methods.base import LossOutput, Method, Phase, top1
 
 
 class Vanilla(Method):
-    """Train the student without a teacher: a teacher-to-be, or a table's first row."""
+    """Train one network without a teacher: a future teacher, or the baseline of a table."""
 
     needs_teacher = False
     terms = ("ce",)
     evaluated_phase = "train"
 
     def phases(self) -> Iterable[Phase]:
-        """Yield the one stage, named for what it is."""
-        yield Phase("train", self.student, self.loss, self.weights)
+        """Yield the only phase."""
+        yield Phase("train", self.student, self.loss, self.weights, evaluates=True)
 
     def loss(self, batch: Batch) -> LossOutput:
         """Return ``ce``."""

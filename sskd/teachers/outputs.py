@@ -18,7 +18,7 @@ from sskd.data import CROPS, Batch, Images
 from sskd.errors import UserError
 from sskd.files import path_in_errors
 from sskd.methods import Method
-from sskd.methods.adapters import probe_features
+from sskd.methods.networks import probe_features
 from sskd.models import VECTOR_FIELDS, Features, partial_features
 from sskd.teachers.shared import corrupt_file_error
 

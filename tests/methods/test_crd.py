@@ -1,4 +1,4 @@
-"""CRD's parts, against loops and gathered rows in float64, and its draws against their odds."""
+"""CRD's losses and memories, compared with loops in float64, and the distribution of its draws."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from scipy.stats import chi2
 from torch import Tensor, nn
 
 from sskd.data import Batch, Images
+from sskd.methods import Networks, Outputs
 from sskd.methods.crd import CRD, ContrastMemory, draw_negatives, nce_loss, score
 from sskd.models import build_model
 
@@ -19,29 +20,29 @@ EQUAL, UNEQUAL = [12] * 5, [50, 1, 7, 2]
 
 
 def labels_of(sizes: list[int]) -> Tensor:
-    """Return labels of classes of ``sizes``, in an order of their own."""
+    """Return shuffled labels of classes with these ``sizes``."""
     labels = torch.tensor([label for label, size in enumerate(sizes) for _ in range(size)])
     return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
 
 
-def others_of(labels: Tensor, own: int) -> list[int]:
-    return [image for image, label in enumerate(labels.tolist()) if label != own]
+def others_of(labels: Tensor, label: int) -> list[int]:
+    return [image for image, other in enumerate(labels.tolist()) if other != label]
 
 
 @pytest.mark.parametrize("count", [1, 5, 10])
 @pytest.mark.parametrize("sizes", [EQUAL, UNEQUAL])
-def test_negatives_are_of_other_classes_and_none_comes_twice(sizes: list[int], count: int) -> None:
+def test_negatives_are_of_other_classes_without_repeats(sizes: list[int], count: int) -> None:
     torch.manual_seed(0)
     labels = labels_of(sizes)
     negatives = draw_negatives(labels, labels, count)
     assert (negatives.shape, negatives.dtype) == ((len(labels), count), torch.int64)
-    for own, row in zip(labels.tolist(), negatives.tolist(), strict=True):
+    for label, row in zip(labels.tolist(), negatives.tolist(), strict=True):
         assert len(set(row)) == count
-        assert set(row) <= set(others_of(labels, own))
+        assert set(row) <= set(others_of(labels, label))
 
 
 @pytest.mark.parametrize("sizes", [EQUAL, UNEQUAL, [1, 1]])
-def test_as_many_negatives_as_there_are_others_are_all_of_them(sizes: list[int]) -> None:
+def test_the_largest_count_draws_all_other_images(sizes: list[int]) -> None:
     torch.manual_seed(0)
     labels = labels_of(sizes)
     largest = torch.full((20,), sizes.index(max(sizes)))
@@ -50,9 +51,9 @@ def test_as_many_negatives_as_there_are_others_are_all_of_them(sizes: list[int])
         assert sorted(row) == others
 
 
-@pytest.mark.parametrize("own", [0, 3])
+@pytest.mark.parametrize("label", [0, 3])
 @pytest.mark.parametrize(("sizes", "count"), [(EQUAL, 1), (EQUAL, 30), (UNEQUAL, 2), (UNEQUAL, 7)])
-def test_every_other_image_is_drawn_as_often(sizes: list[int], count: int, own: int) -> None:
+def test_negatives_are_uniform(sizes: list[int], count: int, label: int) -> None:
     """Pearson's chi-squared test.
 
     Each of E images is in a row with p = count / E; the covariance of two of them, drawn without
@@ -62,8 +63,8 @@ def test_every_other_image_is_drawn_as_often(sizes: list[int], count: int, own: 
     """
     torch.manual_seed(1)
     labels, rows = labels_of(sizes), 4000
-    others = others_of(labels, own)
-    drawn = draw_negatives(labels, torch.full((rows,), own), count).flatten().tolist()
+    others = others_of(labels, label)
+    drawn = draw_negatives(labels, torch.full((rows,), label), count).flatten().tolist()
     chance = count / len(others)
     spread = rows * chance * (1 - chance) * len(others) / (len(others) - 1)
     statistic = sum((drawn.count(image) - rows * chance) ** 2 for image in others) / spread
@@ -71,8 +72,8 @@ def test_every_other_image_is_drawn_as_often(sizes: list[int], count: int, own: 
 
 
 @pytest.mark.parametrize("classes", [(0, 0), (0, 1)])
-def test_samples_have_draws_of_their_own(classes: tuple[int, int]) -> None:
-    """Neighbouring rows share as many images as chance has it, within five standard deviations.
+def test_draws_of_two_samples_are_independent(classes: tuple[int, int]) -> None:
+    """Adjacent rows share as many images as independent draws do, within 5 standard deviations.
 
     A row of ``count`` out of E images holds a given one with p = count / E and a given pair with
     q = p (count - 1) / (E - 1). So of the S images that both rows may hold, independent rows share
@@ -83,7 +84,7 @@ def test_samples_have_draws_of_their_own(classes: tuple[int, int]) -> None:
     rows = draw_negatives(labels, torch.tensor(classes).repeat(pairs), count).tolist()
     shared = [len(set(a) & set(b)) for a, b in zip(rows[::2], rows[1::2], strict=True)]
     eligible = len(labels) - EQUAL[0]
-    shareable = len(labels) - sum(EQUAL[own] for own in set(classes))
+    shareable = len(labels) - sum(EQUAL[label] for label in set(classes))
     one = count / eligible
     pair = one * (count - 1) / (eligible - 1)
     variance = shareable * (one**2 - one**4) + shareable * (shareable - 1) * (pair**2 - one**4)
@@ -103,14 +104,14 @@ def nce_by_hand(scores: list[list[float]], num_data: int) -> float:
 
 
 @pytest.mark.parametrize(("batch", "negatives", "num_data"), [(1, 1, 2), (4, 9, 50), (7, 64, 70)])
-def test_nce_loss_is_what_loops_give(batch: int, negatives: int, num_data: int) -> None:
+def test_nce_loss_equals_loops(batch: int, negatives: int, num_data: int) -> None:
     generator = torch.Generator().manual_seed(batch)
     scores = torch.randn(batch, 1 + negatives, generator=generator).exp()
     expected = nce_by_hand(scores.tolist(), num_data)
     assert nce_loss(scores, num_data).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_nce_loss_survives_scores_of_any_size() -> None:
+def test_nce_loss_is_finite_for_extreme_scores() -> None:
     # From the farthest to the nearest cosine at a temperature of 0.07.
     extremes = [math.exp(-1 / 0.07), 1.0, math.exp(1 / 0.07)]
     scores = torch.tensor(list(itertools.product(extremes, repeat=3)), requires_grad=True)
@@ -118,12 +119,12 @@ def test_nce_loss_survives_scores_of_any_size() -> None:
     assert loss.item() == pytest.approx(nce_by_hand(scores.tolist(), 50_000), rel=1e-5)
     (gradient,) = torch.autograd.grad(loss, scores)
     assert gradient.isfinite().all()
-    assert (gradient[:, 0] <= 0).all()  # 0 where the float32 has no room for the noise
+    assert (gradient[:, 0] <= 0).all()  # 0 if the noise is below float32's resolution
     assert (gradient[:, 1:] > 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_scores_and_their_loss_are_float32_whatever_comes_in(dtype: torch.dtype) -> None:
+def test_scores_and_loss_are_float32_for_any_input(dtype: torch.dtype) -> None:
     embedding, bank, index = unit_rows(3, 8), unit_rows(20, 8, seed=1), positions(3, 5, 20)
     embedding, bank = embedding.to(dtype), bank.to(dtype)
     scores = score(embedding.float(), bank.float(), index, 0.07)
@@ -143,16 +144,16 @@ def unit_rows(count: int, dimension: int, seed: int = 0) -> Tensor:
 
 
 def positions(batch: int, count: int, num_data: int, seed: int = 0) -> Tensor:
-    """Return [batch, count] different positions, the first of each row differing between rows."""
+    """Return [batch, count] positions, distinct within each row and within the first column."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randperm(num_data, generator=generator)[:batch].tolist()
     rows = [torch.randperm(num_data, generator=generator).tolist() for _ in first]
     pairs = zip(first, rows, strict=True)
-    return torch.tensor([[own, *[i for i in row if i != own]][:count] for own, row in pairs])
+    return torch.tensor([[image, *[i for i in row if i != image]][:count] for image, row in pairs])
 
 
 def scores_by_hand(embedding: Tensor, bank: Tensor, index: Tensor) -> Tensor:
-    """Return the exponentials at a temperature of 0.07 by way of gathered rows, in float64."""
+    """Return the exponentials at a temperature of 0.07 from gathered rows, in float64."""
     rows = bank.double()[index]
     return torch.exp((rows * embedding.double()[:, None]).sum(2) / 0.07)
 
@@ -174,7 +175,7 @@ SIZES = [(1, 4, 10, 3), (5, 8, 30, 20), (12, 128, 200, 150)]
 
 
 @pytest.mark.parametrize(("batch", "dimension", "num_data", "count"), SIZES)
-def test_gradient_is_that_of_gathered_rows(
+def test_gradient_equals_gathered_rows(
     batch: int, dimension: int, num_data: int, count: int
 ) -> None:
     embedding = unit_rows(batch, dimension).requires_grad_()
@@ -186,7 +187,7 @@ def test_gradient_is_that_of_gathered_rows(
 
 
 @pytest.mark.parametrize(("batch", "dimension", "num_data", "count"), SIZES)
-def test_contrast_scores_the_other_bank_by_a_constant_of_the_first_batch(
+def test_the_first_batch_sets_the_normaliser(
     batch: int, dimension: int, num_data: int, count: int
 ) -> None:
     torch.manual_seed(0)
@@ -195,7 +196,7 @@ def test_contrast_scores_the_other_bank_by_a_constant_of_the_first_batch(
     loss = memory.contrast(first, other, index, 0.07)
     normaliser = normaliser_by_hand(first, other.bank, index)
     assert memory.normaliser.item() == pytest.approx(normaliser, rel=1e-5)
-    assert other.normaliser == 0  # a direction has a constant of its own
+    assert other.normaliser == 0  # each direction has its constant
     assert_same_with_gradient(loss, contrast_by_hand(first, other.bank, index, normaliser), first)
     kept = memory.normaliser.clone()
     second = unit_rows(batch, dimension, seed=2).requires_grad_()
@@ -208,11 +209,14 @@ def test_contrast_scores_the_other_bank_by_a_constant_of_the_first_batch(
 
 def assert_same_with_gradient(found: Tensor, expected: Tensor, leaf: Tensor) -> None:
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-    (gradient,), (wanted,) = torch.autograd.grad(found, leaf), torch.autograd.grad(expected, leaf)
-    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+    (gradient,), (expected_gradient,) = (
+        torch.autograd.grad(found, leaf),
+        torch.autograd.grad(expected, leaf),
+    )
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_descent_lowers_the_contrast() -> None:
+def test_gradient_descent_lowers_the_loss() -> None:
     torch.manual_seed(8)
     memory, other, index = ContrastMemory(6, 8, 30), ContrastMemory(9, 8, 30), positions(5, 20, 30)
     pooled = torch.randn(5, 6)
@@ -240,10 +244,10 @@ def test_degenerate_features_give_finite_gradients(features: Tensor, bias: bool)
         assert gradient.isfinite().all()
 
 
-def test_a_bank_starts_uniform_with_rows_of_length_one_on_average() -> None:
+def test_the_initial_bank_is_uniform() -> None:
     """Within five standard deviations of the moments of +-a, a = 1/sqrt(d/3).
 
-    The entries' variance is a^2/3 = 1/d, that of their squares a^4/5 - a^4/9. The largest of N
+    The variance of the entries is a^2/3 = 1/d, of their squares a^4/5 - a^4/9. The largest of N
     is below ``(1 - x) a`` with a probability of exp(-x N/2): 3e-7 at x = 30/N.
     """
     torch.manual_seed(3)
@@ -258,7 +262,7 @@ def test_a_bank_starts_uniform_with_rows_of_length_one_on_average() -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
-def test_renew_moves_the_batchs_rows_alone(momentum: float) -> None:
+def test_update_changes_only_the_rows_of_the_batch(momentum: float) -> None:
     torch.manual_seed(4)
     memory = ContrastMemory(5, 16, 40)
     before = memory.bank
@@ -280,7 +284,7 @@ def test_renew_moves_the_batchs_rows_alone(momentum: float) -> None:
         assert math.hypot(*memory.bank[image].tolist()) == pytest.approx(1, abs=1e-6)
 
 
-def test_embeddings_are_unit_rows_in_float32_inside_autocast() -> None:
+def test_embeddings_are_float32_unit_vectors_in_autocast() -> None:
     torch.manual_seed(5)
     memory = ContrastMemory(6, 16, 10)
     pooled = 30 * torch.randn(7, 6)
@@ -297,11 +301,11 @@ def test_embeddings_are_unit_rows_in_float32_inside_autocast() -> None:
         assert row == pytest.approx([m / math.hypot(*mapped) for m in mapped], abs=1e-5)
 
 
-def test_both_directions_are_summed_before_the_banks_are_renewed(few_images: Images) -> None:
+def test_both_losses_use_the_banks_before_the_update(few_images: Images) -> None:
     torch.manual_seed(6)
     networks = build_model("resnet8", 5).eval(), build_model("resnet14", 5).eval()
     method = CRD(
-        *networks, few_images, dimension=8, negatives=20, contrast_temperature=0.07,
+        Networks(*networks, few_images), dimension=8, negatives=20, contrast_temperature=0.07,
         momentum=0.5, temperature=4.0, weights={"ce": 1.0, "kd": 1.0, "crd": 1.0},
     )  # fmt: skip
     memories = method.student_memory, method.teacher_memory
@@ -315,7 +319,7 @@ def test_both_directions_are_summed_before_the_banks_are_renewed(few_images: Ima
         negatives = draw_negatives(few_images.train.labels, batch.y, 20)
         columns = torch.cat([index[:, None], negatives], dim=1)
         torch.manual_seed(7)
-        loss = method.feature_terms(features[0], features[1], batch)["crd"]
+        loss = method.feature_terms(Outputs(features[0], features[1], batch))["crd"]
         embeddings = [m(f.pooled) for m, f in zip(memories, features, strict=True)]
         expected = sum(
             contrast_by_hand(embedding, bank, columns, memory.normaliser.item()).item()
@@ -323,5 +327,5 @@ def test_both_directions_are_summed_before_the_banks_are_renewed(few_images: Ima
         )
         assert loss.item() == pytest.approx(expected, rel=1e-5)
         for memory, bank, embedding in zip(memories, banks, embeddings, strict=True):
-            renewed = nn.functional.normalize(0.5 * bank[index] + 0.5 * embedding, dim=1)
-            torch.testing.assert_close(memory.bank[index], renewed)
+            updated = nn.functional.normalize(0.5 * bank[index] + 0.5 * embedding, dim=1)
+            torch.testing.assert_close(memory.bank[index], updated)

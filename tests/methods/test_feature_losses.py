@@ -1,4 +1,4 @@
-"""The losses on features, against loops in float64 and the properties that the papers state."""
+"""The losses of features, compared with loops in float64 and the properties in the papers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def squares(first: Row, second: Row) -> Row:
 
 
 def pooled(channel: list[Row], size: int) -> Row:
-    """Return the means of the blocks that one channel's map falls into, row by row."""
+    """Return one channel's map, average-pooled to ``size`` x ``size``, row by row."""
     ratio = len(channel) // size
     return [
         fmean(channel[ratio * y + i][ratio * x + j] for i in range(ratio) for j in range(ratio))
@@ -52,7 +52,7 @@ def pooled(channel: list[Row], size: int) -> Row:
 
 
 def both_pooled(first: Tensor, second: Tensor) -> list[list[list[Row]]]:
-    """Return both maps as [B][c][positions], of as many positions as the smaller one has."""
+    """Return both maps as [B][c][positions], pooled to the positions of the smaller one."""
     size = min(len(first[0][0]), len(second[0][0]))
     return [
         [[pooled(channel, size) for channel in image] for image in maps.tolist()]
@@ -70,9 +70,8 @@ def attention_by_hand(image: list[Row]) -> Row:
 
 def attention_differences(student: Tensor, teacher: Tensor) -> Row:
     differences = []
-    for ours, theirs in zip(*both_pooled(student, teacher), strict=True):
-        for a, b in zip(attention_by_hand(ours), attention_by_hand(theirs), strict=True):
-            differences.append(a - b)
+    for images in zip(*both_pooled(student, teacher), strict=True):
+        differences += [a - b for a, b in zip(*map(attention_by_hand, images), strict=True)]
     return differences
 
 
@@ -87,9 +86,9 @@ def ft_by_hand(student: Tensor, teacher: Tensor) -> float:
 def sp_by_hand(student: Tensor, teacher: Tensor) -> float:
     total = 0.0
     for image, other in zip(student, teacher, strict=True):
-        ours = unit([dot(image.flatten().tolist(), x.flatten().tolist()) for x in student])
-        theirs = unit([dot(other.flatten().tolist(), x.flatten().tolist()) for x in teacher])
-        total += sum(squares(ours, theirs))
+        student_row = unit([dot(image.flatten().tolist(), x.flatten().tolist()) for x in student])
+        teacher_row = unit([dot(other.flatten().tolist(), x.flatten().tolist()) for x in teacher])
+        total += sum(squares(student_row, teacher_row))
     return total / len(student) ** 2
 
 
@@ -129,19 +128,19 @@ def rkd_by_hand(
     total = 0.0
     for weight, relation in ((distance_weight, distances_by_hand), (angle_weight, angles_by_hand)):
         both = zip(relation(student), relation(teacher), strict=True)
-        total += weight * fmean(smooth_l1(ours - theirs) for ours, theirs in both)
+        total += weight * fmean(smooth_l1(s - t) for s, t in both)
     return total
 
 
 def pkt_by_hand(student: Tensor, teacher: Tensor) -> float:
     terms = []
     for i in range(len(student)):
-        ours, theirs = (
+        affinities = [
             [(dot(unit(rows[i]), unit(row)) + 1) / 2 for row in rows]
             for rows in (student.tolist(), teacher.tolist())
-        )
-        for s, t in zip(ours, theirs, strict=True):
-            p_s, p_t = s / sum(ours), t / sum(theirs)
+        ]
+        for s, t in zip(*affinities, strict=True):
+            p_s, p_t = s / sum(affinities[0]), t / sum(affinities[1])
             terms.append(p_t * math.log((p_t + 1e-7) / (p_s + 1e-7)))
     return fmean(terms)
 
@@ -158,8 +157,8 @@ def ab_by_hand(student: Tensor, teacher: Tensor, margin: float = 1) -> float:
 
 def cc_by_hand(student: Tensor, teacher: Tensor) -> float:
     gaps = [
-        [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
-        for ours, theirs in zip(student.tolist(), teacher.tolist(), strict=True)
+        [abs(a - b) for a, b in zip(*rows, strict=True)]
+        for rows in zip(student.tolist(), teacher.tolist(), strict=True)
     ]
     return fmean(dot(before, after) for before, after in itertools.pairwise(gaps))
 
@@ -185,13 +184,15 @@ def flow_by_hand(lower: Tensor, upper: Tensor) -> Row:
 def fsp_by_hand(
     student_lower: Tensor, student_upper: Tensor, teacher_lower: Tensor, teacher_upper: Tensor
 ) -> float:
-    theirs = flow_by_hand(teacher_lower, teacher_upper)
-    return fmean(squares(flow_by_hand(student_lower, student_upper), theirs))
+    teacher_flow = flow_by_hand(teacher_lower, teacher_upper)
+    return fmean(squares(flow_by_hand(student_lower, student_upper), teacher_flow))
 
 
 class Case(NamedTuple):
-    """A loss; its inputs' shapes, of which the first ``students`` are the student's; and a step
-    of descent that suits it.
+    """A loss, its value by loops, and shapes of its inputs.
+
+    The first ``students`` inputs are the student's. With step size ``step``, gradient descent
+    lowers the loss.
     """
 
     loss: Callable[..., Tensor]
@@ -243,7 +244,7 @@ EVERY_SHAPE = [(name, shapes) for name, case in CASES.items() for shapes in case
 
 
 def draw(shapes: tuple[Shape, ...], seed: int = 0) -> list[Tensor]:
-    """Return Gaussian inputs of ``shapes``; those of one dimension are variances, positive."""
+    """Return Gaussian inputs of ``shapes``; inputs of one dimension are positive variances."""
     generator = torch.Generator().manual_seed(seed)
     drawn = [torch.randn(shape, generator=generator) for shape in shapes]
     return [values.abs() + 0.5 if values.ndim == 1 else values for values in drawn]
@@ -251,7 +252,7 @@ def draw(shapes: tuple[Shape, ...], seed: int = 0) -> list[Tensor]:
 
 @pytest.mark.parametrize("repeated", [False, True])
 @pytest.mark.parametrize(("name", "shapes"), EVERY_SHAPE)
-def test_loss_is_what_loops_give(name: str, shapes: tuple[Shape, ...], repeated: bool) -> None:
+def test_loss_equals_loops(name: str, shapes: tuple[Shape, ...], repeated: bool) -> None:
     inputs = draw(shapes)
     if repeated:
         inputs[0][1] = inputs[0][0]
@@ -266,7 +267,7 @@ def test_rkd_weighs_distances_and_angles(weights: tuple[float, float]) -> None:
     assert rkd_loss(student, teacher, *weights).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_pkt_survives_a_probability_of_zero() -> None:
+def test_pkt_accepts_a_probability_of_zero() -> None:
     opposite = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     equal = torch.ones(2, 2)
     # Each of two rows: half log(half / 1) and half log(half / 1e-7).
@@ -275,9 +276,9 @@ def test_pkt_survives_a_probability_of_zero() -> None:
 
 
 @pytest.mark.parametrize("margin", [0.5, 1, 2])
-def test_ab_pushes_across_the_boundary_and_no_further_than_the_margin(margin: float) -> None:
+def test_ab_loss_ends_at_the_margin(margin: float) -> None:
     student, noise = draw(((3, 4, 5, 5),) * 2, seed=1)
-    teacher = noise.round()  # with zeros, which are not active
+    teacher = noise.round()  # contains zeros, which are not active
     assert (teacher == 0).any()
     expected = ab_by_hand(student, teacher, margin)
     assert ab_loss(student, teacher, margin).item() == pytest.approx(expected, rel=1e-5)
@@ -289,13 +290,13 @@ def test_ab_pushes_across_the_boundary_and_no_further_than_the_margin(margin: fl
 
 
 @pytest.mark.parametrize("name", ["hint", "at", "sp", "rkd", "pkt", "ft", "cc", "nst", "fsp"])
-def test_loss_is_zero_for_the_teachers_own_features(name: str) -> None:
+def test_loss_is_zero_for_equal_features(name: str) -> None:
     case = CASES[name]
     features = draw(case.shapes[0][: case.students])
     assert case.loss(*features, *features).item() == pytest.approx(0, abs=1e-7)
 
 
-def test_vid_is_least_at_the_target_and_for_the_variance_of_the_errors() -> None:
+def test_vid_is_smallest_at_target_and_error_variance() -> None:
     mean, target, variance = draw(CASES["vid"].shapes[0])
     least = vid_loss(target, target, variance)
     assert least.item() == pytest.approx(fmean(math.log(v) / 2 for v in variance.tolist()))
@@ -317,25 +318,27 @@ def mean_by_hand(position: Row, weights: list[list[Row]]) -> Row:
     return [dot(row, position) for row in last]
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [((3, 2), (4, 8)), ((2, 8), (3, 2)), ((5, 3), (6, 3))])
+@pytest.mark.parametrize(
+    ("student_size", "teacher_size"), [((3, 2), (4, 8)), ((2, 8), (3, 2)), ((5, 3), (6, 3))]
+)
 @pytest.mark.parametrize("raw", [None, -2.0])
-def test_vids_gaussian_regresses_the_mean_and_learns_the_variance(
-    ours: tuple[int, int], theirs: tuple[int, int], raw: float | None
+def test_gaussian_equals_loops_and_trains_all_parameters(
+    student_size: tuple[int, int], teacher_size: tuple[int, int], raw: float | None
 ) -> None:
     torch.manual_seed(0)
-    gaussian = Gaussian(ours[0], theirs[0], 5.0, 1e-5)
+    gaussian = Gaussian(student_size[0], teacher_size[0], 5.0, 1e-5)
     *kernels, raw_variance = sorted(gaussian.parameters(), key=lambda p: -p.ndim)
     weights = [kernel.flatten(1).tolist() for kernel in kernels]
-    assert [len(weight) for weight in weights] == [theirs[0]] * 3
-    assert raw_variance.shape == (theirs[0],)
+    assert [len(weight) for weight in weights] == [teacher_size[0]] * 3
+    assert raw_variance.shape == (teacher_size[0],)
     variance = 5.0
     if raw is not None:
         variance = math.log1p(math.exp(raw)) + 1e-5
         raw_variance.data.fill_(raw)
-    student, teacher = draw(tuple((2, c, size, size) for c, size in (ours, theirs)))
+    student, teacher = draw(tuple((2, c, size, size) for c, size in (student_size, teacher_size)))
     terms = []
-    for given, wanted in zip(*both_pooled(student, teacher), strict=True):
-        positions = zip(zip(*given, strict=True), zip(*wanted, strict=True), strict=True)
+    for student_map, teacher_map in zip(*both_pooled(student, teacher), strict=True):
+        positions = zip(zip(*student_map, strict=True), zip(*teacher_map, strict=True), strict=True)
         for position, target in positions:
             errors = squares(mean_by_hand(list(position), weights), list(target))
             terms += [0.5 * (error / variance + math.log(variance)) for error in errors]
@@ -346,7 +349,7 @@ def test_vids_gaussian_regresses_the_mean_and_learns_the_variance(
 
 
 @pytest.mark.parametrize(("name", "shapes"), EVERY_SHAPE)
-def test_descent_lowers_the_loss(name: str, shapes: tuple[Shape, ...]) -> None:
+def test_gradient_descent_lowers_the_loss(name: str, shapes: tuple[Shape, ...]) -> None:
     case = CASES[name]
     inputs = draw(shapes)
     students, others = inputs[: case.students], inputs[case.students :]
@@ -369,19 +372,19 @@ def shifted(values: Tensor) -> Tensor:
 
 
 def rotated(values: Tensor) -> Tensor:
-    """Turn the space that the samples lie in by an orthogonal matrix."""
+    """Rotate the samples by an orthogonal matrix."""
     rows = values.flatten(1)
     (noise,) = draw(((rows.shape[1],) * 2,), seed=7)
     return (rows @ torch.linalg.qr(noise).Q).view_as(values)
 
 
 def stretched(values: Tensor) -> Tensor:
-    """Multiply each sample by a number of its own."""
+    """Multiply each sample by another number."""
     return torch.linspace(0.3, 4.0, len(values))[:, None] * values
 
 
 def shuffled(maps: Tensor) -> Tensor:
-    """Reverse the channels, so that none but a middle one stays."""
+    """Reverse the order of the channels."""
     return maps.flip(1)
 
 
@@ -394,7 +397,7 @@ INVARIANT = [
 
 @pytest.mark.parametrize("position", [0, 1])
 @pytest.mark.parametrize(("name", "change"), INVARIANT)
-def test_loss_is_blind_to(name: str, change: Callable[[Tensor], Tensor], position: int) -> None:
+def test_loss_is_invariant(name: str, change: Callable[[Tensor], Tensor], position: int) -> None:
     for shapes in CASES[name].shapes:
         inputs = draw(shapes)
         before = CASES[name].loss(*inputs).item()
@@ -404,8 +407,8 @@ def test_loss_is_blind_to(name: str, change: Callable[[Tensor], Tensor], positio
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", CASES)
-def test_loss_is_float32_whatever_comes_in(name: str, dtype: torch.dtype) -> None:
-    # So large that squares and sums overflow in float16.
+def test_loss_is_float32_for_any_input(name: str, dtype: torch.dtype) -> None:
+    # Large enough that squares and sums overflow in float16.
     inputs = [(100 * values).to(dtype) for values in draw(CASES[name].shapes[0])]
     expected = CASES[name].loss(*(values.float() for values in inputs))
     assert expected.isfinite()
@@ -417,11 +420,11 @@ def test_loss_is_float32_whatever_comes_in(name: str, dtype: torch.dtype) -> Non
         assert torch.equal(found, expected)
 
 
-def first_two_alike(values: Tensor) -> Tensor:
+def first_two_equal(values: Tensor) -> Tensor:
     return torch.cat([values[:1], values[:1], values[2:]])
 
 
-def all_alike(values: Tensor) -> Tensor:
+def all_equal(values: Tensor) -> Tensor:
     return values[:1].expand_as(values)
 
 
@@ -430,7 +433,7 @@ def one_zero(values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("who", ["student", "teacher", "both"])
-@pytest.mark.parametrize("change", [first_two_alike, all_alike, one_zero, torch.zeros_like])
+@pytest.mark.parametrize("change", [first_two_equal, all_equal, one_zero, torch.zeros_like])
 @pytest.mark.parametrize("name", CASES)
 def test_degenerate_features_give_finite_gradients(
     name: str, change: Callable[[Tensor], Tensor], who: str
@@ -459,17 +462,15 @@ def assert_finite(case: Case, inputs: list[Tensor]) -> None:
         assert gradient.isfinite().all()
 
 
-def test_rkd_does_not_explode_where_two_students_are_alike() -> None:
+def test_rkd_gradient_is_bounded_for_equal_samples() -> None:
     student, teacher = draw(((6, 5), (6, 5)))
-    student = first_two_alike(student).requires_grad_()
+    student = first_two_equal(student).requires_grad_()
     (gradient,) = torch.autograd.grad(rkd_loss(student, teacher), student)
     assert gradient.abs().max() < 100
 
 
 @pytest.mark.parametrize(("name", "loss"), [("sp", sp_loss), ("pkt", pkt_loss), ("rkd", rkd_loss)])
-def test_a_sample_without_any_activation_does_not_blow_the_gradient_up(
-    name: str, loss: Callable[..., Tensor]
-) -> None:
+def test_gradient_is_bounded_for_a_sample_of_zeros(name: str, loss: Callable[..., Tensor]) -> None:
     student, teacher = draw(((6, 5), (6, 5)))
 
     def largest(rows: Tensor) -> float:

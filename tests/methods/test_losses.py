@@ -1,4 +1,4 @@
-"""The pure functions, against loops in float64 and properties that the papers state."""
+"""The losses of KD and SSKD, compared with loops in float64 and the properties in the papers."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ def kl_by_hand(student: Tensor, teacher: Tensor, temperature: float) -> list[flo
 
 @pytest.mark.parametrize(("batch", "classes"), [(1, 2), (7, 5), (16, 100)])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_kd_is_the_divergence_of_the_softened_predictions(
-    batch: int, classes: int, temperature: float
-) -> None:
+def test_kd_equals_loops(batch: int, classes: int, temperature: float) -> None:
     generator = torch.Generator().manual_seed(batch)
     student = 3 * torch.randn(batch, classes, generator=generator)
     teacher = 3 * torch.randn(batch, classes, generator=generator)
@@ -42,13 +40,13 @@ def test_kd_is_the_divergence_of_the_softened_predictions(
     assert kd_loss(student, teacher, temperature).item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_kd_is_zero_for_equal_logits_and_blind_to_a_constant() -> None:
+def test_kd_ignores_a_constant_in_the_logits() -> None:
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     assert kd_loss(logits, logits, 4.0).item() == pytest.approx(0, abs=1e-6)
     assert kd_loss(logits + 5, logits, 4.0).item() == pytest.approx(0, abs=1e-5)
 
 
-def test_kd_gives_the_teacher_no_gradient_and_lets_the_student_learn() -> None:
+def test_kd_trains_the_student_alone() -> None:
     generator = torch.Generator().manual_seed(1)
     teacher = torch.randn(8, 10, generator=generator, requires_grad=True)
     student = torch.randn(8, 10, generator=generator, requires_grad=True)
@@ -64,7 +62,7 @@ def test_kd_gives_the_teacher_no_gradient_and_lets_the_student_learn() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_losses_are_float32_whatever_comes_in(dtype: torch.dtype) -> None:
+def test_losses_are_float32_for_any_input(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
     student = torch.randn(4, 6, generator=generator).to(dtype)
     teacher = torch.randn(4, 6, generator=generator).to(dtype)
@@ -89,7 +87,7 @@ def test_similarity_is_the_cosine_of_every_pair(images: int, width: int) -> None
         assert found[i, j].item() == pytest.approx(dot / norms, abs=1e-5)
 
 
-def test_similarity_ignores_the_scale_and_survives_zero_features() -> None:
+def test_similarity_ignores_scale_and_accepts_zeros() -> None:
     generator = torch.Generator().manual_seed(4)
     normal, transformed = torch.randn(2, 5, generator=generator), torch.randn(6, 5)
     scaled = similarity(7 * transformed, 0.1 * normal)
@@ -99,8 +97,8 @@ def test_similarity_ignores_the_scale_and_survives_zero_features() -> None:
 
 def rows_kept_by_hand(scores: Tensor, target: Tensor, ratio: float) -> list[bool]:
     ranks = [
-        sum(value > row[own] for value in row)
-        for row, own in zip(scores.tolist(), target.tolist(), strict=True)
+        sum(value > row[column] for value in row)
+        for row, column in zip(scores.tolist(), target.tolist(), strict=True)
     ]
     wrong = sorted((rank, place) for place, rank in enumerate(ranks) if rank > 0)
     kept = {place for _, place in wrong[: math.floor(ratio * len(wrong))]}
@@ -109,12 +107,10 @@ def rows_kept_by_hand(scores: Tensor, target: Tensor, ratio: float) -> list[bool
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.29, 0.5, 0.75, 1.0])
 @pytest.mark.parametrize("seed", range(8))
-def test_selective_transfer_keeps_the_right_rows_and_the_least_wrong(
-    ratio: float, seed: int
-) -> None:
+def test_keep_rows_equals_loops(ratio: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows, columns = 3 * (seed + 1) * 4, 2 + 5 * seed
-    # Few different scores, so that ranks tie and whole rows are equal.
+    # Four different scores, so that some ranks tie and some rows are equal.
     scores = torch.randint(0, 4, (rows, columns), generator=generator).float()
     target = torch.randint(0, columns, (rows,), generator=generator)
     kept = keep_rows(scores, target, ratio)
@@ -122,14 +118,14 @@ def test_selective_transfer_keeps_the_right_rows_and_the_least_wrong(
     assert kept.tolist() == rows_kept_by_hand(scores, target, ratio)
 
 
-def test_a_teacher_that_is_always_right_or_always_wrong() -> None:
+def test_keep_rows_of_a_teacher_always_right_or_wrong() -> None:
     right = torch.eye(6)
     assert keep_rows(right, torch.arange(6), 0.0).all()
     wrong = keep_rows(-right, torch.arange(6), 0.5)
-    assert wrong.tolist() == [True] * 3 + [False] * 3  # all tie: the earlier rows go first
+    assert wrong.tolist() == [True] * 3 + [False] * 3  # all ranks tie: the earlier rows are kept
 
 
-def test_kept_mean_averages_over_what_is_kept() -> None:
+def test_masked_mean_averages_the_kept_rows() -> None:
     rows = torch.tensor([1.0, 2.0, 4.0, 8.0], requires_grad=True)
     keep = torch.tensor([True, False, False, True])
     masked_mean(rows, keep).backward()

@@ -1,4 +1,4 @@
-"""Every method through its real YAML: gradients, frozen teachers, learning, state."""
+"""Every method with its real configuration: gradients, frozen modules, learning, state."""
 
 from __future__ import annotations
 
@@ -66,18 +66,18 @@ def tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
-def first_batch(images: Images, stage: Phase, size: int) -> Batch:
-    loader = Loader(images.train, images.mean, images.std, size, stage.views)
+def first_batch(images: Images, phase: Phase, size: int) -> Batch:
+    loader = Loader(images.train, images.mean, images.std, size, phase.views)
     loader.begin_epoch(0)
     return loader.next_batch()
 
 
-def total(stage: Phase, step: LossOutput) -> torch.Tensor:
-    return torch.stack(list(stage.weigh(step.terms).values())).sum()
+def total(phase: Phase, output: LossOutput) -> torch.Tensor:
+    return torch.stack(list(phase.weigh(output.terms).values())).sum()
 
 
 def leaves(root: torch.Tensor) -> set[int]:
-    """Return the ids of all tensors that the autograd graph of ``root`` ends in."""
+    """Return the ids of all leaves of the autograd graph of ``root``."""
     found, seen, todo = set(), set(), [root.grad_fn]
     while todo:
         node = todo.pop()
@@ -91,24 +91,26 @@ def leaves(root: torch.Tensor) -> set[int]:
 
 
 @pytest.mark.parametrize(("method", "pair"), CASES)
-def test_every_stage_of_every_pair(composed: Compose, method: str, pair: str) -> None:
+def test_every_phase_of_every_pair(composed: Compose, method: str, pair: str) -> None:
     count = 2 if method != "rkd" else 3  # of two images, every relative distance is 1
     images = random_images(count, 4)
     built = make(composed, method, pair, images)
     saved = {id(parameter) for parameter in built.parameters()}
-    for stage in built.phases():
-        set_trainable(stage, built)
-        assert saved.issuperset(id(parameter) for parameter in stage.trains.parameters())
-        own = {id(tensor) for tensor in [*stage.trains.parameters(), *stage.trains.buffers()]}
-        frozen = {name: tensor.clone() for name, tensor in tensors(built) if id(tensor) not in own}
-        loss = total(stage, stage.loss(first_batch(images, stage, count)))
+    for phase in built.phases():
+        set_trainable(phase, built)
+        assert saved.issuperset(id(parameter) for parameter in phase.trains.parameters())
+        trained = {id(tensor) for tensor in [*phase.trains.parameters(), *phase.trains.buffers()]}
+        frozen = {
+            name: tensor.clone() for name, tensor in tensors(built) if id(tensor) not in trained
+        }
+        loss = total(phase, phase.loss(first_batch(images, phase, count)))
         assert loss.isfinite()
-        assert leaves(loss) == {id(parameter) for parameter in stage.trains.parameters()}
+        assert leaves(loss) == {id(parameter) for parameter in phase.trains.parameters()}
         loss.backward()
-        for name, parameter in stage.trains.named_parameters():
+        for name, parameter in phase.trains.named_parameters():
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
-        # The teacher, and what this stage leaves alone, down to the statistics of BatchNorm.
+        # The teacher, and all else that the phase does not train, BatchNorm's statistics included.
         for name, tensor in tensors(built):
             assert name not in frozen or torch.equal(tensor, frozen[name]), name
 
@@ -119,23 +121,23 @@ def test_overfits_one_batch(composed: Compose, method: str) -> None:
     built = make(composed, method, "resnet14-resnet8", images)
     if built.teacher is not None:
         built.teacher.load_state_dict(fitted_teacher().state_dict())
-    for stage in built.phases():
-        set_trainable(stage, built)
-        batch = first_batch(images, stage, 16)
-        optimizer = torch.optim.SGD(stage.trains.parameters(), lr=0.05, momentum=0.9)
+    for phase in built.phases():
+        set_trainable(phase, built)
+        batch = first_batch(images, phase, 16)
+        optimizer = torch.optim.SGD(phase.trains.parameters(), lr=0.05, momentum=0.9)
         for _ in range(60):
-            step = stage.loss(batch)
-            if step.metrics.get("top1") == 100:
+            output = phase.loss(batch)
+            if output.metrics.get("top1") == 100:
                 break
             optimizer.zero_grad()
-            total(stage, step).backward()
+            total(phase, output).backward()
             optimizer.step()
-    assert stage.loss(batch).metrics["top1"] == 100
+    assert phase.loss(batch).metrics["top1"] == 100
 
 
 @cache
 def fitted_teacher() -> nn.Module:
-    """Return a teacher that has learnt the images of a batch in all four rotations."""
+    """Return a teacher that classifies a batch of images correctly in all four rotations."""
     images = random_images(16, 4)
     torch.manual_seed(0)
     teacher = build_model("resnet14", images.num_classes)
@@ -152,6 +154,13 @@ def fitted_teacher() -> nn.Module:
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
+def test_the_last_phase_alone_evaluates(composed: Compose, few_images: Images, method: str) -> None:
+    *first, last = make(composed, method, "resnet14-resnet8", few_images).phases()
+    assert last.evaluates
+    assert not any(phase.evaluates for phase in first)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_state_round_trips(composed: Compose, few_images: Images, method: str) -> None:
     first, second = (make(composed, method, "resnet14-resnet8", few_images) for _ in range(2))
     with torch.no_grad():
@@ -160,19 +169,19 @@ def test_state_round_trips(composed: Compose, few_images: Images, method: str) -
                 tensor.add_(1)
     load_state_without_teacher(second, state_without_teacher(first))
     for (name, tensor), (_, loaded) in zip(tensors(first), tensors(second), strict=True):
-        # The labels are the data's.
+        # The labels are part of the data, not of the state.
         assert torch.equal(tensor, loaded) or name == "labels", name
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_last_batch_of_one_image(composed: Compose, few_images: Images, method: str) -> None:
     built = make(composed, method, "resnet14-resnet8", few_images)
-    for stage in built.phases():
-        set_trainable(stage, built)
-        assert total(stage, stage.loss(first_batch(few_images, stage, 1))).isfinite()
+    for phase in built.phases():
+        set_trainable(phase, built)
+        assert total(phase, phase.loss(first_batch(few_images, phase, 1))).isfinite()
 
 
-def test_sskd_teacher_head_starts_alike_for_every_student(
+def test_the_teacher_head_is_the_same_for_all_students(
     composed: Compose, few_images: Images
 ) -> None:
     small = make(composed, "sskd", "resnet14-resnet8", few_images)
@@ -186,8 +195,8 @@ def test_sskd_teacher_head_starts_alike_for_every_student(
         assert torch.equal(tensor, other.get_submodule("teacher_head").state_dict()[name])
 
 
-def test_sskd_terms_are_those_of_its_parts(composed: Compose, few_images: Images) -> None:
-    """The four terms, computed view by view with gathered rows instead of masks."""
+def test_sskd_terms_equal_loops(composed: Compose, few_images: Images) -> None:
+    """The four terms are computed again, view by view, with gathered rows instead of masks."""
     built = make(composed, "sskd", "resnet14-resnet8", few_images, "method.tf_ratio=0.5")
     built.eval()
     batch = first_batch(few_images, next(iter(built.phases())), 8)
@@ -208,17 +217,17 @@ def test_sskd_terms_are_those_of_its_parts(composed: Compose, few_images: Images
         ]
 
     def selected(pair: list[torch.Tensor], truth: list[int], ratio: float, t: float) -> float:
-        ranks = [int((row > row[own]).sum()) for row, own in zip(pair[1], truth, strict=True)]
+        ranks = [int((row > row[column]).sum()) for row, column in zip(pair[1], truth, strict=True)]
         wrong = sorted((rank, i) for i, rank in enumerate(ranks) if rank)
         keep = [i for i, rank in enumerate(ranks) if rank == 0]
         keep += [i for _, i in wrong[: int(ratio * len(wrong))]]
         s, p = (pair[0][keep] / t).softmax(1), (pair[1][keep] / t).softmax(1)
         return (t * t * (p * (p / s).log()).sum(1)).mean().item()
 
-    own = [i for i in range(8) for _ in range(3)]
-    labels = [batch.y.tolist()[i] for i in own]
+    positives = [i for i in range(8) for _ in range(3)]
+    labels = [batch.y.tolist()[i] for i in positives]
     assert found["tf"].item() == pytest.approx(selected(logits, labels, 0.5, 4.0), rel=1e-3)
-    assert found["ss"].item() == pytest.approx(selected(matrices, own, 0.75, 0.5), rel=1e-3)
+    assert found["ss"].item() == pytest.approx(selected(matrices, positives, 0.75, 0.5), rel=1e-3)
     ce = -student[0].logits.double().log_softmax(1)[range(8), batch.y].mean().item()
     assert found["ce"].item() == pytest.approx(ce, rel=1e-4)
     p, s = ((f[0].logits.double() / 4).softmax(1) for f in (teacher, student))
@@ -227,20 +236,20 @@ def test_sskd_terms_are_those_of_its_parts(composed: Compose, few_images: Images
 
 
 @pytest.mark.parametrize("weights", [{"ce": 1.0}, {"ce": 1.0, "kd": 1.0, "tf": 1.0}])
-def test_a_term_without_a_weight_and_a_weight_without_a_term_are_errors(
+def test_terms_and_weights_must_have_the_same_names(
     weights: dict[str, float],
 ) -> None:
-    stage = Phase("distill", nn.Linear(1, 1), lambda batch: LossOutput({}, {}), weights)
-    with pytest.raises(ValueError, match=r"its terms are .* its weights"):
-        stage.weigh({"ce": torch.ones(()), "kd": torch.ones(())})
+    phase = Phase("distill", nn.Linear(1, 1), lambda batch: LossOutput({}, {}), weights)
+    with pytest.raises(ValueError, match=r"the terms are .* the weights"):
+        phase.weigh({"ce": torch.ones(()), "kd": torch.ones(())})
 
 
-def test_weights_must_match_the_terms(composed: Compose) -> None:
+def test_a_weight_of_an_unknown_term_is_refused(composed: Compose) -> None:
     with pytest.raises(UserError, match=r"method\.weights\.crd: no such setting"):
         composed("method=kd", "+method.weights.crd=1")
 
 
-# Weights of the own term in the CRD benchmark's published commands (its scripts' beta).
+# Weights of the methods' terms in the CRD benchmark's published commands (beta in its scripts).
 PUBLISHED_WEIGHTS = {
     "fitnet": 100, "at": 1000, "sp": 3000, "vid": 1, "rkd": 1, "pkt": 30000, "ft": 200,
     "crd": 0.8, "cc": 0.02, "nst": 50,
@@ -251,20 +260,18 @@ WEIGHTINGS = {(): (0.1, 0.9), ("weighting=crd_benchmark",): (1, 0), ("weighting=
 
 
 @pytest.mark.parametrize("method", sorted({*PUBLISHED_WEIGHTS, "ab", "fsp"}))
-def test_the_weighting_fills_in_ce_and_kd(
-    composed: Compose, few_images: Images, method: str
-) -> None:
-    own = {method: PUBLISHED_WEIGHTS[method]} if method in PUBLISHED_WEIGHTS else {}
+def test_the_weighting_sets_ce_and_kd(composed: Compose, few_images: Images, method: str) -> None:
+    term = {method: PUBLISHED_WEIGHTS[method]} if method in PUBLISHED_WEIGHTS else {}
     for words, (ce, kd) in WEIGHTINGS.items():
         built = make(composed, method, "resnet14-resnet8", few_images, *words)
-        assert list(built.phases())[-1].weights == {"ce": ce, "kd": kd, **own}
+        assert list(built.phases())[-1].weights == {"ce": ce, "kd": kd, **term}
     words = ("weighting=crd_benchmark", "method.weights.kd=0.25")
     built = make(composed, method, "resnet14-resnet8", few_images, *words)
-    assert list(built.phases())[-1].weights == {"ce": 1, "kd": 0.25, **own}
+    assert list(built.phases())[-1].weights == {"ce": 1, "kd": 0.25, **term}
 
 
 @pytest.mark.parametrize("method", ["kd", "sskd"])
-def test_kd_and_sskd_keep_their_own_weights(composed: Compose, method: str) -> None:
+def test_the_weighting_does_not_change_kd_and_sskd(composed: Compose, method: str) -> None:
     def weights(*words: str) -> dict[str, float]:
         found: dict[str, float] = composed(f"method={method}", *words).method.weights.model_dump()
         return found
@@ -277,7 +284,7 @@ def test_kd_and_sskd_keep_their_own_weights(composed: Compose, method: str) -> N
     ("method", "phase"), [("ab", "boundary"), ("ft", "paraphraser"), ("fsp", "flow")]
 )
 @pytest.mark.parametrize(("epochs", "expected"), [(240, 30), (24, 3), (2, 1)])
-def test_first_phases_are_an_eighth_of_the_run_at_a_constant_rate(
+def test_first_phases_take_an_eighth_at_a_constant_rate(
     composed: Compose, few_images: Images, method: str, phase: str, epochs: int, expected: int
 ) -> None:
     config = composed(f"method={method}", f"schedule.epochs={epochs}", "pair=vgg13-vgg8")
@@ -302,7 +309,7 @@ def test_first_phases_are_an_eighth_of_the_run_at_a_constant_rate(
         (["pair=resnet56-resnet20", "method.paraphraser.lr=null", "optimizer.lr=0.2"], 0.2),
     ],
 )
-def test_the_paraphraser_learns_at_the_rate_of_its_student(
+def test_the_student_decides_the_paraphrasers_rate(
     composed: Compose, few_images: Images, overrides: list[str], expected: float
 ) -> None:
     config = composed("method=ft", *overrides)

@@ -1,4 +1,4 @@
-"""Any teacher with any student: every method takes the pair, or refuses it by name."""
+"""Every method with every pair of networks: it takes the pair, or refuses it by name."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from torch import nn
 
 from sskd.data import Batch, Images
 from sskd.errors import UserError
-from sskd.methods import build_method
-from sskd.methods.adapters import conv_regressor, modules_behind
+from sskd.methods import Outputs, build_method
+from sskd.methods.adapters import conv_regressor
 from sskd.methods.kd import KD
+from sskd.methods.networks import modules_behind
 from sskd.models import Features, build_model
 from sskd.teachers.assembly import assemble
 from sskd.train import train
 
-# The channels of the stem and of each stage, one network for every row of channels that the
-# 22 have (the papers' tables; half width for MobileNetV2).
+# The channels of the stem and of each stage: one network for each combination that the 22 have,
+# from the papers' tables (MobileNetV2 with half the width).
 LEVELS = {
     "resnet8": (16, 16, 32, 64),
     "resnet8x4": (32, 64, 128, 256),
@@ -47,7 +48,7 @@ def refused(method: str, teacher: str, student: str) -> bool:
 
 @pytest.fixture(scope="module")
 def networks() -> dict[str, nn.Module]:
-    """Return one network of every kind; what is tested here changes none of them."""
+    """Return one network of each family; the tests here change none of them."""
     torch.manual_seed(0)
     return {name: build_model(name, 5).eval() for name in LEVELS}
 
@@ -65,7 +66,7 @@ def features(networks: dict[str, nn.Module]) -> dict[str, Features]:
 
 
 @pytest.mark.parametrize("method", METHODS_WITH_FEATURES)
-def test_any_teacher_with_any_student(
+def test_every_method_takes_or_refuses_every_pair(
     composed: Compose,
     method: str,
     networks: dict[str, nn.Module],
@@ -73,7 +74,7 @@ def test_any_teacher_with_any_student(
     images: Images,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Shapes are what is tested; to draw the weights of the widest layers takes most of the time.
+    # Only shapes are tested, and most of the time is the initialisation of the widest layers.
     constant = partial(nn.init.constant_, val=0.01)
     monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda weight, **_: constant(weight))
     settings = composed(f"method={method}").method
@@ -88,11 +89,12 @@ def test_any_teacher_with_any_student(
                 continue
             built = build_method(settings, *pair, images)
             assert isinstance(built, KD)
-            terms = built.feature_terms(features[student], features[teacher], batch)
+            outputs = Outputs(features[student], features[teacher], batch)
+            terms = built.feature_terms(outputs)
             with torch.no_grad():
                 for phase in list(built.phases())[:-1]:
                     terms |= phase.loss(batch).terms
-            assert terms, "nothing of the method's own was computed"
+            assert terms, "the method computed no term"
             assert all(term.isfinite() for term in terms.values()), (teacher, student)
 
 
@@ -105,16 +107,16 @@ def test_fitnet_takes_any_stage_of_any_pair(
     images: Images,
 ) -> None:
     settings = composed("method=fitnet", f"method.stage={stage}").method
-    for teacher, theirs in features.items():
-        for student, ours in features.items():
+    for teacher, of_teacher in features.items():
+        for student, of_student in features.items():
             built = build_method(settings, networks[student], networks[teacher], images)
-            mapped = built.get_submodule("regressor")(ours.stages[stage - 1])
-            assert mapped.shape == theirs.stages[stage - 1].shape
+            mapped = built.get_submodule("regressor")(of_student.stages[stage - 1])
+            assert mapped.shape == of_teacher.stages[stage - 1].shape
 
 
 @pytest.mark.parametrize("trains", ["teacher.train=true", "teacher.train=false"])
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (("method=fsp", "pair=vgg13-MobileNetV2"), "method=fsp vgg13-MobileNetV2: needs the same"),
         (("method=at", "arch@student=vgg8"), "method=at wrn_40_2-vgg8: .*the teacher has 3 stages"),
@@ -122,10 +124,10 @@ def test_fitnet_takes_any_stage_of_any_pair(
         (("method=vid", "method.variance=1e-6"), "method.variance=1e-06: must be above"),
     ],
 )
-def test_what_cannot_be_is_refused_before_a_teacher_is_trained(
-    composed: Compose, tmp_path: Path, overrides: tuple[str, ...], told: str, trains: str
+def test_impossible_pairs_are_refused_before_training(
+    composed: Compose, tmp_path: Path, overrides: tuple[str, ...], message: str, trains: str
 ) -> None:
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         train(composed("dataset=digits", trains, *overrides))
     assert not list(tmp_path.rglob("*.pt"))
     assert not list(tmp_path.rglob("config.yaml"))
@@ -138,25 +140,25 @@ def test_crd_needs_a_second_class(composed: Compose) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
+    ("student_shape", "teacher_shape"),
     [((6, 8, 8), (9, 8, 8)), ((6, 8, 8), (9, 16, 16)), ((6, 8, 8), (9, 4, 4)),
      ((6, 8, 8), (9, 7, 7)), ((6, 8, 8), (9, 1, 1))],
 )  # fmt: skip
-def test_the_regressor_gives_the_teachers_shape(
-    ours: tuple[int, int, int], theirs: tuple[int, int, int]
+def test_the_regressor_returns_the_teachers_shape(
+    student_shape: tuple[int, int, int], teacher_shape: tuple[int, int, int]
 ) -> None:
-    regressor = conv_regressor(torch.Size(ours), torch.Size(theirs))
-    assert regressor(torch.randn(2, *ours)).shape == (2, *theirs)
+    regressor = conv_regressor(torch.Size(student_shape), torch.Size(teacher_shape))
+    assert regressor(torch.randn(2, *student_shape)).shape == (2, *teacher_shape)
 
 
-def test_the_regressor_refuses_a_map_that_is_much_smaller() -> None:
+def test_the_regressor_refuses_a_much_smaller_map() -> None:
     with pytest.raises(UserError, match="cannot map the student's 4x4 to the teacher's 16x16"):
         conv_regressor(torch.Size((6, 4, 4)), torch.Size((6, 16, 16)))
 
 
 @pytest.mark.parametrize("outputs", ["stages", "preacts"])
 @pytest.mark.parametrize("name", LEVELS)
-def test_the_body_is_what_changes_the_outputs(name: str, outputs: str, images: Images) -> None:
+def test_the_body_alone_changes_the_outputs(name: str, outputs: str, images: Images) -> None:
     network = build_model(name, 5).eval()
     parts = modules_behind(network, images, lambda features: getattr(features, outputs))
     found = {id(parameter) for part in parts for parameter in part.parameters()}
@@ -174,7 +176,7 @@ def test_the_body_is_what_changes_the_outputs(name: str, outputs: str, images: I
             assert {id(parameter) in found for parameter in child.parameters()} == {changed}, label
 
 
-def test_the_body_leaves_frozen_what_is_frozen(images: Images) -> None:
+def test_frozen_parameters_stay_frozen(images: Images) -> None:
     network = build_model("resnet8", 5)
     network.conv1.requires_grad_(False)
     modules_behind(network, images, lambda features: features.stages)
@@ -182,9 +184,9 @@ def test_the_body_leaves_frozen_what_is_frozen(images: Images) -> None:
     assert frozen == ["conv1.weight"]
 
 
-def test_a_body_that_modules_cannot_hold_is_refused(images: Images) -> None:
+def test_a_body_with_unused_parameters_is_refused(images: Images) -> None:
     class Scaled(nn.Module):
-        """A network whose scale is a parameter of its own, beside an unused classifier."""
+        """A network with a parameter beside a module that has an unused classifier."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -195,5 +197,5 @@ def test_a_body_that_modules_cannot_hold_is_refused(images: Images) -> None:
             found: Features = self.network(x)
             return found._replace(stages=tuple(self.scale * maps for maps in found.stages))
 
-    with pytest.raises(ValueError, match="a parameter of its own"):
+    with pytest.raises(ValueError, match="a module that also holds"):
         modules_behind(Scaled(), images, lambda features: features.stages)

@@ -1,4 +1,4 @@
-"""What holds for any input: readers that end in a value or in one line, choices and draws."""
+"""Properties of any input: readers return a value or raise a one-line error; choices and draws."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from sskd.report.metrics import EpochLine, read_metrics
 from sskd.report.results import Result, parse_result
 from sskd.runs.checkpoint_file import load_checkpoint, save_checkpoint
 
-# The same examples each time, as many as a few seconds allow.
+# The same examples in each run, as many as take a few seconds.
 some = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 few = settings(some, max_examples=60)
 
@@ -66,7 +66,7 @@ VALUES = st.recursive(
 
 @cache
 def real() -> dict[str, Any]:
-    """Return the composed configuration of a student, in plain values."""
+    """Return the composed configuration of a student as plain values."""
     with initialize_config_dir(str(CONF), version_base=None):
         composed = compose("student", ["dataset=digits", "method=sskd"])
     values = OmegaConf.to_container(composed, resolve=True)
@@ -86,7 +86,7 @@ def places(values: Mapping[str, Any], above: tuple[str, ...] = ()) -> list[tuple
 
 @st.composite
 def configurations(draw: st.DrawFn) -> dict[str, Any]:
-    """The real configuration after one to three changes: a value replaced, a key added or gone."""
+    """Draw the real configuration with 1 to 3 changes: values replaced, keys added or removed."""
     values = copy.deepcopy(real())
     for _ in range(draw(st.integers(1, 3))):
         *above, key = draw(st.sampled_from(places(real())))
@@ -103,7 +103,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     return values
 
 
-def told_in_a_line(error: Exception, path: Path = Path()) -> None:
+def assert_one_line(error: Exception, path: Path = Path()) -> None:
     assert str(error)
     assert str(error).isprintable()
     assert path == Path() or str(path) in str(error)
@@ -111,29 +111,29 @@ def told_in_a_line(error: Exception, path: Path = Path()) -> None:
 
 @some
 @given(configurations())
-def test_plain_values_are_a_configuration_or_are_refused_in_a_line(values: dict[str, Any]) -> None:
+def test_changed_values_are_read_or_refused(values: dict[str, Any]) -> None:
     values.pop("weighting", None)
     try:
         assert isinstance(parse_config(values), Config)
     except UserError as error:
-        told_in_a_line(error)
+        assert_one_line(error)
 
 
 @some
 @given(configurations())
-def test_a_composed_configuration_is_typed_or_refused_in_a_line(values: dict[str, Any]) -> None:
+def test_a_changed_composition_is_read_or_refused(values: dict[str, Any]) -> None:
     try:
         assert isinstance(read_config(OmegaConf.create(values)), Config)
     except UserError as error:
-        told_in_a_line(error)
+        assert_one_line(error)
 
 
-def test_the_configuration_that_is_changed_is_itself_a_right_one() -> None:
+def test_the_unchanged_configuration_is_valid() -> None:
     assert read_config(OmegaConf.create(real())).dataset.name == "digits"
 
 
 WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20)
-FINITE = st.floats(allow_nan=False, allow_infinity=False)  # as all settings are
+FINITE = st.floats(allow_nan=False, allow_infinity=False)  # every setting is finite
 PLAIN = st.none() | st.booleans() | st.integers(-(2**63), 2**63) | FINITE | WORDS
 
 
@@ -157,7 +157,7 @@ NAMES = st.text(string.ascii_lowercase, min_size=1, max_size=3)
     )
 )
 def test_flat_settings_can_be_nested_again(values: dict[str, Any]) -> None:
-    """What groups without settings held is lost, so a nested one of leaves comes back whole."""
+    """Only groups without settings are lost."""
     nested: dict[str, Any] = {}
     for key, value in flatten(values).items():
         *above, last = key.split(".")
@@ -177,10 +177,10 @@ def test_flat_settings_can_be_nested_again(values: dict[str, Any]) -> None:
 
 @some
 @given(st.text(min_size=1), st.lists(st.text(min_size=1), max_size=5))
-def test_the_nearest_name_is_one_of_the_choices(word: str, choices: list[str]) -> None:
-    told = did_you_mean(word, choices)
-    assert told == "" or told in {f"; did you mean '{choice}'?" for choice in choices}
-    assert did_you_mean(word, [*choices, word]) in (f"; did you mean '{word}'?", told)
+def test_the_suggestion_is_one_of_the_choices(word: str, choices: list[str]) -> None:
+    suggestion = did_you_mean(word, choices)
+    assert suggestion == "" or suggestion in {f"; did you mean '{choice}'?" for choice in choices}
+    assert did_you_mean(word, [*choices, word]) in (f"; did you mean '{word}'?", suggestion)
 
 
 # ---- checkpoints ----
@@ -203,7 +203,7 @@ def checkpoints() -> dict[str, bytes]:
 
 @st.composite
 def mutated(draw: st.DrawFn, whole: bytes) -> bytes:
-    """A file after one to four changes: bytes set, cut out, repeated, or the end cut off."""
+    """Draw a file with 1 to 4 changes: bytes set, removed or repeated, or the end cut off."""
     data = bytearray(whole)
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, max(len(data) - 1, 0)))
@@ -221,7 +221,7 @@ def mutated(draw: st.DrawFn, whole: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["zip.pth", "legacy.pth", "net.safetensors"])
-def test_a_changed_checkpoint_is_read_or_refused_in_a_line(name: str) -> None:
+def test_a_changed_checkpoint_is_read_or_refused(name: str) -> None:
     @few
     @given(mutated(checkpoints()[name]))
     def check(data: bytes) -> None:
@@ -231,7 +231,7 @@ def test_a_changed_checkpoint_is_read_or_refused_in_a_line(name: str) -> None:
             try:
                 state = read_checkpoint(path).state
             except UserError as error:
-                told_in_a_line(error, path)
+                assert_one_line(error, path)
             else:
                 assert state
                 assert all(isinstance(tensor, Tensor) for tensor in state.values())
@@ -240,15 +240,15 @@ def test_a_changed_checkpoint_is_read_or_refused_in_a_line(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def sealed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("sealed") / "last.pt"
+def checkpoint_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("checkpoint_file") / "last.pt"
     save_checkpoint(path, {"stage": "distill", "model": {"fc.bias": torch.ones(3)}, "lines": 2})
     content = load_checkpoint(path)
     assert (content["stage"], content["lines"]) == ("distill", 2)
     return path.read_bytes()
 
 
-def refused_as_damaged(folder: Path, data: bytes) -> bool:
+def is_refused_as_corrupt(folder: Path, data: bytes) -> bool:
     path = folder / "last.pt"
     path.write_bytes(data)
     try:
@@ -258,26 +258,26 @@ def refused_as_damaged(folder: Path, data: bytes) -> bool:
     return False
 
 
-def test_any_changed_byte_shows(sealed: bytes, tmp_path: Path) -> None:
-    for position in range(len(sealed)):
-        changed = bytearray(sealed)
+def test_any_changed_byte_is_detected(checkpoint_file: bytes, tmp_path: Path) -> None:
+    for position in range(len(checkpoint_file)):
+        changed = bytearray(checkpoint_file)
         changed[position] ^= 1 << position % 8
-        assert refused_as_damaged(tmp_path, bytes(changed)), position
+        assert is_refused_as_corrupt(tmp_path, bytes(changed)), position
 
 
 @some
 @given(st.data())
-def test_a_sealed_file_with_changes_or_cut_short_is_damaged(
-    sealed: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+def test_a_changed_or_cut_checkpoint_is_corrupt(
+    checkpoint_file: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    changed = data.draw(mutated(sealed))
+    changed = data.draw(mutated(checkpoint_file))
     folder = tmp_path_factory.getbasetemp()
-    assert changed == sealed or refused_as_damaged(folder, changed)
-    cut = data.draw(st.integers(0, len(sealed) - 1))
-    assert refused_as_damaged(folder, sealed[:cut])
+    assert changed == checkpoint_file or is_refused_as_corrupt(folder, changed)
+    cut = data.draw(st.integers(0, len(checkpoint_file) - 1))
+    assert is_refused_as_corrupt(folder, checkpoint_file[:cut])
 
 
-# ---- what is chosen and drawn ----
+# ---- choices and draws ----
 
 
 @some
@@ -294,8 +294,8 @@ def test_a_sealed_file_with_changes_or_cut_short_is_damaged(
     ),
     st.floats(0, 1),
 )
-def test_the_rows_that_are_kept(rows: list[tuple[list[int], int]], ratio: float) -> None:
-    """Against the words of the definition, row by row; small whole scores make for ties."""
+def test_kept_rows_follow_the_definition(rows: list[tuple[list[int], int]], ratio: float) -> None:
+    """The definition is applied row by row. Scores are small integers, so there are ties."""
     ranks = [sum(score > scores[target] for score in scores) for scores, target in rows]
     wrong = [index for index, rank in enumerate(ranks) if rank > 0]
     kept = set(range(len(rows))) - set(wrong)
@@ -314,15 +314,15 @@ LABELS = st.lists(st.integers(0, 3), min_size=2, max_size=30).filter(
 
 @some
 @given(LABELS, st.data())
-def test_negatives_are_of_other_classes_and_none_comes_twice(
+def test_negatives_are_of_other_classes_without_repeats(
     labels: list[int], data: st.DataObject
 ) -> None:
     others = len(labels) - max(Counter(labels).values())
     count = data.draw(st.integers(1, others))
-    own = data.draw(st.lists(st.sampled_from(labels), min_size=1, max_size=6))
-    drawn = draw_negatives(torch.tensor(labels), torch.tensor(own), count).tolist()
-    assert len(drawn) == len(own)
-    for label, row in zip(own, drawn, strict=True):
+    classes = data.draw(st.lists(st.sampled_from(labels), min_size=1, max_size=6))
+    drawn = draw_negatives(torch.tensor(labels), torch.tensor(classes), count).tolist()
+    assert len(drawn) == len(classes)
+    for label, row in zip(classes, drawn, strict=True):
         assert len(set(row)) == len(row) == count
         assert all(0 <= position < len(labels) for position in row)
         assert all(labels[position] != label for position in row)
@@ -334,7 +334,7 @@ SHARES = st.floats(0.01, 0.99)
 
 
 def numbered(labels: list[int]) -> Split:
-    """Return images that tell their own place: the first pixel's number."""
+    """Return images whose first pixel holds their position."""
     images = torch.zeros(len(labels), 3, 2, 2, dtype=torch.uint8)
     images[:, 0, 0, 0] = torch.arange(len(labels))
     return Split(images, torch.tensor(labels))
@@ -354,7 +354,7 @@ def nearest_even(value: float) -> int:
 
 @some
 @given(LABELS, SHARES, SHARES, SEEDS)
-def test_a_fraction_is_one_of_each_class_and_within_a_larger_one(
+def test_a_fraction_is_part_of_a_larger_fraction(
     labels: list[int], one: float, other: float, seed: int
 ) -> None:
     small, large = (
@@ -364,25 +364,25 @@ def test_a_fraction_is_one_of_each_class_and_within_a_larger_one(
     for share, split in zip(sorted((one, other)), (small, large), strict=True):
         assert numbers(split) == sorted(set(numbers(split)))
         assert split.labels.tolist() == [labels[number] for number in numbers(split)]
-        wanted = {key: max(1, nearest_even(share * n)) for key, n in Counter(labels).items()}
-        assert Counter(split.labels.tolist()) == wanted
+        expected = {key: max(1, nearest_even(share * n)) for key, n in Counter(labels).items()}
+        assert Counter(split.labels.tolist()) == expected
 
 
 @some
 @given(LABELS, SHARES, SEEDS)
-def test_what_is_held_out_and_what_is_left_are_all(
+def test_held_out_and_kept_images_are_all_images(
     labels: list[int], share: float, seed: int
 ) -> None:
     sizes = Counter(labels)
     names = tuple(f"class {label}" for label in range(CLASSES))
-    wanted = {label: max(1, nearest_even(share * sizes[label])) for label in range(CLASSES)}
-    if any(wanted[label] >= sizes[label] for label in range(CLASSES)):
+    expected = {label: max(1, nearest_even(share * sizes[label])) for label in range(CLASSES)}
+    if any(expected[label] >= sizes[label] for label in range(CLASSES)):
         with pytest.raises(UserError, match="give a smaller dataset"):
             hold_out(numbered(labels), names, share, seed)
         return
     left, taken = hold_out(numbered(labels), names, share, seed)
     assert taken is not None
-    assert Counter(taken.labels.tolist()) == wanted
+    assert Counter(taken.labels.tolist()) == expected
     assert sorted(numbers(left) + numbers(taken)) == list(range(len(labels)))
     for split in (left, taken):
         assert numbers(split) == sorted(numbers(split))
@@ -391,7 +391,7 @@ def test_what_is_held_out_and_what_is_left_are_all(
 
 @some
 @given(LABELS, SHARES, SHARES, SEEDS)
-def test_wrong_labels_are_so_many_of_each_class_and_the_same_in_a_larger_noise(
+def test_wrong_labels_stay_wrong_with_more_noise(
     labels: list[int], one: float, other: float, seed: int
 ) -> None:
     little, much = sorted((one, other))
@@ -407,7 +407,7 @@ def test_wrong_labels_are_so_many_of_each_class_and_the_same_in_a_larger_noise(
     assert noisy[little].items() <= noisy[much].items()
 
 
-# ---- what the report reads ----
+# ---- files that the report reads ----
 
 JSON = st.recursive(
     SCALARS,
@@ -421,7 +421,7 @@ JSON = st.recursive(
 
 @st.composite
 def records(draw: st.DrawFn, whole: Mapping[str, Any]) -> str:
-    """A record's text after changes of its fields, then perhaps of its signs."""
+    """Draw the text of a record with changes of its fields, and perhaps of its characters."""
     values = dict(whole) | draw(st.dictionaries(st.sampled_from([*whole]) | TEXT, JSON, max_size=3))
     text = json.dumps(values)
     if draw(st.booleans()):
@@ -433,11 +433,11 @@ def records(draw: st.DrawFn, whole: Mapping[str, Any]) -> str:
 
 @some
 @given(records(RESULT) | JSON.map(json.dumps) | st.text())
-def test_a_result_is_read_or_refused_in_words(text: str) -> None:
+def test_a_changed_result_is_read_or_refused(text: str) -> None:
     try:
         result = parse_result(text, Path("run"))
     except ValueError as error:
-        told_in_a_line(error)
+        assert_one_line(error)
         return
     assert result is None or isinstance(result, Result)
     if result:
@@ -449,7 +449,7 @@ def test_a_result_is_read_or_refused_in_words(text: str) -> None:
 
 @some
 @given(st.lists(records(epoch_line("distill", 1, 50.0)) | JSON.map(json.dumps) | TEXT, max_size=4))
-def test_metrics_are_read_or_told_in_a_warning(lines: list[str]) -> None:
+def test_changed_metrics_are_read_or_warned_about(lines: list[str]) -> None:
     warnings: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "metrics.jsonl")
@@ -463,8 +463,8 @@ def test_metrics_are_read_or_told_in_a_warning(lines: list[str]) -> None:
     assert all(math.isfinite(value) for line in found for value in line.metrics.values())
 
 
-def test_whole_records_are_read() -> None:
-    """Else the properties above could hold of a reader that refuses everything."""
+def test_valid_records_are_read() -> None:
+    """The properties above would also be true of a reader that refuses everything."""
     result = parse_result(json.dumps(RESULT), Path("run"))
     assert result is not None
     assert (result.last, result.best, result.seed) == (70.0, 71.0, 0)

@@ -1,0 +1,92 @@
+"""The two networks that a method compares, and the sizes and modules that it reads off them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sskd.data import Images
+from sskd.errors import UserError
+from sskd.models import Features
+
+
+@dataclass(frozen=True)
+class Networks:
+    """A student, its teacher, and the data that the student is trained on.
+
+    ``teacher`` is None for a method that needs no teacher.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None
+    data: Images
+
+    def probe(self) -> tuple[Features, Features]:
+        """Return the features of one zero image, the student's and the teacher's."""
+        assert self.teacher is not None
+        return probe_features(self.student, self.data), probe_features(self.teacher, self.data)
+
+    def stage_shapes(self) -> list[tuple[torch.Size, torch.Size]]:
+        """Return the shapes ``[c, h, w]`` of each stage's map, the student's and the teacher's.
+
+        Raises:
+            UserError: the networks do not have the same number of stages.
+        """
+        student, teacher = (features.stages for features in self.probe())
+        if len(student) != len(teacher):
+            raise UserError(
+                f"compares the networks stage by stage, and the teacher has {len(teacher)} stages, "
+                f"the student {len(student)}; choose networks with the same number of stages"
+            )
+        return [(s.shape[1:], t.shape[1:]) for s, t in zip(student, teacher, strict=True)]
+
+
+def probe_features(network: nn.Module, data: Images) -> Features:
+    """Return ``network``'s features of one zero image of ``data``'s size, to read shapes from."""
+    with torch.no_grad():
+        return _forward_zeros(network, data)
+
+
+def _forward_zeros(network: nn.Module, data: Images) -> Features:
+    was_training = network.training
+    parameter = next(network.parameters())
+    image = torch.zeros(1, 3, data.image_size, data.image_size, device=parameter.device)
+    features: Features = network.eval()(image)
+    network.train(was_training)
+    return features
+
+
+def modules_behind(
+    network: nn.Module, data: Images, outputs: Callable[[Features], Iterable[Tensor]]
+) -> list[nn.Module]:
+    """Return the modules of ``network`` that ``outputs`` of its features depend on.
+
+    They are the largest modules all of whose parameters receive a gradient from the outputs.
+
+    Raises:
+        ValueError: some parameter receives a gradient and is in none of those modules.
+    """
+    parameters = list(network.parameters())
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    network.requires_grad_(True)
+    total = torch.stack([output.sum() for output in outputs(_forward_zeros(network, data))]).sum()
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    unused = {id(p) for p, grad in zip(parameters, gradients, strict=True) if grad is None}
+    modules = _modules_without(network, unused)
+    if sum(len(list(module.parameters())) for module in modules) + len(unused) < len(parameters):
+        raise ValueError(
+            "the outputs depend on a parameter of a module that also holds parameters they do not "
+            "depend on"
+        )
+    return modules
+
+
+def _modules_without(module: nn.Module, unused: set[int]) -> list[nn.Module]:
+    if unused.isdisjoint(id(parameter) for parameter in module.parameters()):
+        return [module]
+    return [part for child in module.children() for part in _modules_without(child, unused)]
