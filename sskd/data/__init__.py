@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sskd.data.augmentation import CROPS
 from sskd.data.images import (
     Images,
     Split,
@@ -10,7 +11,7 @@ from sskd.data.images import (
     hold_out,
     keep_fraction,
 )
-from sskd.data.loader import CROPS, Batch, Loader, eval_batches
+from sskd.data.loader import Batch, Loader, eval_batches
 from sskd.data.reading import find_problem
 from sskd.data.settings import DatasetSettings
 from sskd.data.sources import SOURCES

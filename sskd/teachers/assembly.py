@@ -9,8 +9,8 @@ from sskd.data import Images, Split
 from sskd.errors import UserError
 from sskd.methods import Method, build_method
 from sskd.models import build_model
+from sskd.seeding import seed_torch
 from sskd.teachers.find import TeacherWeights, load_teacher
-from sskd.training.seeding import seed_torch
 
 
 def assemble(config: Config, images: Images, found: TeacherWeights | None = None) -> Method:

@@ -20,17 +20,17 @@ from sskd.methods import Phase, load_state_without_teacher, state_without_teache
 from sskd.optimizers import build_optimizer, load_optimizer
 from sskd.runs.run import Run
 from sskd.schedule import Schedule
-from sskd.training.acceleration import compile_loss
-from sskd.training.evaluation import NotFiniteError, accuracy, predict
-from sskd.training.meter import Meter
-from sskd.training.not_finite import advise, first_lost, is_sound
-from sskd.training.progress import Progress
-from sskd.training.seeding import (
+from sskd.seeding import (
     derive_seed,
     generator_states,
     restore_generator_states,
     seed_torch,
 )
+from sskd.training.acceleration import compile_loss
+from sskd.training.evaluation import NotFiniteError, accuracy, predict
+from sskd.training.meter import Meter
+from sskd.training.not_finite import advise, first_lost, is_sound
+from sskd.training.progress import Progress
 from sskd.training.signals import StopSignals
 from sskd.training.step import set_trainable, train_step
 

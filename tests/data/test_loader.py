@@ -13,7 +13,7 @@ from scipy.stats import binomtest, chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sskd.data import Batch, Loader, Split, eval_batches
-from sskd.data.loader import crop_views, draw_crops, normalise
+from sskd.data.augmentation import crop_views, draw_crops, normalise
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 UNLIKELY = 1e-3  # the level of the frequency tests; their seeds are fixed
