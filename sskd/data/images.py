@@ -168,5 +168,5 @@ def _shuffle_within_classes(
 
 
 def _generator(seed: int, purpose: str) -> torch.Generator:
-    """Return a CPU generator for ``purpose`` alone, so that one selection does not change another."""
+    """Return a CPU generator for ``purpose``, so that selections are independent of each other."""
     return torch.Generator().manual_seed(seed_from_text(f"{purpose} {seed}"))

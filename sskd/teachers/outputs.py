@@ -59,7 +59,7 @@ class Precomputed:
     widths: dict[str, int]
 
     def __call__(self, batch: Batch) -> Features:
-        """Return what the teacher makes of ``batch``; fields that are not kept are None."""
+        """Return what the teacher makes of ``batch``; fields that are not kept are empty."""
         first = batch.indices[:, None] * self.rows.shape[1]
         wanted = (first + batch.crops.view(len(batch.indices), -1)).flatten()
         rows = self.rows.flatten(0, 1).index_select(0, wanted)
