@@ -1,7 +1,7 @@
 """Flips, rotations, random crops and normalisation of whole batches, on any device.
 
-The random numbers (``draw_crops``) are separate from the pixels (``crop_views``), so that a crop
-has a number under which other results for it can be stored.
+The random choices (``draw_crops``) are separate from the pixels (``crop_views``). So each crop has
+a number, under which the outputs of a teacher for it can be stored.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _orientations(device: torch.device) -> Tensor:
 
     The first number selects one of four copies of an image: unchanged, flipped left to right,
     transposed, transposed and then flipped. The second is 1 if the rows are read from the bottom
-    up. A rotation therefore needs no copy of its own: it only changes which rows are copied.
+    up. So a rotation needs no copy of the image; it only changes which rows are copied.
     """
     upright, half_turn = [(0, 0), (1, 0)], [(1, 1), (0, 1)]
     quarter_turn, three_quarters = [(2, 1), (2, 0)], [(3, 0), (3, 1)]

@@ -72,7 +72,7 @@ def decode(content: bytes, size: int) -> Tensor:
         if image.mode.startswith(("I", "F")):
             raise ValueError("more than 8 bits a channel; convert it to 8")
         with _one_large_image if pixels > _LARGE else nullcontext():
-            # How the camera was held is not a rotation of the scene.
+            # EXIF records how the camera was held; the pixels may be stored sideways.
             ImageOps.exif_transpose(image, in_place=True)
             upright = image if image.mode == "RGB" else image.convert("RGB")
             square = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)

@@ -25,7 +25,7 @@ from sskd.models.layouts import (
     strip_wrappers,
 )
 from sskd.models.recognition import recognise, tensor_shapes
-from sskd.models.safe_load import METADATA_KEY, find_odd_tensor, load_weights_file
+from sskd.models.safe_load import METADATA_KEY, find_unsupported_tensor, load_weights_file
 from sskd.paths import expanded
 
 # The second group counts only if a folder has no file of the first: a .bin may hold anything.
@@ -107,7 +107,7 @@ def read_checkpoint(path: str | Path, fits: Callable[[State], bool] = is_known) 
     content, metadata = load_weights_file(path)
     networks = _find_networks(content, path)
     chosen = networks[_choose(networks, fits, path)]
-    if problem := find_odd_tensor(chosen, path):
+    if problem := find_unsupported_tensor(chosen, path):
         raise UserError(f"{path} {problem}; save it as an ordinary tensor")
     accuracy, epoch = stated_accuracy(metadata), stated_epoch(metadata)
     return Checkpoint(convert_dtypes(chosen), accuracy, epoch, path)
@@ -132,7 +132,7 @@ def _find_networks(content: Mapping[Any, Any], path: Path) -> dict[str, State]:
 
 def _choose(networks: Mapping[str, State], fits: Callable[[State], bool], path: Path) -> str:
     """Return the key of the network that ``fits``; if none does, of the one to show in errors."""
-    regular = [key for key in networks if not find_odd_tensor(networks[key], path)]
+    regular = [key for key in networks if not find_unsupported_tensor(networks[key], path)]
     fitting = [key for key in regular if fits(networks[key])]
     several = fitting if len(fitting) > 1 else []
     if len({weights_digest(convert_dtypes(networks[key])) for key in several}) > 1:

@@ -1,4 +1,4 @@
-"""Layouts of checkpoints from other code: where the weights are, and prefixes of their names."""
+"""Layouts of checkpoints from other code: their state dicts, names, dtypes and metadata."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MAX_WRAPPERS = 10  # around each other
 def find_state_dicts(content: Mapping[Any, Any]) -> dict[str, State]:
     """Return each dict in ``content`` that holds only named tensors, by its keys joined by dots.
 
-    A dict under several keys is returned once: a small file can have a million keys for it.
+    A dict under several keys is returned once: a small file can refer to it a million times.
     """
     states: dict[str, State] = {}
     level: list[tuple[list[str], Mapping[Any, Any]]] = [([], content)]

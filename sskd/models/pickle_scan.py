@@ -75,7 +75,7 @@ def calls_a_value(stream: io.BytesIO) -> bool:
 
 
 def _update_stack(stack: list[str], opcode: pickletools.OpcodeInfo) -> None:
-    """Pop what the instruction pops from ``stack``, and push what it pushes."""
+    """Pop the operands of the instruction from ``stack``, and push its results."""
     popped = list(opcode.stack_before)
     if pickletools.markobject in popped:
         while stack and stack.pop() != _MARK:

@@ -54,7 +54,7 @@ _MAX_UNPACKED_RATIO = 10
 # time: minutes for 300,000 characters. A string that is only a value may be longer.
 _MAX_STRING = 10_000
 _LEGACY_PICKLES = 5  # consecutive ones, in front of the bytes of the tensors
-# The classes and functions of which torch builds tensors.
+# The imports from which torch rebuilds tensors.
 _TENSOR_NAMES = (
     r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v2|parameter)|torch\.\w*Storage"
 )
@@ -118,8 +118,8 @@ def load_weights_file(path: Path) -> tuple[Mapping[Any, Any], Mapping[Any, Any]]
     return content, content
 
 
-def find_odd_tensor(state: Mapping[str, Tensor], path: Path) -> str:
-    """Describe the first tensor of an unsupported kind or an impossible size; "" if all are fine.
+def find_unsupported_tensor(state: Mapping[str, Tensor], path: Path) -> str:
+    """Describe the first tensor with an unsupported format or an impossible size; "" without one.
 
     ``path`` is the file of the tensors.
     """
@@ -174,7 +174,7 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except PermissionError:
         raise
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise _damaged(path) from error
+        raise _damaged_error(path) from error
 
 
 def _load_torch(path: Path) -> Any:
@@ -195,7 +195,7 @@ def _load_torch(path: Path) -> Any:
     except Exception as error:  # torch raises a dozen types of error for a damaged file
         refused = _refused_names(path, error)
         if not refused:
-            raise _damaged(path) from error
+            raise _damaged_error(path) from error
         if all(re.fullmatch(_TENSOR_NAMES, name) for name in refused):
             raise UserError(
                 f"{path} is pickled with another protocol than torch.save uses by default, which "
@@ -228,7 +228,7 @@ def _refuse_long_strings(stream: io.BytesIO, path: Path) -> None:
                 f"{path} is damaged, or holds more than {MAX_PICKLE_BYTES >> 20} MiB beside "
                 "its tensors; download it again, or save the state dict alone"
             ) from error
-        raise _damaged(path) from error
+        raise _damaged_error(path) from error
     end = stream.tell()
     stream.seek(start)
     if longest > _MAX_STRING and calls_a_value(stream):
@@ -239,7 +239,7 @@ def _refuse_long_strings(stream: io.BytesIO, path: Path) -> None:
     stream.seek(end)
 
 
-def _damaged(path: Path) -> UserError:
+def _damaged_error(path: Path) -> UserError:
     return UserError(
         f"{path} cannot be read as a checkpoint; it was probably cut short: download it again"
     )

@@ -200,7 +200,7 @@ class Archive(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(self.content)))
         self.end_headers()
-        if self.headers["Method"] == "HEAD":  # torchvision follows redirections like this
+        if self.headers["Method"] == "HEAD":  # from torchvision, to follow redirections
             return
         self.requests[self.path] += 1
         half = len(self.content) // 2

@@ -73,7 +73,7 @@ def reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 def test_other_pixels_have_another_fingerprint(tmp_path: Path, suffix: str) -> None:
     one, other = make_photos(tmp_path / "a", suffix), make_photos(tmp_path / "b", suffix, shade=1)
     size = {path.stat().st_size for path in tmp_path.rglob(f"*.{suffix}")}
-    assert len(size) == 1, "else the sizes would already differ"
+    assert len(size) == 1, "the sizes must not differ"
     assert digest(one) != digest(other)
     assert digest(one) == digest(make_photos(tmp_path / "c", suffix))
 

@@ -29,7 +29,7 @@ from conftest import Command, Compose
 from PIL import Image
 from report_runs import RESULT, put_run, put_status
 from test_commands import MISTAKES
-from test_data_cifar import again, cached_cifar, small_cifar  # noqa: F401  # fixtures
+from test_data_cifar import cached_cifar, load_again, small_cifar  # noqa: F401  # fixtures
 from test_data_folder import load, make_folder, refused, settings
 from test_run import SMALL, photos
 
@@ -629,7 +629,7 @@ def test_a_cache_with_a_label_out_of_range_is_made_anew(
         write_cache(cache, {"train": "digest"}, source)
         assert cache.read_bytes() != whole
         assert read_cache(cache, {"train": "digest"}) is None
-    assert torch.equal(again(cache).train.labels, images.train.labels)
+    assert torch.equal(load_again(cache).train.labels, images.train.labels)
 
 
 # ---- a tiny run of odd data ----

@@ -228,7 +228,7 @@ def test_a_missing_teacher_is_reported_if_data_exist(
 
 
 @pytest.mark.parametrize("name", ["caf\udce9", "\udcff", "日本\udc93"])
-def test_a_class_name_may_be_other_than_utf8(composed: Compose, tmp_path: Path, name: str) -> None:
+def test_a_class_name_may_be_invalid_utf8(composed: Compose, tmp_path: Path, name: str) -> None:
     root = make_folder(tmp_path / "photos")
     for part in ("train", "test"):
         (root / part / "cat").rename(root / part / name)
