@@ -62,7 +62,7 @@ def test_what_was_written_is_read_by_every_reader_of_torch_files(tmp_path: Path)
     [
         (lambda: sealed({"a": Foreign()}), r"cannot be read \(UnpicklingError\)"),
         (lambda: sealed([1]), "is not a run's"),
-        (calling_a_long_text, "a text of 20000 characters and asks for something to be called"),
+        (calling_a_long_text, "a string of 20000 characters and calls an object"),
         (bomb, "would unpack to 95 MiB"),
         (lambda: sealed({"a": 1})[:-1] + b"?", "its checksum differs"),
         (lambda: sealed({"a": 1})[:300], "its end is missing"),
