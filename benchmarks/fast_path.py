@@ -32,7 +32,7 @@ from sskd.errors import UserError
 from sskd.optimizers import OPTIMIZERS
 from sskd.runs.run import Run
 from sskd.teachers.find import run_location
-from train_student import train
+from sskd.train import train
 
 
 @contextmanager
@@ -43,8 +43,8 @@ def plainly() -> Iterator[None]:
         module.to(device)
 
     with ExitStack() as stack:
-        stack.enter_context(patch("sskd.training.acceleration.fold_teacher", lambda *_: None))
-        stack.enter_context(patch("sskd.device.to_device", to_device))
+        stack.enter_context(patch("sskd.train.fold_teacher", lambda *_: None))
+        stack.enter_context(patch("sskd.train.to_device", to_device))
         for name, choice in list(OPTIMIZERS.items()):
             unfused = choice._replace(build=partial(_without_fusion, choice.build))
             stack.enter_context(patch.dict(OPTIMIZERS, {name: unfused}))
@@ -63,7 +63,7 @@ def run(overrides: list[str], runs: Path) -> list[dict[str, Any]]:
     with redirect_stdout(sys.stderr):
         train(config)
     folder, _ = run_location(config)
-    return Run(folder, {}).read_metrics()
+    return Run(folder, {}).metrics.read()
 
 
 def compare(method: str, overrides: list[str], runs: Path) -> Iterator[str]:

@@ -26,6 +26,13 @@ class BusyError(UserError):
     status = os.EX_TEMPFAIL  # nothing is wrong: the same command later finds it finished
 
 
+class CorruptFileError(Exception):
+    """The file ``name`` does not have the content that was written; ``how`` says how that shows."""
+
+    def __init__(self, name: str, how: str) -> None:
+        super().__init__(f"{name} is corrupt: {how}")
+
+
 class UnfinishedError(UserError):
     """Cells of a sweep have not finished, each of which has been told in a line of its own."""
 

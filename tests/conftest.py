@@ -20,14 +20,17 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+import sskd.train
 import train_student
 from sskd import CONF
 from sskd.commands.job import run_command
 from sskd.config import Config, read_config
 from sskd.data import SOURCES, Images, Split
 from sskd.output import complain_once
+from sskd.runs.identity import full_config
+from sskd.runs.plan import RunPlan, TeacherWeights
 from sskd.runs.status import SWEEP_VARIABLE
-from sskd.teachers.find import missing_teacher
+from sskd.teachers.find import missing_teacher, run_location
 
 Compose = Callable[..., Config]
 
@@ -88,6 +91,13 @@ def _no_sync(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def all_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let this process read all test images of the digits: 356 where tests have 30 elsewhere."""
     monkeypatch.setitem(SOURCES, "digits", few_digits.ALL)
+
+
+def plan_of(config: Config, digest: str | None = None) -> RunPlan:
+    """Return the plan of a run whose teacher is a file with this ``digest``, if there is one."""
+    teacher = None if digest is None else TeacherWeights(Path("teacher.pth"), digest)
+    folder, difference = run_location(config, teacher)
+    return RunPlan(config, folder, difference, teacher, full_config(config, digest))
 
 
 def with_rate(config: Config, rate: float) -> Config:
@@ -178,7 +188,7 @@ class SmallTeacher:
                 words = (f"runs={self._runs}.part", *SMALL, "method=kd")
                 config = missing_teacher(read_config(compose_once("student", *words)))
                 assert config is not None
-                train_student.train(config)
+                sskd.train.train(config)
                 Path(f"{self._runs}.part").rename(self._runs)
         for runs in folders:
             shutil.copytree(self._runs, runs)

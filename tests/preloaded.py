@@ -21,6 +21,7 @@ MODULES = (
     *(f"sskd.training.{name}" for name in ("acceleration", "trainer", "result")),
     *(f"sskd.teachers.{name}" for name in ("phases", "precompute")),
     "sskd.commands.sweep",
+    "sskd.train",
     "sskd.tracking.tracker",
     "train_student",
     "train_teacher",
@@ -41,7 +42,7 @@ def prepare() -> None:
     from sskd import CONF
     from sskd.config import read_config
     from sskd.models.recognition import recognise
-    from sskd.runs.identity import recipe
+    from sskd.runs.recipe import recipe
 
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: a child would wait for them
     few_digits.install()

@@ -1,80 +1,70 @@
-"""The README against the code: what its page on own parts says is done, its commands composed."""
+"""README.md and docs/ against the code: commands, code blocks, links and measured tables."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib.util
 import itertools
 import json
-import math
 import re
 import runpy
-import shlex
-import shutil
-import statistics
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
-from conftest import Compose, random_images
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
-from starting import run
-from torch import Tensor
+from pages import (
+    DOCS,
+    LINKING_PAGES,
+    PAGES,
+    ROOT,
+    anchors,
+    code_blocks,
+    commands,
+    inline_code,
+    links,
+    needs_a_part,
+    page_of,
+    read,
+    shell_lines,
+    table,
+)
 
 from sskd import CONF
 from sskd.config import read_config
+from sskd.methods import METHODS
+from sskd.report.published import published_for
 
-ROOT = CONF.parent
-OWN_PARTS = "Your own method, network, dataset"
-SECTIONS = {
-    part.partition("\n")[0]: part
-    for part in (ROOT / "README.md").read_text(encoding="utf-8").split("\n## ")[1:]
-}
-# A block of code, and the line in front of it: the file that it is, or the dict that it adds to.
-BLOCK = re.compile(
-    r"^(?:`(?P<table>\w+)` in )?`(?P<file>[^`\n]+)`:\n\n```\w+\n(?P<body>.*?)^```$", re.M | re.S
-)
-
-
-def commands(text: str) -> list[list[str]]:
-    """Return the words of each command in the ``bash`` blocks that runs python."""
-    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    split = [shlex.split(line, comments=True) for line in lines]
-    return [words for words in split if words[:1] == ["python"]]
-
-
-ELSEWHERE = [
-    words
-    for title, section in SECTIONS.items()
-    for words in commands(section)
-    if title != OWN_PARTS
-]
+PAIRS = ("resnet56-resnet20", "wrn_40_2-wrn_16_2")
 TOOL_MODULES = ("sskd.report.__main__", "sskd.evaluate", "sskd.dashboard.__main__")
-TRAINING = [words for words in ELSEWHERE if words[1] != "-m"]
-TOOLS = [words for words in ELSEWHERE if words[1] == "-m"]
+# test_extending.py runs the commands that need the parts of its page.
+EVERYWHERE = {
+    " ".join(words): words
+    for page in PAGES
+    for words in commands(read(page))
+    if not needs_a_part(words)
+}
+TRAINING = {line: words for line, words in EVERYWHERE.items() if words[1] != "-m"}
+TOOLS = {line: words for line, words in EVERYWHERE.items() if line.startswith("python -m sskd.")}
+OTHERS = {line: words for line, words in EVERYWHERE.items() if line not in TRAINING | TOOLS}
 
 
 def values_of(parsed: Override) -> Iterator[str]:
-    """Yield the values of a sweep, of an interval its two ends."""
+    """Yield the values of a sweep, and of an interval its two ends."""
     value = parsed.value()
     if isinstance(value, IntervalSweep):
         return iter([str(value.start), str(value.end)])
     return parsed.sweep_string_iterator()
 
 
-def cells(overrides: list[str]) -> Iterator[list[str]]:
-    """Yield the overrides of each cell of a sweep."""
+def jobs(overrides: list[str]) -> Iterator[list[str]]:
+    """Yield the overrides of each job of a sweep."""
     choices = [
         [f"{parsed.get_key_element()}={value}" for value in values_of(parsed)]
         if parsed.is_sweep_override()
@@ -83,11 +73,11 @@ def cells(overrides: list[str]) -> Iterator[list[str]]:
             overrides, OverridesParser.create().parse_overrides(overrides), strict=True
         )
     ]
-    for cell in itertools.product(*choices):
-        yield list(cell)
+    for job in itertools.product(*choices):
+        yield list(job)
 
 
-@pytest.mark.parametrize("words", TRAINING, ids=" ".join)
+@pytest.mark.parametrize("words", TRAINING.values(), ids=list(TRAINING))
 def test_a_training_command_composes(words: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("-m", action="store_true")
@@ -96,7 +86,7 @@ def test_a_training_command_composes(words: list[str]) -> None:
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_intermixed_args(words[2:])
     folder = CONF if given.cd is None else ROOT / given.cd
-    several = list(cells(given.overrides))
+    several = list(jobs(given.overrides))
     assert given.m or given.cd or len(several) == 1, "Hydra refuses several values without -m"
     if any(word.startswith("hydra/launcher") for word in words):
         pytest.importorskip("submitit", reason="the extra [cluster] is not installed")
@@ -107,11 +97,11 @@ def test_a_training_command_composes(words: list[str]) -> None:
             read_config(compose(given.cn, [f"hydra.searchpath=['file://{CONF}']", *overrides]))
 
 
-@pytest.mark.parametrize("words", TOOLS, ids=" ".join)
+@pytest.mark.parametrize("words", TOOLS.values(), ids=list(TOOLS))
 def test_a_tool_takes_its_arguments(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
 ) -> None:
-    """In an empty folder it says what is missing (1), not that it was called wrongly (2)."""
+    """In an empty folder it reports what is missing (1), not a wrong command line (2)."""
 
     def ctrl_c(seconds: float) -> None:
         raise KeyboardInterrupt
@@ -125,209 +115,160 @@ def test_a_tool_takes_its_arguments(
         runpy.run_module(words[2], run_name="__main__", alter_sys=True)
     watched = "--watch" in words
     assert stop.value.code == (130 if watched else 1)
-    told = capsys.readouterr().err
-    assert told == "\nstopped\n" if watched else told.startswith("error: ")
-    assert told.strip().count("\n") == 0
+    message = capsys.readouterr().err
+    assert message == "\nstopped\n" if watched else message.startswith("error: ")
+    assert message.strip().count("\n") == 0
+
+
+class ParsedError(BaseException):
+    """Ends a command that has parsed its arguments."""
+
+
+@pytest.mark.parametrize("words", OTHERS.values(), ids=list(OTHERS))
+def test_another_module_takes_its_arguments(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Benchmarks take minutes, so they end as soon as they have parsed their arguments."""
+
+    def stop_after(parse: Any) -> Any:
+        def parse_and_stop(*arguments: Any, **named: Any) -> NoReturn:
+            parse(*arguments, **named)
+            raise ParsedError
+
+        return parse_and_stop
+
+    parser = argparse.ArgumentParser
+    monkeypatch.setattr(parser, "parse_args", stop_after(parser.parse_args))
+    monkeypatch.setattr(parser, "parse_intermixed_args", stop_after(parser.parse_intermixed_args))
+    monkeypatch.setattr(sys, "argv", words[2:])
+    monkeypatch.delitem(sys.modules, words[2], raising=False)
+    with pytest.raises(ParsedError):
+        runpy.run_module(words[2], run_name="__main__", alter_sys=True)
 
 
 def test_commands_were_found() -> None:
-    """Nothing above would fail if the README were read wrongly."""
-    assert {"train_teacher.py", "train_student.py"} == {words[1] for words in TRAINING}
-    assert {"sskd.report", "sskd.evaluate", "sskd.dashboard"} == {words[2] for words in TOOLS}
-    assert any("-cd" in words for words in TRAINING)
-    swept = list(cells(["seed=range(2)", "method=kd,at", "batch_size=8"]))
+    """The tests above would pass if they found no command."""
+    assert {"train_teacher.py", "train_student.py"} == {words[1] for words in TRAINING.values()}
+    assert {"sskd.report", "sskd.evaluate", "sskd.dashboard"} == {
+        words[2] for words in TOOLS.values()
+    }
+    assert any("-cd" in words for words in TRAINING.values())
+    swept = list(jobs(["seed=range(2)", "method=kd,at", "batch_size=8"]))
     assert len(swept) == 4
     assert swept[-1] == ["seed=1", "method=at", "batch_size=8"]
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of the checkout with what the page says done to it."""
-    copy = tmp_path_factory.mktemp("checkout")
-    for name in ("conf", "hydra_plugins", "sskd", "tests"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "train_student.py", "train_teacher.py"):
-        shutil.copy(ROOT / name, copy)
-    for block in BLOCK.finditer(SECTIONS[OWN_PARTS]):
-        path, table = copy / block["file"], block["table"]
-        if table is None:
-            assert not path.exists(), "the page would overwrite a file"
-            path.write_text(block["body"], encoding="utf-8")
-        else:
-            add_lines(path, table, block["body"].splitlines())
-    return copy
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_has_no_unknown_shell_command(page: str) -> None:
+    """The other tests cover ``python``, ``make`` and ``pip``."""
+    known = {"python", "make", "pip", "git", "source", "find"}
+    assert {words[0] for words in shell_lines(read(page))} <= known
 
 
-def add_lines(path: Path, table: str, added: list[str]) -> None:
-    """Add an import in its place, and an entry at the end of the dict ``table``."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    imported, entry = (line.removeprefix("+") for line in added)
-    start = next(i for i, line in enumerate(lines) if line.startswith(f"{table}: dict["))
-    lines.insert(lines.index("}", start), entry)
-    own = [i for i, line in enumerate(lines) if line.startswith("from sskd.") and line > imported]
-    lines.insert(own[0], imported)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+@pytest.mark.parametrize("page", LINKING_PAGES)
+def test_the_make_targets_of_a_page_exist(page: str) -> None:
+    targets = set(re.findall(r"^([\w-]+):", read("Makefile"), re.M))
+    text = read(page)
+    spans = [span.split() for span in inline_code(text)] + shell_lines(text)
+    assert {words[1] for words in spans if words[0] == "make" and len(words) == 2} <= targets
 
 
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.mark.parametrize("page", LINKING_PAGES)
+def test_what_a_page_installs_exists(page: str) -> None:
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    text = read(page)
+    lines = [" ".join(words) for words in shell_lines(text)] + inline_code(text)
+    for line in (line for line in lines if line.startswith("pip install")):
+        assert set(re.findall(r"\.\[(\w+)\]", line)) <= set(project["optional-dependencies"])
+        assert all((ROOT / name).is_file() for name in re.findall(r"-r (\S+)", line))
 
 
-def test_every_block_of_the_page_says_where_it_goes() -> None:
-    page = SECTIONS[OWN_PARTS]
-    blocks = len(re.findall(r"^```\w+$", page, re.M))
-    assert len(list(BLOCK.finditer(page))) + len(re.findall(r"^```bash$", page, re.M)) == blocks
-
-
-def test_a_method_is_at_most_40_lines() -> None:
-    part = SECTIONS[OWN_PARTS].partition("\n### A method\n")[2].partition("\n### ")[0]
-    bodies = [block["body"] for block in BLOCK.finditer(part)]
-    assert len(bodies) == 3  # its Python file, its entry, its YAML file
-    lines = sum(len(body.splitlines()) for body in bodies)
-    assert lines <= 40
-    assert f"is {lines} lines in all" in part
-
-
-def write_images(path: Path, size: int) -> dict[str, Any]:
-    """Write 80 training and 40 test images that can be learnt; return the file's arrays."""
-    images = random_images(80, 40, size=size)
-    arrays: dict[str, Any] = {
-        "train_images": images.train.images.permute(0, 2, 3, 1).numpy(),
-        "train_labels": images.train.labels.numpy(),
-        "test_images": images.test.images.permute(0, 2, 3, 1).numpy(),
-        "test_labels": images.test.labels.numpy(),
-        "classes": np.array(images.classes),
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_blocks_of_a_page_parse(page: str) -> None:
+    parsers = {
+        "python": lambda text: compile(text, page, "exec"),
+        "yaml": yaml.safe_load,
+        "json": json.loads,
+        "toml": tomllib.loads,
     }
-    np.savez(path, **arrays)
-    return arrays
+    unparsed = {"", "bash", "bibtex", "diff", "text"}
+    for language, content in code_blocks(read(page)):
+        if language not in unparsed:
+            parsers[language](content)
 
 
-def test_the_pages_command_trains_its_network_on_its_data_with_its_method(
-    checkout: Path, tmp_path: Path
-) -> None:
-    write_images(tmp_path / "images.npz", size=24)
-    (command,) = commands(SECTIONS[OWN_PARTS])
-    words = [word.replace("FILE", str(tmp_path / "images.npz")) for word in command[1:]]
-    small = ("schedule.epochs=16", "batch_size=16", "device=cpu", f"runs={tmp_path / 'runs'}")
-    finished = run(*words, *small, "wandb.mode=disabled", cwd=checkout)
-    assert finished.returncode == 0, finished.stderr
-
-    (path,) = tmp_path.glob("runs/mine/distill/resnet20-plain16/dist/*/result.json")
-    result = json.loads(path.read_text())
-    told = [result[key] for key in ("method", "student", "teacher", "dataset")]
-    assert told == ["dist", "plain16", "resnet20", "mine"]
-    assert 0 <= result["top1"]["last"] <= 100
-    convolutions = 9 * (3 * 16 + 16 * 16 + 16 * 32 + 32 * 64)
-    assert result["parameters"] == convolutions + 2 * (16 + 16 + 32 + 64) + (64 + 1) * 5
-
-    lines = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
-    terms = [line["loss/dist"] for line in lines if line["stage"] == "distill"]
-    assert len(terms) == 16
-    assert all(map(math.isfinite, terms))
-    assert terms[-1] < terms[0] / 2
-    digest = hashlib.sha256((tmp_path / "images.npz").read_bytes()).hexdigest()
-    assert f"digest: {digest}" in (path.parent / "config.yaml").read_text()
+@pytest.mark.parametrize("page", LINKING_PAGES)
+def test_the_links_of_a_page_lead_somewhere(page: str) -> None:
+    for target in links(read(page)):
+        path, anchor = page_of(target, page)
+        assert path.exists(), f"{page}: {target}: no such file"
+        if anchor:
+            assert anchor in anchors(path.read_text(encoding="utf-8")), f"{page}: {target}"
 
 
-def test_a_wrong_setting_of_the_pages_method_is_refused_by_name(
-    checkout: Path, tmp_path: Path
-) -> None:
-    wrong = ("method=dist", "method.intra=-1", "+method.inter=1", f"runs={tmp_path / 'runs'}")
-    refused = run("train_student.py", "dataset=digits", *wrong, cwd=checkout)
-    assert refused.returncode == 1
-    assert refused.stderr.count("\n") == 1, refused.stderr
-    assert "method.intra: should be greater than or equal to 0" in refused.stderr
-    assert "method.inter: no such setting; did you mean 'method.intra'?" in refused.stderr
-    assert not (tmp_path / "runs").exists()
+def test_the_front_page_links_every_page() -> None:
+    linked = {page_of(target, "README.md")[0] for target in links(read("README.md"))}
+    assert {ROOT / page for page in DOCS} <= linked
 
 
-def test_the_suite_tests_the_pages_method_as_it_is(checkout: Path) -> None:
-    """On the 11 pairs, overfitting a batch, with a batch of one image, loading its state."""
-    quiet = ("-q", "-p", "no:cacheprovider", "--color=no")
-    tested = run(
-        "-m", "pytest", "tests/methods/test_methods.py", "-k", "dist", *quiet, cwd=checkout
-    )
-    assert tested.returncode == 0, tested.stdout
-    passed = re.search(r"^(\d+) passed", tested.stdout, re.M)
-    assert passed is not None, tested.stdout
-    assert int(passed[1]) >= 11 + 3
+def test_the_front_page_is_short() -> None:
+    assert len(read("README.md").splitlines()) <= 200
 
 
-def softened(logits: Tensor, temperature: float) -> list[list[float]]:
-    powers = [[math.exp(value / temperature) for value in row] for row in logits.tolist()]
-    return [[power / sum(row) for power in row] for row in powers]
+def test_anchors_are_those_of_github() -> None:
+    text = "# A *first*\n\n```bash\n# comment\n```\n## Weights & Biases\n### `make test`, in_all\n"
+    assert anchors(text) == {"a-first", "weights--biases", "make-test-in_all"}
 
 
-@pytest.mark.parametrize(("batch", "classes"), [(2, 3), (7, 5), (16, 100)])
-@pytest.mark.parametrize(("temperature", "intra"), [(1.0, 1.0), (4.0, 0.5), (2.0, 0.0)])
-def test_the_pages_loss_is_pearsons_correlation(
-    checkout: Path, batch: int, classes: int, temperature: float, intra: float
-) -> None:
-    loss = load(checkout / "sskd/methods/dist.py").dist_loss
-    generator = torch.Generator().manual_seed(batch)
-    student = 2 * torch.randn(batch, classes, generator=generator)
-    teacher = 2 * torch.randn(batch, classes, generator=generator)
-    rows = [softened(logits.double(), temperature) for logits in (student, teacher)]
-    columns = [list(zip(*table, strict=True)) for table in rows]
-    of_images, of_classes = (
-        statistics.fmean(1 - statistics.correlation(s, t) for s, t in zip(*pair, strict=True))
-        for pair in (rows, columns)
-    )
-    expected = temperature**2 * (of_images + intra * of_classes)
-    assert loss(student, teacher, temperature, intra).item() == pytest.approx(expected, rel=1e-4)
+def test_the_front_page_lists_every_method() -> None:
+    _, *rows = table("README.md", "Methods")
+    assert {row[0].strip("`") for row in rows} == set(METHODS)
 
 
-def test_the_pages_loss_is_zero_for_equal_predictions_and_finite_for_one_image(
-    checkout: Path,
-) -> None:
-    loss = load(checkout / "sskd/methods/dist.py").dist_loss
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(6, 9, generator=generator)
-    assert loss(logits + 3, logits, 1.0, 1.0).item() == pytest.approx(0, abs=1e-5)
-    student = torch.randn(1, 9, generator=generator, requires_grad=True)
-    alone = loss(student, logits[:1], 1.0, 1.0)
-    (gradient,) = torch.autograd.grad(alone, student)
-    assert alone.isfinite()
-    assert gradient.isfinite().all()
+def test_the_front_page_has_the_measured_costs() -> None:
+    """A method's cost is the cost of its last phase. The file lists the phases in order."""
+    cost: dict[tuple[str, str], str] = {}
+    pair = ""
+    for line in read("results/method_cost.md").splitlines():
+        pair = line.split("**")[1] if line.startswith("**") else pair
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        cost[pair, cells[0]] = cells[4] if len(cells) > 4 else ""
+    _, *rows = table("README.md", "Methods")
+    for row in rows:
+        assert row[-1] == ", ".join(cost[pair, row[0].strip("`")] for pair in PAIRS), row[0]
 
 
-def test_the_pages_network_gives_what_methods_need(checkout: Path) -> None:
-    torch.manual_seed(0)
-    network = load(checkout / "sskd/models/plain.py").Plain(7, width=4)
-    features = network(torch.randn(2, 3, 32, 32))
-    sizes = [(4, 32, 32), (8, 16, 16), (16, 8, 8)]
-    assert features.stem.shape == (2, 4, 32, 32)
-    for stage, preact, size in zip(features.stages, features.preacts, sizes, strict=True):
-        assert stage.shape == (2, *size)
-        assert (preact < 0).any()
-        assert torch.equal(stage, preact.clamp(min=0))
-    torch.testing.assert_close(features.pooled, features.stages[-1].flatten(2).mean(2))
-    assert features.logits.shape == (2, 7)
-    F.cross_entropy(features.logits, torch.tensor([0, 6])).backward()
-    assert all(parameter.grad is not None for parameter in network.parameters())
-    assert [tuple(tensor.shape) for tensor in network.state_dict().values()][-2:] == [(7, 16), (7,)]
+def test_the_front_page_has_the_measured_speed() -> None:
+    rates: dict[tuple[str, str, str], list[str]] = {}
+    for line in read("results/throughput.md").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) > 6:
+            rates[cells[0], cells[1], cells[2]] = cells[3:6]
+    _, *rows = table("README.md", "Speed")
+    for name, conventional, *suite in rows:
+        method, pair = name.lower().split(", ")
+        for precision, rate, factor in zip(("fp32", "bf16"), suite[::2], suite[1::2], strict=True):
+            measured = rates[method, pair, precision]
+            assert [conventional, rate] == measured[:2]
+            assert float(factor.strip("* x")) == pytest.approx(float(measured[2]), abs=0.0501)
 
 
-def test_the_pages_data_are_the_files(checkout: Path, tmp_path: Path, composed: Compose) -> None:
-    arrays = write_images(tmp_path / "images.npz", size=32)
-    module = load(checkout / "sskd/data/arrays.py")
-    settings = composed("dataset=folder", f"dataset.root={tmp_path / 'images.npz'}").dataset
-    source = module.npz(settings)
-    assert source.classes == tuple(f"class {label}" for label in range(5))
-    for split, part in ((source.train, "train"), (source.test, "test")):
-        assert (split.images.dtype, split.labels.dtype) == (torch.uint8, torch.int64)
-        assert split.labels.tolist() == arrays[f"{part}_labels"].tolist()
-        for channel in range(3):
-            wanted = arrays[f"{part}_images"][:, :, :, channel]
-            assert split.images[:, channel].tolist() == wanted.tolist()
-    larger = module.npz(settings.model_copy(update={"size": 64}))
-    assert larger.train.images.shape == (80, 3, 64, 64)
+def test_the_front_page_has_the_published_row() -> None:
+    header, _, row = table("README.md", "Measured so far")
+    top1 = published_for("cifar100")[0].top1
+    names = ["student" if name == "alone" else name for name in header[1:]]
+    assert row[1:] == [f"{top1['resnet56', 'resnet20', name]:.2f}" for name in names]
 
-    before = module.npz_digest(settings)
-    np.savez(tmp_path / "images.npz", **arrays | {"test_labels": arrays["test_labels"][::-1]})
-    assert module.npz_digest(settings) != before
+
+def test_the_page_of_sweeps_lists_every_sweep() -> None:
+    _, *rows = table("docs/sweeps.md", "The sweep files")
+    listed = {
+        name.strip("`"): int(count)
+        for names, counts, _ in rows
+        for name, count in zip(names.split(", "), counts.split(", "), strict=True)
+    }
+    counted = {}
+    for path in (ROOT / "sweeps").glob("*.yaml"):
+        params = yaml.safe_load(path.read_text(encoding="utf-8"))["hydra"]["sweeper"]["params"]
+        counted[path.stem] = len(list(jobs([f"{key}={value}" for key, value in params.items()])))
+    assert listed == counted

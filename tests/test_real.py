@@ -15,7 +15,7 @@ from sskd.data import SOURCES, DatasetSettings
 from sskd.data.images import Split
 from sskd.data.reading import Source
 from sskd.models import build_model, load_weights
-from train_student import train
+from sskd.train import train
 
 
 def stated_accuracy(teachers: Path) -> float:
@@ -67,7 +67,7 @@ def test_a_student_learns_from_it(
     result = train(config)
     read = load(config.dataset)
     expected = plain_top1(teachers_root / "resnet56_cifar100.pth", read.test)
-    assert result["teacher_top1"] == pytest.approx(expected, abs=0.02)
+    assert result.teacher_top1 == pytest.approx(expected, abs=0.02)
     (path,) = (tmp_path / "runs/cifar100/distill").rglob("metrics.jsonl")
     first, last = [json.loads(line) for line in path.open()][-2:]
     for term in ("ce", "kd", "tf", "ss"):

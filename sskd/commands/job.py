@@ -61,10 +61,10 @@ _PLUGINS = {
 }
 
 
-def run_job(job: Callable[[DictConfig], float], composed: DictConfig) -> float:
-    """Run one job of a Hydra command; an error that the user can fix is reported in one line.
+def run_job(composed: DictConfig) -> float:
+    """Train the run of one job; an error that the user can fix is reported in one line.
 
-    Returns what ``job`` does: a number, for sweepers that search.
+    Returns the accuracy that a sweeper which searches maximises.
 
     In a sweep every failure is told when it happens and kept in the run's folder, because the
     other jobs go on. This, not a Hydra callback, because it sees what ends a job under every
@@ -72,7 +72,7 @@ def run_job(job: Callable[[DictConfig], float], composed: DictConfig) -> float:
     """
     try:
         with steady_output(), forward_scheduler_signal(), raise_on_sigterm():
-            return job(composed)
+            return _train(composed)
     except Exception as error:
         expected = isinstance(error, _USER_ERRORS)
         in_sweep = HydraConfig.get().mode != RunMode.RUN
@@ -90,6 +90,24 @@ def run_job(job: Callable[[DictConfig], float], composed: DictConfig) -> float:
             _keep_failure(composed, error)
         # Whatever it was, any launcher can hand this on, and any sweeper takes it for a failure.
         raise CellError(user_message(error), _status(error)) from None
+
+
+def _train(composed: DictConfig) -> float:
+    # Importing torch takes seconds, which --help and tab completion should not.
+    from sskd.commands.advice import about_weighting
+    from sskd.commands.objective import check_search, objective
+    from sskd.config import read_config
+    from sskd.output import say
+    from sskd.train import carry_out
+
+    hydra = HydraConfig.get()
+    alone = hydra.mode == RunMode.RUN
+    config = read_config(composed)
+    if alone and (line := about_weighting(config.method.name, hydra.overrides.task)):
+        say(line)
+    check_search(config.dataset.holdout)
+    plan, result = carry_out(config, from_command_line=alone)
+    return objective(result, plan.folder)
 
 
 def _status(error: Exception) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -12,26 +10,26 @@ from hydra.types import RunMode
 from sskd.errors import UserError
 from sskd.output import complain_once
 from sskd.runs.names import RESULT
-from sskd.training.result import last_top1, percent
+from sskd.runs.result import RunResult
+from sskd.training.result import last_top1
 
 # They run a grid, whatever comes out of it.
 _GRIDS = ("CellSweeper", "BasicSweeper")
 
 
-def objective(result: Mapping[str, Any], folder: Path) -> float:
+def objective(result: RunResult, folder: Path) -> float:
     """Return the top-1 of the last epoch in percent: on held-out images, else on the test set.
 
     Raises:
-        UserError: ``result``, which was read in ``folder``, has none.
+        UserError: the ``result`` in ``folder`` has none.
     """
-    if result.get("holdout_top1") is None:
+    if result.holdout_top1 is None:
         return last_top1(result, folder)
-    try:
-        return percent(result["holdout_top1"]["last"])
-    except (LookupError, TypeError, ValueError):
+    if result.holdout_top1.last is None:
         raise UserError(
             f"{folder / RESULT}: has no accuracy on held-out images; start again with force=true"
-        ) from None
+        )
+    return result.holdout_top1.last
 
 
 def check_search(holdout: float) -> None:

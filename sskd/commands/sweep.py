@@ -22,8 +22,9 @@ from sskd.config import Config, read_config
 from sskd.errors import BusyError, UnfinishedError, UserError
 from sskd.output import complain, say
 from sskd.runs.folder import read_result, write_queued
-from sskd.runs.identity import fingerprints_kept, full_config
+from sskd.runs.identity import fingerprints_kept
 from sskd.runs.lock import is_held
+from sskd.runs.result import RunResult
 from sskd.runs.run import Run
 from sskd.runs.status import (
     SWEEP_VARIABLE,
@@ -31,7 +32,7 @@ from sskd.runs.status import (
     forced_in_this_sweep,
     read_status,
 )
-from sskd.teachers.find import find_teacher, run_location
+from sskd.teachers.find import resolve_plan, run_location
 from sskd.tracking.environment import check_environment
 from sskd.training.signals import raise_on_sigterm
 
@@ -51,11 +52,10 @@ class Job:
     def has_finished(self) -> bool:
         """Return whether the run has a result; one that cannot be judged has to run to say why."""
         try:
-            if read_result(self.folder) is None:
+            if read_result(self.folder, RunResult) is None:
                 return False
-            found = find_teacher(self.config)
-            run = Run(self.folder, full_config(self.config, found.digest if found else None))
-            return run.finished() is not None
+            plan = resolve_plan(self.config)
+            return Run(plan.folder, plan.full_config).finished(RunResult) is not None
         except UserError:
             return False
 
@@ -165,7 +165,7 @@ def _is_pending(cell: Job) -> bool:
     if cell.config.force and not forced_in_this_sweep(cell.folder):
         return True
     try:
-        return read_result(cell.folder) is None
+        return read_result(cell.folder, RunResult) is None
     except UserError:
         return True
 

@@ -24,8 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sskd.errors import UserError
-from sskd.files import open_bounded, write_atomically
-from sskd.paths import expanded
+from sskd.files import expanded, open_bounded, write_atomically
 
 FORMAT = 1  # of the cache; changes with the meaning of an entry
 MAX_CACHE_BYTES = 2**29  # more than two million files

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sskd.data.images import Split
-from sskd.paths import expanded
+from sskd.files import expanded
 
 
 class Source(NamedTuple):

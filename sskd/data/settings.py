@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from sskd.paths import expanded
+from sskd.files import expanded
 from sskd.settings import (
     EARLY,
     NonEmpty,

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sskd.errors import UserError
-from sskd.files import StillOurs, write_atomically
+from sskd.files import StillOurs, expanded, write_atomically
 from sskd.models.layouts import (
     State,
     convert_dtypes,
@@ -26,7 +26,6 @@ from sskd.models.layouts import (
 )
 from sskd.models.recognition import recognise, tensor_shapes
 from sskd.models.safe_load import METADATA_KEY, find_unsupported_tensor, load_weights_file
-from sskd.paths import expanded
 
 # The second group counts only if a folder has no file of the first: a .bin may hold anything.
 SUFFIXES = ((".pth", ".pt", ".safetensors"), (".tar", ".th", ".ckpt", ".bin"))  # .tar: of .pth.tar

@@ -1,97 +1,130 @@
-"""What stands in the folder of a run that is not open here, and how it makes way for another."""
+"""The folder of a run that is not open: its name, its configuration, its result, its archive."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sskd.errors import UserError
-from sskd.files import fsync_folder, is_regular_file, make_durable_folder, read_bounded_text
+from sskd.files import fsync_folder, make_durable_folder, safe_join
 from sskd.runs.lock import FolderLock, remove_lock_file
 from sskd.runs.names import CONFIG, LAST, MOST_CONFIG, MOST_RESULT, PREVIOUS, RESULT
+from sskd.runs.result import Result
 from sskd.runs.status import current_sweep, forced_in, read_status, write_status
+from sskd.runs.untrusted import read_json, read_yaml
 
-_DEEPEST = 50  # levels; a configuration has five
+if TYPE_CHECKING:
+    from sskd.config import Config  # imports torch, which reading a folder does not need
+
+R = TypeVar("R", bound=Result)
+
+
+def run_folder(config: Config, difference: Mapping[str, Any]) -> Path:
+    """Return the folder of a run below ``config.runs``.
+
+    It is ``<dataset>/scratch/<arch>/seed<k>`` or ``<dataset>/distill/<teacher>-<student>/<method>/
+    seed<k>``, followed by 8 hex digits of a hash of ``difference`` if that is not empty, so that
+    two configurations never share a folder.
+
+    Args:
+        difference: the settings that differ from the recipe, by dotted key.
+
+    Raises:
+        UserError: the folder, or one between it and ``config.runs``, is a symbolic link.
+    """
+    if config.teacher is None:
+        parts = ["scratch", config.student.name]
+    else:
+        pair = f"{config.teacher.name}-{config.student.name}"
+        parts = ["distill", pair, config.method.name]
+    name = f"seed{config.seed}"
+    if difference:
+        text = json.dumps(difference, sort_keys=True)
+        name += f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return safe_join(Path(config.runs), config.dataset.name, *parts, name)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Return the configuration that a run's folder was made with; UserError if it is not one."""
+    """Return the configuration that a run's folder was made with.
+
+    Raises:
+        UserError: ``path`` cannot be read, or is not a configuration.
+    """
     try:
-        if not is_regular_file(path):
-            raise ValueError("it is not a regular file" if path.exists() else "it is missing")
-        text = read_bounded_text(path, MOST_CONFIG)
-        _refuse_odd_yaml(text)
-        config = OmegaConf.to_container(OmegaConf.create(text))
-        str(config)  # ValueError for an integer of more digits than Python writes
-    except (OSError, OmegaConfBaseException, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: is not a run's configuration; start afresh with force=true")
-    return {str(key): value for key, value in config.items()}
+        return read_yaml(path, MOST_CONFIG)
+    except TypeError:
+        raise UserError(
+            f"{path}: is not a run's configuration; start from scratch with force=true"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
 
 
-def _refuse_odd_yaml(text: str) -> None:
-    """Raise ValueError for what no run writes, and would take without bound, or break, a reader."""
-    depth = 0
-    for event in yaml.parse(text):
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError("it has aliases, which can grow without bound")
-        if isinstance(event, yaml.ScalarEvent) and depth == 0:
-            raise ValueError("it is a single value")
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
-            raise ValueError("it is nested too deeply")
+def read_result_record(folder: Path) -> dict[str, Any] | None:
+    """Return the fields of the result in ``folder``; None if no run has finished there.
 
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """Return the result of the run in ``folder``, or None where none has finished."""
+    Raises:
+        UserError: the file is not a JSON object.
+    """
     path = folder / RESULT
     if not path.exists():
         return None
     try:
-        result = json.loads(read_bounded_text(path, MOST_RESULT)) if is_regular_file(path) else None
-    except (OSError, ValueError, RecursionError):
-        result = None
-    if not isinstance(result, dict):
-        raise UserError(f"{path}: is not a result; start afresh with force=true")
-    return result
+        return read_json(path, MOST_RESULT)
+    except (OSError, ValueError) as error:
+        raise _not_a_result(path, error) from None
+
+
+def read_result(folder: Path, kind: type[R]) -> R | None:
+    """Return the result in ``folder``, of class ``kind``; None if no run has finished there.
+
+    Raises:
+        UserError: the file is not such a result.
+    """
+    record = read_result_record(folder)
+    try:
+        return None if record is None else kind.from_json(record)
+    except ValueError as error:
+        raise _not_a_result(folder / RESULT, error) from None
+
+
+def _not_a_result(path: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(f"{path}: is not a result ({reason}); start from scratch with force=true")
 
 
 def archive_run(folder: Path) -> None:
-    """Move a run's folder into ``.old/`` beside it, and begin a new one in its place.
+    """Move a run's folder into ``.old/`` beside it, and create a new one in its place.
 
-    Its status tells which sweeps did that, so that a job that comes back goes on with it. A
-    folder in which nothing but a status stands is left where it is.
+    The status of the new one names the sweeps that did so, so that a requeued job resumes the new
+    run. A folder with nothing but a status stays in place.
 
     Raises:
-        UserError: it cannot be moved.
+        UserError: the folder cannot be moved.
         OSError: the new one cannot be written.
     """
     status = read_status(folder)
     if any((folder / name).exists() for name in (CONFIG, LAST, PREVIOUS, RESULT)):
         _move_to_old(folder)
-    told = {"command": status["command"]} if "command" in status else {}
+    details = {"command": status["command"]} if "command" in status else {}
     sweep = current_sweep()
     forced = [*forced_in(status), *([sweep] if sweep else [])]
-    write_queued(folder, forced=forced, **told)
+    write_queued(folder, forced=forced, **details)
 
 
 def write_queued(folder: Path, **details: Any) -> None:
-    """Say that the run in ``folder``, which is made if it is missing, is to be started.
+    """Write the status of a run that waits for its start in ``folder``, created if missing.
 
     Raises:
-        BusyError: another process is at work in it.
+        BusyError: another process is working in it.
         OSError: it cannot be written.
     """
     make_durable_folder(folder)
     lock = FolderLock(folder)
-    lock.acquire(watch=False)  # a process that died there is handled by its own job
+    lock.acquire(watch=False)  # the run's own job handles a process that died there
     try:
         write_status(folder, "queued", still_ours=lock.check, **details)
     finally:
@@ -105,7 +138,7 @@ def _move_to_old(folder: Path) -> None:
         if old.is_symlink():
             raise UserError(f"{old}: is a symbolic link; put the folder itself there")
         make_durable_folder(old)
-        target = old / f"{folder.name}-{_last_put_aside(folder) + 1}"
+        target = old / f"{folder.name}-{_last_archived(folder) + 1}"
         lock.check()
         folder.rename(target)
         fsync_folder(old)
@@ -117,8 +150,8 @@ def _move_to_old(folder: Path) -> None:
         lock.release()
 
 
-def _last_put_aside(folder: Path) -> int:
-    """Return the number of the latest run that was put aside from ``folder``, or 0."""
+def _last_archived(folder: Path) -> int:
+    """Return the highest number of an archived run of ``folder``, or 0."""
     names = [path.name for path in (folder.parent / ".old").glob(f"{folder.name}-*")]
     numbers = [name.removeprefix(f"{folder.name}-") for name in names]
     return max((int(number) for number in numbers if number.isdecimal()), default=0)

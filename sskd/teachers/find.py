@@ -1,13 +1,12 @@
-"""Finding a student's teacher: one of the suite's own runs, or a checkpoint from elsewhere."""
+"""Find a student's teacher: one of the suite's own runs, or a checkpoint from elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -20,45 +19,36 @@ from sskd.models import (
     recognise,
     weights_digest,
 )
-from sskd.runs.folder import read_config_file, read_result
-from sskd.runs.identity import (
+from sskd.runs.comparison import explain_difference, is_run_of, refuse_other_result
+from sskd.runs.folder import read_config_file, read_result, run_folder
+from sskd.runs.identity import full_config
+from sskd.runs.names import BEST, CONFIG, WEIGHTS
+from sskd.runs.plan import RunPlan, TeacherWeights
+from sskd.runs.recipe import (
     diff_from_recipe,
     earlier_diffs_from_recipe,
-    explain_difference,
-    full_config,
-    is_of,
-    refuse_other_result,
-    run_folder,
     teacher_config,
     training_command,
 )
-from sskd.runs.names import BEST, CONFIG, WEIGHTS
+from sskd.runs.result import RunResult
 
 _FILES = {"best": BEST, "last": WEIGHTS}
 
 
-@dataclass(frozen=True)
-class TeacherWeights:
-    """A teacher's weights: their file, and the SHA-256 of the tensors in it."""
-
-    path: Path
-    digest: str
-
-
 def missing_teacher(config: Config) -> Config | None:
-    """Return the run that trains the teacher of ``config``, where it has yet to finish."""
+    """Return the run that trains the teacher of ``config``, if it has not finished."""
     if config.teacher is None or config.teacher.checkpoint is not None:
         return None
-    wanted = teacher_config(config)
-    unfinished = read_result(run_folder(wanted, diff_from_recipe(wanted))) is None
-    return wanted if unfinished else None
+    expected = teacher_config(config)
+    unfinished = read_result(run_folder(expected, diff_from_recipe(expected)), RunResult) is None
+    return expected if unfinished else None
 
 
 def find_teacher(config: Config) -> TeacherWeights | None:
-    """Return the teacher that ``config`` asks for, or None for a network alone.
+    """Return the weights of the teacher of ``config``; None for a network alone.
 
     Raises:
-        UserError: there is none; for a run of the suite it gives the command that trains it.
+        UserError: the teacher is missing; the message has the command that trains it.
     """
     if config.teacher is None:
         return None
@@ -67,33 +57,38 @@ def find_teacher(config: Config) -> TeacherWeights | None:
         content = path.stat()
         name = config.teacher.name
         return TeacherWeights(path, _digest(path, name, content.st_mtime_ns, content.st_size))
-    wanted = teacher_config(config)
-    folder = run_folder(wanted, diff_from_recipe(wanted))
-    result = read_result(folder)
+    return _suite_teacher(config.teacher.epoch, teacher_config(config))
+
+
+def _suite_teacher(epoch: Literal["best", "last"], expected: Config) -> TeacherWeights:
+    """Return the weights of the finished run of the suite that ``expected`` configures."""
+    folder = run_folder(expected, diff_from_recipe(expected))
+    result = read_result(folder, RunResult)
     if result is None:
         raise UserError(
-            f"{folder}: no finished run of the teacher {config.teacher.name}; train it with "
-            f"`{training_command(wanted)}`, or add teacher.train=true here, or name a file "
+            f"{folder}: no finished run of the teacher {expected.student.name}; train it with "
+            f"`{training_command(expected)}`, or add teacher.train=true here, or name a file "
             "with teacher.checkpoint=PATH"
         )
-    other = explain_difference(read_config_file(folder / CONFIG), full_config(wanted))
+    full = full_config(expected)
+    other = explain_difference(read_config_file(folder / CONFIG), full)
     if other:
         raise UserError(
             f"{folder}: holds a teacher of another configuration: {other}; train it again with "
-            f"`{training_command(wanted)} force=true`, or use another runs=FOLDER"
+            f"`{training_command(expected)} force=true`, or use another runs=FOLDER"
         )
-    refuse_other_result(folder, result, full_config(wanted))
-    epoch = config.teacher.epoch
-    digest = result.get("digest")
-    if not isinstance(digest, dict) or not isinstance(digest.get(epoch), str):
+    refuse_other_result(folder, full)
+    digest = getattr(result.digest, epoch)
+    if digest is None:
         raise UserError(
-            f"{folder}: its result.json tells no digest of the {epoch} epoch's weights; take the "
+            f"{folder}: its result.json has no digest of the {epoch} epoch's weights; use the "
             "other epoch's with teacher.epoch, or train it again with force=true"
         )
-    return TeacherWeights(folder / _FILES[epoch], digest[epoch])
+    return TeacherWeights(folder / _FILES[epoch], digest)
 
 
-@cache  # every cell of a pair asks, several times; another content is another question
+# Every job of a sweep asks for the same file, of up to 100 MB; a changed file has another key.
+@cache
 def _digest(path: Path, name: str, modified: int, size: int) -> str:
     def fits(state: Mapping[str, Tensor]) -> bool:
         known = recognise(state)
@@ -102,36 +97,54 @@ def _digest(path: Path, name: str, modified: int, size: int) -> str:
     return weights_digest(read_checkpoint(path, fits).state)
 
 
-def run_location(config: Config) -> tuple[Path, dict[str, Any]]:
-    """Return the folder of the run of ``config``, and what makes it differ from its recipe.
+def resolve_plan(config: Config, data_digest: str | None = None) -> RunPlan:
+    """Return the plan of the run of ``config``, whose teacher must exist.
 
-    That a teacher of the suite is missing does not matter; a ``teacher.checkpoint`` is read. A
-    folder that an earlier version gave another name is the run's as well, if it holds this run.
+    Args:
+        data_digest: the fingerprint of the dataset; None computes it from the files.
+
+    Raises:
+        UserError: the teacher is missing or is another one than ``config`` asks for.
+    """
+    teacher = find_teacher(config)
+    folder, difference = run_location(config, teacher)
+    full = full_config(config, teacher.digest if teacher else None, data_digest)
+    return RunPlan(config, folder, difference, teacher, full)
+
+
+def run_location(
+    config: Config, teacher: TeacherWeights | None = None
+) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of the run of ``config``, and its difference from the recipe.
+
+    The teacher of the suite need not exist yet; the file of ``teacher.checkpoint`` is read if
+    ``teacher`` is not given. A folder that an earlier version gave another name is found too, if
+    it holds this run.
     """
     digest = {}
-    if config.teacher and config.teacher.checkpoint and (found := find_teacher(config)):
+    if config.teacher and config.teacher.checkpoint and (found := teacher or find_teacher(config)):
         digest = {"teacher.digest": found.digest}
-    changed = diff_from_recipe(config) | digest
-    folder = run_folder(config, changed)
+    difference = diff_from_recipe(config) | digest
+    folder = run_folder(config, difference)
     if not folder.is_dir():
         folder = next(_earlier_folders(config, digest), folder)
-    return folder, changed
+    return folder, difference
 
 
 def _earlier_folders(config: Config, digest: dict[str, str]) -> Iterator[Path]:
     """Yield the folders with a name from an earlier version that hold the run of ``config``."""
     for earlier in earlier_diffs_from_recipe(config):
-        with suppress(UserError):  # it is a link, or its configuration cannot be read
+        with suppress(UserError):  # a link, or a configuration that cannot be read
             folder = run_folder(config, earlier | digest)
-            if folder.is_dir() and is_of(config, read_config_file(folder / CONFIG)):
+            if folder.is_dir() and is_run_of(config, read_config_file(folder / CONFIG)):
                 yield folder
 
 
 def load_teacher(network: nn.Module, teacher: TeacherWeights) -> None:
-    """Load the teacher's weights; UserError if they are not the ones that were found."""
+    """Load the teacher's weights; UserError if they do not have its digest."""
     load_weights(network, teacher.path)
     if weights_digest(network) != teacher.digest:
         raise UserError(
-            f"{teacher.path}: its weights are not those that its result.json tells of; "
+            f"{teacher.path}: its weights do not have the digest in its result.json; "
             "train it again with force=true"
         )

@@ -1,10 +1,9 @@
-"""First phases that depend on the teacher alone: computed once, then found by every student."""
+"""First phases that depend on the teacher alone."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,63 +13,62 @@ from torch import nn
 
 from sskd.config import Config
 from sskd.data import Images
-from sskd.errors import UserError
 from sskd.files import read_bounded
 from sskd.methods import Phase
 from sskd.models import weights_digest
-from sskd.output import say
-from sskd.paths import safe_join
 from sskd.runs.identity import full_config, identity
 from sskd.runs.names import MOST_RESULT, WEIGHTS
+from sskd.runs.plan import RunPlan, TeacherWeights
+from sskd.runs.result import SharedResult
 from sskd.runs.run import Run
-from sskd.teachers.find import TeacherWeights
+from sskd.teachers.shared import corrupt_file_error, find_or_compute
 from sskd.training.trainer import Trainer, phase_schedule
 
 
-def run_shared_phase(
-    phase: Phase, method: nn.Module, images: Images, config: Config, teacher: TeacherWeights
+def load_shared_phase(
+    phase: Phase, method: nn.Module, images: Images, plan: RunPlan
 ) -> list[dict[str, Any]]:
-    """Train ``phase`` or find its result, load it into ``phase.trains``, return its metrics.
+    """Load the result of a teacher-only ``phase`` into ``phase.trains``; return its metrics.
 
-    The phase has a run's folder of its own, named after everything that it depends on: the
-    teacher's weights, the seed, the data and the phase's settings; of the student nothing but a
-    learning rate that the phase may take from it.
+    The phase is trained if no run with the same settings has done so. Its folder's name has a hash
+    of everything that it depends on: the teacher's weights, the seed, the data and the phase's
+    settings, but nothing of the student except a learning rate that it may take from it.
     """
-    settings = phase_settings(phase, config, teacher, images.digest)
-    folder = phase_folder(config, settings)
-    with Run(folder, settings).open(wait=True) as run:
-        result = run.finished()
-        if result is None:
-            state = run.checkpoint([phase.name])
-            run.plan({phase.name: phase_schedule(phase, config).epochs})
-            position = Trainer(phase, method, phase.trains, images, run, config).train(state)
-            digest = weights_digest(phase.trains)
-            told = {"kind": "phase", "stage": phase.name, "seconds": position.seconds}
-            run.finish(phase.trains, {**told, "digest": digest})
-        else:
-            say(f"{folder}: reused")
-            _load_result(phase.trains, folder / WEIGHTS, result.get("digest"))
-        return run.read_metrics()
+    assert plan.teacher is not None
+    settings = phase_settings(phase, plan.config, plan.teacher, images.digest)
+    train = partial(_train, phase=phase, method=method, images=images, config=plan.config)
+    run, result = find_or_compute(plan.config, settings, train)
+    _load_weights(phase.trains, run.folder / WEIGHTS, result.digest)
+    return run.metrics.read()
 
 
-def _load_result(module: nn.Module, path: Path, digest: object) -> None:
-    """Load what a finished phase has left; ``digest`` is None in results that tell none."""
+def _train(run: Run, *, phase: Phase, method: nn.Module, images: Images, config: Config) -> None:
+    state = run.checkpoints.load([phase.name])
+    run.announce({phase.name: phase_schedule(phase, config).epochs})
+    trainer = Trainer(
+        phase=phase,
+        method=method,
+        checkpointed=phase.trains,
+        images=images,
+        run=run,
+        config=config,
+    )
+    seconds = trainer.train(state).seconds
+    digest = weights_digest(phase.trains)
+    run.finish(phase.trains, SharedResult(stage=phase.name, seconds=seconds, digest=digest))
+
+
+def _load_weights(module: nn.Module, path: Path, digest: str | None) -> None:
+    """Load the weights of a finished phase; results of the first version have no ``digest``."""
     most = 2 * sum(tensor.nbytes for tensor in module.state_dict().values()) + MOST_RESULT
     try:
         state = load(read_bounded(path, most))
-        whole = digest in (None, weights_digest(state))
+        intact = digest in (None, weights_digest(state))
         module.load_state_dict(state)
     except (OSError, ValueError, SafetensorError, RuntimeError):
-        whole = False
-    if not whole:
+        intact = False
+    if not intact:
         raise corrupt_file_error(path)
-
-
-def corrupt_file_error(path: Path) -> UserError:
-    """Return the error that a file of a shared phase is damaged."""
-    return UserError(
-        f"{path}: is damaged; remove the folder {path.parent}, and the same command makes it anew"
-    )
 
 
 def phase_settings(
@@ -94,12 +92,3 @@ def phase_settings(
         "settings": dict(phase.settings),
         **{key: values[key] for key in ("dataset", "seed", "batch_size", "precision")},
     }
-
-
-def phase_folder(config: Config, settings: dict[str, Any]) -> Path:
-    """Return where the result of the teacher-only phase with these ``settings`` lies."""
-    assert config.teacher is not None
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    name = f"seed{settings['seed']}-{digest}" if "seed" in settings else digest
-    what = ["phases", config.teacher.name, settings["phase"], name]
-    return safe_join(Path(config.runs), config.dataset.name, *what)

@@ -1,10 +1,10 @@
 """A teacher's outputs for every crop of every training image, computed once for many runs.
 
-A view of an image comes in 162 crops. A run of 240 epochs draws one and a half times as many, and
-the other runs of the same teacher draw from the same ones. Where a method reads nothing but the
-teacher's logits, or its pooled feature too, they all fit on a disk, and a step needs no teacher.
+A view of an image has 162 crops. A run of 240 epochs draws one and a half times as many, and other
+runs of the same teacher draw from the same ones. If a method reads only the teacher's logits and
+its pooled feature, the outputs of all crops fit on a disk, and a step needs no teacher.
 Shen and Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022, keep
-the logits of some random crops; here it is all of them, so a run computes what it does without.
+the logits of some random crops. Here all crops are kept, so the losses are the same as without.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ from sskd.config import Config
 from sskd.data import CROPS, Images, Loader
 from sskd.device import inference_batch_size
 from sskd.errors import UserError
+from sskd.files import write_at
 from sskd.methods import Method
 from sskd.methods.base import forward_in_chunks
 from sskd.output import say
 from sskd.runs.names import LAST, OUTPUTS
+from sskd.runs.plan import RunPlan
+from sskd.runs.result import SharedResult
 from sskd.runs.run import Run
-from sskd.teachers.find import TeacherWeights
 from sskd.teachers.outputs import (
     Layout,
     Precomputed,
@@ -41,108 +44,121 @@ from sskd.teachers.outputs import (
     read_rows,
     sha256,
 )
-from sskd.teachers.phases import corrupt_file_error, phase_folder
+from sskd.teachers.shared import corrupt_file_error, find_or_compute
 from sskd.training.progress import Progress
 from sskd.training.signals import StopSignals
 
 PHASE = "teacher_outputs"
-FORMAT = 1  # of the file: another one where the rows or the numbers of crops mean something else
+FORMAT = 1  # file format version; increase it if rows or crop numbers change meaning
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """How far the file of outputs is: images, the seconds they took, the SHA-256 of their rows."""
+    """The finished part of the file: images, their seconds of work, the SHA-256 of their rows."""
 
     images: int = 0
     seconds: float = 0.0
     digest: str = hashlib.sha256().hexdigest()
 
 
-def precompute(
-    method: Method, images: Images, config: Config, found: TeacherWeights
-) -> Precomputed | None:
-    """Compute the outputs of the method's teacher, or find them computed.
+def load_teacher_outputs(method: Method, images: Images, plan: RunPlan) -> None:
+    """Let ``method`` look up its teacher's outputs, which are computed if no run has done so.
 
-    Returns None, with a line that says so, for a method that reads more of the teacher.
+    A line reports that nothing was precomputed if the method reads more of the teacher.
 
     Raises:
-        BusyError: another process has taken over what this one was computing.
-        Interrupted: a signal came; what was computed is saved.
-        UserError: what was found is damaged, or there is no room for it.
+        BusyError: another process took over the computation.
+        Interrupted: a signal came; the finished part is saved.
+        UserError: the file is corrupt, or there is no space for it.
     """
+    config = plan.config
     if not can_precompute(method):
         say(
             f"teacher.precompute: method={config.method.name} reads more of the teacher than its "
-            "logits and its pooled feature, so that the teacher is asked in every step"
+            "logits and its pooled feature, so every step computes the teacher's features"
         )
-        return None
+        return
     layout = layout_of(method, images, config.precision)
-    settings = _settings(layout, images, config, found)
-    with Run(phase_folder(config, settings), settings).open(wait=True) as run:
-        result = run.finished()
-        if result is None:
-            result = _compute(run, method.teacher, images, config, layout)
-        else:
-            say(f"{run.folder}: reused")
-    rows = read_rows(run.folder / OUTPUTS, layout, result.get("digest"), images.train.images.device)
-    return Precomputed(rows, layout.widths)
+    fill = partial(_fill, teacher=method.teacher, images=images, config=config, layout=layout)
+    run, result = find_or_compute(config, _settings(layout, images, plan), fill)
+    device = images.train.images.device
+    rows = read_rows(run.folder / OUTPUTS, layout, result.digest, device)
+    method.precomputed = Precomputed(rows, layout.widths)
 
 
-def _settings(
-    layout: Layout, images: Images, config: Config, found: TeacherWeights
-) -> dict[str, Any]:
+def _settings(layout: Layout, images: Images, plan: RunPlan) -> dict[str, Any]:
     """Return everything that the outputs depend on: of the data the images, not the labels."""
-    assert config.teacher is not None
-    shown = images.train.images.cpu().contiguous().numpy()
+    assert plan.config.teacher is not None
+    assert plan.teacher is not None
+    pixels = images.train.images.cpu().contiguous().numpy()
     return {
         "phase": PHASE,
         "format": FORMAT,
-        "teacher": {"name": config.teacher.name, "digest": found.digest},
-        "images": hashlib.sha256(shown.data).hexdigest(),
+        "teacher": {"name": plan.config.teacher.name, "digest": plan.teacher.digest},
+        "images": hashlib.sha256(pixels.data).hexdigest(),
         "normalisation": [list(images.mean), list(images.std)],
         "outputs": layout.widths,
         "crops": layout.crops,
-        "precision": config.precision,
+        "precision": plan.config.precision,
     }
 
 
-def _compute(
-    run: Run, teacher: nn.Module, images: Images, config: Config, layout: Layout
-) -> dict[str, Any]:
-    """Fill the file of outputs, from its beginning or on from where it was left."""
-    at = _read_resume_point(run.checkpoint([PHASE]) or vars(ResumePoint()), run.folder, layout)
-    run.plan({PHASE: 1})
-    path = run.folder / OUTPUTS
-    digest = _resume(path, at, layout)
-    _refuse_small_disk(path, layout, at)
-    progress = Progress(PHASE, 1, layout.images, at.images, dict)
+def _fill(run: Run, *, teacher: nn.Module, images: Images, config: Config, layout: Layout) -> None:
+    """Fill the file of outputs, from its start or from where an earlier process stopped."""
+    saved = run.checkpoints.load([PHASE]) or vars(ResumePoint())
+    writer = _Writer(run, layout, _read_resume_point(saved, run.folder, layout))
+    run.announce({PHASE: 1})
+    done = writer.point.images
+    progress = Progress(PHASE, 1, layout.images, done=done, metrics=dict)
     progress.line(
         f"computes {in_gib(layout.size)} in {run.folder}, which takes as long as {layout.crops} "
-        f"epochs of the teacher; {at.images}/{layout.images} images are done"
+        f"epochs of the teacher; {done}/{layout.images} images are done"
     )
-    saved = time.monotonic()
-    started = saved - at.seconds
     try:
         with StopSignals() as signals:
-            for rows in _outputs(teacher, images, config.precision, layout, at.images):
-                _refuse_lost(rows, at.images, run.folder)
-                data = rows.cpu().view(torch.uint8).numpy().tobytes()
-                done, offset = at.images + len(rows), at.images * layout.image_size
-                is_due = time.monotonic() - saved > 60 * config.checkpoint_minutes
-                save = is_due or signals.received is not None or done == layout.images
-                run.write_at(OUTPUTS, offset, data, sync=save)
-                digest.update(data)
-                at = ResumePoint(done, time.monotonic() - started, digest.hexdigest())
+            for rows in _outputs(teacher, images, config.precision, layout, done):
+                save = writer.is_due(config.checkpoint_minutes) or signals.received is not None
+                writer.write(rows, save=save)
                 progress.advance(len(rows))
                 if save:
-                    run.save({"stage": PHASE, **vars(at)})
-                    saved = time.monotonic()
                     signals.raise_if_received()
     finally:
         progress.close()
-    result = {"kind": "phase", "stage": PHASE, "seconds": at.seconds, "digest": at.digest}
-    run.finish(None, result)
-    return result
+    point = writer.point
+    run.finish(None, SharedResult(stage=PHASE, seconds=point.seconds, digest=point.digest))
+
+
+class _Writer:
+    """Writes the rows of successive images into the file of outputs, and saves how far it is."""
+
+    def __init__(self, run: Run, layout: Layout, point: ResumePoint) -> None:
+        self.point = point
+        self._run, self._layout = run, layout
+        self._digest = _truncate(run.folder / OUTPUTS, point, layout)
+        _refuse_small_disk(run.folder / OUTPUTS, layout, point)
+        self._last_save_time = time.monotonic()
+        self._started = self._last_save_time - point.seconds
+
+    def is_due(self, minutes: float) -> bool:
+        """Return whether the last checkpoint is more than ``minutes`` old."""
+        return time.monotonic() - self._last_save_time > 60 * minutes
+
+    def write(self, rows: Tensor, *, save: bool) -> None:
+        """Write the ``rows`` [k, crops, numbers] of the next k images; ``save`` also saves."""
+        first = self.point.images
+        _refuse_lost(rows, first, self._run.folder)
+        data = rows.cpu().view(torch.uint8).numpy().tobytes()
+        done = first + len(rows)
+        save = save or done == self._layout.images
+        path, offset = self._run.folder / OUTPUTS, first * self._layout.image_size
+        with self._run.lock.writing() as still_ours:
+            write_at(path, offset, data, sync=save, still_ours=still_ours)
+        self._digest.update(data)
+        seconds = time.monotonic() - self._started
+        self.point = ResumePoint(done, seconds, self._digest.hexdigest())
+        if save:
+            self._run.checkpoints.save({"stage": PHASE, **vars(self.point)})
+            self._last_save_time = time.monotonic()
 
 
 def _refuse_lost(rows: Tensor, first: int, folder: Path) -> None:
@@ -156,7 +172,7 @@ def _refuse_lost(rows: Tensor, first: int, folder: Path) -> None:
 
 
 def _read_resume_point(state: Mapping[str, Any], folder: Path, layout: Layout) -> ResumePoint:
-    """Return what a checkpoint tells; UserError where that is not how far these outputs are."""
+    """Return the resume point in a checkpoint; UserError if it does not fit these outputs."""
     images, seconds, digest = (state.get(name) for name in vars(ResumePoint()))
     if (
         type(images) is not int
@@ -169,10 +185,11 @@ def _read_resume_point(state: Mapping[str, Any], folder: Path, layout: Layout) -
     return ResumePoint(images, seconds, digest)
 
 
-def _resume(path: Path, at: ResumePoint, layout: Layout) -> Any:
-    """Cut the file at ``path`` back to how far it is; return the SHA-256 of that, to go on with.
+def _truncate(path: Path, at: ResumePoint, layout: Layout) -> Any:
+    """Truncate the file at ``path`` to its finished part; return the SHA-256 object of that part.
 
-    UserError where the file does not hold what was computed.
+    Raises:
+        UserError: the file does not have the content that was computed.
     """
     kept = at.images * layout.image_size
     if at.images == 0:
@@ -187,11 +204,11 @@ def _resume(path: Path, at: ResumePoint, layout: Layout) -> Any:
 
 
 def _refuse_small_disk(path: Path, layout: Layout, at: ResumePoint) -> None:
-    wanted = layout.size - at.images * layout.image_size
+    needed = layout.size - at.images * layout.image_size
     free = shutil.disk_usage(path.parent).free
-    if wanted > free:
+    if needed > free:
         raise UserError(
-            f"{path}: {in_gib(wanted)} of the teacher's outputs are to be written, and "
+            f"{path}: the teacher's outputs need {in_gib(needed)} more, but only "
             f"{in_gib(free)} are free; use another runs=FOLDER, precision=bf16 (half as much) or "
             "teacher.precompute=false"
         )
@@ -201,14 +218,14 @@ def _refuse_small_disk(path: Path, layout: Layout, at: ResumePoint) -> None:
 def _outputs(
     teacher: nn.Module, images: Images, precision: str, layout: Layout, first: int
 ) -> Iterator[Tensor]:
-    """Yield the outputs of all crops of the images from ``first`` on: [k, crops, numbers]."""
+    """Yield the outputs of all crops of the images from ``first`` on, [k, crops, numbers] each."""
     device = images.train.images.device
-    together = -(-inference_batch_size(device) // layout.crops)  # images
+    images_at_once = -(-inference_batch_size(device) // layout.crops)
     views = layout.crops // CROPS
-    loader = Loader(images.train, images.mean, images.std, together, views)
+    loader = Loader(images.train, images.mean, images.std, images_at_once, views)
     crops = torch.arange(layout.crops, device=device)
-    for start in range(first, layout.images, together):
-        index = torch.arange(start, min(start + together, layout.images), device=device)
+    for start in range(first, layout.images, images_at_once):
+        index = torch.arange(start, min(start + images_at_once, layout.images), device=device)
         x = loader.crops_of(index, crops.expand(len(index), -1))
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             features = forward_in_chunks(teacher, x, tuple(layout.widths))

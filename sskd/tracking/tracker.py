@@ -9,20 +9,20 @@ from typing import Any, Self
 
 import wandb
 
-from sskd.config import Config
 from sskd.errors import UserError
 from sskd.output import complain, say
 from sskd.overrides import as_override, flatten
-from sskd.runs.identity import diff_from_recipe
+from sskd.runs.plan import RunPlan
+from sskd.runs.result import RunResult
 from sskd.runs.run import Run
 from sskd.runs.weightings import CE, KD, RECIPE, find_weighting
-from sskd.tracking.session import open_run, sync_folder, sync_later
+from sskd.tracking.session import offline_folder, open_run, sync_later
 from sskd.training.signals import Interrupted
 
-# Figures about the student as a whole; the others are named after their phase.
+# Metrics of the student as a whole; the others have the name of their phase as prefix.
 _UNPREFIXED = ("test/", "holdout/", "best/")
-# Where a result has the figures of W&B's summary.
-_SUMMARISED = {
+# The keys of W&B's summary, and the fields of a result that they show.
+_SUMMARY = {
     "last/top1": "top1.last",
     "best/top1": "top1.best",
     "best/epoch": "top1.best_epoch",
@@ -35,158 +35,160 @@ _SUMMARISED = {
 }
 
 
-def report_finished(run: Run, config: Config, result: Mapping[str, Any]) -> None:
-    """Show a run that has finished before in the W&B run that ``wandb agent`` has named for it."""
+def report_finished(run: Run, plan: RunPlan, result: RunResult) -> None:
+    """Log a run that had finished before to the W&B run that ``wandb agent`` has named for it."""
     try:
-        run.metrics = run.read_metrics()
+        run.metrics.lines = run.metrics.read()
     except UserError as error:
         complain(f"warning: {error}")
-    with Tracker(run, config, agents=True) as tracker:
-        for line in run.metrics:
-            tracker.log(line)
+    with Tracker(run, plan, agents=True) as tracker:
+        run.metrics.subscribe(tracker.log)
         tracker.summarise(result)
 
 
 class Tracker:
-    """A run's counterpart in W&B, open while it is entered.
+    """A run's counterpart in W&B, open inside a ``with`` statement.
 
-    Nothing it does asks a question, and where W&B cannot be reached the run is kept on disk.
+    It never asks a question. If W&B cannot be reached, the run is kept on disk.
     """
 
-    def __init__(self, run: Run, config: Config, *, agents: bool = False) -> None:
-        """Take the W&B run that ``wandb agent`` has named if ``agents``, else one of its own."""
-        self._run = run
-        self._agents = agents
-        self._config = config
-        self._name = str(run.folder.relative_to(config.runs))
+    def __init__(self, run: Run, plan: RunPlan, *, agents: bool = False) -> None:
+        """Use the W&B run that ``wandb agent`` has named if ``agents``, else a run of its own."""
+        self._run, self._plan, self._agents = run, plan, agents
         self._lines = 0
         self._lost = False
         self._pictures: dict[str, Path] = {}
-        self._result: Mapping[str, Any] = {}
+        self._result: RunResult | None = None
 
     def __enter__(self) -> Self:
-        self._wandb = self._open(self._config.wandb.mode)
+        self._open(self._plan.config.wandb.mode)
         return self
 
-    def _open(self, mode: str) -> wandb.Run:
-        config = self._config
-        arch, method = config.student.name, config.method.name
-        pair = f"{config.teacher.name}-{arch}" if config.teacher else arch
-        return open_run(
-            mode,
-            self._run.folder,
-            self._name,
-            agents=self._agents,
-            project=config.wandb.project,
-            entity=config.wandb.entity,
-            group=f"{pair}/{method}",
-            job_type="student" if config.teacher else "teacher",
-            tags=[config.dataset.name, *config.wandb.tags],
-            config={
-                **self._run.config,
-                "pair": pair,
-                "variant": self._variant(),
-                "recipe": RECIPE,
-            },
-        )
+    def _open(self, mode: str) -> None:
+        name = str(self._plan.folder.relative_to(self._plan.config.runs))
+        arguments = _init_arguments(self._plan)
+        self._wandb = open_run(mode, self._plan.folder, name, agents=self._agents, **arguments)
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is KeyboardInterrupt:
-            return  # a second Ctrl-C: nobody waits for a server any more
+            return  # a second Ctrl-C: the user does not want to wait for a server
         try:
             if kind is not None and issubclass(kind, Interrupted):
-                self._wandb.mark_preempting()  # it will come back: "preempted", not "failed"
+                self._wandb.mark_preempting()  # W&B then shows "preempted", not "failed"
             self._wandb.finish(exit_code=0 if kind is None else 1)
         except TimeoutError:
             say(sync_later(self._wandb))
-        except Exception as lost:  # must not take the place of what has ended the run
+        except Exception as lost:  # must not replace the error that ended the run
             self._lose(lost)
         if kind is None and not self._lost and not self._agents:
             return
         with contextlib.suppress(Exception):
-            # Else a later run would wait for it, or the end of this process, or be the agent's.
+            # Otherwise a later run, or the end of this process, waits for W&B's process, and a
+            # later run takes the agent's settings.
             wandb.teardown()
         if kind is None and self._lost:
             self._keep_offline()
 
     def _keep_offline(self) -> None:
-        """Write all of a finished run to the disk again: what W&B's process had is lost with it."""
+        """Write the whole finished run to disk, because the data in W&B's process was lost."""
         self._lost, self._lines = False, 0
         try:
-            self._wandb = self._open("offline")
+            self._open("offline")
             for name, path in self._pictures.items():
                 self.picture(name, path)
-            for line in self._run.metrics:
+            for line in self._run.metrics.lines:
                 self.log(line)
-            self.summarise(self._result)
+            if self._result is not None:
+                self.summarise(self._result)
             self._wandb.finish()
         except Exception as error:  # the run itself has finished
             self._lose(error)
-        kept = f"W&B: `wandb sync {sync_folder(self._wandb)}` sends this run"
-        say("W&B: this run is not kept for it" if self._lost else kept)
+        kept = f"W&B: `wandb sync {offline_folder(self._wandb)}` uploads this run"
+        say("W&B: this run could not be kept for a later upload" if self._lost else kept)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Log the next line of ``metrics.jsonl``; its number is W&B's step.
 
-        A run that comes back logs all its lines again: W&B passes over the steps that it has,
-        and has the others from a process that was stopped before it could write them.
+        A resumed run logs all its lines again: W&B ignores the steps that it has, and adds those
+        that an earlier process could not upload.
         """
-        figures = {
+        metrics = {
             key if key.startswith(_UNPREFIXED) else f"{line['stage']}/{key}": value
             for key, value in line.items()
             if isinstance(value, int | float)
         }
-        if "test/top1" in line:  # of the last phase, whatever its name
-            figures["epoch"] = line["epoch"]
+        if "test/top1" in line:  # only the evaluated phase has it
+            metrics["epoch"] = line["epoch"]
         self._lines += 1
-        self._send(lambda: self._wandb.log(figures, step=self._lines))
+        self._send(lambda: self._wandb.log(metrics, step=self._lines))
 
     def picture(self, name: str, path: Path) -> None:
-        """Show the picture in ``path``."""
+        """Log the picture in ``path``."""
         self._pictures[name] = path
         self._send(lambda: self._wandb.log({name: wandb.Image(str(path))}, step=0))
 
-    def summarise(self, result: Mapping[str, Any]) -> None:
-        """Show the result in the run's row of a table, as far as its version has recorded it."""
+    def summarise(self, result: RunResult) -> None:
+        """Write the fields of ``result`` that were recorded to the run's summary."""
         self._result = result
-        flat = flatten(result)
-        figures = {shown: flat.get(name) for shown, name in _SUMMARISED.items()}
-        summary = {k: v for k, v in figures.items() if isinstance(v, int | float)}
+        fields = flatten(result.to_json())
+        values = {key: fields.get(name) for key, name in _SUMMARY.items()}
+        summary = {key: value for key, value in values.items() if isinstance(value, int | float)}
         if "hours" in summary:
-            summary["hours"] /= 3600  # seconds
+            summary["hours"] /= 3600  # the result has seconds
         self._send(lambda: self._wandb.summary.update(summary))
 
-    def _variant(self) -> str:
-        """Return the method and what differs from its recipe: its seeds share it, no other run.
-
-        The weighting of CE and KD is always named, since a default of an earlier recipe had another
-        in runs that W&B may still have.
-        """
-        config = self._config
-        changed = diff_from_recipe(config)
-        texts = {key: str(value) for key, value in changed.items()}
-        if weighting := find_weighting(config.method.name, RECIPE, texts):
-            own = flatten(config.model_dump())
-            changed = {key: value for key, value in changed.items() if key not in (CE, KD)}
-            changed |= {key: own.get(key, text) for key, text in weighting.items()}
-        if config.teacher and config.teacher.checkpoint:
-            changed["teacher.digest"] = self._run.config["teacher"]["digest"][:8]
-        # Two folders of images may have one name.
-        if digest := self._run.config["dataset"].get("digest"):
-            changed["dataset.digest"] = digest[:8]
-        told = ", ".join(as_override(key, value) for key, value in sorted(changed.items()))
-        return f"{config.method.name} ({told})" if told else config.method.name
-
     def _send(self, action: Callable[[], object]) -> None:
-        """Do ``action`` unless W&B's own process has ended: SLURM stops all of a job at once."""
+        """Do ``action``, unless W&B's process has ended, as SLURM stops all processes at once."""
         if self._lost:
             return
         try:
             action()
-        except (OSError, wandb.Error) as lost:  # of a connection, most of all
+        except (OSError, wandb.Error) as lost:  # usually a closed connection
             self._lose(lost)
 
     def _lose(self, lost: Exception) -> None:
         if not self._lost:
             say(f"W&B has stopped ({type(lost).__name__}); the run continues without it")
         self._lost = True
+
+
+def _init_arguments(plan: RunPlan) -> dict[str, Any]:
+    """Return the arguments of ``wandb.init`` that describe the run."""
+    config = plan.config
+    student, method = config.student.name, config.method.name
+    pair = f"{config.teacher.name}-{student}" if config.teacher else student
+    return {
+        "project": config.wandb.project,
+        "entity": config.wandb.entity,
+        "group": f"{pair}/{method}",
+        "job_type": "student" if config.teacher else "teacher",
+        "tags": [config.dataset.name, *config.wandb.tags],
+        "config": {
+            **plan.full_config,
+            "pair": pair,
+            "variant": _variant(plan),
+            "recipe": RECIPE,
+        },
+    }
+
+
+def _variant(plan: RunPlan) -> str:
+    """Return the method and its difference from the recipe: shared by its seeds, and no other run.
+
+    The weighting of CE and KD is always named, because the default of an earlier recipe was another
+    one in runs that W&B may still have.
+    """
+    config = plan.config
+    difference = dict(plan.difference)
+    difference.pop("teacher.digest", None)
+    texts = {key: str(value) for key, value in difference.items()}
+    if weighting := find_weighting(config.method.name, RECIPE, texts):
+        values = flatten(config.model_dump())
+        difference = {key: value for key, value in difference.items() if key not in (CE, KD)}
+        difference |= {key: values.get(key, text) for key, text in weighting.items()}
+    if config.teacher and config.teacher.checkpoint:
+        difference["teacher.digest"] = plan.full_config["teacher"]["digest"][:8]
+    if plan.data_digest:  # two folders of images may have the same name
+        difference["dataset.digest"] = plan.data_digest[:8]
+    words = ", ".join(as_override(key, value) for key, value in sorted(difference.items()))
+    return f"{config.method.name} ({words})" if words else config.method.name

@@ -1,50 +1,104 @@
-"""What to say, and to advise, if a figure of a run is not finite."""
+"""Errors and advice for losses and weights that are not finite."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from sskd.config import Config
+from sskd.data import Images
+from sskd.errors import UserError
 from sskd.methods import Phase
+from sskd.training.evaluation import NotFiniteError, predict
 from sskd.training.meter import Meter
 
 _WEIGHTED = "weighted/"
 
 
-def first_lost(meter: Meter, figures: Mapping[str, float], step: int) -> tuple[str, list[str]]:
-    """Return which terms first became non-finite, in words, and list their names.
+def first_lost(meter: Meter, metrics: Mapping[str, float], step: int) -> tuple[str, list[str]]:
+    """Return a description of the terms that became non-finite first, and their names.
 
-    A term that has a weight of 0 does not count. The words are "" if all are finite.
+    A term that has a weight of 0 does not count. The description is "" if all are finite.
 
     Args:
-        meter: what the epoch's figures were added to.
-        figures: what it reads.
-        step: the number of the epoch's last step.
+        meter: the averages of the epoch so far.
+        metrics: the values that ``meter.read`` returned.
+        step: the number of the epoch's last step, from 1.
     """
-    counted = [name for name in figures if name.startswith(_WEIGHTED)]
-    ago, names = meter.first_lost(counted)
+    counted = [name for name in metrics if name.startswith(_WEIGHTED)]
+    steps_ago, names = meter.first_lost(counted)
     if not names:
-        ago, _ = meter.first_lost(["loss"])
-        return f"the sum of the terms is not finite, in step {step - ago + 1}" if ago else "", []
+        steps_ago, _ = meter.first_lost(["loss"])
+        if not steps_ago:
+            return "", []
+        return f"the sum of the terms is not finite, in step {step - steps_ago + 1}", []
     terms = [name.removeprefix(_WEIGHTED) for name in names]
     quoted = ", ".join(f"'{term}'" for term in terms)
     is_single = len(terms) == 1
-    what = f"the term {quoted} is" if is_single else f"the terms {quoted} are"
-    if is_single and math.isfinite(figures[f"loss/{terms[0]}"]):
-        what = f"the term {quoted} times its weight is"
-    told = f"{what} not finite, in step {step - ago + 1}"
+    subject = f"the term {quoted} is" if is_single else f"the terms {quoted} are"
+    if is_single and math.isfinite(metrics[f"loss/{terms[0]}"]):
+        subject = f"the term {quoted} times its weight is"
+    description = f"{subject} not finite, in step {step - steps_ago + 1}"
     if not is_single and len(terms) == len(counted):
-        told += (
+        description += (
             " (all at once: the gradient or the step was too large, or the input was not finite)"
         )
-    return told, terms
+    return description, terms
+
+
+@dataclass(frozen=True)
+class FiniteCheck:
+    """Checks that the losses and weights of a phase are finite.
+
+    ``where`` returns the beginning of an error message: the run, the phase and the epoch.
+    """
+
+    phase: Phase
+    method: nn.Module
+    images: Images
+    config: Config
+    where: Callable[[], str]
+
+    def metrics(self, meter: Meter, step: int) -> dict[str, float]:
+        """Return the metrics of the epoch so far, without non-finite terms of weight 0.
+
+        Raises:
+            UserError: a term is not finite; it names the first one, and its step.
+        """
+        metrics = meter.read()
+        problem, terms = first_lost(meter, metrics, step)
+        if problem:
+            self._refuse_lost_teacher()
+            raise self.error(problem, terms)
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+    def checked_metrics(self, meter: Meter, step: int) -> dict[str, float]:
+        """Return ``metrics``, after a check of the weights, which no later loss has seen yet."""
+        metrics = self.metrics(meter, step)
+        if not all_finite(self.phase.trains):
+            raise self.error("weights are not finite")
+        return metrics
+
+    def error(self, problem: str, terms: Sequence[str] = ()) -> UserError:
+        """Return the error about ``problem``, which began in ``terms``, with advice."""
+        return UserError(f"{self.where()}: {problem}; {advise(self.config, self.phase, terms)}")
+
+    def _refuse_lost_teacher(self) -> None:
+        """Raise UserError if the teacher's logits are not finite, which no setting can fix."""
+        if isinstance(teacher := getattr(self.method, "teacher", None), nn.Module):
+            name = f"{self.where()}: a term is not finite: the teacher, test set"
+            try:
+                predict(teacher, self.images.test, self.images, name)
+            except NotFiniteError as error:
+                raise UserError(f"{error}; use another teacher") from None
 
 
 def advise(config: Config, phase: Phase, terms: Sequence[str] = ()) -> str:
-    """Return what may keep ``phase`` finite, if ``terms`` of it were the first to be lost."""
+    """Return what to try against a divergence of ``phase`` that began in ``terms``."""
     own_lr = phase.schedule is not None and phase.schedule.lr is not None
     phases = (name for name, value in config.method if value == phase.schedule)
     tries = [f"a smaller method.{next(phases, '')}.lr" if own_lr else "a smaller optimizer.lr"]
@@ -55,7 +109,7 @@ def advise(config: Config, phase: Phase, terms: Sequence[str] = ()) -> str:
     return "try " + ", or ".join(tries)
 
 
-def is_sound(module: torch.nn.Module) -> bool:
+def all_finite(module: nn.Module) -> bool:
     """Return whether all parameters and statistics of ``module`` are finite."""
     values = [value for value in module.state_dict().values() if value.is_floating_point()]
     return bool(torch.stack([value.isfinite().all() for value in values]).all())

@@ -27,7 +27,7 @@ import train_teacher
 from sskd.commands.job import user_message
 from sskd.errors import UserError
 from sskd.models import build_model
-from train_student import train
+from sskd.train import train
 
 ROOT = Path(train_student.__file__).resolve().parent
 

@@ -19,12 +19,14 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from test_run import SMALL
 
-import sskd.training.result
+import sskd.train
 import train_teacher
 from sskd.commands.objective import objective
 from sskd.errors import CellError, UserError
 from sskd.models import build_model
 from sskd.output import complain_once
+from sskd.runs.folder import read_result
+from sskd.runs.result import RunResult
 
 CELL = [*(word for word in SMALL if "epochs" not in word), "schedule.epochs=1", "method=vanilla"]
 HOLDOUT = "dataset.holdout=0.2"
@@ -98,11 +100,12 @@ def test_it_is_the_last_top1_on_held_out_images(command: Command) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -5, 100.5, True, "77", None, [70.0]])
 @pytest.mark.parametrize("key", ["top1", "holdout_top1"])
 def test_what_is_no_percentage_is_no_accuracy(tmp_path: Path, key: str, value: object) -> None:
-    found = {"top1": {"last": 70.0}, "holdout_top1": None}
-    assert objective(found, tmp_path) == 70.0
-    with pytest.raises(UserError, match="has no accuracy") as caught:
-        objective(found | {key: {"last": value}}, tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path / 'result.json'}: ")
+    found: dict[str, Any] = {"top1": {"last": 70.0}, "holdout_top1": None}
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(found | {key: {"last": value}}))
+    with pytest.raises(UserError, match=r"has no accuracy|is not a result") as caught:
+        objective(read_result(tmp_path, RunResult) or RunResult(), tmp_path)
+    assert str(caught.value).startswith(f"{path}: ")
 
 
 def test_without_them_it_is_the_test_sets_and_that_is_said_once(command: Command) -> None:
@@ -145,14 +148,14 @@ def test_a_teacher_that_is_gone_by_the_end_fails_no_cell(
     if finished:
         assert command(*words)[0] == 0
 
-    name = "last_top1" if finished else "summarise"
-    original = getattr(sskd.training.result, name)
+    name = "last_top1" if finished else "measure_result"
+    original = getattr(sskd.train, name)
 
     def remove_then_do(*arguments: Any) -> Any:
         teacher.unlink()
         return original(*arguments)
 
-    monkeypatch.setattr(sskd.training.result, name, remove_then_do)
+    monkeypatch.setattr(sskd.train, name, remove_then_do)
     status, _, err = search(command, *words, "hydra.sweeper.seeds=[0]")
     assert (status, "error" in err) == (0, False)
     (line,) = last_lines(command.runs)
@@ -177,15 +180,19 @@ def test_a_search_for_the_lowest_accuracy_is_refused(command: Command) -> None:
 
 
 @pytest.mark.parametrize("held_out", [3, [], {"best": 50.0}, {"last": "high"}, {"last": None}])
-def test_a_result_without_it_is_an_error_and_never_the_test_sets(held_out: Any) -> None:
-    with pytest.raises(UserError, match="has no accuracy on held-out images"):
-        objective({"top1": {"last": 50.0}, "holdout_top1": held_out}, Path("folder"))
+def test_a_result_without_it_is_an_error_and_never_the_test_sets(
+    tmp_path: Path, held_out: Any
+) -> None:
+    found = {"top1": {"last": 50.0}, "holdout_top1": held_out}
+    (tmp_path / "result.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match=r"has no accuracy on held-out|'holdout_top1.* is not an? "):
+        objective(read_result(tmp_path, RunResult) or RunResult(), tmp_path)
 
 
 @pytest.mark.parametrize("result", [{"top1": {"last": 50.0}, "holdout_top1": None},
                                     {"top1": {"last": 50.0}}])  # fmt: skip
 def test_a_result_without_held_out_images_is_the_test_sets(result: dict[str, Any]) -> None:
-    assert objective(result, Path("folder")) == 50.0
+    assert objective(RunResult.from_json(result), Path("folder")) == 50.0
 
 
 @pytest.mark.parametrize("sweeper", ["optuna", "search"])

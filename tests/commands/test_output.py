@@ -211,7 +211,9 @@ def test_a_run_without_streams_keeps_them_out_of_its_files(tmp_path: Path) -> No
     found = subprocess.run(["bash", "-c", line], cwd=ROOT, env=environment)
     assert found.returncode == 0
     (folder,) = (path.parent for path in tmp_path.rglob("result.json"))
-    assert Run(folder, read_config_file(folder / "config.yaml")).load_best(1) is not None
+    assert (
+        Run(folder, read_config_file(folder / "config.yaml")).checkpoints.load_best(1) is not None
+    )
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
 
 
@@ -269,7 +271,7 @@ def test_a_bar_still_moves_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(sys, "stdout", terminal)
     with steady_output():
-        progress = Progress("train", 1, 100, 0, dict)
+        progress = Progress("train", 1, 100, done=0, metrics=dict)
         progress.line(f"starts in {CODES}")
         progress.advance(50)
         progress._bar.refresh()
@@ -302,7 +304,7 @@ def test_a_strangers_lock_is_told_clean(tmp_path: Path, capsys: Any) -> None:
             told += str(error) * isinstance(error, BusyError)
     out = capsys.readouterr().out
     assert "waiting for" in out
-    assert "watching whether" in out
+    assert "waiting to see whether" in out
     assert all(line.isprintable() for line in (out + told).splitlines())
 
 
@@ -338,11 +340,11 @@ def test_a_strangers_checkpoint_is_told_clean(tmp_path: Path, capsys: Any, name:
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     with Run(tmp_path, {"seed": 1}).open() as run:
         if name == "last.pt":
-            run.checkpoint(["train"])
+            run.checkpoints.load(["train"])
         else:
-            run.load_best(1)
+            run.checkpoints.load_best(1)
     err = capsys.readouterr().err
-    assert f"{name} is damaged" in err
+    assert f"{name} is corrupt" in err
     assert all(line.isprintable() for line in err.splitlines())
 
 

@@ -18,13 +18,14 @@ from test_data_folder import settings
 import sskd.data
 import sskd.data.decode
 import sskd.data.digests
-import sskd.teachers.phases
+import sskd.train
 from sskd.data import load_images
 from sskd.data.sources import folder_fingerprint
 from sskd.errors import UserError
 from sskd.evaluate import main as evaluate
+from sskd.runs.result import RunResult
 from sskd.teachers.find import run_location
-from train_student import train
+from sskd.train import train
 
 TINY = ("dataset=folder", "schedule.epochs=1", "arch@student=resnet8")
 
@@ -179,7 +180,7 @@ def test_a_change_while_a_run_starts_is_an_error(
     composed: Compose, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = composed(*TINY, "method=vanilla", f"dataset.root={photos}")
-    monkeypatch.setattr("sskd.device.reset_peak_memory", lambda _: change_pixel(photos))
+    monkeypatch.setattr("sskd.train.reset_peak_memory", lambda _: change_pixel(photos))
     with pytest.raises(UserError, match="its files changed"):
         train(config)
     assert not (run_location(config)[0] / "result.json").exists()
@@ -192,13 +193,13 @@ def test_a_phase_has_the_digest_of_the_loaded_images(
     words = (*TINY, f"dataset.root={photos}", "arch@teacher=resnet8", "teacher.train=true")
     train(composed(*TINY, "method=vanilla", f"dataset.root={photos}"))
     before = digest(photos)
-    share = sskd.teachers.phases.run_shared_phase
+    share = sskd.train.load_shared_phase
 
     def changed(*args: Any) -> Any:
         change_pixel(photos)
         return share(*args)
 
-    monkeypatch.setattr("sskd.teachers.phases.run_shared_phase", changed)
+    monkeypatch.setattr("sskd.train.load_shared_phase", changed)
     config = composed(*words, "method=sskd")
     train(config)
     (phase,) = Path(config.runs, "photos/phases").rglob("config.yaml")
@@ -233,7 +234,7 @@ def names_and_sizes(root: Path) -> str:
 
 
 @pytest.fixture
-def earlier_run(composed: Compose, photos: Path) -> Callable[..., dict[str, Any]]:
+def earlier_run(composed: Compose, photos: Path) -> Callable[..., RunResult]:
     """Make a run of those versions; return a function that starts the same command again."""
     config = composed(*TINY, "method=vanilla", f"dataset.root={photos}")
     (photos / "train/dark/Thumbs.db").write_text("counted by those versions")
@@ -247,12 +248,12 @@ def earlier_run(composed: Compose, photos: Path) -> Callable[..., dict[str, Any]
 
 
 def test_an_earlier_run_is_accepted_with_a_warning(
-    earlier_run: Callable[..., dict[str, Any]], photos: Path, capsys: pytest.CaptureFixture[str]
+    earlier_run: Callable[..., RunResult], photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
     earlier_run()
     out, err = capsys.readouterr()
-    assert "finished already" in out
+    assert "already finished" in out
     assert err.count("\n") == 1
     assert "warning: the run of resnet8 (vanilla, seed 0)" in err
     assert str(photos) in err
@@ -261,7 +262,7 @@ def test_an_earlier_run_is_accepted_with_a_warning(
 
 def test_an_earlier_run_resumes_with_a_warning(
     composed: Compose,
-    earlier_run: Callable[..., dict[str, Any]],
+    earlier_run: Callable[..., RunResult],
     photos: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -281,7 +282,7 @@ def test_an_earlier_run_resumes_with_a_warning(
     ],
 )
 def test_an_earlier_run_with_other_files_is_refused(
-    earlier_run: Callable[..., dict[str, Any]], photos: Path, change: Callable[[Path], object]
+    earlier_run: Callable[..., RunResult], photos: Path, change: Callable[[Path], object]
 ) -> None:
     change(photos)
     for more in ((), ("method=kd", "arch@teacher=resnet8")):

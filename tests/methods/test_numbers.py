@@ -18,8 +18,8 @@ from sskd.methods import METHODS, Method, Phase
 from sskd.methods.sskd import keep_rows, masked_mean
 from sskd.models import ARCHITECTURES, build_model
 from sskd.teachers.assembly import assemble
+from sskd.train import train
 from sskd.training.step import set_trainable, train_step
-from train_student import train
 
 BATCH = 6
 

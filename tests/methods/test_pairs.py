@@ -18,7 +18,7 @@ from sskd.methods.adapters import conv_regressor, modules_behind
 from sskd.methods.kd import KD
 from sskd.models import Features, build_model
 from sskd.teachers.assembly import assemble
-from train_student import train
+from sskd.train import train
 
 # The channels of the stem and of each stage, one network for every row of channels that the
 # 22 have (the papers' tables; half width for MobileNetV2).

@@ -29,7 +29,7 @@ from sskd import CONF
 from sskd.config import Config, parse_config, read_config
 from sskd.data import Split
 from sskd.data.images import add_label_noise, hold_out, keep_fraction
-from sskd.errors import UserError, did_you_mean
+from sskd.errors import CorruptFileError, UserError, did_you_mean
 from sskd.methods.crd import draw_negatives
 from sskd.methods.sskd import keep_rows
 from sskd.models import read_checkpoint
@@ -37,7 +37,7 @@ from sskd.overrides import as_override, flatten
 from sskd.report.metrics import EpochLine, read_metrics
 from sskd.report.result import Result
 from sskd.report.results import parse_result
-from sskd.runs.checkpoint_file import CorruptFileError, load_checkpoint, save_checkpoint
+from sskd.runs.checkpoint_file import load_checkpoint, save_checkpoint
 
 # The same examples each time, as many as a few seconds allow.
 some = settings(max_examples=150, deadline=None, derandomize=True, database=None)

@@ -22,7 +22,7 @@ from sskd import CONF
 from sskd.dashboard import panels
 from sskd.dashboard.__main__ import main
 from sskd.methods import METHODS
-from train_student import train
+from sskd.train import train
 
 Spec = dict[str, Any]
 RUN_FIELDS = {"_step", "state", "jobType"}

@@ -19,7 +19,7 @@ from sskd.report.groups import Entry
 from sskd.report.origin import FIXED, read_origin
 from sskd.report.report import Report, read_report
 from sskd.runs.names import CONFIG
-from train_student import train
+from sskd.train import train
 
 A, B = "a" * 64, "b" * 64
 PUBLISHED_KD = 70.66  # resnet56-resnet20, in SSKD's table

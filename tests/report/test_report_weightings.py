@@ -19,7 +19,7 @@ from sskd.models import build_model
 from sskd.report.groups import Entry
 from sskd.report.report import read_report
 from sskd.report.rows import display_name
-from sskd.runs.identity import diff_from_recipe
+from sskd.runs.recipe import diff_from_recipe
 from sskd.runs.weightings import METHODS, RECIPE, WEIGHTINGS, name_weighting
 from sskd.teachers.find import run_location
 

@@ -64,8 +64,9 @@ def table(page: str, heading: str, first: str) -> list[list[str]]:
 
 
 def test_the_front_page_has_what_the_runs_reached() -> None:
-    header, cells, *_ = table("README.md", "### Measured so far", "alone")
-    measured = {name.lower(): cell for name, cell in zip(header, cells, strict=True)}
+    header, cells, *_ = table("README.md", "### Measured so far", "resnet20")
+    assert cells[0] == "measured, 24 epochs"
+    measured = {name.lower(): cell for name, cell in zip(header[1:], cells[1:], strict=True)}
     reached = curves("short")
     assert set(measured) == set(reached) - {"cc", "fsp", "nst"}
     assert measured == {name: figure(reached[name]) for name in measured}

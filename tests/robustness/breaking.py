@@ -15,7 +15,8 @@ from faults import Attempt, Fault
 from filelock import FileLock
 from starting import forked
 
-from sskd.runs.checkpoint_file import CorruptFileError, load_checkpoint
+from sskd.errors import CorruptFileError
+from sskd.runs.checkpoint_file import load_checkpoint
 
 TIMES = {"seconds", "images_per_second", "date", "peak_memory_mib"}
 

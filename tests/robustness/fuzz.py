@@ -67,11 +67,12 @@ def whole_files(folder: Path) -> dict[str, bytes]:
 
 def read(path: Path) -> str:
     """Give the file to its readers; return what became of it, or raise what is a finding."""
-    from sskd.errors import UserError
+    from sskd.errors import CorruptFileError, UserError
     from sskd.models import read_checkpoint
-    from sskd.runs.checkpoint_file import CorruptFileError, load_checkpoint
+    from sskd.runs.checkpoint_file import load_checkpoint
+    from sskd.runs.comparison import explain_difference
     from sskd.runs.folder import read_config_file, read_result
-    from sskd.runs.identity import explain_difference
+    from sskd.runs.result import RunResult
 
     try:
         if path.name == "last.pt":
@@ -82,7 +83,7 @@ def read(path: Path) -> str:
             explain_difference(read_config_file(path), {"seed": 0})
         else:
             read_report_of(path)
-            read_result(path.parent)
+            read_result(path.parent, RunResult)
     except (UserError, CorruptFileError) as error:
         if not str(error).isprintable():
             raise AssertionError("a refusal of several lines") from error

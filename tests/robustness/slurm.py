@@ -321,7 +321,7 @@ def test_a_cell_comes_back_and_goes_on_where_it_stopped(
     status, out, err = sweep.end()
     assert (status, err) == (0, ""), err
     assert "2 of 2 cells have finished" in out
-    assert f"goes on in {sweep.folder(0)}, {stopped_at}/{EPOCHS} epochs" in sweep.log(0)
+    assert f"resumes in {sweep.folder(0)}, {stopped_at}/{EPOCHS} epochs" in sweep.log(0)
     assert outcome(sweep.runs) == outcome(undisturbed)
     first, second = offline_runs(sweep.folder(0))
     assert {first.stem, second.stem} == {f"run-{name}"}
@@ -341,7 +341,7 @@ def test_a_cell_that_is_cancelled_ends_saved(
     status, out, _ = sweep.again_without_slurm()
     assert status == 0
     assert "2 cells, 1 finished already" in out
-    assert "goes on in" in out
+    assert "resumes in" in out
     assert outcome(sweep.runs) == outcome(undisturbed)
 
 
@@ -351,5 +351,5 @@ def test_a_cell_that_may_not_come_back_says_so(cluster: Cluster, tmp_path: Path)
     status, out, err = sweep.end()
     assert status == 1
     assert "1 of 2 cells have finished" in out
-    assert "stopped by SIGUSR2, and saved, but does not come back: Job not requeued" in err
+    assert "stopped by SIGUSR2 and saved, but could not be requeued: Job not requeued" in err
     assert read_status(sweep.folder(1))["state"] == "finished"

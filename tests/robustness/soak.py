@@ -34,9 +34,10 @@ from sklearn.datasets import load_digits
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import sskd.commands.job  # noqa: E402
 import train_student  # noqa: E402
 from sskd.commands.job import run_command  # noqa: E402
-from sskd.runs.run import Run  # noqa: E402
+from sskd.runs.metrics_log import MetricsLog  # noqa: E402
 
 METHODS = ("vanilla", "kd", "crd", "sskd")
 MIB = 2**20
@@ -132,7 +133,7 @@ def command(*words: str) -> int:
 
 def soak_cells(count: int, out: Path) -> bool:
     """Run a sweep of ``count`` cells; return whether something grows."""
-    watch, train = Watch("cells", count), train_student.train_composed
+    watch, train = Watch("cells", count), sskd.commands.job._train
     runs = tempfile.mkdtemp(prefix="cells-", dir=out)
 
     def counted(composed: Any) -> None:
@@ -142,7 +143,7 @@ def soak_cells(count: int, out: Path) -> bool:
     with (
         (out / "cells.log").open("w") as log,
         redirect_stdout(log),
-        patch.object(train_student, "train_composed", counted),
+        patch.object(sskd.commands.job, "_train", counted),
     ):
         status = command(
             "-m", "dataset=digits", "dataset.fraction=0.02", "schedule.epochs=1",
@@ -159,7 +160,7 @@ def soak_cells(count: int, out: Path) -> bool:
 
 def soak_epochs(count: int, out: Path) -> bool:
     """Run ``count`` epochs, stopped halfway; return whether something grows."""
-    watch, log_epoch, half = Watch("epochs", count), Run.log, count // 2
+    watch, log_epoch, half = Watch("epochs", count), MetricsLog.log, count // 2
     folder = Path(tempfile.mkdtemp(prefix="epochs-", dir=out))
     draw_few(folder / "images")
     words = (
@@ -169,9 +170,9 @@ def soak_epochs(count: int, out: Path) -> bool:
     )  # fmt: skip
     moments: list[float] = []  # of the second start, and of the end of its first epoch
 
-    def counted(run: Run, figures: dict[str, Any]) -> None:
-        log_epoch(run, figures)
-        if figures["stage"] != "distill":  # the teacher's only epoch
+    def counted(log: MetricsLog, metrics: dict[str, Any]) -> None:
+        log_epoch(log, metrics)
+        if metrics["stage"] != "distill":  # the teacher's only epoch
             return
         if watch.done == half:
             moments.append(time.monotonic())
@@ -182,7 +183,7 @@ def soak_epochs(count: int, out: Path) -> bool:
     with (
         (out / "epochs.log").open("w") as log,
         redirect_stdout(log),
-        patch.object(Run, "log", counted),
+        patch.object(MetricsLog, "log", counted),
     ):
         stopped = command(*words)
         moments.append(time.monotonic())

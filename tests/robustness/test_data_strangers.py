@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 
 from sskd.data.folder import folder_fingerprint, names_and_sizes
 from sskd.errors import UserError
-from train_student import train
+from sskd.train import train
 
 # ---- skipped files ----
 
@@ -239,7 +239,7 @@ def test_a_class_name_may_be_invalid_utf8(composed: Compose, tmp_path: Path, nam
     assert sorted(classes) == sorted([escaped, "dog"])
     "".join(classes).encode()  # it can be encoded
     words = ("dataset=folder", f"dataset.root={root}", "schedule.epochs=1", "method=vanilla")
-    assert train(composed(*words, "arch@student=resnet8"))["top1"]
+    assert train(composed(*words, "arch@student=resnet8")).top1
 
 
 @pytest.mark.parametrize("kind", ["a broken image", "an empty class"])

@@ -21,6 +21,7 @@ import sskd.files
 import sskd.runs.lock
 from sskd.errors import BusyError
 from sskd.runs.lock import FolderLock
+from sskd.runs.result import RunResult, SharedResult
 from sskd.runs.run import Run
 
 CONFIG = {"seed": 1}
@@ -39,7 +40,7 @@ def network(value: float) -> nn.Module:
 
 def opened(folder: Path) -> Run:
     run = Run(folder, CONFIG).open()
-    run.checkpoint(["train"])
+    run.checkpoints.load(["train"])
     return run
 
 
@@ -49,14 +50,14 @@ def taken_over(folder: Path, runs: list[Run]) -> None:
     lease.force_break()
     run = opened(folder)
     runs.append(run)
-    if run.finished():
+    if run.finished(RunResult):
         run.close()
         return
     for epoch in (2, 3):
-        run.log(line(epoch, "new"))
-        run.save({"stage": "train", "holder": "new"})
-        run.save_best(network(2.0), epoch, 50.0)
-    run.plan({"train": 3})
+        run.metrics.log(line(epoch, "new"))
+        run.checkpoints.save({"stage": "train", "holder": "new"})
+        run.checkpoints.save_best(network(2.0), epoch, 50.0)
+    run.announce({"train": 3})
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -64,14 +65,14 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 WRITES: dict[str, Callable[[Run], object]] = {
-    "metrics.jsonl": lambda run: run.log(line(2, LATE)),
-    "last.pt": lambda run: run.save({"stage": "train", "holder": LATE}),
-    "best.pt": lambda run: run.save_best(network(1.0), 2, 40.0),
-    "status.json": lambda run: run.plan({"train": 999}),
-    "result.json": lambda run: run.finish(None, {"holder": LATE}),
-    "model.safetensors": lambda run: run.finish(network(1.0), {"holder": LATE}),
+    "metrics.jsonl": lambda run: run.metrics.log(line(2, LATE)),
+    "last.pt": lambda run: run.checkpoints.save({"stage": "train", "holder": LATE}),
+    "best.pt": lambda run: run.checkpoints.save_best(network(1.0), 2, 40.0),
+    "status.json": lambda run: run.announce({"train": 999}),
+    "result.json": lambda run: run.finish(None, SharedResult(stage=LATE)),
+    "model.safetensors": lambda run: run.finish(network(1.0), SharedResult(stage=LATE)),
     "failure": lambda run: run.__exit__(ValueError, ValueError(LATE), None),
-    "metrics.jsonl again": lambda run: run.checkpoint(["train"]),
+    "metrics.jsonl again": lambda run: run.checkpoints.load(["train"]),
     "config.yaml": lambda run: run._enter(),
 }
 
@@ -114,8 +115,8 @@ def test_what_comes_late_does_not_get_in(tmp_path: Path, moments: Any, name: str
         folder = tmp_path / str(number)
         runs: list[Run] = []
         old = opened(folder)
-        old.log(line(1, "old"))
-        old.save({"stage": "train", "holder": "old"})
+        old.metrics.log(line(1, "old"))
+        old.checkpoints.save({"stage": "train", "holder": "old"})
         found: dict[str, bytes] = {}
 
         def take(folder: Path = folder, runs: list[Run] = runs, found: Any = found) -> None:
@@ -149,17 +150,20 @@ def test_what_comes_late_does_not_get_in(tmp_path: Path, moments: Any, name: str
 
 def goes_on(run: Run) -> None:
     """Let the new holder go on, stop, and be followed by a third."""
-    run.log(line(4, "new"))
-    run.save({"stage": "train", "holder": "new"})
+    run.metrics.log(line(4, "new"))
+    run.checkpoints.save({"stage": "train", "holder": "new"})
     run.close()
     third = Run(run.folder, CONFIG).open()
-    state = third.checkpoint(["train"])
+    state = third.checkpoints.load(["train"])
     assert state is not None
     assert state["holder"] == "new"
-    assert [figures["epoch"] for figures in third.metrics] == [1, 2, 3, 4]
-    third.finish(None, {"kind": "phase"})
+    assert [figures["epoch"] for figures in third.metrics.lines] == [1, 2, 3, 4]
+    third.finish(None, SharedResult(stage="train"))
     assert json.loads((run.folder / "result.json").read_text()) == {
         "kind": "phase",
+        "stage": "train",
+        "seconds": None,
+        "digest": None,
         "run": {"seed": 1},
     }
     third.close()
@@ -201,6 +205,6 @@ def test_a_process_that_was_stopped_ends_busy(undisturbed: Undisturbed, tmp_path
 
 def test_a_checkpoint_names_its_run_for_any_reader(tmp_path: Path) -> None:
     with opened(tmp_path) as run:
-        run.save({"stage": "train"})
+        run.checkpoints.save({"stage": "train"})
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert state["run"] == CONFIG

@@ -20,14 +20,15 @@ from torch import nn
 import sskd.files
 import sskd.runs.names
 import sskd.runs.status
-from sskd.errors import UserError
+from sskd.errors import CorruptFileError, UserError
 from sskd.files import read_bounded, read_lines
 from sskd.models import read_checkpoint
 from sskd.report.cells import read_cells
 from sskd.report.metrics import read_metrics
 from sskd.report.results import read_results
-from sskd.runs.checkpoint_file import CorruptFileError, load_checkpoint, save_checkpoint
+from sskd.runs.checkpoint_file import load_checkpoint, save_checkpoint
 from sskd.runs.folder import archive_run, read_config_file, read_result
+from sskd.runs.result import RunResult
 from sskd.runs.run import Run
 from sskd.runs.status import read_status, write_failure
 from sskd.tracking.session import run_id
@@ -92,11 +93,11 @@ def test_files_without_end_are_named(tmp_path: Path) -> None:
         sparse(run / name)
     with in_time():
         with pytest.raises(UserError, match=r"result\.json: is not a result"):
-            read_result(run)
+            read_result(run, RunResult)
         with pytest.raises(UserError, match=r"config\.yaml: cannot be read"):
             read_config_file(run / "config.yaml")
-        with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: it has more than"):
-            Run(run, {}).read_metrics()
+        with pytest.raises(UserError, match=r"metrics\.jsonl is corrupt: it has more than"):
+            Run(run, {}).metrics.read()
         assert len(run_id(run, "name")) == 16
         for read in (read_results, read_cells):
             warnings: list[str] = []
@@ -125,14 +126,14 @@ def test_a_report_names_a_file_without_end(tmp_path: Path, name: str) -> None:
 def test_a_checkpoint_without_end_is_damaged(tmp_path: Path, name: str, end: bytes) -> None:
     with sparse(tmp_path / name).open("ab") as stream:
         stream.write(end)
-    with in_time(), pytest.raises(CorruptFileError, match=r"bytes, the limit|its end is missing"):
+    with in_time(), pytest.raises(CorruptFileError, match=r"bytes, the limit|cannot be read"):
         load_checkpoint(tmp_path / name)
     run = Run(tmp_path, {})
     if name == "best.pt":
-        assert run.load_best(1) is None
+        assert run.checkpoints.load_best(1) is None
     else:
-        with pytest.raises(UserError, match=rf"{name} is damaged"):
-            run.checkpoint(["train"])
+        with pytest.raises(UserError, match=rf"{name} is corrupt"):
+            run.checkpoints.load(["train"])
 
 
 def test_line_ends_alone_do_not_fill_the_memory(
@@ -215,8 +216,8 @@ def test_a_phase_of_another_size_is_damaged(tmp_path: Path) -> None:
     import sskd.teachers.phases
 
     sparse(tmp_path / "model.safetensors")
-    with in_time(), pytest.raises(UserError, match=r"model\.safetensors: is damaged"):
-        sskd.teachers.phases._load_result(nn.Linear(2, 2), tmp_path / "model.safetensors", None)
+    with in_time(), pytest.raises(UserError, match=r"model\.safetensors: is corrupt"):
+        sskd.teachers.phases._load_weights(nn.Linear(2, 2), tmp_path / "model.safetensors", None)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 import sskd.config
 import sskd.methods.ab
-import sskd.runs.identity
+import sskd.runs.recipe
 from sskd.config import Config, parse_config
 from sskd.data import DatasetSettings, Images
 from sskd.errors import UserError
@@ -21,13 +21,17 @@ from sskd.methods import AB, METHODS, Vanilla, build_method
 from sskd.methods.kd import KD
 from sskd.models import build_model
 from sskd.optimizers import OPTIMIZERS, OptimizerChoice, SGDSettings
-from sskd.runs.identity import diff_from_recipe, full_config, run_folder, teacher_config
+from sskd.runs.folder import run_folder
+from sskd.runs.identity import full_config
+from sskd.runs.plan import TeacherWeights
+from sskd.runs.recipe import diff_from_recipe, teacher_config
+from sskd.runs.result import RunResult, Top1
 from sskd.runs.run import Run
 from sskd.schedule import PhaseSettings
 from sskd.settings import Positive, Share
-from sskd.teachers.find import TeacherWeights, find_teacher
+from sskd.teachers.find import find_teacher
 from sskd.teachers.phases import phase_settings
-from train_student import train
+from sskd.train import train
 
 RUN = ("dataset=digits", "arch@teacher=resnet8", "arch@student=resnet8", "seed=3")
 
@@ -114,11 +118,11 @@ def upgrade(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
 
     def become(kind: str) -> None:
         LATER[kind][0](monkeypatch)
-        sskd.runs.identity._recipe.cache_clear()
+        sskd.runs.recipe.defaults_of.cache_clear()
 
     yield become
     monkeypatch.undo()
-    sskd.runs.identity._recipe.cache_clear()
+    sskd.runs.recipe.defaults_of.cache_clear()
 
 
 def words_of(kind: str) -> tuple[str, ...]:
@@ -165,7 +169,9 @@ def test_a_finished_run_is_found_in_its_folder(
     upgrade(kind)
     after = composed(*words_of(kind), *extra)
     assert folder_of(after) == folder_of(before)
-    assert Run(folder_of(after), full_config(after)).finished() == {"top1": {"last": 50.0}}
+    assert Run(folder_of(after), full_config(after)).finished(RunResult) == RunResult(
+        top1=Top1(last=50.0)
+    )
 
 
 @pytest.mark.parametrize("kind", LATER)
@@ -190,7 +196,7 @@ def test_another_value_is_another_configuration(
     changed = composed(*words_of(kind), f"+{path}={json.dumps(other)}")
     assert folder_of(changed) != folder_of(old)
     with pytest.raises(UserError, match=rf"{path} \({default!r} there, {other!r} here\)"):
-        Run(folder_of(old), full_config(changed)).finished()
+        Run(folder_of(old), full_config(changed)).finished(RunResult)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in LATER if "phase" not in kind])
@@ -200,7 +206,7 @@ def test_a_student_finds_its_teacher(
     leave(teacher_config(composed(*words_of(kind))), "result.json", '{"digest": {"best": "0"}}')
     upgrade(kind)
     monkeypatch.setitem(METHODS, "vanilla", LaterVanilla)
-    sskd.runs.identity._recipe.cache_clear()
+    sskd.runs.recipe.defaults_of.cache_clear()
     found = find_teacher(composed(*words_of(kind)))
     assert found is not None
     assert found.digest == "0"
@@ -259,19 +265,19 @@ def test_a_setting_of_the_recipe_alone_counts_as_the_recipes(
 
     old = composed(*RUN, "method=kd")
     leave(old, "result.json", "{}")
-    original = sskd.runs.identity._compose
+    original = sskd.runs.recipe._compose
 
     def with_ema(*words: str) -> Any:
         return OmegaConf.create({**OmegaConf.to_container(original(*words)), "ema": 0.25})  # type: ignore[dict-item]
 
     monkeypatch.setattr(sskd.config, "Config", Required)
-    monkeypatch.setattr(sskd.runs.identity, "_compose", with_ema)
-    sskd.runs.identity._recipe.cache_clear()
+    monkeypatch.setattr(sskd.runs.recipe, "_compose", with_ema)
+    sskd.runs.recipe.defaults_of.cache_clear()
     same, other = (parse_config({**old.model_dump(), "ema": ema}) for ema in (0.25, 0.5))
-    assert Run(folder_of(old), full_config(same)).finished() == {}
+    assert Run(folder_of(old), full_config(same)).finished(RunResult) == RunResult()
     with pytest.raises(UserError, match=r"ema \(0.25 there, 0.5 here\)"):
-        Run(folder_of(old), full_config(other)).finished()
-    sskd.runs.identity._recipe.cache_clear()
+        Run(folder_of(old), full_config(other)).finished(RunResult)
+    sskd.runs.recipe.defaults_of.cache_clear()
 
 
 @pytest.mark.parametrize("lost", ["method.name", "student.name", "seed", "method.weights.kd"])
@@ -287,7 +293,7 @@ def test_what_every_version_has_written_is_never_assumed(composed: Compose, lost
     del node[last]
     OmegaConf.save(kept, path)
     with pytest.raises(UserError, match=rf"{lost} \(None there"):
-        Run(folder_of(config), full_config(config)).finished()
+        Run(folder_of(config), full_config(config)).finished(RunResult)
 
 
 def test_a_real_run_is_finished_in_the_later_version(
@@ -301,5 +307,5 @@ def test_a_real_run_is_finished_in_the_later_version(
         if "phase" not in kind:
             LATER[kind][0](monkeypatch)
     monkeypatch.setitem(METHODS, "vanilla", LaterVanilla)
-    sskd.runs.identity._recipe.cache_clear()
-    assert train(composed(*words)) == json.loads(json.dumps(result))
+    sskd.runs.recipe.defaults_of.cache_clear()
+    assert train(composed(*words)) == result

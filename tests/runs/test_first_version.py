@@ -11,7 +11,7 @@ from conftest import Compose
 
 from sskd.report.__main__ import main as report
 from sskd.teachers.find import run_location
-from train_student import train
+from sskd.train import train
 
 # config.yaml, metrics.jsonl, best.pt and last.pt after step 8 of 20, of commit 66610dc; weights
 # and momentum are rounded to bfloat16, so that the archive is small.
@@ -28,7 +28,7 @@ def test_a_run_of_the_first_version_goes_on_and_serves(
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(folder, filter="data")
     train(config)
-    assert "goes on in" in capsys.readouterr().out
+    assert "resumes in" in capsys.readouterr().out
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open()]
     # What the first version itself made of it.
     assert losses == pytest.approx([2.37721, 2.33152, 2.29741, 2.24246], rel=1e-3)

@@ -19,16 +19,13 @@ from sskd.commands.sweep import Sweep
 from sskd.config import Config
 from sskd.data import Images
 from sskd.models import build_model
-from sskd.runs.identity import (
-    diff_from_recipe,
-    earlier_diffs_from_recipe,
-    explain_difference,
-    full_config,
-    run_folder,
-)
+from sskd.runs.comparison import explain_difference
+from sskd.runs.folder import run_folder
+from sskd.runs.identity import full_config
+from sskd.runs.recipe import diff_from_recipe, earlier_diffs_from_recipe
 from sskd.teachers.find import missing_teacher, run_location
+from sskd.train import train
 from sskd.training.result import _circumstances
-from train_student import train
 
 OWN_TEACHER = [item for item in SMALL if not item.startswith("teacher.train")]
 
@@ -139,9 +136,9 @@ def test_a_run_that_an_earlier_version_named_is_found(
     config_file.write_text(text.replace("  epochs: null\n", "  epochs: 3\n", 1))
     assert config_file.read_text() != text
     capsys.readouterr()
-    assert result["threads"] == torch.get_num_threads()
+    assert result.threads == torch.get_num_threads()
     assert train(given) == result
-    assert f"{older}: finished already" in capsys.readouterr().out
+    assert f"{older}: already finished" in capsys.readouterr().out
 
 
 BENCHMARK = ("weighting=crd_benchmark", "teacher.epoch=last")
@@ -216,8 +213,8 @@ def test_a_run_of_the_first_recipe_is_not_trained_again(
     capsys.readouterr()
     train(config)
     out = capsys.readouterr().out
-    assert f"{older}: {'last top-1' if stopped else 'finished already'}" in out
-    assert ("goes on in" in out) == stopped
+    assert f"{older}: {'last top-1' if stopped else 'already finished'}" in out
+    assert ("resumes in" in out) == stopped
     assert not today.exists()
 
 

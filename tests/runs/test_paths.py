@@ -15,8 +15,8 @@ from test_run import SMALL
 
 import train_student
 from sskd.commands.job import run_command
+from sskd.files import expanded
 from sskd.models import build_model, save_weights
-from sskd.paths import expanded
 
 ONE_EPOCH = [*(word for word in SMALL if "epochs" not in word), "schedule.epochs=1"]
 CHDIR = "hydra.job.chdir=true"

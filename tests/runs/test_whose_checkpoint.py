@@ -14,9 +14,10 @@ from torch import nn
 from sskd.errors import UserError
 from sskd.runs.checkpoint_file import load_checkpoint, save_checkpoint
 from sskd.runs.identity import full_config
+from sskd.runs.result import RunResult, Top1
 from sskd.runs.run import Run
 from sskd.teachers.find import find_teacher, run_location
-from train_student import train
+from sskd.train import train
 
 STUDENT = ("dataset=digits", "method=kd", "arch@teacher=resnet14", "arch@student=resnet8")
 OTHERS = {
@@ -35,9 +36,9 @@ SAME = ["device=cpu", "compile=off", "checkpoint_minutes=1", "wandb.project=b", 
 def stopped(folder: Path, config: dict[str, Any]) -> Path:
     """Leave a run that was stopped in its first epoch, before it had written a line."""
     with Run(folder, config).open() as run:
-        run.checkpoint(["train"])
-        run.save({"stage": "train"})
-        run.save_best(nn.Linear(1, 1), 1, 10.0)
+        run.checkpoints.load(["train"])
+        run.checkpoints.save({"stage": "train"})
+        run.checkpoints.save_best(nn.Linear(1, 1), 1, 10.0)
     return folder
 
 
@@ -52,7 +53,7 @@ def put(folder: Path, name: str, other: Path) -> None:
 
 def resumed(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     with Run(folder, config).open() as run:
-        return run.checkpoint(["train"])
+        return run.checkpoints.load(["train"])
 
 
 @pytest.mark.parametrize("name", ["last.pt", "previous.pt"])
@@ -123,11 +124,11 @@ def test_another_runs_best_epoch_is_not_taken(
 ) -> None:
     own = full_config(composed(*STUDENT))
     folder = stopped(tmp_path / "own", own)
-    assert Run(folder, own).load_best(1) is not None
+    assert Run(folder, own).checkpoints.load_best(1) is not None
     put(folder, "best.pt", stopped(tmp_path / "other", full_config(composed(*STUDENT, "seed=1"))))
-    assert Run(folder, own).load_best(1) is None
+    assert Run(folder, own).checkpoints.load_best(1) is None
     assert (
-        "best.pt is damaged: it is of another run: seed (1 there, 0 here)"
+        "best.pt is corrupt: it is of another run: seed (1 there, 0 here)"
         in capsys.readouterr().err
     )
 
@@ -142,7 +143,7 @@ def test_an_odd_name_is_damage_or_another_run(tmp_path: Path, odd: Any) -> None:
 
 # ---- a result ----
 
-RESULT = {"kind": "distill", "top1": {"last": 70.0}}
+RESULT = RunResult(kind="distill", top1=Top1(last=70.0))
 
 
 def finished(folder: Path, config: dict[str, Any]) -> Path:
@@ -156,13 +157,13 @@ def test_another_runs_result_is_refused(composed: Compose, tmp_path: Path, key: 
     own = full_config(composed(*STUDENT), "digest")
     folder = finished(tmp_path / "own", own)
     other = finished(tmp_path / "other", full_config(composed(*STUDENT, OTHERS[key]), "digest"))
-    found = Run(folder, own).finished()
+    found = Run(folder, own).finished(RunResult)
     assert found is not None
-    assert found["top1"] == {"last": 70.0}
+    assert found.top1.last == 70.0
     for name in ("result.json", "model.safetensors"):
         shutil.copy(other / name, folder / name)
     with pytest.raises(UserError, match=rf"result of another run: .*{key} \(") as caught:
-        Run(folder, own).finished()
+        Run(folder, own).finished(RunResult)
     assert str(caught.value).startswith(f"{folder / 'result.json'}: ")
     assert "\n" not in str(caught.value)
 
@@ -172,7 +173,7 @@ def test_the_result_of_the_same_run_elsewhere_is_taken(
     composed: Compose, tmp_path: Path, word: str
 ) -> None:
     folder = finished(tmp_path, full_config(composed(*STUDENT), "digest"))
-    assert Run(folder, full_config(composed(*STUDENT, word), "digest")).finished()
+    assert Run(folder, full_config(composed(*STUDENT, word), "digest")).finished(RunResult)
 
 
 def test_a_result_of_a_version_that_named_no_run_is_taken(
@@ -180,11 +181,11 @@ def test_a_result_of_a_version_that_named_no_run_is_taken(
 ) -> None:
     own = full_config(composed(*STUDENT), "digest")
     folder = finished(tmp_path, own)
-    (folder / "result.json").write_text(json.dumps(RESULT))
-    assert Run(folder, own).finished() == RESULT
-    (folder / "result.json").write_text(json.dumps(RESULT | {"run": "resnet8"}))
+    (folder / "result.json").write_text(json.dumps(RESULT.to_json()))
+    assert Run(folder, own).finished(RunResult) == RESULT
+    (folder / "result.json").write_text(json.dumps(RESULT.to_json() | {"run": "resnet8"}))
     with pytest.raises(UserError, match="it names no run"):
-        Run(folder, own).finished()
+        Run(folder, own).finished(RunResult)
 
 
 def test_another_runs_result_and_weights_are_no_teacher(composed: Compose, tmp_path: Path) -> None:

@@ -24,17 +24,17 @@ from torch import Tensor
 
 import sskd.teachers.outputs
 import sskd.teachers.precompute
-import train_student
+import sskd.train
 from sskd.config import Config
 from sskd.data import Images, Loader
 from sskd.errors import BusyError, UserError
 from sskd.methods import METHODS, Method
 from sskd.models import Features
 from sskd.runs.checkpoint_file import load_checkpoint, save_checkpoint
+from sskd.runs.plan import RunPlan, TeacherWeights
 from sskd.teachers.assembly import assemble
-from sskd.teachers.find import TeacherWeights
 from sskd.teachers.outputs import can_precompute
-from sskd.teachers.precompute import PHASE, precompute
+from sskd.teachers.precompute import PHASE, load_teacher_outputs
 from sskd.training.acceleration import fold_teacher
 from sskd.training.signals import Interrupted
 from sskd.training.step import set_trainable
@@ -106,8 +106,10 @@ def test_rows_are_what_the_teacher_computes(
     pair = (f"arch@teacher={teacher}", "arch@student=resnet8")
     config = composed("method=rkd", *pair, f"precision={precision}", "dataset=digits")
     method = made(config, images)
-    found = precompute(method, images, config, DIGEST)
+    load_teacher_outputs(method, images, planned(config))
+    found = method.precomputed
     assert found is not None
+    method.precomputed = None
     loader = Loader(images.train, images.mean, images.std, 2)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         for seed in range(3):
@@ -129,7 +131,8 @@ def test_losses_are_those_of_the_teacher_itself(composed: Compose, name: str) ->
     pair = ("arch@teacher=resnet14", "arch@student=resnet8")
     config = composed(f"method={name}", *pair, "dataset=digits")
     method = made(config, images)
-    looked_up = precompute(method, images, config, DIGEST)
+    load_teacher_outputs(method, images, planned(config))
+    looked_up = method.precomputed
     stages = list(method.phases())
     asked: list[object] = []
     method.teacher.register_forward_pre_hook(lambda *given: asked.append(given))
@@ -149,6 +152,11 @@ def test_losses_are_those_of_the_teacher_itself(composed: Compose, name: str) ->
         for term, value in losses[0].items():
             torch.testing.assert_close(losses[1][term], value, rtol=1e-4, atol=1e-5)
     assert not asked, "the last stage, looked up, needs no teacher"
+
+
+def planned(config: Config) -> RunPlan:
+    """Return the plan of a run with a teacher of any weights."""
+    return RunPlan(config, Path(config.runs, "run"), {}, DIGEST, {})
 
 
 def cell(runs: Path, *more: str) -> list[str]:
@@ -178,7 +186,7 @@ def test_a_run_learns_what_it_does_without(composed: Compose, tmp_path: Path, na
     words = cell(tmp_path, f"method={name}", "schedule.epochs=1")
     for runs, chosen in (("with", "true"), ("without", "false")):
         own = [f"runs={tmp_path / runs}", f"teacher.precompute={chosen}"]
-        train_student.train(composed(*words, *own))
+        sskd.train.train(composed(*words, *own))
     (ours,), (theirs,) = losses(tmp_path / "with")[-1:], losses(tmp_path / "without")[-1:]
     assert ours == pytest.approx(theirs, rel=1e-3)
     folders = [
@@ -193,12 +201,12 @@ def test_the_next_run_of_the_teacher_finds_them(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     words = kd(tmp_path)
-    train_student.train(composed(*words))
+    sskd.train.train(composed(*words))
     assert f"{PHASE}: computes" in capsys.readouterr().out
     before = outputs(tmp_path).read_bytes()
-    monkeypatch.setattr(sskd.teachers.precompute, "_compute", None)
+    monkeypatch.setattr(sskd.teachers.precompute, "_fill", None)
     for other in ("seed=1", "method.temperature=2", "arch@student=resnet20", "batch_size=8"):
-        train_student.train(composed(*words, other))
+        sskd.train.train(composed(*words, other))
         assert f"{outputs(tmp_path).parent}: reused" in capsys.readouterr().out
     assert outputs(tmp_path).read_bytes() == before
 
@@ -215,7 +223,7 @@ def test_what_they_depend_on_makes_others(composed: Compose, tmp_path: Path) -> 
         ("teacher.seed=1",),
     )
     for number, other in enumerate(others, 1):
-        train_student.train(composed(*words, *other))
+        sskd.train.train(composed(*words, *other))
         assert len(list(tmp_path.rglob("outputs.bin"))) == number, other
 
 
@@ -223,7 +231,7 @@ def test_a_method_that_reads_maps_asks_the_teacher(
     composed: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = cell(tmp_path, "method=fitnet", "schedule.epochs=1", "teacher.epochs=1")
-    train_student.train(composed(*words))
+    sskd.train.train(composed(*words))
     assert (
         "teacher.precompute: method=fitnet reads more of the teacher than its logits and its "
         "pooled feature, so that the teacher is asked in every step\n"
@@ -247,20 +255,19 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 def test_a_damaged_file_is_named(composed: Compose, tmp_path: Path) -> None:
     words = kd(tmp_path)
-    train_student.train(composed(*words))
+    sskd.train.train(composed(*words))
     path = outputs(tmp_path)
     content = path.read_bytes()
     for damage in DAMAGES.values():
         damage(path)
         with pytest.raises(UserError) as told:
-            train_student.train(composed(*words, "seed=1"))
+            sskd.train.train(composed(*words, "seed=1"))
         assert str(told.value) == (
-            f"{path}: is damaged; remove the folder {path.parent}, and the same command makes it "
-            "anew"
+            f"{path}: is corrupt; delete the folder {path.parent} and rerun the same command"
         )
         path.write_bytes(content)
     shutil.rmtree(path.parent)
-    train_student.train(composed(*words, "seed=1"))
+    sskd.train.train(composed(*words, "seed=1"))
     assert outputs(tmp_path).read_bytes() == content
 
 
@@ -271,9 +278,9 @@ def test_a_small_disk_is_told_before_anything_is_computed(
     words = cell(tmp_path, "method=sskd", "schedule.epochs=1", "teacher.epochs=1")
     with pytest.raises(
         UserError,
-        match=r"bin: 0\.00179 GiB of the teacher's outputs are to be written, and 0\.0009",
+        match=r"bin: the teacher's outputs need 0\.00179 GiB more, but only 0\.0009",
     ):
-        train_student.train(composed(*words))
+        sskd.train.train(composed(*words))
 
 
 @pytest.mark.parametrize("told", ["CUDA out of memory.", "MPS backend out of memory"])
@@ -285,7 +292,7 @@ def test_a_device_that_is_too_small_is_told(
 
     monkeypatch.setattr(sskd.teachers.outputs, "map_rows", full)
     with pytest.raises(UserError, match=r"outputs, 0\.\d+ GiB, do not fit into the memory of cpu"):
-        train_student.train(
+        sskd.train.train(
             composed(*cell(tmp_path, "method=kd", "schedule.epochs=1", "dataset.fraction=0.02"))
         )
 
@@ -293,13 +300,13 @@ def test_a_device_that_is_too_small_is_told(
 def test_labels_make_no_others(composed: Compose, tmp_path: Path) -> None:
     words = kd(tmp_path)
     for noise in (0.0, 0.3, 0.5):
-        train_student.train(composed(*words, f"dataset.label_noise={noise}"))
+        sskd.train.train(composed(*words, f"dataset.label_noise={noise}"))
     assert outputs(tmp_path)
 
 
 def test_held_out_images_have_none(composed: Compose, tmp_path: Path) -> None:
     words = kd(tmp_path)
-    train_student.train(composed(*words, "dataset.fraction=0.05", "dataset.holdout=0.5"))
+    sskd.train.train(composed(*words, "dataset.fraction=0.05", "dataset.holdout=0.5"))
     assert outputs(tmp_path).stat().st_size == 40 * 162 * 10 * 4
 
 
@@ -337,7 +344,7 @@ def stopped(words: list[str], composed: Compose, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         interrupted(patch, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Interrupted):
-            train_student.train(composed(*words))
+            sskd.train.train(composed(*words))
 
 
 def test_a_process_that_has_lost_the_folder_writes_no_more(
@@ -349,7 +356,7 @@ def test_a_process_that_has_lost_the_folder_writes_no_more(
 
     interrupted(monkeypatch, lose)
     with pytest.raises(BusyError):
-        train_student.train(composed(*kd(tmp_path)))
+        sskd.train.train(composed(*kd(tmp_path)))
     assert outputs(tmp_path).stat().st_size == 5 * 162 * 10 * 4
 
 
@@ -358,12 +365,12 @@ def test_a_signal_saves_and_the_next_start_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     words = kd(tmp_path)
-    train_student.train(composed(*words))
+    sskd.train.train(composed(*words))
     undisturbed = outputs(tmp_path).read_bytes()
     shutil.rmtree(outputs(tmp_path).parent)
     stopped([*words, "seed=1"], composed, monkeypatch)
     capsys.readouterr()
-    train_student.train(composed(*words, "seed=1"))
+    sskd.train.train(composed(*words, "seed=1"))
     assert "; 6/10 images are done\n" in capsys.readouterr().out
     assert outputs(tmp_path).read_bytes() == undisturbed
 
@@ -377,10 +384,10 @@ def test_a_part_that_is_damaged_is_not_gone_on_from(
     content = path.read_bytes()
     for name in ("a bit", "cut", "gone"):
         DAMAGES[name](path)
-        with pytest.raises(UserError, match=r"outputs\.bin: is damaged; remove the folder"):
-            train_student.train(composed(*words))
+        with pytest.raises(UserError, match=r"outputs\.bin: is corrupt; delete the folder"):
+            sskd.train.train(composed(*words))
         path.write_bytes(content)
-    train_student.train(composed(*words))
+    sskd.train.train(composed(*words))
 
 
 def test_a_checkpoint_of_something_else_is_damaged(
@@ -393,8 +400,8 @@ def test_a_checkpoint_of_something_else_is_damaged(
     shared = {name: whole[name] for name in ("stage", "lines", "metrics_digest")}
     for state in OTHER_STATES:
         save_checkpoint(path, {**(whole if state else shared), **state})
-        with pytest.raises(UserError, match=r"(last\.pt|bin): is damaged; remove the folder"):
-            train_student.train(composed(*words))
+        with pytest.raises(UserError, match=r"(last\.pt|bin): is corrupt; delete the folder"):
+            sskd.train.train(composed(*words))
         outputs(tmp_path).write_bytes(content)
 
 
@@ -402,14 +409,14 @@ def test_what_may_not_be_read_is_not_called_damaged(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = kd(tmp_path)
-    train_student.train(composed(*words))
+    sskd.train.train(composed(*words))
 
     def forbidden(path: Path, *_: int) -> str:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(sskd.teachers.outputs, "_known_digest", forbidden)
     with pytest.raises(PermissionError, match=r"outputs\.bin"):
-        train_student.train(composed(*words, "seed=1"))
+        sskd.train.train(composed(*words, "seed=1"))
 
 
 def test_a_cell_has_let_go_of_its_own_when_the_next_takes_its(
@@ -427,7 +434,7 @@ def test_a_cell_has_let_go_of_its_own_when_the_next_takes_its(
     monkeypatch.setattr(sskd.teachers.outputs, "map_rows", watched)
     for seed in range(3):
         words = kd(tmp_path)
-        train_student.train(composed(*words, f"seed={seed}"))
+        sskd.train.train(composed(*words, f"seed={seed}"))
     assert len(taken) == 3
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import wandb
-from conftest import Compose
+from conftest import Compose, plan_of
 from PIL import Image
 from test_run import SMALL, CrashError, at_step, crash
 
@@ -22,14 +22,13 @@ import sskd.tracking.tracker
 from sskd import CONF
 from sskd.config import Config
 from sskd.errors import UserError
-from sskd.runs.identity import diff_from_recipe, full_config, run_folder
 from sskd.runs.run import Run
 from sskd.runs.status import read_status
 from sskd.runs.weightings import RECIPE
 from sskd.tracking.session import choose_mode, run_id
 from sskd.tracking.tracker import Tracker
+from sskd.train import train
 from sskd.training.signals import Interrupted
-from train_student import train
 
 
 def inspect(path: Path, *options: str) -> list[dict[str, Any]]:
@@ -79,11 +78,11 @@ def test_a_run_without_a_login_is_kept_whole_on_disk(
     (summary,) = inspect(student, "--summary")
     assert summary["config"]["method"]["weights"] == {"ce": 0.1, "kd": 0.9, "tf": 2.7, "ss": 10}
     shown = summary["summary"]
-    assert shown["last/top1"] == pytest.approx(result["top1"]["last"])
-    assert shown["best/top1"] == pytest.approx(result["top1"]["best"])
-    assert shown["agreement"] == pytest.approx(result["agreement"])
-    assert shown["hours"] == pytest.approx(result["seconds"] / 3600)
-    assert shown["peak_memory_mib"] == pytest.approx(result["peak_memory_mib"])
+    assert shown["last/top1"] == pytest.approx(result.top1.last)
+    assert shown["best/top1"] == pytest.approx(result.top1.best)
+    assert shown["agreement"] == pytest.approx(result.agreement)
+    assert shown["hours"] == pytest.approx((result.seconds or 0) / 3600)
+    assert shown["peak_memory_mib"] == pytest.approx(result.peak_memory_mib)
     assert shown["views"]["_type"] == "image-file"
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
@@ -99,9 +98,9 @@ def test_a_run_without_a_login_is_kept_whole_on_disk(
 
 def described(config: Config, digest: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what W&B is told of a run of ``config``, and the configuration on disk."""
-    changed = diff_from_recipe(config) | ({"teacher.digest": digest} if digest else {})
-    run = Run(run_folder(config, changed), full_config(config, digest))
-    with run.open(), Tracker(run, config):
+    plan = plan_of(config, digest)
+    run = Run(plan.folder, plan.full_config)
+    with run.open(), Tracker(run, plan):
         pass
     (path,) = offline_runs(run.folder)
     (about,) = (record["run"] for record in inspect(path) if record["type"] == "run")
@@ -128,8 +127,8 @@ def test_seeds_share_what_wandb_averages_over_and_nothing_else_does(composed: Co
 
 def variant(config: Config) -> tuple[str, str]:
     """Return the variant, and the digest of the data, as a run that W&B does not wait for."""
-    run = Run(run_folder(config, diff_from_recipe(config)), full_config(config))
-    return Tracker(run, config)._variant(), run.config["dataset"].get("digest", "")
+    plan = plan_of(config)
+    return sskd.tracking.tracker._variant(plan), plan.data_digest or ""
 
 
 @pytest.mark.parametrize(

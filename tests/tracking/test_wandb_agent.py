@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import wandb
-from conftest import Command, Compose
+from conftest import Command, Compose, plan_of
 from test_run import SMALL, CrashError, at_step, crash
 from test_tracking import history, inspect, offline_runs
 
 from sskd.config import Config
-from sskd.runs.identity import diff_from_recipe, full_config, run_folder
+from sskd.runs.result import HoldoutTop1, RunResult, Top1
 from sskd.runs.run import Run
 from sskd.tracking.environment import surroundings
 from sskd.tracking.tracker import Tracker
-from train_student import train
+from sskd.train import train
 
 AGENT = {
     "WANDB_SWEEP_ID": "sweep123",
@@ -78,7 +78,7 @@ def test_a_teacher_on_the_way_is_not_the_agents_run(composed: Compose, tmp_path:
     assert "brisk" not in other["display_name"]
     student = next(path for path in offline_runs(tmp_path / "runs") if "/distill/" in str(path))
     (summary,) = inspect(student, "--summary")
-    assert summary["summary"]["last/top1"] == pytest.approx(result["top1"]["last"])
+    assert summary["summary"]["last/top1"] == pytest.approx(result.top1.last)
 
 
 LINES = [
@@ -89,14 +89,19 @@ LINES = [
 
 def finish(config: Config) -> Path:
     """Leave what a finished run of ``config`` leaves; return its folder."""
-    run = Run(run_folder(config, diff_from_recipe(config)), full_config(config))
-    top1 = {"last": 30.0, "best": 40.0, "best_epoch": 1}
-    figures = dict.fromkeys(("teacher_top1", "agreement", "kl"))
-    cost = {"images_per_second": 100.0, "peak_memory_mib": 10.0, "seconds": 3600.0}
+    plan = plan_of(config)
+    run = Run(plan.folder, plan.full_config)
+    result = RunResult(
+        top1=Top1(last=30.0, best=40.0, best_epoch=1),
+        holdout_top1=HoldoutTop1(last=50.0),
+        images_per_second=100.0,
+        peak_memory_mib=10.0,
+        seconds=3600.0,
+    )
     with run.open():
         for line in LINES:
-            run.log(line)
-        run.finish(None, {"top1": top1, "holdout_top1": {"last": 50.0}, **figures, **cost})
+            run.metrics.log(line)
+        run.finish(None, result)
     return run.folder
 
 
@@ -107,7 +112,7 @@ def test_a_proposal_that_has_finished_reports_its_result(
     folder = finish(composed(*ALONE))
     status, out, err = command(*ALONE)
     assert (status, err) == (0, "")
-    assert "finished already" in out
+    assert "already finished" in out
     (path,) = offline_runs(command.runs)
     assert (told(path)["run_id"], told(path)["sweep_id"]) == ("proposal", "sweep123")
     assert path.is_relative_to(folder)
@@ -195,8 +200,9 @@ def test_a_later_run_of_the_process_is_not_the_agents(
         monkeypatch.delenv(name)
     agent.unlink()
     other = composed(*ALONE, "seed=1")
-    run = Run(run_folder(other, diff_from_recipe(other)), full_config(other))
-    with run.open(), Tracker(run, other):
+    plan = plan_of(other)
+    run = Run(plan.folder, plan.full_config)
+    with run.open(), Tracker(run, plan):
         pass
     ids = [told(path).get("sweep_id") for path in offline_runs(tmp_path / "runs")]
     assert sorted(filter(None, ids)) == ["sweep123"]
@@ -243,7 +249,8 @@ def test_a_users_own_notes_reach_the_run(
     monkeypatch.setenv("WANDB_NOTES", "before the new loss")
     wandb.teardown()  # W&B reads its variables once a process
     config = composed(*ALONE)
-    with Run(tmp_path / "runs" / "seed0", full_config(config)).open() as run, Tracker(run, config):
+    plan = plan_of(config)
+    with Run(plan.folder, plan.full_config).open() as run, Tracker(run, plan):
         pass
     (path,) = offline_runs(tmp_path)
     assert told(path)["notes"] == "before the new loss"

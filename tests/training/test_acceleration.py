@@ -22,10 +22,10 @@ from sskd.methods import METHODS, LossOutput, Method, Phase
 from sskd.methods.base import forward_in_chunks
 from sskd.models import ARCHITECTURES, Features, build_model, fold_batch_norms
 from sskd.teachers.assembly import assemble
+from sskd.train import train
 from sskd.training.acceleration import compile_loss, fold_teacher
 from sskd.training.evaluation import predict
 from sskd.training.step import set_trainable, train_step
-from train_student import train
 
 CPU = torch.device("cpu")
 # wide ResNets keep the BatchNorms that a sum or the returned stem stands in front of
@@ -267,7 +267,7 @@ def test_a_compiled_run_learns_what_a_plain_one_does(composed: Compose, tmp_path
         if losses:  # the same teacher: how it was compiled is no part of what a run is
             shutil.copytree(tmp_path / "off/digits/scratch", runs / "digits/scratch")
         result = train(composed(*words, f"compile={choice}", f"runs={runs}"))
-        assert result["compile"] == choice
+        assert result.compile == choice
         (path,) = (runs / "digits/distill").rglob("metrics.jsonl")
         losses.append(json.loads(path.read_text())["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)

@@ -14,7 +14,7 @@ from test_run import SMALL
 import sskd.data.cifar
 from sskd import evaluate
 from sskd.models import build_model
-from train_student import train
+from sskd.train import train
 
 
 def test_a_runs_folder_is_evaluated_on_its_own_dataset(
@@ -24,10 +24,10 @@ def test_a_runs_folder_is_evaluated_on_its_own_dataset(
     (folder,) = (path.parent for path in (tmp_path / "runs").rglob("result.json"))
     capsys.readouterr()
     for checkpoint, top1 in (
-        (folder, result["top1"]["best"]),
-        (folder / "best.pt", result["top1"]["best"]),
-        (folder / "last.pt", result["top1"]["last"]),
-        (folder / "model.safetensors", result["top1"]["last"]),
+        (folder, result.top1.best),
+        (folder / "best.pt", result.top1.best),
+        (folder / "last.pt", result.top1.last),
+        (folder / "model.safetensors", result.top1.last),
     ):
         assert evaluate.main([str(checkpoint)]) == 0
         assert f"resnet8, digits test set: top-1 {top1:.2f}" in capsys.readouterr().out

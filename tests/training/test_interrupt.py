@@ -19,13 +19,13 @@ from sskd.errors import UserError
 from sskd.runs.folder import read_config_file
 from sskd.runs.names import CONFIG
 from sskd.runs.run import Run
+from sskd.train import train
 from sskd.training.signals import (
     Interrupted,
     StopSignals,
     forward_scheduler_signal,
     raise_on_sigterm,
 )
-from train_student import train
 
 SIGNALS = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -109,7 +109,9 @@ def test_a_scheduler_that_does_not_take_the_job_back_is_told_in_one_line() -> No
         raise RuntimeError("Job not requeued because: timed-out too many times.")
 
     signal.signal(signal.SIGUSR2, refuse)
-    told = "stopped by SIGUSR2, and saved, but does not come back: Job not requeued because: timed"
+    told = (
+        "stopped by SIGUSR2 and saved, but could not be requeued: Job not requeued because: timed"
+    )
     with pytest.raises(UserError, match=told):
         receive(signal.SIGUSR2)
 

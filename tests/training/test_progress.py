@@ -26,7 +26,7 @@ def test_a_log_gets_plain_lines_and_few(
         looks += 1
         return {"loss": 2.5, "loss/ce": 1.25, "weighted/ce": 0.1, "top1": 43.21}
 
-    progress = Progress("distill", 4, 1000, 0, figures)
+    progress = Progress("distill", 4, 1000, done=0, metrics=figures)
     for second in range(1, 121):
         clock[0] = second
         progress.advance(10)
@@ -44,7 +44,7 @@ def test_a_log_gets_plain_lines_and_few(
 def test_what_an_earlier_start_has_trained_does_not_count_for_the_rate(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    progress = Progress("train", 2, 100, 150, dict)
+    progress = Progress("train", 2, 100, done=150, metrics=dict)
     clock[0] = 10.0
     progress.advance(10)
     progress.epoch(2, {})

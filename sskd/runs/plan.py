@@ -1,0 +1,45 @@
+"""What a run is, resolved once: every later step takes the plan and derives nothing again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sskd.config import Config
+
+
+@dataclass(frozen=True)
+class TeacherWeights:
+    """The file of a teacher's weights, and the SHA-256 of the tensors in it."""
+
+    path: Path
+    digest: str
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run, resolved from its configuration.
+
+    Attributes:
+        config: the checked configuration.
+        folder: the run's folder.
+        difference: the settings that differ from the recipe, by dotted key; the folder's name has
+            a hash of them.
+        teacher: the teacher's weights; None for a network alone.
+        full_config: the configuration as ``config.yaml`` keeps it: plain values, with the digests
+            of the teacher and of the data.
+    """
+
+    config: Config
+    folder: Path
+    difference: Mapping[str, Any]
+    teacher: TeacherWeights | None
+    full_config: Mapping[str, Any]
+
+    @property
+    def data_digest(self) -> str | None:
+        """The fingerprint of the dataset's files; None for a source with one content only."""
+        digest: str | None = self.full_config["dataset"].get("digest")
+        return digest

@@ -1,0 +1,157 @@
+"""The recipe: the default settings of a network, a method and a dataset, frozen in a version.
+
+A run's folder is named after its difference from the recipe. ``recipes/<version>.yaml`` keeps the
+defaults of the version, so a default that is changed in the configuration files later renames no
+finished run: the new default is then a difference. Options that the file lacks, such as the method
+of an extension, have the defaults of their configuration file.
+"""
+
+from __future__ import annotations
+
+import copy
+import shlex
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from sskd import CONF
+from sskd.config import ArchSettings, Config, parse_config, read_config
+from sskd.overrides import as_override, flatten
+from sskd.runs.identity import identity, identity_with_idle
+from sskd.runs.weightings import CE, FORMER, KD, METHODS, RECIPE
+
+FROZEN = resources.files("sskd.runs") / "recipes" / f"{RECIPE}.yaml"
+# The folder's path names these, so they are not part of the difference.
+_IN_PATH = frozenset({"seed", "dataset.name"})
+
+
+def default_config(config: Config) -> Config:
+    """Return the configuration that the networks, method and dataset of ``config`` have by default.
+
+    The defaults are those of today's configuration files.
+    """
+    teacher = config.teacher.name if config.teacher else None
+    return defaults_of(config.student.name, teacher, config.method.name, config.dataset.source)
+
+
+@cache  # Hydra composes in a tenth of a second, and the jobs of a sweep share their defaults
+def defaults_of(student: str, teacher: str | None, method: str, source: str) -> Config:
+    """Return the default configuration of these names."""
+    composed = copy.deepcopy(_compose("student", f"method={method}", f"dataset={source}"))
+    for role, network in (("student", student), ("teacher", teacher)):
+        if network is not None:
+            arch = _compose("teacher", f"arch={network}").arch
+            other = {k: v for k, v in composed[role].items() if k not in ArchSettings.model_fields}
+            composed[role] = {**other, **arch}
+    return read_config(composed)
+
+
+@cache
+def _compose(primary: str, *overrides: str) -> DictConfig:
+    if GlobalHydra.instance().is_initialized():
+        return compose(primary, list(overrides))
+    with initialize_config_dir(str(CONF), version_base=None):
+        return compose(primary, list(overrides))
+
+
+def recipe(config: Config) -> dict[str, Any]:
+    """Return the default settings of ``config``'s names by dotted key, as the recipe froze them."""
+    teacher = config.teacher.name if config.teacher else None
+    frozen = _frozen(config.student.name, teacher, config.method.name, config.dataset.source)
+    return flatten(identity(default_config(config).model_dump())) | frozen
+
+
+@cache
+def _frozen(student: str, teacher: str | None, method: str, source: str) -> dict[str, Any]:
+    """Return the frozen settings of these names by dotted key."""
+    frozen: Any = OmegaConf.create(FROZEN.read_text(encoding="utf-8"))
+    if teacher is None:
+        frozen.common.pop("teacher")
+    sections = {"student": frozen.arch.get(student), "method": frozen.method.get(method)}
+    sections["dataset"] = frozen.dataset.get(source)
+    if teacher is not None:
+        sections["teacher"] = {**frozen.common.teacher, **(frozen.arch.get(teacher) or {})}
+    merged = OmegaConf.create({**frozen.common, **{k: v for k, v in sections.items() if v}})
+    values: Any = OmegaConf.to_container(merged, resolve=True)
+    return flatten(values)
+
+
+def diff_from_recipe(config: Config) -> dict[str, Any]:
+    """Return the settings that decide the result and differ from the recipe, by dotted key.
+
+    The seed and the dataset's name are left out, because the folder's path has them.
+    """
+    return _difference(identity(config.model_dump()), recipe(config))
+
+
+def earlier_diffs_from_recipe(config: Config) -> list[dict[str, Any]]:
+    """Return the differences that earlier versions computed for the same run.
+
+    They listed settings without effect too, and had other weights of CE and KD by default.
+    """
+    values, defaults = config.model_dump(), recipe(config)
+    without_idle, with_idle = identity(values), identity_with_idle(values)
+    found = [_difference(with_idle, defaults)]
+    if config.method.name in METHODS:
+        for weights in FORMER.values():
+            former = defaults | dict(zip((CE, KD), weights, strict=True))
+            found += [_difference(own, former) for own in (with_idle, without_idle)]
+    return found
+
+
+def _difference(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    flat = flatten(values)
+    return {k: v for k, v in flat.items() if k not in _IN_PATH and defaults.get(k) != v}
+
+
+def teacher_config(config: Config) -> Config:
+    """Return the configuration of the run that trains ``config``'s teacher.
+
+    It has the defaults of the teacher's architecture on the same dataset, with the settings of
+    ``teacher.*``. Other overrides of the student's run, such as its batch size, do not apply.
+    """
+    teacher = config.teacher
+    assert teacher is not None
+    values = config.model_dump() | {
+        "student": {key: getattr(teacher, key) for key in ArchSettings.model_fields},
+        "teacher": None,
+        "method": {"name": "vanilla", "weights": {"ce": 1.0}},
+        "seed": teacher.seed,
+        "precision": teacher.precision or config.precision,
+        "force": False,
+    }
+    defaults = default_config(parse_config(values)).model_dump()
+    dataset = values["dataset"]
+    dataset |= {"fraction": teacher.fraction, "label_noise": teacher.label_noise}
+    chosen = dataset["holdout"] or dataset["label_noise"] or dataset["fraction"] < 1
+    return parse_config(
+        values
+        | {
+            "method": defaults["method"],
+            "optimizer": defaults["optimizer"] | {"lr": teacher.base_lr},
+            "batch_size": defaults["batch_size"],
+            "schedule": defaults["schedule"] | {"epochs": teacher.epochs or config.schedule.epochs},
+            # If the seed does not affect the data, it must not select another teacher.
+            "dataset": dataset if chosen else dataset | {"seed": defaults["dataset"]["seed"]},
+        }
+    )
+
+
+def training_command(config: Config) -> str:
+    """Return the shell command that trains the network alone as ``config`` says."""
+    values, default = config.model_dump(), default_config(config).model_dump()
+    flat, flat_default = flatten(values), flatten(default)
+    shown = ["seed", "runs", "dataset.root", "dataset.name", "device"]
+    own = _difference(identity(values), flatten(identity(default)))
+    own |= {key: flat[key] for key in shown if flat[key] != flat_default[key]}
+    words = ["python", "train_teacher.py", f"arch={config.student.name}"]
+    words.append(f"dataset={config.dataset.source}")
+    for key, value in own.items():
+        # Elsewhere the trained network is "student"; on this command line it is "arch".
+        words.append(shlex.quote(as_override(key.replace("student.", "arch."), value)))
+    return " ".join(words)

@@ -1,0 +1,164 @@
+"""``result.json``: what a finished run, or a finished shared phase, reached."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, Self
+
+from sskd.runs.untrusted import Record
+
+
+class Result(Protocol):
+    """A result that can be written to ``result.json`` and read again."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Return the result with these fields; raise ValueError if one has a wrong type."""
+
+
+@dataclass(frozen=True)
+class Top1:
+    """Top-1 accuracies on the test set in percent, and the epoch of the best one, from 1."""
+
+    last: float | None = None
+    best: float | None = None
+    best_epoch: int | None = None
+
+
+@dataclass(frozen=True)
+class HoldoutTop1:
+    """Top-1 accuracies on held-out images in percent, and the best epoch's on the test set."""
+
+    last: float | None = None
+    best: float | None = None
+    best_epoch: int | None = None
+    test_top1_at_best: float | None = None
+
+
+@dataclass(frozen=True)
+class WeightsDigests:
+    """SHA-256 of the student's weights after the last epoch and at its best one."""
+
+    last: str | None = None
+    best: str | None = None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run reached; None for what its version did not record.
+
+    Accuracies and ``agreement`` are percentages, ``kl`` is in nats, ``peak_memory_mib`` in MiB.
+    ``kind`` is ``scratch`` or ``distill``. ``difference`` holds the settings that differ from
+    version ``recipe`` of the recipe, by dotted key. ``epoch`` and ``accuracy`` are those of the
+    last epoch, under the names that published checkpoints have.
+    """
+
+    kind: str | None = None
+    dataset: str | None = None
+    dataset_source: str | None = None
+    dataset_digest: str | None = None
+    teacher: str | None = None
+    student: str | None = None
+    method: str | None = None
+    seed: int | None = None
+    recipe: int | None = None
+    difference: Mapping[str, Any] = field(default_factory=dict)
+    top1: Top1 = Top1()
+    holdout_top1: HoldoutTop1 | None = None
+    teacher_digest: str | None = None
+    teacher_epoch: str | None = None
+    teacher_top1: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+    epoch: int | None = None
+    accuracy: float | None = None
+    seconds: float | None = None
+    images_per_second: float | None = None
+    parameters: int | None = None
+    digest: WeightsDigests = WeightsDigests()
+    precision: str | None = None
+    compile: str | None = None
+    precomputed: bool | None = None
+    device: str | None = None
+    threads: int | None = None
+    peak_memory_mib: float | None = None
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    commit: str | None = None
+    date: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Return the result with these fields; raise ValueError if one has a wrong type."""
+        record = Record(values)
+        texts = (
+            *("kind", "dataset", "dataset_source", "dataset_digest", "teacher", "student"),
+            *("method", "teacher_digest", "teacher_epoch", "precision", "compile", "device"),
+            *("commit", "date"),
+        )
+        integers = ("seed", "recipe", "epoch", "parameters", "threads")
+        percentages = ("teacher_top1", "agreement", "accuracy")
+        numbers = ("kl", "seconds", "images_per_second", "peak_memory_mib")
+        fields: dict[str, Any] = {name: record.text(name) for name in texts}
+        fields |= {name: record.integer(name) for name in integers}
+        fields |= {name: record.percent(name) for name in percentages}
+        fields |= {name: record.number(name) for name in numbers}
+        return cls(
+            **fields,
+            difference=record.mapping("difference") or {},
+            versions=record.mapping("versions") or {},
+            precomputed=record.flag("precomputed"),
+            top1=_top1(record.record("top1")),
+            holdout_top1=_holdout_top1(record.record("holdout_top1")),
+            digest=_digests(record.record("digest")),
+        )
+
+
+def _top1(record: Record | None) -> Top1:
+    if record is None:
+        return Top1()
+    return Top1(record.percent("last"), record.percent("best"), record.integer("best_epoch"))
+
+
+def _holdout_top1(record: Record | None) -> HoldoutTop1 | None:
+    if record is None:
+        return None
+    best_epoch, at_best = record.integer("best_epoch"), record.percent("test_top1_at_best")
+    return HoldoutTop1(record.percent("last"), record.percent("best"), best_epoch, at_best)
+
+
+def _digests(record: Record | None) -> WeightsDigests:
+    if record is None:
+        return WeightsDigests()
+    return WeightsDigests(record.text("last"), record.text("best"))
+
+
+@dataclass(frozen=True)
+class SharedResult:
+    """What a phase that several runs share left: the SHA-256 of its result, and its seconds.
+
+    ``stage`` is the phase's name, under the key of every version.
+    """
+
+    kind: str = "phase"
+    stage: str | None = None
+    seconds: float | None = None
+    digest: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Return the result with these fields; raise ValueError if one has a wrong type."""
+        record = Record(values)
+        kind = record.text("kind") or "phase"
+        return cls(kind, record.text("stage"), record.number("seconds"), record.text("digest"))

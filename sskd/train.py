@@ -1,0 +1,124 @@
+"""The story of a run: resolve it, load data and networks, train each phase, record the result."""
+
+from __future__ import annotations
+
+from sskd.config import Config
+from sskd.data import Images, load_images, refuse_missing
+from sskd.device import choose_device, reset_peak_memory, to_device, tune_device
+from sskd.methods import Method
+from sskd.output import say
+from sskd.runs.folder import archive_run
+from sskd.runs.plan import RunPlan
+from sskd.runs.result import RunResult
+from sskd.runs.run import Run
+from sskd.runs.status import forced_in_this_sweep
+from sskd.teachers.assembly import assemble, check_compatible
+from sskd.teachers.find import missing_teacher, resolve_plan
+from sskd.teachers.phases import load_shared_phase
+from sskd.teachers.precompute import load_teacher_outputs
+from sskd.tracking.environment import check_environment, is_agents
+from sskd.tracking.tracker import Tracker, report_finished
+from sskd.training.acceleration import fold_teacher
+from sskd.training.preview import save_views
+from sskd.training.result import last_top1, measure_result
+from sskd.training.trainer import Trainer, phase_schedule
+
+
+def train(config: Config) -> RunResult:
+    """Train the run of ``config`` to its end; return the result, also of a finished run."""
+    return carry_out(config)[1]
+
+
+def carry_out(
+    config: Config, *, wait: bool = False, from_command_line: bool = True
+) -> tuple[RunPlan, RunResult]:
+    """Do what ``train`` does; return the run's plan too.
+
+    Args:
+        wait: wait for another process that is working on the same run, instead of an error.
+        from_command_line: the command line asks for this run alone, so under ``wandb agent`` it is
+            the agent's W&B run. A teacher trained on the way and a job of a sweep are not.
+    """
+    # ---- the plan ----
+    check_environment(config.wandb.mode)
+    agents = from_command_line and is_agents()
+    device = choose_device(config.device)
+    _train_missing_teacher(config)
+    plan = resolve_plan(config)
+    run = Run(plan.folder, plan.full_config)
+    force = config.force and not forced_in_this_sweep(plan.folder)  # a requeued job resumes
+    if not force and (result := _finished(run, plan, agents=agents)):
+        say(f"{plan.folder}: already finished, last top-1 {last_top1(result, plan.folder):.2f}")
+        return plan, result
+
+    # ---- data, networks, method ----
+    tune_device(device)
+    reset_peak_memory(device)
+    images = load_images(config.dataset, plan.data_digest).to(device)
+    method = assemble(config, images, plan.teacher)
+    to_device(method, device)
+    fold_teacher(method, device)
+
+    # ---- training ----
+    if force:
+        archive_run(plan.folder)
+    with run.open(wait=wait):
+        if result := _finished(run, plan, agents=agents):  # another process was faster
+            return plan, result
+        result = _train_phases(run, plan, method, images, agents=agents)
+    say(f"{plan.folder}: last top-1 {result.top1.last:.2f}, best {result.top1.best:.2f}")
+    return plan, result
+
+
+def _train_missing_teacher(config: Config) -> None:
+    """Train the teacher first if its run is missing and ``teacher.train`` is true."""
+    missing = missing_teacher(config)
+    if missing is None:
+        return
+    refuse_missing(config.dataset)  # otherwise the teacher would be reported before the data
+    check_compatible(config)  # before anyone trains a teacher for an impossible pair
+    if config.teacher and config.teacher.train:
+        carry_out(missing, wait=True, from_command_line=False)
+
+
+def _finished(run: Run, plan: RunPlan, *, agents: bool) -> RunResult | None:
+    """Return the result of a finished run, after a report to the W&B run of an agent."""
+    result = run.finished(RunResult)
+    if result is not None and agents:
+        report_finished(run, plan, result)
+    return result
+
+
+def _train_phases(
+    run: Run, plan: RunPlan, method: Method, images: Images, *, agents: bool
+) -> RunResult:
+    """Train each phase from the last checkpoint on, and record the result."""
+    config, phases = plan.config, list(method.phases())
+    epochs = {phase.name: phase_schedule(phase, config).epochs for phase in phases}
+    checkpoint = run.checkpoints.load(epochs)
+    run.announce(epochs)
+    current = checkpoint["stage"] if checkpoint else phases[0].name
+    with Tracker(run, plan, agents=agents) as tracker:
+        tracker.picture("views", save_views(plan.folder, images, config, method.views))
+        run.metrics.subscribe(tracker.log)
+        if config.teacher and config.teacher.precompute:
+            load_teacher_outputs(method, images, plan)
+        for phase in phases[list(epochs).index(current) :]:
+            if phase.teacher_only and plan.teacher:
+                for line in load_shared_phase(phase, method, images, plan):
+                    run.metrics.log(line)
+                continue
+            trainer = Trainer(
+                phase=phase,
+                method=method,
+                checkpointed=method,
+                images=images,
+                run=run,
+                config=config,
+                eval_model=method.student if phase is phases[-1] else None,
+            )
+            state = trainer.train(checkpoint if checkpoint and phase.name == current else None)
+        result = measure_result(run, plan, images, method, state)
+        tracker.summarise(result)
+        run.finish(method.student, result)
+    return result

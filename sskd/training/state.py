@@ -1,0 +1,163 @@
+"""The state of a phase in training, as a checkpoint keeps it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sskd.data import Loader
+from sskd.errors import UserError
+from sskd.methods import load_state_without_teacher, state_without_teacher
+from sskd.optimizers import load_optimizer
+from sskd.runs.run import Run
+from sskd.seeding import generator_states, restore_generator_states
+from sskd.training.meter import Meter
+
+
+@dataclass
+class TrainingState:
+    """The progress of a phase.
+
+    ``epoch`` counts finished epochs, ``seconds`` those of training without evaluation, ``images``
+    the training images of finished epochs. Accuracies are percentages.
+    """
+
+    epoch: int = 0
+    mid_epoch: bool = False
+    epoch_seconds: float = 0.0
+    seconds: float = 0.0
+    images: int = 0
+    best_top1: float = -math.inf
+    best_epoch: int = 0
+
+    def end_epoch(self, images: int) -> None:
+        """Count the epoch that has trained ``images`` images as finished."""
+        self.epoch += 1
+        self.mid_epoch = False
+        self.seconds += self.epoch_seconds
+        self.images += images
+
+    def record_top1(self, top1: float) -> None:
+        """Record the accuracy of the running epoch."""
+        if top1 > self.best_top1:
+            self.best_top1, self.best_epoch = top1, self.epoch + 1
+
+
+def read_training_state(values: Mapping[str, Any]) -> TrainingState:
+    """Return the state with these fields; raise TypeError if one is missing or of another type."""
+    state = TrainingState(**values)
+    for name, default in vars(TrainingState()).items():
+        if type(getattr(state, name)) is not type(default):
+            raise TypeError(f"{name} is {getattr(state, name)!r}")
+    return state
+
+
+@dataclass(kw_only=True)
+class PhaseCheckpoint:
+    """Everything of a phase that a checkpoint saves and restores.
+
+    Attributes:
+        run: where the checkpoints are written.
+        phase: the phase's name.
+        module: the module whose state is saved, without its teacher.
+        eval_model: the network that is evaluated, whose weights are saved once more in the
+            published layout; None if the phase evaluates none.
+        device: of the networks and the data.
+    """
+
+    run: Run
+    phase: str
+    module: nn.Module
+    eval_model: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    device: torch.device
+    state: TrainingState = field(default_factory=TrainingState)
+    meter: Meter = field(default_factory=Meter)
+
+    def __post_init__(self) -> None:
+        self._last_save_time = time.monotonic()
+
+    def save(self) -> None:
+        """Write ``last.pt``."""
+        self.run.checkpoints.save(self._content())
+        self._last_save_time = time.monotonic()
+
+    def is_due(self, minutes: float) -> bool:
+        """Return whether the last checkpoint is more than ``minutes`` old."""
+        return time.monotonic() - self._last_save_time > 60 * minutes
+
+    def save_if_best(self) -> None:
+        """Write ``best.pt`` if the last epoch is the best so far; call it after ``save``.
+
+        In the reverse order, a crash could leave best weights from an epoch that is later retrained
+        with a different result. ``restore`` writes them if a crash prevented it.
+        """
+        state = self.state
+        if self.eval_model is not None and state.best_epoch == state.epoch:
+            self.run.checkpoints.save_best(self.eval_model, state.best_epoch, state.best_top1)
+
+    def _content(self) -> dict[str, Any]:
+        content = {
+            "stage": self.phase,
+            "position": vars(self.state),
+            "meter": self.meter.state_dict(),
+            "module": state_without_teacher(self.module),
+            "optimizer": self.optimizer.state_dict(),
+            "loader": self.loader.state_dict(),
+            "generators": generator_states(self.device),
+            "device": self.device.type,
+        }
+        if self.eval_model is not None:
+            content["model"] = self.eval_model.state_dict()
+        return content
+
+    def restore(self, content: Mapping[str, Any]) -> None:
+        """Restore the ``content`` of a checkpoint.
+
+        Raises:
+            UserError: the checkpoint belongs to another run, or was saved in mid-epoch on another
+                kind of device.
+        """
+        folder = self.run.folder
+        with _reject_foreign_checkpoint(folder):
+            state, device = read_training_state(content["position"]), str(content["device"])
+        if state.mid_epoch and device != self.device.type:
+            raise UserError(
+                f"{folder}: stopped in mid-epoch on '{device}', whose random state cannot continue "
+                f"on '{self.device.type}'; use device={device}, or start from scratch with "
+                "force=true"
+            )
+        with _reject_foreign_checkpoint(folder):
+            load_state_without_teacher(self.module, content["module"])
+            load_optimizer(self.optimizer, content["optimizer"])
+            if state.mid_epoch:  # each epoch starts with its own seeds
+                self.meter.load_state_dict(content["meter"], self.device)
+                self.loader.load_state_dict(content["loader"])
+                restore_generator_states(content["generators"], self.device)
+        self.state = state
+        if not state.mid_epoch:
+            self.save_if_best()
+
+
+@contextmanager
+def _reject_foreign_checkpoint(folder: Path) -> Iterator[None]:
+    """Report an intact checkpoint that does not belong to this run in one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        raise UserError(
+            f"{folder}: its checkpoint is not one of this run ({reason}); "
+            "start from scratch with force=true"
+        ) from error

@@ -1,0 +1,71 @@
+"""The recipe that folders are named after: complete, and independent of later defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Compose
+from omegaconf import OmegaConf
+
+import sskd.runs.recipe
+from sskd import CONF
+from sskd.config import Config
+from sskd.overrides import flatten
+from sskd.runs.folder import run_folder
+from sskd.runs.freeze import freeze
+from sskd.runs.identity import identity
+from sskd.runs.recipe import FROZEN, default_config, diff_from_recipe, recipe
+
+OPTIONS = [
+    f"{group}={path.stem}"
+    for group in ("arch@student", "arch@teacher", "method", "dataset")
+    for path in sorted((CONF / group.partition("@")[0]).glob("*.yaml"))
+    if path.stem != "folder"  # its name is by default that of its folder, in the path of a run
+]
+
+
+def folder_of(config: Config) -> Path:
+    return run_folder(config, diff_from_recipe(config))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_recipe_has_the_defaults_of_every_option(composed: Compose, option: str) -> None:
+    """A default that is changed on purpose makes an exception here."""
+    default = default_config(composed(option))
+    assert recipe(default).items() >= flatten(identity(default.model_dump())).items()
+    assert not diff_from_recipe(default)
+
+
+def test_freezing_again_changes_nothing() -> None:
+    frozen = OmegaConf.to_container(OmegaConf.load(str(FROZEN)))
+    assert isinstance(frozen, dict)
+    assert freeze({str(key): value for key, value in frozen.items()}) == frozen
+
+
+@pytest.fixture
+def warmer_kd(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Change the default temperature of KD in the configuration files from 4 to 3."""
+    original = sskd.runs.recipe._compose
+
+    def changed(primary: str, *overrides: str) -> object:
+        composed = original(primary, *overrides).copy()
+        if composed.method.name == "kd":
+            composed.method.temperature = 3.0
+        return composed
+
+    sskd.runs.recipe.defaults_of.cache_clear()
+    monkeypatch.setattr(sskd.runs.recipe, "_compose", changed)
+    yield
+    sskd.runs.recipe.defaults_of.cache_clear()
+
+
+@pytest.mark.usefixtures("warmer_kd")
+def test_a_changed_default_renames_no_finished_run(composed: Compose) -> None:
+    before = composed("method=kd", "method.temperature=4")
+    after = composed("method=kd", "method.temperature=3")
+    assert default_config(before).method.temperature == 3.0
+    assert folder_of(before).name == "seed0"
+    assert diff_from_recipe(after) == {"method.temperature": 3.0}
+    assert folder_of(after).name.startswith("seed0-")
