@@ -115,7 +115,7 @@ def _train_phases(
                 images=images,
                 run=run,
                 config=config,
-                eval_model=method.student if phase is phases[-1] else None,
+                eval_model=method.student if phase.name == method.evaluated_phase else None,
             )
             state = trainer.train(checkpoint if checkpoint and phase.name == current else None)
         result = measure_result(run, plan, images, method, state)

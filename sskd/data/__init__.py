@@ -1,7 +1,8 @@
-"""Datasets as tensors, and the loader that augments them where they lie."""
+"""Datasets as tensors, and a loader that augments them on their device."""
 
 from __future__ import annotations
 
+from sskd.data.augmentation import CROPS
 from sskd.data.images import (
     Images,
     Split,
@@ -10,7 +11,7 @@ from sskd.data.images import (
     hold_out,
     keep_fraction,
 )
-from sskd.data.loader import CROPS, Batch, Loader, eval_batches
+from sskd.data.loader import Batch, Loader, eval_batches
 from sskd.data.reading import find_problem
 from sskd.data.settings import DatasetSettings
 from sskd.data.sources import SOURCES
@@ -31,36 +32,36 @@ __all__ = [
 
 
 def refuse_missing(settings: DatasetSettings) -> None:
-    """Raise UserError if there is plainly nothing to load; nothing is read."""
+    """Raise UserError if there is obviously nothing to load; no image is read."""
     SOURCES[settings.source].refuse_missing(settings)
 
 
 def load_images(settings: DatasetSettings, digest: str | None = None) -> Images:
-    """Load a dataset, then hold out, keep a fraction and make labels wrong, in this order.
+    """Load a dataset, then hold out, keep a fraction and add label noise, in this order.
 
-    ``mean`` and ``std`` that are not given are those of all training images.
+    A ``mean`` or ``std`` that is not given is computed from all training images.
 
     Args:
-        digest: the fingerprint that the run was described with; None for no run.
+        digest: the fingerprint in the run's configuration; None without a run.
 
     Raises:
-        UserError: files are missing or broken, or what was read has another fingerprint.
+        UserError: files are missing or broken, or the content that was read has another
+            fingerprint.
     """
     source = SOURCES[settings.source].load(settings)
     found = source.digest or SOURCES[settings.source].fingerprint(settings)
     if digest is not None and digest != found:
         raise UserError(
             f"dataset={settings.source}, {settings.root}: its files changed while the command "
-            "started, after the run had been looked up; use the same command again, when nothing "
-            "writes there"
+            "started; use the same command again when no other process writes there"
         )
-    if told := find_problem(source):
+    if problem := find_problem(source):
         raise UserError(
-            f"dataset={settings.source}, {settings.root}: {told}; give a folder of whole files "
-            "with dataset.root=FOLDER"
+            f"dataset={settings.source}, {settings.root}: {problem}; give a folder "
+            "of complete files with dataset.root=FOLDER"
         )
     classes, train, test = source.classes, source.train, source.test
-    # Before any choice, so that a student of few images sees them as its teacher does.
+    # Before the selection, so that a few-shot student has the same normalisation as its teacher.
     mean, std = _normalisation(settings, train)
     train, holdout = hold_out(train, classes, settings.holdout, settings.seed)
     train = keep_fraction(train, len(classes), settings.fraction, settings.seed)
@@ -80,7 +81,7 @@ def load_images(settings: DatasetSettings, digest: str | None = None) -> Images:
 def _normalisation(
     settings: DatasetSettings, train: Split
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean and the deviation that are given, else those of ``train``."""
+    """Return the given mean and standard deviation, or else those of ``train``."""
     if settings.mean is not None and settings.std is not None:
         return tuple(settings.mean), tuple(settings.std)
     mean, std = channel_statistics(train.images)

@@ -1,10 +1,10 @@
-"""A dataset's tensors in one file, which is read faster than the published files.
+"""A cache of a dataset's tensors in one file, which is faster to read than the published files.
 
-What may be trusted: a safetensors file holds numbers and text, and reading it runs no code.
-The digest in it covers the tensors, the classes and the published digests, and is checked
-over the very memory that is handed out; a file that is damaged, cut short or another
-dataset's is as good as none. It does not guard against forgery: whoever may write to the
-data's folder can put wrong images there with a digest that fits them, and no more than that.
+A safetensors file holds only numbers and text, so reading it runs no code. The file contains a
+digest of the tensors, the classes and the digests of the published files. The digest is checked
+on the tensors that are returned, so a file that is damaged, cut short or belongs to other data is
+ignored. This does not prevent forgery: a user with write access to the folder of the data can store
+wrong images with a matching digest.
 """
 
 from __future__ import annotations
@@ -24,50 +24,49 @@ from sskd.data.images import Split
 from sskd.data.reading import Source, find_problem
 from sskd.files import read_bounded, write_atomically
 
-ABOUT = "about"
-MOST_BYTES = 2**30  # CIFAR's caches have 184 MB
+METADATA_KEY = "about"
+MAX_BYTES = 2**30  # CIFAR's caches have 184 MB
 
 
 def read_cache(path: Path, published: Mapping[str, str]) -> Source | None:
-    """Return what ``write_cache`` wrote to ``path``, in ordinary memory; None for all else.
+    """Return the dataset that ``write_cache`` wrote to ``path``; None for any other file.
 
-    ``published`` are the digests of the files that the content was made from, by name.
+    ``published`` are the digests, by name, of the files from which the cache was made.
     """
     try:
-        # Read once, not mapped into memory: another process may replace the file at any moment.
-        content = read_bounded(path, MOST_BYTES, follow=True)
+        # Read once and not mapped into memory: another process may replace the file at any time.
+        content = read_bounded(path, MAX_BYTES, follow=True)
         tensors = load(content)
-        about = json.loads(_metadata(content)[ABOUT])
+        metadata = json.loads(_read_metadata(content)[METADATA_KEY])
         source = Source(
-            tuple(about["classes"]),
+            tuple(metadata["classes"]),
             Split(tensors["train.images"], tensors["train.labels"]),
             Split(tensors["test.images"], tensors["test.labels"]),
         )
-        whole = about["sha256"] == _digest(source, published)
-    # Whatever is wrong with the file, the published ones are read in its place.
+        is_intact = metadata["sha256"] == _digest(source, published)
+    # After any problem with the cache, the published files are read instead.
     except (OSError, SafetensorError, ValueError, TypeError, LookupError, RecursionError):
         return None
-    return source if whole and find_problem(source) is None else None
+    return source if is_intact and find_problem(source) is None else None
 
 
-def _metadata(content: bytes) -> dict[str, str]:
-    """Return what a safetensors file says beside its tensors, by its published format."""
+def _read_metadata(content: bytes) -> dict[str, str]:
+    """Return the metadata in the header of a safetensors file: its length, then JSON."""
     length = int.from_bytes(content[:8], "little")
-    found: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
-    return found
+    metadata: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
+    return metadata
 
 
 def write_cache(path: Path, published: Mapping[str, str], source: Source) -> None:
-    """Write ``source`` to ``path`` whole, or leave it where the folder or the disk forbids that.
+    """Write ``source`` to ``path`` atomically; an error is ignored, because the cache is optional.
 
-    ``published`` is as in ``read_cache``.
+    A shared folder, for example, is often read-only. ``published`` is as in ``read_cache``.
     """
 
     def write(stream: BinaryIO) -> None:
-        about = {"classes": source.classes, "sha256": _digest(source, published)}
-        stream.write(save(_tensors(source), metadata={ABOUT: json.dumps(about)}))
+        metadata = {"classes": source.classes, "sha256": _digest(source, published)}
+        stream.write(save(_tensors(source), metadata={METADATA_KEY: json.dumps(metadata)}))
 
-    # Without a cache all goes on, only later; of a shared folder often nobody may write to it.
     with contextlib.suppress(OSError):
         write_atomically(path, write)
 

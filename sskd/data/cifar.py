@@ -1,6 +1,6 @@
-"""CIFAR-100 and CIFAR-10, read after their digests were checked.
+"""CIFAR-100 and CIFAR-10; the digests of the published files are checked before they are read.
 
-The first load leaves a cache beside the published files, from which later ones read.
+The first load writes a cache beside the published files, which later loads read.
 """
 
 from __future__ import annotations
@@ -28,39 +28,39 @@ from sskd.data.settings import DatasetSettings
 from sskd.errors import UserError
 from sskd.files import read_bounded
 
-DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
+DOWNLOAD_TIMEOUT = 30.0  # seconds without any data
 CIFAR_SIZE = 32
-MOST_BYTES = 2**28  # of a file; the largest published one has 155 MB
+MAX_BYTES = 2**28  # of a file; the largest published one has 155 MB
 
 
-def cifar100(settings: DatasetSettings) -> Source:
-    """CIFAR-100 of 50,000 and 10,000 images (Krizhevsky, 2009)."""
-    return _cifar(CIFAR100, settings)
+def load_cifar100(settings: DatasetSettings) -> Source:
+    """Load CIFAR-100: 50,000 training and 10,000 test images (Krizhevsky, 2009)."""
+    return _load(CIFAR100, settings)
 
 
-def cifar10(settings: DatasetSettings) -> Source:
-    """CIFAR-10 of 50,000 and 10,000 images (Krizhevsky, 2009)."""
-    return _cifar(CIFAR10, settings)
+def load_cifar10(settings: DatasetSettings) -> Source:
+    """Load CIFAR-10: 50,000 training and 10,000 test images (Krizhevsky, 2009)."""
+    return _load(CIFAR10, settings)
 
 
 def refuse_missing_cifar100(settings: DatasetSettings) -> None:
-    """Raise UserError if there are no files to load, and none may be downloaded."""
+    """Raise UserError if there are no files to load and no download is allowed."""
     _refuse_missing(CIFAR100, settings)
 
 
 def refuse_missing_cifar10(settings: DatasetSettings) -> None:
-    """Raise UserError if there are no files to load, and none may be downloaded."""
+    """Raise UserError if there are no files to load and no download is allowed."""
     _refuse_missing(CIFAR10, settings)
 
 
-def _cifar(dataset: type[CIFAR10], settings: DatasetSettings) -> Source:
+def _load(dataset: type[CIFAR10], settings: DatasetSettings) -> Source:
     if settings.size != CIFAR_SIZE:
         raise UserError(
-            f"dataset.size={settings.size}: CIFAR's images have {CIFAR_SIZE} pixels a side; "
+            f"dataset.size={settings.size}: CIFAR's images have {CIFAR_SIZE} pixels on each side; "
             f"set dataset.size={CIFAR_SIZE}"
         )
     root = absolute_path(settings.root)
-    cache, published = _cache_of(dataset, root), _published(dataset)
+    cache, published = _cache_path(dataset, root), _published_digests(dataset)
     source = read_cache(cache, published)
     if source is None:
         source = _read_published(dataset, root, settings.download)
@@ -75,92 +75,91 @@ def _read_published(dataset: type[CIFAR10], root: Path, download: bool) -> Sourc
     if files.differing:
         raise UserError(
             f"{root / dataset.base_folder / files.differing[0]} differs from the published file "
-            "(another MD5 digest), it may be cut short; move it away and load again with "
-            "dataset.download=true, or set dataset.root=FOLDER to a whole copy's"
+            "(another MD5 digest); it may be cut short; move it away and load again with "
+            "dataset.download=true, or set dataset.root=FOLDER to a complete copy"
         )
     if files.missing:
-        raise _missing(dataset, root, files.missing)
-    # The files are pickles. What is unpickled are the very bytes whose digest is the published one.
+        raise _missing_error(dataset, root, files.missing)
+    # The files are pickles. Only bytes with the published digest are unpickled.
     content = {
-        name: pickle.loads(files.whole.pop(name), encoding="latin1") for name in [*files.whole]
+        name: pickle.loads(files.intact.pop(name), encoding="latin1") for name in [*files.intact]
     }
     classes = content[dataset.meta["filename"]][dataset.meta["key"]]
     train, test = (
-        _cifar_split([content[name] for name, _ in published])
-        for published in (dataset.train_list, dataset.test_list)
+        _to_split([content[name] for name, _ in batches])
+        for batches in (dataset.train_list, dataset.test_list)
     )
     return Source(tuple(classes), train, test)
 
 
 def _refuse_missing(dataset: type[CIFAR10], settings: DatasetSettings) -> None:
     root = absolute_path(settings.root)
-    home = root / dataset.base_folder
-    missing = [name for name in _published(dataset) if not (home / name).exists()]
-    if missing and not settings.download and not _cache_of(dataset, root).exists():
-        raise _missing(dataset, root, missing)
+    folder = root / dataset.base_folder
+    missing = [name for name in _published_digests(dataset) if not (folder / name).exists()]
+    if missing and not settings.download and not _cache_path(dataset, root).exists():
+        raise _missing_error(dataset, root, missing)
 
 
-def _missing(dataset: type[CIFAR10], root: Path, names: list[str]) -> UserError:
+def _missing_error(dataset: type[CIFAR10], root: Path, names: list[str]) -> UserError:
     return UserError(
         f"{dataset.__name__} is not in {root}: {root / dataset.base_folder} has no "
         f"{abbreviate(names)}; set dataset.root=FOLDER to a folder that holds "
-        f"{dataset.base_folder}, or "
-        "dataset.download=true where there is a network"
+        f"{dataset.base_folder}, or use dataset.download=true on a machine with a network"
     )
 
 
-def _cifar_split(batches: list[dict[str, Any]]) -> Split:
+def _to_split(batches: list[dict[str, Any]]) -> Split:
     images = np.concatenate([batch["data"] for batch in batches])
-    kind = "labels" if "labels" in batches[0] else "fine_labels"
-    labels = [label for batch in batches for label in batch[kind]]
+    key = "labels" if "labels" in batches[0] else "fine_labels"
+    labels = [label for batch in batches for label in batch[key]]
     shape = (-1, 3, CIFAR_SIZE, CIFAR_SIZE)
     return Split(torch.from_numpy(images.reshape(shape)), torch.tensor(labels))
 
 
-def _cache_of(dataset: type[CIFAR10], root: Path) -> Path:
+def _cache_path(dataset: type[CIFAR10], root: Path) -> Path:
     return root / f"{dataset.base_folder}.safetensors"
 
 
-def _published(dataset: type[CIFAR10]) -> dict[str, str]:
-    """Return each published file's MD5 digest, by its name."""
+def _published_digests(dataset: type[CIFAR10]) -> dict[str, str]:
+    """Return the MD5 digest of each published file by its name."""
     meta = (dataset.meta["filename"], dataset.meta["md5"])
     return dict([*dataset.train_list, *dataset.test_list, meta])
 
 
 class Files(NamedTuple):
-    """The content of the files of the published digest, and the names of the others."""
+    """The contents of the files with the published digest, and the names of the others."""
 
-    whole: dict[str, bytes]
+    intact: dict[str, bytes]
     missing: list[str]
     differing: list[str]
 
 
 def _read_files(dataset: type[CIFAR10], root: Path) -> Files:
     files = Files({}, [], [])
-    for name, md5 in _published(dataset).items():
+    for name, md5 in _published_digests(dataset).items():
         path = root / dataset.base_folder / name
         try:
-            content = read_bounded(path, MOST_BYTES, follow=True)
+            content = read_bounded(path, MAX_BYTES, follow=True)
         except FileNotFoundError:
             files.missing.append(name)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {one_line(error)}") from error
-        except ValueError:  # not a regular file, or far too large
+        except ValueError:  # not a regular file, or too large
             files.differing.append(name)
         else:
             if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
-                files.whole[name] = content
+                files.intact[name] = content
             else:
                 files.differing.append(name)
     return files
 
 
 def _download_once(dataset: type[CIFAR10], root: Path) -> Files:
-    """Download what is missing, one process at a time; never over a file that is there."""
+    """Download the missing files, one process at a time; existing files are not overwritten."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{dataset.base_folder}.lock"), _socket_timeout(DOWNLOAD_TIMEOUT):
-            # Another process may have brought the files while this one waited.
+            # Another process may have downloaded the files while this one waited.
             files = _read_files(dataset, root)
             if files.missing and not files.differing:
                 _download(dataset, root, files.missing)
@@ -175,20 +174,20 @@ def _download_once(dataset: type[CIFAR10], root: Path) -> Files:
 
 
 def _download(dataset: type[CIFAR10], root: Path, names: list[str]) -> None:
-    """Bring the files ``names`` into ``root``, each whole, whenever the process is killed."""
-    part, home = root / f".{dataset.base_folder}.part", root / dataset.base_folder
+    """Download the files ``names`` into ``root``; a killed process leaves no partial file there."""
+    part, folder = root / f".{dataset.base_folder}.part", root / dataset.base_folder
     download_and_extract_archive(
         dataset.url, root, part, filename=dataset.filename, md5=dataset.tgz_md5
     )
-    home.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for name in names:
-        (part / dataset.base_folder / name).replace(home / name)
+        (part / dataset.base_folder / name).replace(folder / name)
     shutil.rmtree(part)
 
 
 @contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Let new sockets give up after ``seconds`` of silence; torchvision sets no limit itself."""
+    """Give new sockets a timeout of ``seconds``; torchvision sets none."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

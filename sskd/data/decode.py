@@ -1,12 +1,14 @@
-"""Decoding a stranger's image: only the formats that are meant, within bounds of memory."""
+"""Decoding image files of unknown origin: only chosen formats, and within bounds of memory."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from threading import Lock
 
 from PIL import Image, ImageOps
@@ -14,38 +16,63 @@ from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-# Any other format is refused whatever the file is called. Pillow hands PostScript, for one, to
+from sskd.data.reading import one_line
+from sskd.errors import UserError
+from sskd.files import read_bounded
+
+# Other formats are refused under any file name. Pillow passes PostScript, for example, to
 # Ghostscript, which runs it as a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM")
 
-MOST_PIXELS = 2**26  # 67 megapixels: 256 MiB, as Pillow keeps 4 bytes a pixel
-# Of a file: more than a camera's 67 megapixels take, or 22 uncompressed. The pool's threads, 32 at
-# most, each hold one file: 2 GiB.
-MOST_BYTES = 2**26
-MOST_TILES = 2**18  # of a TIFF file: 67 megapixels in tiles of 16 x 16; Pillow lists each
+MAX_PIXELS = 2**26  # 67 megapixels: 256 MiB, because Pillow uses 4 bytes per pixel
+# Of a file. This holds 67 megapixels of a camera, or 22 uncompressed. Each of up to 32 threads
+# keeps one file in memory: 2 GiB.
+MAX_BYTES = 2**26
+MAX_TILES = 2**18  # of a TIFF: 67 megapixels in tiles of 16 x 16; Pillow makes a list of them
 
-# Larger images are decoded one at a time, so that many threads do not multiply the memory.
-_LARGE = 2**24
+# Larger images are decoded one at a time, so that the threads do not multiply the memory.
+_LARGE = 2**24  # pixels
 _one_large_image = Lock()
 
 _STRIP_OFFSETS, _TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS = 273, 322, 323, 324  # tags of TIFF 6.0
 
 
-def decode(content: bytes, size: int) -> Tensor:
-    """Decode the first frame upright, scale it to cover a square and crop: uint8 [3, size, size].
+def read_image(path: Path, size: int) -> tuple[Tensor, str]:
+    """Return an image as ``decode`` does, and the SHA-256 of the bytes that were decoded.
 
     Raises:
-        Exception: of almost any class, by Pillow's decoders, if ``content`` is broken.
-        ValueError: it is beyond the bounds, or has more than 8 bits a channel.
+        UserError: the file cannot be read, or is not an image within the bounds.
     """
-    if (tiles := _tiles(content)) > MOST_TILES:
-        raise ValueError(f"it has {tiles:,} strips or tiles, and the limit is {MOST_TILES:,}")
+    try:
+        content = read_bounded(path, MAX_BYTES, follow=True)
+        return decode(content, size), hashlib.sha256(content).hexdigest()
+    except Exception as error:  # Pillow raises almost any type of error for a broken file
+        raise unreadable_error(path, error) from error
+
+
+def unreadable_error(path: Path, error: Exception) -> UserError:
+    """Return the error for the file ``path``, which could not be read because of ``error``."""
+    return UserError(f"{path} cannot be read as an image: {one_line(error)}")
+
+
+def decode(content: bytes, size: int) -> Tensor:
+    """Decode the first frame, rotate it upright, scale it to cover a square and crop it.
+
+    Returns:
+        uint8 [3, size, size].
+
+    Raises:
+        Exception: of almost any type, from Pillow, if ``content`` is broken.
+        ValueError: ``content`` is beyond the bounds, or has more than 8 bits a channel.
+    """
+    if (tiles := _count_tiles(content)) > MAX_TILES:
+        raise ValueError(f"it has {tiles:,} strips or tiles, and the limit is {MAX_TILES:,}")
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        pixels = _refuse_large(image)
+        pixels = _count_pixels(image)
         if image.mode.startswith(("I", "F")):
             raise ValueError("more than 8 bits a channel; convert it to 8")
         with _one_large_image if pixels > _LARGE else nullcontext():
-            # A camera's note of how it was held must not pass for a rotation of the scene.
+            # EXIF records how the camera was held; the pixels may be stored sideways.
             ImageOps.exif_transpose(image, in_place=True)
             upright = image if image.mode == "RGB" else image.convert("RGB")
             square = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
@@ -55,45 +82,45 @@ def decode(content: bytes, size: int) -> Tensor:
 
 @contextmanager
 def quiet_pillow() -> Iterator[None]:
-    """Silence Pillow's warnings, which a stranger's file can cause by the thousand.
+    """Silence Pillow's warnings; a single file can cause thousands of them.
 
-    Filters belong to the process: enter it before the threads that decode start.
+    Warning filters belong to the process, so enter this before the decoding threads start.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield
 
 
-def _refuse_large(image: Image.Image) -> int:
-    """Return the pixels of an image that is not decoded yet; ValueError if they are too many."""
+def _count_pixels(image: Image.Image) -> int:
+    """Return the pixels of an image that is not decoded yet; ValueError if there are too many."""
     pixels = image.width * image.height
     if isinstance(image, TiffImageFile):
-        # A tile is decoded whole, however little of it the image shows.
+        # A tile is decoded completely, even if the image shows only a part of it.
         width, height = (image.tag_v2.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_LENGTH))
-        if width * height > MOST_PIXELS:
+        if width * height > MAX_PIXELS:
             raise ValueError(
-                f"its tiles have {width} x {height} pixels; the limit is {MOST_PIXELS:,}"
+                f"its tiles have {width} x {height} pixels; the limit is {MAX_PIXELS:,}"
             )
-    if pixels > MOST_PIXELS:
+    if pixels > MAX_PIXELS:
         raise ValueError(
-            f"it has {image.width} x {image.height} pixels, and the limit is {MOST_PIXELS:,}; "
+            f"it has {image.width} x {image.height} pixels, and the limit is {MAX_PIXELS:,}; "
             "scale it down"
         )
     return pixels
 
 
-def _tiles(content: bytes) -> int:
-    """Return how many strips or tiles a TIFF file says it has; 0 for any other format."""
+def _count_tiles(content: bytes) -> int:
+    """Return the number of strips or tiles in the header of a TIFF; 0 for any other format."""
     order = {b"II": "<", b"MM": ">"}.get(content[:2])
     if order is None:
         return 0
     (version,) = struct.unpack_from(f"{order}H", content, 2)
     if version == 43:  # BigTIFF
-        start, number, entry, at = f"{order}Q", f"{order}Q", f"{order}HHQ8x", 8
+        start, number, entry, offset = f"{order}Q", f"{order}Q", f"{order}HHQ8x", 8
     else:
-        start, number, entry, at = f"{order}L", f"{order}H", f"{order}HHL4x", 4
-    (table,) = struct.unpack_from(start, content, at)
+        start, number, entry, offset = f"{order}L", f"{order}H", f"{order}HHL4x", 4
+    (table,) = struct.unpack_from(start, content, offset)
     (entries,) = struct.unpack_from(number, content, table)
-    first, each = table + struct.calcsize(number), struct.calcsize(entry)
-    found = (struct.unpack_from(entry, content, first + each * k) for k in range(entries))
+    first, entry_size = table + struct.calcsize(number), struct.calcsize(entry)
+    found = (struct.unpack_from(entry, content, first + entry_size * k) for k in range(entries))
     return max((n for tag, _, n in found if tag in (_STRIP_OFFSETS, _TILE_OFFSETS)), default=0)

@@ -1,4 +1,4 @@
-"""Labelled images as tensors, and the choice of a part of them.
+"""Labelled images as tensors, and the selection of a part of them.
 
 Few-shot training, label noise and a held-out part follow the studies of Xu et al.,
 *Knowledge Distillation Meets Self-Supervision*, ECCV 2020.
@@ -6,16 +6,16 @@ Few-shot training, label noise and a held-out part follow the studies of Xu et a
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sskd.errors import UserError
+from sskd.seeding import seed_from_text
 
-# A constant channel has no deviation; dividing by this keeps it finite instead.
-SMALLEST_STD = 1e-6
+# The deviation of a constant channel is 0; dividing by this number keeps the pixels finite.
+MIN_STD = 1e-6
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, index: Tensor) -> Split:
-        """Return the images at the positions ``index`` (int64 [M])."""
-        return Split(self.images[index], self.labels[index])
+    def take(self, indices: Tensor) -> Split:
+        """Return the images at the positions ``indices`` (int64 [M])."""
+        return Split(self.images[indices], self.labels[indices])
 
     def to(self, device: torch.device | str) -> Split:
         """Return the same split on ``device``."""
@@ -39,9 +39,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Images:
-    """A dataset as it is trained on; ``mean`` and ``std`` are in units of [0, 1] a channel.
+    """A dataset ready for training.
 
-    ``digest`` is the fingerprint of the files; None if the source has one content only.
+    ``mean`` and ``std`` hold one value for each channel, in units of [0, 1]. ``digest`` is the
+    fingerprint of the files; None if the content of the source never changes.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Images:
 
     @property
     def image_size(self) -> int:
-        """Pixels of a side."""
+        """Pixels on each side."""
         return self.train.images.shape[-1]
 
     def to(self, device: torch.device | str) -> Images:
@@ -73,16 +74,19 @@ class Images:
 def hold_out(
     train: Split, classes: tuple[str, ...], part: float, seed: int
 ) -> tuple[Split, Split | None]:
-    """Take ``part`` of each class, one image at least, out of ``train``; both keep its order.
+    """Split ``part`` of each class off ``train``, at least one image; the order is kept.
 
-    Returns what is left and what was taken, which is None where ``part`` is 0.
-    Raises UserError where a class would be left without a training image.
+    Returns:
+        The remaining training images, and the held-out images; None if ``part`` is 0.
+
+    Raises:
+        UserError: a class would have no training image left.
     """
     if part == 0:
         return train, None
     taken = torch.zeros(len(train), dtype=torch.bool)
     for name, members in zip(
-        classes, _shuffled_classes(train, len(classes), seed, "holdout"), strict=True
+        classes, _shuffle_within_classes(train, len(classes), seed, "holdout"), strict=True
     ):
         count = max(1, round(part * len(members)))
         if count >= len(members):
@@ -97,21 +101,24 @@ def hold_out(
 def keep_fraction(train: Split, num_classes: int, fraction: float, seed: int) -> Split:
     """Keep ``max(1, round(fraction * n))`` of the n images of each class, in their order.
 
-    Of one seed, a smaller fraction's images are among a larger one's.
+    With the same seed, the images of a smaller fraction are a subset of those of a larger one.
     """
     if fraction == 1:
         return train
     kept = torch.zeros(len(train), dtype=torch.bool)
-    for members in _shuffled_classes(train, num_classes, seed, "fraction"):
+    for members in _shuffle_within_classes(train, num_classes, seed, "fraction"):
         kept[members[: max(1, round(fraction * len(members)))]] = True
     return train.take(kept.nonzero()[:, 0])
 
 
 def add_label_noise(train: Split, num_classes: int, noise: float, seed: int) -> Split:
-    """Replace ``round(noise * n)`` of each class's n labels by another class, drawn uniformly.
+    """Replace ``round(noise * n)`` of the n labels of each class by another class.
 
-    Of one seed, the labels that a smaller noise replaces are among a larger one's, with the
-    same replacement. Raises UserError where there is no other class.
+    The other class is drawn uniformly. With the same seed, a smaller noise replaces a subset of
+    the labels that a larger one replaces, by the same classes.
+
+    Raises:
+        UserError: there is only one class.
     """
     if noise == 0:
         return train
@@ -120,22 +127,22 @@ def add_label_noise(train: Split, num_classes: int, noise: float, seed: int) -> 
             f"dataset.label_noise={noise} needs a second class to take wrong labels from, and "
             "the dataset has one; set dataset.label_noise=0"
         )
-    # A shift by 1 to C - 1 classes reaches each of the others alike, and never the class itself.
+    # A shift by 1 to C - 1 gives each other class the same probability, and never the class itself.
     shift = torch.randint(
         1, num_classes, (len(train),), generator=_generator(seed, "label_noise shift")
     )
     labels = train.labels.clone()
-    for members in _shuffled_classes(train, num_classes, seed, "label_noise"):
+    for members in _shuffle_within_classes(train, num_classes, seed, "label_noise"):
         wrong = members[: round(noise * len(members))]
         labels[wrong] = (labels[wrong] + shift[wrong]) % num_classes
     return Split(train.images, labels)
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return each channel's mean and standard deviation over all pixels, in units of [0, 1].
+    """Return the mean and the standard deviation of each channel over all pixels.
 
-    ``images`` are uint8 [N, 3, H, W]. The 256 counts of a channel hold all that is
-    needed, so nothing the size of the images is made in floating point.
+    ``images`` are uint8 [N, 3, H, W], the results in units of [0, 1]. They are computed from the
+    histogram of a channel, so the images are never copied to floating point.
     """
     values = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
@@ -144,12 +151,14 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
         mean = (share * values).sum()
         std = (share * (values - mean).square()).sum().sqrt()
         means.append(mean.item())
-        stds.append(max(std.item(), SMALLEST_STD))
+        stds.append(max(std.item(), MIN_STD))
     return tuple(means), tuple(stds)
 
 
-def _shuffled_classes(train: Split, num_classes: int, seed: int, purpose: str) -> list[Tensor]:
-    """Return the positions of each class's images in random order, class by class."""
+def _shuffle_within_classes(
+    train: Split, num_classes: int, seed: int, purpose: str
+) -> list[Tensor]:
+    """Return the positions of the images of each class, in random order."""
     generator = _generator(seed, purpose)
     shuffled = []
     for label in range(num_classes):
@@ -159,6 +168,5 @@ def _shuffled_classes(train: Split, num_classes: int, seed: int, purpose: str) -
 
 
 def _generator(seed: int, purpose: str) -> torch.Generator:
-    """Return a CPU generator of its own for each purpose, so that no choice shifts another."""
-    digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    """Return a CPU generator for ``purpose``, so that selections are independent of each other."""
+    return torch.Generator().manual_seed(seed_from_text(f"{purpose} {seed}"))

@@ -1,4 +1,4 @@
-"""What a source of images gives, and how its readers tell what is wrong with it."""
+"""The dataset that a reader returns, and helpers for the error messages of readers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from sskd.files import expanded
 
 
 class Source(NamedTuple):
-    """A dataset as it is published, before any choice.
+    """A dataset as it is published, before a part of it is selected.
 
-    ``digest`` is the source's fingerprint of what was read, if the reader took it on the way.
+    ``digest`` is the fingerprint of the bytes that were read, if the reader computed it.
     """
 
     classes: tuple[str, ...]
@@ -22,11 +22,11 @@ class Source(NamedTuple):
 
 
 def find_problem(source: Source) -> str | None:
-    """Return what makes ``source`` unfit for training, in words; None where nothing does."""
+    """Describe why ``source`` cannot be used for training; None if it can."""
     for name, split in (("training", source.train), ("test", source.test)):
         if len(split) == 0:
             return f"has no {name} images"
-        low, high = (int(found) for found in split.labels.aminmax())
+        low, high = (int(bound) for bound in split.labels.aminmax())
         if low < 0 or high >= len(source.classes):
             wrong = low if low < 0 else high
             return f"has a {name} image of class {wrong}, and {len(source.classes)} classes from 0"
@@ -38,7 +38,7 @@ def absolute_path(root: str) -> Path:
 
 
 def abbreviate(names: list[str], most: int = 5) -> str:
-    """Join the first names, so that a message stays a line."""
+    """Join the first ``most`` names, and give the number of the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 

@@ -22,10 +22,10 @@ Mean = Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False), EARLY]
 
 
 class DatasetSettings(Settings):
-    """What to load, and which part of it to train on.
+    """What to load, and which part of it to use for training.
 
-    ``source`` is the reader; ``name`` is what folders of results and tables call the data,
-    None standing for the last part of ``root``.
+    ``source`` is the key of the reader. ``name`` is the name of the data in folders of results and
+    in tables; None in a YAML file means the last part of ``root``.
     """
 
     source: str

@@ -49,8 +49,6 @@ class Phase:
             of that teacher with the same settings.
         settings: the method's settings that the result of a ``teacher_only`` phase depends on,
             beside its weights, views and schedule.
-        evaluates: it trains the student, whose accuracy is measured after each of its epochs. True
-            for one phase of a method, the last.
     """
 
     name: str
@@ -61,7 +59,6 @@ class Phase:
     schedule: PhaseSettings | None = None
     teacher_only: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
-    evaluates: bool = False
 
     def weigh(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``terms`` times their weights.
@@ -107,7 +104,8 @@ class Method(nn.Module, ABC):
 
     views: ClassVar[int] = 1
     needs_teacher: ClassVar[bool] = True
-    evaluated_phase: ClassVar[str] = "distill"  # the name of the last of its phases
+    # The last phase, which trains the student; its accuracy is measured after each epoch of it.
+    evaluated_phase: ClassVar[str] = "distill"
     terms: ClassVar[tuple[str, ...]]
     teacher_outputs: ClassVar[tuple[str, ...]] = Features._fields
 
@@ -130,7 +128,7 @@ class Method(nn.Module, ABC):
     def phases(self) -> Iterable[Phase]:
         """Yield the phases in order; the last one trains the student and is evaluated."""
         trained = nn.ModuleList([self.student, *self.adapters])
-        yield Phase("distill", trained, self.loss, self.weights, self.views, evaluates=True)
+        yield Phase(self.evaluated_phase, trained, self.loss, self.weights, self.views)
 
     @torch.no_grad()
     def teacher_features(self, batch: Batch) -> Features:

@@ -19,7 +19,7 @@ class Vanilla(Method):
 
     def phases(self) -> Iterable[Phase]:
         """Yield the only phase."""
-        yield Phase("train", self.student, self.loss, self.weights, evaluates=True)
+        yield Phase(self.evaluated_phase, self.student, self.loss, self.weights)
 
     def loss(self, batch: Batch) -> LossOutput:
         """Return ``ce``."""

@@ -1,4 +1,4 @@
-"""The networks: built by name, with published weights where they are wanted."""
+"""The networks: built by name, with weights from a file if needed."""
 
 from sskd.models.architectures import ARCHITECTURES, build_model
 from sskd.models.checkpoints import (

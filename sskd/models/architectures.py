@@ -1,4 +1,4 @@
-"""The table of architectures: a name for each network that the suite can build."""
+"""The architectures by name."""
 
 from __future__ import annotations
 
@@ -43,9 +43,10 @@ ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
 
 
 def build_model(name: str, num_classes: int) -> nn.Module:
-    """Build the named network with fresh weights; its forward returns ``Features``.
+    """Build the named network with newly initialised weights; its forward returns ``Features``.
 
-    Raises ``UserError`` where no architecture has that name.
+    Raises:
+        UserError: no architecture has that name.
     """
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)

@@ -1,4 +1,4 @@
-"""What every network returns, and what several families share."""
+"""The features that every network returns, and code that several families share."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The fields of Features that are vectors; all others are maps, which take far more memory.
+# The fields of Features that are vectors. The others are maps, which take far more memory.
 VECTOR_FIELDS = ("logits", "pooled")
 
 
 class Features(NamedTuple):
-    """Everything that one forward pass of a network offers to a distillation method.
+    """The outputs of one forward pass that a distillation method can use.
 
     ``logits`` is ``[B, classes]``, ``pooled`` the feature in front of the classifier,
-    ``[B, d]``. ``stem`` and each of ``stages`` are maps ``[B, c, h, w]``; ``preacts[i]``
-    has the shape of ``stages[i]`` and is its pre-activation, whose meaning each family
-    states in its own module.
+    ``[B, d]``. ``stem`` and each of ``stages`` are maps ``[B, c, h, w]``. ``preacts[i]``
+    is the pre-activation of ``stages[i]`` and has its shape; the module of each family
+    defines what it is.
     """
 
     logits: Tensor
@@ -28,15 +28,20 @@ class Features(NamedTuple):
     preacts: tuple[Tensor, ...]
 
 
-def partial_features(fields: Mapping[str, Tensor]) -> Features:
-    """Return features of which nobody reads more than ``fields``; the others are None."""
-    return Features(*(fields.get(name) for name in Features._fields))  # type: ignore[arg-type]
+def partial_features(vectors: Mapping[str, Tensor]) -> Features:
+    """Return features that hold only ``vectors``, one or both of the ``VECTOR_FIELDS``.
+
+    The other vector and the stem are empty, of shape ``[0]``, and there are no stages.
+    """
+    empty = next(iter(vectors.values())).new_empty(0)
+    logits, pooled = (vectors.get(name, empty) for name in VECTOR_FIELDS)
+    return Features(logits, pooled, stem=empty, stages=(), preacts=())
 
 
 def run_rectified_stage(blocks: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Run blocks that stop before their last ReLU; return the stage and its pre-activation.
+    """Run blocks that end before their last ReLU; return the stage and its pre-activation.
 
-    The ReLU is never in place, because the pre-activation is handed out as well.
+    The ReLU is not in place, because the pre-activation is returned as well.
     """
     preact = x
     for block in blocks:

@@ -1,4 +1,4 @@
-"""Frozen networks, with each BatchNorm that follows a convolution folded into it."""
+"""Folding the BatchNorms of a frozen network into the convolutions in front of them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:
-    """Return a network that computes what ``network`` does in eval mode, in fewer operations.
+    """Return a network with the same features as ``network`` in eval mode, in fewer operations.
 
-    In eval mode a BatchNorm is a fixed scale and shift of each channel, which the convolution
-    in front of it takes into its weights and bias (Jacob et al., CVPR 2018, section 3.2). Where
-    something else sees the convolution's own output, both stay. All features agree to rounding.
+    In eval mode a BatchNorm is a fixed scale and shift of each channel, which can be included in
+    the weights and the bias of the convolution in front of it (Jacob et al., CVPR 2018, section
+    3.2). If another operation reads the output of the convolution, both layers stay. All features
+    agree up to rounding.
 
-    ``network`` is put in eval mode and else not changed; layers that are not folded are shared.
-    One whose forward cannot be traced, because it chooses by what an image holds, is returned
-    as it is.
+    ``network`` is put in eval mode and is otherwise unchanged; layers that are not folded are
+    shared. A network that cannot be traced, because its forward depends on pixel values, is
+    returned unchanged.
     """
     network.eval()
     try:
@@ -36,7 +37,7 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
 
 
 def _can_fold(node: fx.Node, layers: dict[str, nn.Module], graph: fx.Graph) -> bool:
-    """Tell whether ``node`` is a BatchNorm that alone sees the output of a convolution."""
+    """Return whether ``node`` is a BatchNorm and the only reader of a convolution's output."""
     if not _calls(node, nn.BatchNorm2d, layers) or len(node.args) != 1:
         return False
     (before,) = node.args

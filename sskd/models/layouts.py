@@ -1,4 +1,4 @@
-"""What checkpoints from elsewhere look like: where their weights are, and what wraps the names."""
+"""Layouts of checkpoints from other code: their state dicts, names, dtypes and metadata."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ from torch import Tensor
 from sskd.models.recognition import recognise
 
 State = Mapping[str, Tensor]
-# Of torch.compile, DataParallel, Lightning and the like, and SSKD's student.
+# Prefixes that torch.compile, DataParallel, Lightning and similar wrappers add, and SSKD's student.
 PREFIXES = ("_orig_mod.", "module.", "model.", "network.", "net.", "backbone.")
-# Beside a network's own tensors: SSKD's student has a head, AveragedModel a counter.
-WRAPPERS = {"backbone.": "proj_head.", "module.": "n_averaged"}
-# Of a profiler (thop), which registers them as buffers of every layer.
-PROFILED = ("total_ops", "total_params")
+# Names without the prefix that a wrapper adds: a head in SSKD's student, AveragedModel's counter.
+WRAPPER_EXTRAS = {"backbone.": "proj_head.", "module.": "n_averaged"}
+# A profiler (thop) registers these buffers in every layer.
+PROFILER_BUFFERS = ("total_ops", "total_params")
 ACCURACY_KEYS = ("accuracy", "acc", "best_acc", "top1", "acc1", "best_acc1", "best_top1")
-# SSKD's MobileNetV2 has its classifier bare, the CRD benchmark's inside a Sequential.
-BARE_CLASSIFIER = {
+# The classifier of MobileNetV2 is a plain layer in SSKD's code, in a Sequential in the CRD
+# benchmark's.
+PLAIN_CLASSIFIER = {
     "classifier.weight": "classifier.0.weight",
     "classifier.bias": "classifier.0.bias",
 }
-VARIANCE, COUNTER = "running_var", "num_batches_tracked"
-_DEPTH = 2  # of dicts in dicts, which may also hold themselves
-_MOST_EPOCHS = 10**9
-_MOST_WRAPPERS = 10  # around each other
+RUNNING_VAR, BATCH_COUNTER = "running_var", "num_batches_tracked"
+_MAX_DEPTH = 2  # of nested dicts; a dict can also contain itself
+_MAX_EPOCHS = 10**9
+_MAX_WRAPPERS = 10  # around each other
 
 
-def state_dicts(content: Mapping[Any, Any]) -> dict[str, State]:
-    """Return each dict of nothing but named tensors in ``content``, by its keys joined by dots.
+def find_state_dicts(content: Mapping[Any, Any]) -> dict[str, State]:
+    """Return each dict in ``content`` that holds only named tensors, by its keys joined by dots.
 
-    A dict that is there under several keys, as a small file can have a million, is returned once.
+    A dict under several keys is returned once: a small file can refer to it a million times.
     """
     states: dict[str, State] = {}
     level: list[tuple[list[str], Mapping[Any, Any]]] = [([], content)]
     seen = {id(content)}
-    for _ in range(_DEPTH + 1):
+    for _ in range(_MAX_DEPTH + 1):
         deeper: list[tuple[list[str], Mapping[Any, Any]]] = []
         for keys, each in level:
             if each and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in each.items()):
                 name = ".".join(keys)
-                # The key "a.b", and the key "b" in the dict "a", have one name.
+                # The key "a.b" and the key "b" in the dict "a" have the same joined name.
                 states[f"{name} ({len(states)})" if name in states else name] = each
                 continue
             for key, value in each.items():
@@ -54,16 +55,18 @@ def state_dicts(content: Mapping[Any, Any]) -> dict[str, State]:
     return states
 
 
-def own_names(raw: State) -> State:
-    """Return ``raw`` by the network's own names, which wrappers have put their own in front of.
+def strip_wrappers(raw: State) -> State:
+    """Return ``raw`` with the names of the network itself, without the prefixes of wrappers.
 
-    A wrapper's prefix, of whatever name, is one that all tensors share: of a network beside other
-    tensors nothing says that it is the one that is meant. A known network gets the counters of
-    batches that files of old versions lack, at 0.
+    Any prefix that all names share is the prefix of a wrapper. If only a part of the tensors has
+    a prefix, it stays, because it is not known which network is meant. A known network gets the
+    batch counters that old files lack, with the value 0.
     """
-    state: State = {name: raw[name] for name in raw if name.rpartition(".")[2] not in PROFILED}
-    for _ in range(_MOST_WRAPPERS):
-        prefix = _wrappers_prefix(state)
+    state: State = {
+        name: raw[name] for name in raw if name.rpartition(".")[2] not in PROFILER_BUFFERS
+    }
+    for _ in range(_MAX_WRAPPERS):
+        prefix = _wrapper_prefix(state)
         if prefix is None:
             break
         state = {
@@ -71,74 +74,74 @@ def own_names(raw: State) -> State:
             for name, tensor in state.items()
             if name.startswith(prefix)
         }
-    return _known(state) or state
+    return _as_architecture(state) or state
 
 
-def _known(state: State) -> State | None:
-    """Return ``state`` with an architecture's very names, or None if it is of none."""
+def _as_architecture(state: State) -> State | None:
+    """Return ``state`` with exactly the names of an architecture; None if it matches none."""
     counters = {
-        name.removesuffix(VARIANCE) + COUNTER: torch.tensor(0)
+        name.removesuffix(RUNNING_VAR) + BATCH_COUNTER: torch.tensor(0)
         for name in state
-        if name.endswith(VARIANCE)
+        if name.endswith(RUNNING_VAR)
     }
-    renamed = {BARE_CLASSIFIER.get(name, name): tensor for name, tensor in state.items()}
-    for known in (state, renamed, {**counters, **state}, {**counters, **renamed}):
-        if recognise(known):
-            return known
+    renamed = {PLAIN_CLASSIFIER.get(name, name): tensor for name, tensor in state.items()}
+    for candidate in (state, renamed, {**counters, **state}, {**counters, **renamed}):
+        if recognise(candidate):
+            return candidate
     return None
 
 
-def _wrappers_prefix(state: State) -> str | None:
-    """Return what a wrapper has put in front of the names in ``state``, if one has.
+def _wrapper_prefix(state: State) -> str | None:
+    """Return the prefix that a wrapper added to the names in ``state``; None without a wrapper.
 
-    No architecture's own names all begin with one part.
+    The names of an architecture itself never share their first part.
     """
     first = f"{next(iter(state), '').partition('.')[0]}."
-    return next((prefix for prefix in (*PREFIXES, first) if _wraps(prefix, state)), None)
+    return next((prefix for prefix in (*PREFIXES, first) if _is_shared(prefix, state)), None)
 
 
-def _wraps(prefix: str, state: State) -> bool:
-    """Return whether every name in ``state`` has ``prefix``, but for what comes beside it."""
-    own = [name for name in state if name.startswith(prefix)]
-    beside = WRAPPERS.get(prefix)
-    rest = [name for name in state if not (beside and name.startswith(beside))]
-    return bool(own) and own == rest
+def _is_shared(prefix: str, state: State) -> bool:
+    """Return whether every name in ``state`` has ``prefix``, except the extras of its wrapper."""
+    prefixed = [name for name in state if name.startswith(prefix)]
+    extra = WRAPPER_EXTRAS.get(prefix)
+    rest = [name for name in state if not (extra and name.startswith(extra))]
+    return bool(prefixed) and prefixed == rest
 
 
-def own_numbers(state: State) -> dict[str, Tensor]:
-    """Return ``state`` in float32, and counters of batches as the whole numbers that they are.
+def convert_dtypes(state: State) -> dict[str, Tensor]:
+    """Return ``state`` with weights in float32 and batch counters in int64.
 
-    The digest of half-precision weights is then that of the float32 network that they load into.
+    So half-precision weights have the same digest as the float32 network that loads them.
     """
     return {
-        name: _own_number(name, tensor.detach().resolve_neg()) for name, tensor in state.items()
+        name: _convert_dtype(name, tensor.detach().resolve_neg()) for name, tensor in state.items()
     }
 
 
-def _own_number(name: str, tensor: Tensor) -> Tensor:
-    if name.endswith(COUNTER) and tensor.isfinite().all():
+def _convert_dtype(name: str, tensor: Tensor) -> Tensor:
+    if name.endswith(BATCH_COUNTER) and tensor.isfinite().all():
         return tensor.long()
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def stated_accuracy(facts: Mapping[Any, Any], depth: int = _DEPTH) -> float | None:
-    """Return the top-1 in percent that ``facts`` state.
+def stated_accuracy(metadata: Mapping[Any, Any], depth: int = _MAX_DEPTH) -> float | None:
+    """Return the top-1 accuracy in percent that ``metadata`` state.
 
-    None if that is not a single number up to 100, or if it is more than ``depth`` dicts deep. A
-    number above 0 and up to 1 counts as none: it may be a share.
+    None if it is not a single number up to 100, or is nested in more than ``depth`` dicts. A number
+    above 0 and up to 1 is ignored, because it may be a fraction.
     """
-    stated = (_number(facts[key], depth) for key in ACCURACY_KEYS if key in facts)
+    stated = (_as_number(metadata[key], depth) for key in ACCURACY_KEYS if key in metadata)
     percent = (each for each in stated if each is not None and (each == 0 or 1 < each <= 100))
     return next(percent, None)
 
 
-def stated_epoch(facts: Mapping[Any, Any]) -> int | None:
-    """Return the epoch that ``facts`` state; None if that is no count."""
-    epoch = _number(facts.get("epoch"))
-    return int(epoch) if epoch is not None and 0 <= epoch <= _MOST_EPOCHS else None
+def stated_epoch(metadata: Mapping[Any, Any]) -> int | None:
+    """Return the epoch that ``metadata`` state; None if it is not a valid count."""
+    epoch = _as_number(metadata.get("epoch"))
+    return int(epoch) if epoch is not None and 0 <= epoch <= _MAX_EPOCHS else None
 
 
-def _number(value: Any, depth: int = 0) -> float | None:
+def _as_number(value: Any, depth: int = 0) -> float | None:
     if isinstance(value, Mapping):
         return stated_accuracy(value, depth - 1) if depth else None
     if isinstance(value, list | tuple) and len(value) == 1:

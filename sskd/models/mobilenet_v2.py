@@ -1,7 +1,7 @@
 """MobileNetV2 at half width: Sandler et al., "MobileNetV2: Inverted Residuals and Linear
-Bottlenecks", CVPR 2018, with ReLU for ReLU6 and the strides of both published code bases.
+Bottlenecks", CVPR 2018, with ReLU instead of ReLU6 and the strides of both published code bases.
 
-Blocks end without a ReLU, so a stage is its own pre-activation.
+Blocks end without a ReLU, so the pre-activation of a stage is the stage itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from sskd.models.features import Features, initialise_convolutions
 
 STEM_CHANNELS = 16
 LAST_CHANNELS = 1280
-# One row for each group of blocks: expansion, channels, blocks, stride of the first block.
+# For each group of blocks: expansion, channels, number of blocks, stride of the first block.
 GROUPS = (
     (1, 8, 1, 1),
     (6, 12, 2, 1),
@@ -22,14 +22,14 @@ GROUPS = (
     (6, 80, 3, 2),
     (6, 160, 1, 1),
 )
-# The groups whose output is a stage: the last one at each size of the map.
+# The groups whose output is a stage: the last one at each resolution.
 STAGE_ENDS = (1, 2, 4, 6)
 
 
 class InvertedResidual(nn.Module):
     """1x1 expansion, 3x3 depthwise and linear 1x1 convolution.
 
-    The input is added where the shape stays the same.
+    The input is added if the shape stays the same.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:

@@ -1,4 +1,4 @@
-"""Telling which network a set of weights belongs to, by its tensors alone."""
+"""Finding the architecture of a state dict by the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sskd.models.architectures import ARCHITECTURES
 
 
 def recognise(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
-    """Tell the architecture and the number of classes from the tensors' names and shapes."""
+    """Return the architecture and the number of classes of ``state``; None if it is unknown."""
     shapes = tensor_shapes(state)
-    for name, layout in _layouts().items():
+    for name, layout in _architecture_shapes().items():
         *_, weight, bias = layout  # every network registers its classifier last
         classes = shapes.get(bias, ())[:1]
         if classes and shapes == layout | {weight: classes + layout[weight][1:], bias: classes}:
@@ -25,12 +25,12 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
 
 
 def tensor_shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor by its name."""
+    """Return the shape of each tensor by its name."""
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-class _WithoutNormal(TorchFunctionMode):
-    """Leaves out normal initialisation: on the meta device it fills nothing, and takes a second."""
+class _SkipNormalInit(TorchFunctionMode):
+    """Skips normal initialisation, which takes a second and fills nothing on the meta device."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -39,7 +39,7 @@ class _WithoutNormal(TorchFunctionMode):
 
 
 @cache
-def _layouts() -> dict[str, dict[str, tuple[int, ...]]]:
-    """The tensors' shapes of every architecture, with one class, in order."""
-    with torch.device("meta"), _WithoutNormal():
+def _architecture_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return the shapes of the tensors of each architecture, with one class, in order."""
+    with torch.device("meta"), _SkipNormalInit():
         return {name: tensor_shapes(build(1).state_dict()) for name, build in ARCHITECTURES.items()}

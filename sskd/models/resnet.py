@@ -1,7 +1,7 @@
 """Residual networks for small images: He et al., "Deep Residual Learning for Image
 Recognition", CVPR 2016, section 4.2.
 
-A stage is the map after its last ReLU; its pre-activation the sum in front of that ReLU.
+A stage is the map after its last ReLU; its pre-activation is the sum in front of that ReLU.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """ResNet-50 for small images: He et al., "Deep Residual Learning for Image Recognition",
-CVPR 2016, table 1, with a 3x3 stem of stride 1 and no max-pool, as both published code
-bases have it for CIFAR-100.
+CVPR 2016, table 1, with a 3x3 stem of stride 1 and no max-pool, as in both published code
+bases for CIFAR-100.
 
-A stage is the map after its last ReLU; its pre-activation the sum in front of that ReLU.
+A stage is the map after its last ReLU; its pre-activation is the sum in front of that ReLU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EXPANSION = 4
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions beside a shortcut; returns the sum, without the last ReLU.
 
-    The stride sits in the 3x3 convolution; the output has ``4 * channels`` channels.
+    The 3x3 convolution has the stride; the output has ``4 * channels`` channels.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:

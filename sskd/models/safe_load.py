@@ -1,10 +1,14 @@
-"""Reading a torch file from anywhere without running anything that it brings along."""
+"""Reading weights from files of unknown origin: no code is run, and memory use is bounded.
+
+All checks of such files, and of the tensors in them, are in this module.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import io
+import json
 import pickle
 import pickletools
 import re
@@ -12,22 +16,56 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from sskd.errors import UserError
+from sskd.models.pickle_scan import (
+    IMPORTS,
+    MAX_PICKLE_BYTES,
+    calls_a_value,
+    imported_names,
+    read_pickles,
+)
 
-# NumPy's scalars in a file: their type's name, and how struct reads one.
+METADATA_KEY = "about"  # of the JSON in a safetensors file
+# The largest network takes 100 MB in float32; copies and an optimizer's state multiply that.
+MAX_BYTES = 2 << 30
+# Dtypes of networks. A file may hold other tensors (sparse, quantised, complex, of 4 bits), which
+# most operations do not support.
+_DTYPES = frozenset(
+    {
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
+    }
+)
+# A view can show a few stored values as terabytes, which a copy of it would really take. A network
+# may be at most this many times larger than its file, or have 64 MiB.
+_MAX_VIEW_EXPANSION, _SMALL = 10, 64 << 20
+# Torch writes archives without compression, and real weights hardly compress. Only a small file
+# that fills the memory has a high ratio.
+_MAX_UNPACKED_RATIO = 10
+# The error messages of torch quote what the file would call, and torch searches them in quadratic
+# time: minutes for 300,000 characters. A string that is only a value may be longer.
+_MAX_STRING = 10_000
+_LEGACY_PICKLES = 5  # consecutive ones, in front of the bytes of the tensors
+# The imports from which torch rebuilds tensors.
+_TENSOR_NAMES = (
+    r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v2|parameter)|torch\.\w*Storage"
+)
+# NumPy's scalars in a file: the name of the type, and its format for struct.
 _SCALARS = {"f2": "e", "f4": "f", "f8": "d", "i4": "i", "i8": "q"}
 
 
 class _Dtype:
-    """What a file's ``numpy.dtype`` becomes.
+    """Replaces ``numpy.dtype`` of a file.
 
-    NumPy's own takes any state that a file gives it, and some of them crash the process.
+    NumPy's class accepts any state from a file, and some states crash the process.
     """
 
     def __init__(self, name: str, *_: object) -> None:
@@ -36,7 +74,7 @@ class _Dtype:
     def __setstate__(self, state: tuple[object, ...]) -> None:
         version, order, *rest = state
         if version != 3 or order not in ("<", ">") or rest != [None, None, None, -1, -1, 0]:
-            raise pickle.UnpicklingError("not the state of a plain number's type")
+            raise pickle.UnpicklingError("not the state of a scalar type")
         self.code = f"{order}{self.code}"
 
 
@@ -52,33 +90,98 @@ _ALLOWED_GLOBALS: list[Any] = [
     (_scalar, "numpy.core.multiarray.scalar"),
     (_scalar, "numpy._core.multiarray.scalar"),
 ]
-# Torch does not compress what it writes; a file that someone packed again hardly shrinks. Small
-# files that would fill the memory do.
-_MOST_EXPANSION = 10
-# Torch looks through its own messages, which quote what the file wants to call, in a time that
-# grows with the square of their length: minutes for 300,000 characters. A value may be longer.
-_LONGEST = 10_000
-_LONGEST_TOLD = 100
-_NAMES = ("GLOBAL", "INST")
-_CALLS = ("REDUCE", "NEWOBJ")
-# What tensors are made of, and no more.
-_HARMLESS = (
-    r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v2|parameter)|torch\.\w*Storage"
-)
-_MARK, _NAME, _VALUE = "mark", "name", "value"
-# Bytes of a pickle: it has names and shapes, and the tensors' bytes stand elsewhere.
-_MOST_PICKLED = 2**24
-_LEGACY_PICKLES = 5  # in a row, in front of the tensors' bytes, which may look like anything
 
 
-def load_torch_file(path: Path) -> Any:
-    """Return what a torch file holds, on the CPU, built of tensors and plain values alone.
+def load_weights_file(path: Path) -> tuple[Mapping[Any, Any], Mapping[Any, Any]]:
+    """Return the content of a safetensors or torch file, on the CPU, and its metadata.
 
-    Raises ``UserError`` where the file is damaged, or asks for anything else to be built.
+    The first bytes decide which of the two formats it is. The metadata of a torch file are its
+    whole content.
+
+    Raises:
+        UserError: the file is too large, damaged, not readable or not a dict, or would run code.
     """
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise UserError(
+            f"{path} has {size >> 20} MiB, more than the limit of {MAX_BYTES >> 20} MiB for a "
+            "checkpoint; save the state dict alone"
+        )
     try:
-        # A stream, because of a path torch would take the name for what tells the format.
-        # A warning, of another protocol for one, would only tell what is told in an error's line.
+        if _is_safetensors(path):
+            return _load_safetensors(path)
+        content = _load_torch(path)
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: permission denied") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
+    return content, content
+
+
+def find_unsupported_tensor(state: Mapping[str, Tensor], path: Path) -> str:
+    """Describe the first tensor with an unsupported format or an impossible size; "" without one.
+
+    ``path`` is the file of the tensors.
+    """
+    total, limit = 0, max(_MAX_VIEW_EXPANSION * path.stat().st_size, _SMALL)
+    for name, tensor in state.items():
+        dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not dense or tensor.dtype not in _DTYPES:
+            return (
+                f"holds '{name}' in an unsupported format ({tensor.dtype}, {tensor.layout}, on "
+                f"'{tensor.device.type}')"
+            )
+        total += tensor.numel() * max(tensor.element_size(), 4)  # its size in float32
+        if total > limit:
+            return (
+                f"holds fewer values for '{name}' than its shape {tuple(tensor.shape)} says: "
+                f"{total >> 20} MiB so far, far more than the file's own size"
+            )
+    return ""
+
+
+def refuse_bombs(file: BinaryIO, path: Path) -> None:
+    """Raise UserError for a torch file that would fill the memory or take hours to refuse.
+
+    ``path`` is the name of ``file`` in the error.
+    """
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(part.file_size for part in archive.infolist())
+        if unpacked > _MAX_UNPACKED_RATIO * file.seek(0, io.SEEK_END):
+            raise UserError(
+                f"{path} would unpack to {unpacked >> 20} MiB, far more than its own size, which "
+                "no checkpoint does; download it again from its publisher"
+            )
+    stream = io.BytesIO(read_pickles(file))
+    for _ in range(_LEGACY_PICKLES):
+        _refuse_long_strings(stream, path)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Return whether the file begins like a safetensors file: 8 bytes, then JSON."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def _load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+        about = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else metadata
+        return state, about if isinstance(about, dict) else {}
+    except PermissionError:
+        raise
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise _damaged_error(path) from error
+
+
+def _load_torch(path: Path) -> Any:
+    """Return the content of a torch file, built of tensors and plain values alone."""
+    try:
+        # A stream, because torch chooses the format of a path by its name. Warnings, for example
+        # about another pickle protocol, would only repeat the error.
         with (
             path.open("rb") as stream,
             torch.serialization.safe_globals(_ALLOWED_GLOBALS),
@@ -87,162 +190,69 @@ def load_torch_file(path: Path) -> Any:
             refuse_bombs(stream, path)
             stream.seek(0)
             return torch.load(stream, map_location="cpu", weights_only=True)
-    except UserError:
+    except (UserError, PermissionError):
         raise
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be read: permission denied") from error
-    except Exception as error:  # torch has a dozen types of error for a damaged file
-        wanted = _refused_globals(path, error)
-        if not wanted:
-            raise unreadable(path) from error
-        if all(re.fullmatch(_HARMLESS, name) for name in wanted):
+    except Exception as error:  # torch raises a dozen types of error for a damaged file
+        refused = _refused_names(path, error)
+        if not refused:
+            raise _damaged_error(path) from error
+        if all(re.fullmatch(_TENSOR_NAMES, name) for name in refused):
             raise UserError(
-                f"{path} is pickled by another protocol than torch.save's own, which cannot be "
-                "read without running it; save it again without pickle_protocol"
+                f"{path} is pickled with another protocol than torch.save uses by default, which "
+                "cannot be read without running it; save it again without pickle_protocol"
             ) from error
         raise UserError(
-            f"{path} asks for code, which weights do not need: {', '.join(wanted[:5])}; "
+            f"{path} asks to run code, which weights do not need: {', '.join(refused[:5])}; "
             "it was refused without being run"
         ) from error
 
 
-def refuse_bombs(file: BinaryIO, path: Path) -> None:
-    """Raise UserError for a torch file that would fill the memory or take hours to refuse.
-
-    ``path`` is what the error calls ``file``.
-    """
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            unpacked = sum(part.file_size for part in archive.infolist())
-        if unpacked > _MOST_EXPANSION * file.seek(0, io.SEEK_END):
-            raise UserError(
-                f"{path} would unpack to {unpacked >> 20} MiB, far more than its own size, which "
-                "no checkpoint does; fetch it again from where it is published"
-            )
-    stream = io.BytesIO(_pickled_bytes(file))
-    for _ in range(_LEGACY_PICKLES):
-        _refuse_long_words(stream, path)
-
-
-def _refuse_long_words(stream: io.BytesIO, path: Path) -> None:
-    """Raise UserError where the next pickle in ``stream`` breaks off, or may have one quoted."""
-    start, started, longest = stream.tell(), False, 0
+def _refuse_long_strings(stream: io.BytesIO, path: Path) -> None:
+    """Raise UserError if the next pickle in ``stream`` is cut short or may call a long string."""
+    start, has_started, longest = stream.tell(), False, 0
     try:
         for opcode, argument, _ in pickletools.genops(stream):
-            started = True
+            has_started = True
             length = len(argument) if isinstance(argument, str | bytes) else 0
-            if opcode.name in _NAMES and length > _LONGEST:
+            if opcode.name in IMPORTS and length > _MAX_STRING:
                 raise UserError(
                     f"{path} holds a name of {length} characters; no valid checkpoint has that; "
                     "download it again"
                 )
             longest = max(longest, length)
-    except ValueError as error:  # the end of the file, or bytes that are no instruction
-        if not started:
+    except ValueError as error:  # the end of the file, or not an instruction
+        if not has_started:
             return
-        if stream.tell() >= _MOST_PICKLED:
+        if stream.tell() >= MAX_PICKLE_BYTES:
             raise UserError(
-                f"{path} is damaged, or holds more than {_MOST_PICKLED >> 20} MiB beside "
-                "its tensors; fetch it again, or save the state dict alone"
+                f"{path} is damaged, or holds more than {MAX_PICKLE_BYTES >> 20} MiB beside "
+                "its tensors; download it again, or save the state dict alone"
             ) from error
-        raise unreadable(path) from error
+        raise _damaged_error(path) from error
     end = stream.tell()
     stream.seek(start)
-    if longest > _LONGEST and _calls_a_value(stream):
+    if longest > _MAX_STRING and calls_a_value(stream):
         raise UserError(
-            f"{path} holds a text of {longest} characters and asks for something to be called that "
-            "it does not name; no valid checkpoint has that; download it again"
+            f"{path} holds a string of {longest} characters and calls an object that it does not "
+            "import by name; no valid checkpoint has that; download it again"
         )
     stream.seek(end)
 
 
-def _calls_a_value(stream: io.BytesIO) -> bool:
-    """Return whether the next pickle, which is whole, calls anything but what it imports by name.
-
-    It is followed instruction by instruction, as ``pickletools.dis`` does; nothing is built.
-    """
-    stack: list[str] = []
-    memo: dict[Any, str] = {}
-    for opcode, argument, _ in pickletools.genops(stream):
-        if opcode.name in _CALLS and stack[-2:-1] != [_NAME]:
-            return True
-        if opcode.name.endswith("PUT"):
-            memo[argument] = stack[-1] if stack else _VALUE
-        elif opcode.name.endswith("GET"):
-            stack.append(memo.get(argument, _VALUE))
-        else:
-            _move(stack, opcode)
-    return False
-
-
-def _move(stack: list[str], opcode: pickletools.OpcodeInfo) -> None:
-    """Take from ``stack`` what the instruction takes, and put on it what it puts there."""
-    taken = list(opcode.stack_before)
-    if pickletools.markobject in taken:
-        while stack and stack.pop() != _MARK:
-            pass
-        taken = taken[: taken.index(pickletools.markobject)]
-    if taken:
-        del stack[-len(taken) :]
-    made = _NAME if opcode.name == "GLOBAL" else _VALUE
-    stack += [_MARK if each is pickletools.markobject else made for each in opcode.stack_after]
-
-
-def unreadable(path: Path) -> UserError:
-    """The error for a file that is no whole checkpoint."""
+def _damaged_error(path: Path) -> UserError:
     return UserError(
-        f"{path} cannot be read as a checkpoint; it was probably cut short: fetch it again"
+        f"{path} cannot be read as a checkpoint; it was probably cut short: download it again"
     )
 
 
-def _refused_globals(path: Path, error: Exception) -> list[str]:
-    """Tell what the file wanted to be imported, as far as that is why it was refused."""
+def _refused_names(path: Path, error: Exception) -> list[str]:
+    """Return the imports for which torch refused the file; none if it had another reason."""
     named = re.search(r"GLOBAL ([\w.]+\w)", str(error))
     if named:
         return [named[1]]
-    # torch gives up at the first instruction of a newer pickle protocol, before any name.
+    # Torch stops at the first instruction of a newer pickle protocol, before any name.
     if isinstance(error, pickle.UnpicklingError) and "Unsupported operand" in str(error):
-        with contextlib.suppress(OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error):
-            return _imports(path)
+        broken = (OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
+        with contextlib.suppress(*broken), path.open("rb") as file:
+            return imported_names(read_pickles(file))
     return []
-
-
-def _imports(path: Path) -> list[str]:
-    """List the names that the file's pickles import, by parsing them."""
-    names: dict[str, None] = {}
-    strings: list[str] = []
-    memo: list[str] = []
-    with path.open("rb") as file:
-        pickled = _pickled_bytes(file)
-    for opcode, argument in _instructions(io.BytesIO(pickled)):
-        if opcode == "STACK_GLOBAL":
-            names[".".join(text[-_LONGEST_TOLD:] for text in strings[-2:])] = None
-        elif opcode in ("GLOBAL", "INST"):
-            names[str(argument).replace(" ", ".")] = None
-        elif isinstance(argument, str):
-            strings.append(argument)
-        elif opcode == "MEMOIZE":
-            memo += strings[-1:] or [""]
-        elif opcode.endswith("GET") and argument < len(memo):
-            strings.append(memo[argument])
-    return list(names)
-
-
-def _instructions(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
-    """Yield the instructions of pickles that stand in a row, up to what is none."""
-    try:
-        while True:
-            for opcode, argument, _ in pickletools.genops(stream):
-                yield opcode.name, argument
-    except ValueError:  # the end of the file, or bytes that are no instruction
-        return
-
-
-def _pickled_bytes(file: BinaryIO) -> bytes:
-    """Return the pickles of a torch file; of the legacy format the tensors' first bytes, too."""
-    if not zipfile.is_zipfile(file):
-        file.seek(0)
-        return file.read(_MOST_PICKLED)
-    with zipfile.ZipFile(file) as archive:
-        names = [name for name in archive.namelist() if name.endswith("data.pkl")]
-        return b"".join(archive.open(name).read(_MOST_PICKLED) for name in names)

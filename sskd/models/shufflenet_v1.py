@@ -1,8 +1,8 @@
 """ShuffleNet with three groups: Zhang et al., "ShuffleNet: An Extremely Efficient
 Convolutional Neural Network for Mobile Devices", CVPR 2018, with a 1x1 stem of stride 1.
 
-A stage is the map after its last ReLU; its pre-activation the sum (in a block of stride 2 the
-concatenation) in front of that ReLU. All weights start from PyTorch's defaults.
+A stage is the map after its last ReLU. Its pre-activation is the input of that ReLU: a sum, or
+in a block of stride 2 a concatenation. PyTorch's default initialisation is used.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ STEM_CHANNELS = 24
 
 
 class ShuffleBlock(nn.Module):
-    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; returns without the last ReLU.
+    """Grouped 1x1, shuffle, depthwise 3x3 and grouped 1x1, without the last ReLU.
 
-    With stride 1 the input is added; with stride 2 the pooled input is concatenated, so the
-    convolutions provide ``out_channels - in_channels``.
+    With stride 1 the input is added. With stride 2 the pooled input is concatenated, so the
+    convolutions produce ``out_channels - in_channels``.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int) -> None:
         super().__init__()
         self.downsamples = stride == 2
         self.groups = groups
-        provided = out_channels - in_channels if self.downsamples else out_channels
-        middle = provided // 4
+        produced = out_channels - in_channels if self.downsamples else out_channels
+        middle = produced // 4
         self.conv1 = nn.Conv2d(in_channels, middle, 1, groups=groups, bias=False)
         self.bn1 = nn.BatchNorm2d(middle)
         self.conv2 = nn.Conv2d(middle, middle, 3, stride, padding=1, groups=middle, bias=False)
         self.bn2 = nn.BatchNorm2d(middle)
-        self.conv3 = nn.Conv2d(middle, provided, 1, groups=GROUPS, bias=False)
-        self.bn3 = nn.BatchNorm2d(provided)
+        self.conv3 = nn.Conv2d(middle, produced, 1, groups=GROUPS, bias=False)
+        self.bn3 = nn.BatchNorm2d(produced)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = F.relu(self.bn1(self.conv1(x)), inplace=True)

@@ -1,8 +1,9 @@
 """ShuffleNet V2 at width 1: Ma et al., "ShuffleNet V2: Practical Guidelines for Efficient CNN
 Architecture Design", ECCV 2018, with a 1x1 stem of stride 1 and no max-pool.
 
-A stage is the map after the last block's shuffle; its pre-activation what enters that block's
-ReLUs, both halves concatenated, before the shuffle. All weights start from PyTorch's defaults.
+A stage is the map after the shuffle of its last block. Its pre-activation is the input of that
+block's ReLU, both halves concatenated, before the shuffle. PyTorch's default initialisation is
+used.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ LAST_CHANNELS = 1024
 class SplitBlock(nn.Module):
     """Convolutions on the second half of the channels; returns before ReLU and shuffle.
 
-    The first half passes through. It is the output of a ReLU already, so the ReLU that
-    follows the concatenation leaves it as it is.
+    The first half passes through. It is already the output of a ReLU, so the ReLU after the
+    concatenation does not change it.
     """
 
     def __init__(self, channels: int) -> None:
@@ -44,7 +45,7 @@ class SplitBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Two branches of stride 2, half of the output each; returns before ReLU and shuffle."""
+    """Two branches of stride 2, each half of the output; returns before ReLU and shuffle."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """VGG with BatchNorm and one linear classifier: Simonyan & Zisserman, "Very Deep
 Convolutional Networks for Large-Scale Image Recognition", ICLR 2015.
 
-A stage is the map after its last ReLU; its pre-activation the last BatchNorm's output.
+A stage is the map after its last ReLU; its pre-activation is the output of its last BatchNorm.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from torch import Tensor, fx, nn
 from sskd.models.features import Features, initialise_convolutions
 
 WIDTHS = (64, 128, 256, 512, 512)
-# Up to this size the published networks leave out the pooling in front of the last block.
+# Up to this image size, the published networks have no pooling in front of the last block.
 SMALL_IMAGE = 32
 
 
-@fx.wrap  # tracing a network keeps this choice for the moment when there is an image
+@fx.wrap  # a traced network decides by the size of its input, at run time
 def pool_large(stage: Tensor, image: Tensor) -> Tensor:
     """Max-pool ``stage`` to half its size if ``image`` is larger than 32x32."""
     return F.max_pool2d(stage, 2) if image.shape[-1] > SMALL_IMAGE else stage
 
 
 class VGG(nn.Module):
-    """Five blocks of 3x3 convolutions; the first is the stem, the others are the stages.
+    """Five blocks of 3x3 convolutions: the stem and four stages.
 
-    ``convolutions`` holds the number of convolutions in each block.
+    ``convolutions`` is the number of convolutions in each block.
     """
 
     def __init__(self, num_classes: int, *, convolutions: tuple[int, int, int, int, int]) -> None:
@@ -60,7 +60,7 @@ class VGG(nn.Module):
 
 
 def _block(convolutions: int, in_channels: int, out_channels: int) -> nn.Sequential:
-    """Convolution, BatchNorm and ReLU in turn, without the last ReLU."""
+    """Repeat convolution, BatchNorm and ReLU; the last ReLU is omitted."""
     layers: list[nn.Module] = []
     for _ in range(convolutions):
         convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1)

@@ -1,9 +1,9 @@
 """Wide residual networks: Zagoruyko & Komodakis, "Wide Residual Networks", BMVC 2016.
 
-Here every BatchNorm and ReLU stands in front of its convolution, so a stage ends in a bare
-sum. Its pre-activation is the output of the BatchNorm that comes next: the next stage's
-first, and ``bn1`` of the network for the last stage. The network runs each of them anyway;
-the value is taken from there, so that no running statistics are updated twice.
+Every BatchNorm and ReLU is in front of its convolution, so a stage is a sum without a ReLU. Its
+pre-activation is the output of the BatchNorm after it: the first of the next stage, or ``bn1`` of
+the network for the last stage. The value is taken from the regular forward pass, so that no
+running statistics are updated twice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class WideBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        # The attribute's name is the published tensors'.
+        # The published weights use this name.
         self.convShortcut: nn.Conv2d | None = None
         if in_channels != out_channels:
             self.convShortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
@@ -33,13 +33,13 @@ class WideBlock(nn.Module):
         normalised = self.bn1(x)
         active = F.relu(normalised)
         residual = self.conv2(F.relu(self.bn2(self.conv1(active)), inplace=True))
-        # A shortcut of its own starts behind the ReLU, the identity in front of the BatchNorm.
+        # A convolution in the shortcut takes the activated input, the identity takes ``x``.
         shortcut = x if self.convShortcut is None else self.convShortcut(active)
         return shortcut + residual, normalised
 
 
 class WideStage(nn.Module):
-    """Blocks in a row, the first of which changes width and size."""
+    """Consecutive blocks; the first one changes the width and the resolution."""
 
     def __init__(self, blocks: int, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class WideStage(nn.Module):
         self.layer = nn.Sequential(first, *others)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the stage, and the output of the first block's ``bn1`` on ``x``."""
+        """Return the stage, and the output of ``bn1`` of the first block on ``x``."""
         first, *others = self.layer
         x, normalised = first(x)
         for block in others:

@@ -10,8 +10,8 @@ from sskd.errors import UserError
 from sskd.methods import Method, build_method
 from sskd.models import build_model
 from sskd.runs.plan import TeacherWeights
+from sskd.seeding import seed_torch
 from sskd.teachers.find import load_teacher
-from sskd.training.seeding import seed_torch
 
 
 def assemble(config: Config, images: Images, found: TeacherWeights | None = None) -> Method:

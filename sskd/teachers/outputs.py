@@ -59,7 +59,7 @@ class Precomputed:
     widths: dict[str, int]
 
     def __call__(self, batch: Batch) -> Features:
-        """Return the teacher's features of ``batch``; fields that the file lacks are None."""
+        """Return the teacher's features of ``batch``; fields that the file lacks are empty."""
         first = batch.indices[:, None] * self.rows.shape[1]
         positions = (first + batch.crops.view(len(batch.indices), -1)).flatten()
         rows = self.rows.flatten(0, 1).index_select(0, positions)

@@ -11,7 +11,7 @@ from torchvision.utils import make_grid, save_image
 from sskd.config import Config
 from sskd.data import Images, Loader
 from sskd.files import write_atomically
-from sskd.training.seeding import derive_seed
+from sskd.seeding import derive_seed
 
 _ROWS = 8
 _GREY = 0.5  # between the views, distinct from their black padding

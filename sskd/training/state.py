@@ -18,8 +18,8 @@ from sskd.errors import UserError
 from sskd.methods import load_state_without_teacher, state_without_teacher
 from sskd.optimizers import load_optimizer
 from sskd.runs.run import Run
+from sskd.seeding import generator_states, restore_generator_states
 from sskd.training.meter import Meter
-from sskd.training.seeding import generator_states, restore_generator_states
 
 
 @dataclass

@@ -16,12 +16,12 @@ from sskd.methods import Phase
 from sskd.optimizers import build_optimizer
 from sskd.runs.run import Run
 from sskd.schedule import Schedule
+from sskd.seeding import derive_seed, seed_torch
 from sskd.training.acceleration import compile_loss
 from sskd.training.evaluation import NotFiniteError, evaluate_epoch
 from sskd.training.meter import Meter
 from sskd.training.not_finite import FiniteCheck
 from sskd.training.progress import Progress
-from sskd.training.seeding import derive_seed, seed_torch
 from sskd.training.signals import StopSignals
 from sskd.training.state import PhaseCheckpoint, TrainingState
 from sskd.training.step import set_trainable, train_step

@@ -1,4 +1,4 @@
-"""The datasets' settings, the digits, and the choice of a part of a dataset."""
+"""The settings of datasets, the digits, and the selection of a part of a dataset."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLASSES = ("a", "b", "c", "d")
 
 
 def settings(name: str, **changes: Any) -> DatasetSettings:
-    """The settings of the real YAML, with changes."""
+    """Return the settings in the real YAML file, with changes."""
     return DatasetSettings(**{**yaml.safe_load((CONF / f"{name}.yaml").read_text()), **changes})
 
 
@@ -59,7 +59,7 @@ def test_wrong_settings_are_refused(change: dict[str, Any]) -> None:
 
 
 def train_split() -> Split:
-    """Images that carry their position in a pixel, with classes of different sizes, mixed."""
+    """Return images that hold their position in a pixel; the classes differ in size."""
     labels = torch.repeat_interleave(torch.arange(len(COUNTS)), torch.tensor(COUNTS))
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))]
     images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
@@ -75,17 +75,17 @@ def class_counts(split: Split) -> list[int]:
     return torch.bincount(split.labels, minlength=len(COUNTS)).tolist()
 
 
-def test_fraction_keeps_its_count_of_each_class_in_order() -> None:
+def test_a_fraction_keeps_the_balance_and_the_order() -> None:
     train = train_split()
     kept = keep_fraction(train, 4, 0.3, seed=0)
-    assert class_counts(kept) == [12, 8, 3, 1]  # of 40, 25, 10, 3, and 7.5 is rounded to even
+    assert class_counts(kept) == [12, 8, 3, 1]  # of 40, 25, 10, 3; 7.5 is rounded to even
     assert positions(kept) == sorted(positions(kept))
     assert torch.equal(kept.labels, train.labels[positions(kept)])
     assert class_counts(keep_fraction(train, 4, 0.001, seed=0)) == [1, 1, 1, 1]
     assert keep_fraction(train, 4, 1.0, seed=0) is train
 
 
-def test_fraction_depends_on_the_seed_and_grows_from_smaller_ones() -> None:
+def test_smaller_fractions_are_subsets_of_larger_ones() -> None:
     train = train_split()
     half = positions(keep_fraction(train, 4, 0.5, seed=0))
     assert half == positions(keep_fraction(train, 4, 0.5, seed=0))
@@ -93,13 +93,13 @@ def test_fraction_depends_on_the_seed_and_grows_from_smaller_ones() -> None:
     assert set(positions(keep_fraction(train, 4, 0.25, seed=0))) < set(half)
 
 
-def test_holdout_is_a_balanced_part_that_training_no_longer_has() -> None:
+def test_the_holdout_is_balanced_and_not_trained_on() -> None:
     train = train_split()
-    left, held = hold_out(train, CLASSES, 0.2, seed=0)
+    rest, held = hold_out(train, CLASSES, 0.2, seed=0)
     assert held is not None
     assert class_counts(held) == [8, 5, 2, 1]
-    assert sorted(positions(left) + positions(held)) == [*range(len(train))]
-    for part in (left, held):
+    assert sorted(positions(rest) + positions(held)) == [*range(len(train))]
+    for part in (rest, held):
         assert positions(part) == sorted(positions(part))
         assert torch.equal(part.labels, train.labels[positions(part)])
     _, other = hold_out(train, CLASSES, 0.2, seed=1)
@@ -108,12 +108,12 @@ def test_holdout_is_a_balanced_part_that_training_no_longer_has() -> None:
     assert hold_out(train, CLASSES, 0.0, seed=0) == (train, None)
 
 
-def test_holdout_leaves_each_class_an_image() -> None:
+def test_a_holdout_of_a_whole_class_is_refused() -> None:
     with pytest.raises(UserError, match=r"all 3 training images of class 'd'.*dataset\.holdout"):
         hold_out(train_split(), CLASSES, 0.9, seed=0)
 
 
-def test_label_noise_replaces_exactly_its_count_of_each_class() -> None:
+def test_label_noise_replaces_its_share_of_each_class() -> None:
     train = train_split()
     noisy = add_label_noise(train, 4, 0.3, seed=0)
     changed = noisy.labels != train.labels
@@ -122,7 +122,7 @@ def test_label_noise_replaces_exactly_its_count_of_each_class() -> None:
     assert noisy.images is train.images
     assert noisy.labels.min() >= 0
     assert noisy.labels.max() < 4
-    assert torch.equal(train.labels, train_split().labels), "the clean labels stay"
+    assert torch.equal(train.labels, train_split().labels), "the clean labels do not change"
 
 
 def test_label_noise_is_symmetric() -> None:
@@ -133,18 +133,18 @@ def test_label_noise_is_symmetric() -> None:
         counts = torch.bincount(noisy[labels == label], minlength=5)
         assert counts[label] == 200
         others = counts[torch.arange(5) != label]
-        # 800 draws among 4: mean 200, standard deviation 12.2; five of them apart is a defect.
+        # 800 draws among 4 classes: mean 200, standard deviation 12.2; the limit is five of them.
         assert (others - 200).abs().max() < 61
 
 
-def test_label_noise_depends_on_the_seed_and_grows_from_smaller_ones() -> None:
+def test_more_label_noise_extends_smaller_noise() -> None:
     train = train_split()
-    some = add_label_noise(train, 4, 0.2, seed=0).labels
+    less = add_label_noise(train, 4, 0.2, seed=0).labels
     more = add_label_noise(train, 4, 0.5, seed=0).labels
-    assert torch.equal(some, add_label_noise(train, 4, 0.2, seed=0).labels)
-    assert not torch.equal(some, add_label_noise(train, 4, 0.2, seed=1).labels)
-    changed = some != train.labels
-    assert torch.equal(more[changed], some[changed])
+    assert torch.equal(less, add_label_noise(train, 4, 0.2, seed=0).labels)
+    assert not torch.equal(less, add_label_noise(train, 4, 0.2, seed=1).labels)
+    changed = less != train.labels
+    assert torch.equal(more[changed], less[changed])
 
 
 def test_label_noise_needs_a_second_class() -> None:
@@ -153,23 +153,23 @@ def test_label_noise_needs_a_second_class() -> None:
         add_label_noise(train, 1, 0.5, seed=0)
 
 
-def test_the_three_choices_are_independent_of_each_other() -> None:
+def test_the_three_selections_are_independent() -> None:
     train = train_split()
     kept = set(positions(keep_fraction(train, 4, 0.2, seed=0)))
     _, held = hold_out(train, CLASSES, 0.2, seed=0)
     changed = add_label_noise(train, 4, 0.2, seed=0).labels != train.labels
     assert held is not None
-    choices = [kept, set(positions(held)), set(changed.nonzero()[:, 0].tolist())]
-    assert choices[0] != choices[1] != choices[2] != choices[0]
+    selections = [kept, set(positions(held)), set(changed.nonzero()[:, 0].tolist())]
+    assert selections[0] != selections[1] != selections[2] != selections[0]
 
 
-def test_a_mean_or_std_that_is_given_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = load_images(settings("digits"))
+def test_a_mean_or_a_std_can_be_given_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = load_images(settings("digits"))
     given = load_images(settings("digits", mean=[0.0, 0.2, 0.3]))
-    assert (given.mean, given.std) == ((0.0, 0.2, 0.3), own.std)
+    assert (given.mean, given.std) == ((0.0, 0.2, 0.3), computed.std)
     given = load_images(settings("digits", std=[0.1, 0.2, 0.3]))
-    assert (given.mean, given.std) == (own.mean, (0.1, 0.2, 0.3))
-    monkeypatch.delattr("sskd.data.channel_statistics")  # nothing is left to compute
+    assert (given.mean, given.std) == (computed.mean, (0.1, 0.2, 0.3))
+    monkeypatch.delattr("sskd.data.channel_statistics")  # it must not be needed
     given = load_images(settings("digits", mean=[0.0, 0.2, 0.3], std=[0.1, 0.2, 0.3]))
     assert (given.mean, given.std) == ((0.0, 0.2, 0.3), (0.1, 0.2, 0.3))
 
@@ -188,29 +188,29 @@ def test_channel_statistics_are_those_of_all_pixels() -> None:
 
 
 @pytest.mark.usefixtures("all_digits")
-def test_digits_are_scikit_learns_images_scaled_up() -> None:
+def test_digits_are_scaled_images_of_scikit_learn() -> None:
     images = load_images(settings("digits"))
     published = load_digits()
     assert images.classes == tuple("0123456789")
     assert (images.name, images.num_classes, images.image_size) == ("digits", 10, 32)
     assert len(images.train) + len(images.test) == 1797
     assert images.holdout is None
-    # Every fifth of each class: the position within its class, counted in the file's order.
+    # Every fifth image of each class, in the order of the file.
     seen = [0] * 10
     is_test = []
     for label in published.target:
         seen[label] += 1
         is_test.append(seen[label] % 5 == 0)
-    for split, chosen in ((images.train, ~np.array(is_test)), (images.test, np.array(is_test))):
+    for split, selected in ((images.train, ~np.array(is_test)), (images.test, np.array(is_test))):
         assert split.images.dtype == torch.uint8
-        assert split.images.shape == (chosen.sum(), 3, 32, 32)
-        assert split.labels.tolist() == published.target[chosen].tolist()
+        assert split.images.shape == (selected.sum(), 3, 32, 32)
+        assert split.labels.tolist() == published.target[selected].tolist()
         assert (split.images == split.images[:, :1]).all()
-        # Bilinear scaling by 4 leaves the corners their own values.
-        small = published.images[chosen]
+        # Bilinear scaling by 4 does not change the values of the corners.
+        small = published.images[selected]
         corner = np.rint(small[:, 0, 0] * 255 / 16)
         assert (split.images[:, 0, 0, 0].numpy() == corner).all()
-        # Column 14 lies at (14 + 0.5) / 4 - 0.5 = 3.125 of the small image.
+        # Column 14 is at (14 + 0.5) / 4 - 0.5 = 3.125 in the small image.
         between = (small[:, 0, 3] * 0.875 + small[:, 0, 4] * 0.125) * 255 / 16
         assert np.abs(split.images[:, 0, 0, 14].numpy() - between).max() <= 0.5
     assert images.train.images.max() == 255
@@ -218,17 +218,18 @@ def test_digits_are_scikit_learns_images_scaled_up() -> None:
     np.testing.assert_allclose(images.mean, pixels.mean(axis=(0, 2, 3)), rtol=1e-9)
 
 
-def test_parts_are_taken_in_order_holdout_fraction_noise() -> None:
-    whole = load_images(settings("digits")).train
+def test_holdout_fraction_and_noise_apply_in_this_order() -> None:
+    everything = load_images(settings("digits")).train
     parts = {"holdout": 0.25, "fraction": 0.5, "label_noise": 0.5, "seed": 3}
     images = load_images(settings("digits", **parts))
     clean = load_images(settings("digits", **{**parts, "label_noise": 0.0}))
     assert images.holdout is not None
     assert clean.holdout is not None
     assert torch.equal(images.train.images, clean.train.images)
-    assert torch.equal(images.holdout.labels, clean.holdout.labels), "the held-out part is clean"
+    # The held-out part has no label noise.
+    assert torch.equal(images.holdout.labels, clean.holdout.labels)
     for label in range(10):
-        total = int((whole.labels == label).sum())
+        total = int((everything.labels == label).sum())
         held = round(0.25 * total)
         kept = round(0.5 * (total - held))
         of_class = clean.train.labels == label
@@ -238,13 +239,13 @@ def test_parts_are_taken_in_order_holdout_fraction_noise() -> None:
     assert torch.equal(images.test.labels, load_images(settings("digits")).test.labels)
 
 
-def test_given_mean_and_std_are_taken_as_they_are() -> None:
+def test_a_given_mean_and_std_are_used() -> None:
     images = load_images(settings("digits", mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], size=40))
     assert (images.mean, images.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert images.image_size == 40
 
 
-def test_moving_takes_all_tensors_along() -> None:
+def test_all_tensors_move_to_another_device() -> None:
     images = load_images(settings("digits", holdout=0.1)).to("meta")
     assert isinstance(images, Images)
     assert images.holdout is not None

@@ -1,4 +1,4 @@
-"""Decoding a stranger's images: the formats that are meant, and bounds on what they may take."""
+"""Decoding images of unknown origin: the allowed formats, and bounds on memory."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from PIL import EpsImagePlugin, Image, ImageFile, ImageOps
 from test_data_folder import load, make_folder, refused, settings
 
 import sskd.data.decode
-from sskd.data.decode import FORMATS, MOST_BYTES, MOST_PIXELS, MOST_TILES, decode
-from sskd.data.folder import EXTENSIONS, folder_fingerprint
+from sskd.data.decode import FORMATS, MAX_BYTES, MAX_PIXELS, MAX_TILES, decode
+from sskd.data.folder import folder_fingerprint
+from sskd.data.listing import EXTENSIONS
 from sskd.errors import UserError
 
 # ---- formats ----
 
 
-def image_as(form: str, **how: Any) -> bytes:
+def image_as(form: str, **options: Any) -> bytes:
     stream = io.BytesIO()
-    Image.new("RGB", (32, 32), (200, 100, 50)).save(stream, form, **how)
+    Image.new("RGB", (32, 32), (200, 100, 50)).save(stream, form, **options)
     return stream.getvalue()
 
 
 @pytest.mark.parametrize("form", ["EPS", "GIF", "ICO", "PCX", "SGI", "TGA", "DDS", "ICNS"])
 @pytest.mark.parametrize("name", ["b.png", "b.jpg"])
-def test_another_format_is_refused_whatever_its_name(
+def test_another_format_is_refused_under_any_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, name: str
 ) -> None:
-    def run(*args: Any, **how: Any) -> None:
+    def run(*args: Any, **options: Any) -> None:
         raise AssertionError("PostScript is a program, and must not be run")
 
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
@@ -46,9 +47,9 @@ def test_another_format_is_refused_whatever_its_name(
     assert f"{name} cannot be read as an image: cannot identify" in refused(root)
 
 
-def test_a_page_of_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[Any] = []
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **how: ran.append(args))
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **options: ran.append(args))
     root = make_folder(tmp_path)
     page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
     for start in (b"", b"\xc5\xd0\xd3\xc6" + struct.pack("<LL", 32, len(page)) + bytes(20)):
@@ -58,16 +59,16 @@ def test_a_page_of_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_each_format_that_is_meant_is_read(form: str) -> None:
+def test_each_allowed_format_is_read(form: str) -> None:
     colour = decode(image_as(form), 32).flatten(1).float().mean(1)
     assert colour.tolist() == pytest.approx([200, 100, 50], abs=3)
 
 
-def test_every_extension_is_of_a_format_that_is_meant() -> None:
+def test_the_extensions_are_those_of_the_formats() -> None:
     assert {Image.registered_extensions()[extension] for extension in EXTENSIONS} == set(FORMATS)
 
 
-# How each orientation of EXIF 2.3 stores an image that is shown as ``a``.
+# For each orientation of EXIF 2.3: the stored pixels of an image that is displayed as ``a``.
 STORED: dict[int, Callable[[Any], Any]] = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -85,17 +86,17 @@ LOSSLESS = {"PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}, "TIFF lzw": {}}
 @pytest.mark.parametrize("form", LOSSLESS)
 @pytest.mark.parametrize("mode", ["L", "RGBA"])
 def test_a_photograph_is_upright(tmp_path: Path, form: str, orientation: int, mode: str) -> None:
-    """Also an uncompressed TIFF, which Pillow garbles if it maps the file into memory."""
+    """This includes an uncompressed TIFF, which Pillow garbles if it maps the file into memory."""
     shown = np.random.default_rng(0).integers(0, 256, (32, 48), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    how: dict[str, Any] = {**LOSSLESS[form], "exif": exif}
+    options: dict[str, Any] = {**LOSSLESS[form], "exif": exif}
     name, _, compression = form.partition(" ")
     if compression:
-        how["compression"] = f"tiff_{compression}"
+        options["compression"] = f"tiff_{compression}"
     root = make_folder(tmp_path)
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](shown)))
-    stored.convert(mode).save(root / "train/dog/b.png", name, **how)
+    stored.convert(mode).save(root / "train/dog/b.png", name, **options)
     image = load(root).train.images[6].numpy()
     assert (image == shown[:, 8:40]).all(), "the centre, 32 pixels wide"
 
@@ -104,7 +105,7 @@ def test_a_photograph_is_upright(tmp_path: Path, form: str, orientation: int, mo
 
 
 def png(width: int, height: int) -> bytes:
-    """Return a PNG of one colour, with a bit a pixel."""
+    """Return a PNG of one colour, with 1 bit per pixel."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -118,9 +119,9 @@ def png(width: int, height: int) -> bytes:
 
 
 def jpeg(width: int, height: int) -> bytes:
-    """Return a JPEG of 32 x 32 pixels whose header says other ones."""
+    """Return a JPEG of 32 x 32 pixels whose header states another size."""
     content = bytearray(image_as("JPEG"))
-    start = content.index(b"\xff\xc0")  # the frame's header: length, bits, height, width
+    start = content.index(b"\xff\xc0")  # the frame header: length, bits, height, width
     content[start + 5 : start + 9] = struct.pack(">HH", height, width)
     return bytes(content)
 
@@ -132,7 +133,7 @@ def bmp(width: int, height: int) -> bytes:
 
 
 def tiff(tags: list[tuple[int, int, int]], data: bytes = b"") -> bytes:
-    """Return a little-endian TIFF: ``tags`` are (tag, count, value), of 32 bits each."""
+    """Return a little-endian TIFF; ``tags`` are (tag, count, value), with 32-bit values."""
     table = b"".join(struct.pack("<HHLL", tag, 4, count, value) for tag, count, value in tags)
     return b"II*\0" + struct.pack("<LH", 8, len(tags)) + table + bytes(4) + data
 
@@ -143,7 +144,7 @@ def grey_tiff(width: int, height: int, *more: tuple[int, int, int], data: bytes 
 
 
 def tiff_of_one_tile(side: int) -> bytes:
-    """Return a TIFF of 1 x 1 pixel in a tile of ``side`` x ``side``, which is decoded whole."""
+    """Return a TIFF of one pixel in a tile of ``side`` x ``side``, which is decoded completely."""
     data = zlib.compress(bytes(side * side), 9)
     start = 8 + 2 + 12 * 10 + 4
     tile = [(322, 1, side), (323, 1, side), (324, 1, start), (325, 1, len(data))]
@@ -163,16 +164,16 @@ def big_tiff_of_strips(count: int) -> bytes:
 
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a PNG": (lambda: png(13_000, 13_000), "it has 13000 x 13000 pixels"),
-    "a PNG beyond Pillow's own limit": (lambda: png(20_000, 20_000), "exceeds limit"),
-    "a PNG of one row more": (lambda: png(8192, 8193), "it has 8192 x 8193 pixels"),
-    "a JPEG's header": (lambda: jpeg(13_000, 13_000), "it has 13000 x 13000 pixels"),
-    "a JPEG's largest header": (lambda: jpeg(65_500, 65_500), "exceeds limit"),
-    "a BMP's header": (lambda: bmp(13_000, 13_000), "it has 13000 x 13000 pixels"),
-    "a PPM's header": (lambda: b"P6 13000 13000 255\n", "it has 13000 x 13000 pixels"),
-    "a TIFF's header": (lambda: grey_tiff(13_000, 13_000), "it has 13000 x 13000 pixels"),
-    "a TIFF's tile": (lambda: tiff_of_one_tile(8200), "its tiles have 8200 x 8200 pixels"),
-    "a TIFF's strips": (lambda: tiff_of_strips(MOST_TILES + 1), "262,145 strips or tiles"),
-    "a BigTIFF's strips": (lambda: big_tiff_of_strips(MOST_TILES + 1), "262,145 strips or tiles"),
+    "a PNG beyond Pillow's limit": (lambda: png(20_000, 20_000), "exceeds limit"),
+    "a PNG with one row too many": (lambda: png(8192, 8193), "it has 8192 x 8193 pixels"),
+    "a JPEG header": (lambda: jpeg(13_000, 13_000), "it has 13000 x 13000 pixels"),
+    "the largest JPEG header": (lambda: jpeg(65_500, 65_500), "exceeds limit"),
+    "a BMP header": (lambda: bmp(13_000, 13_000), "it has 13000 x 13000 pixels"),
+    "a PPM header": (lambda: b"P6 13000 13000 255\n", "it has 13000 x 13000 pixels"),
+    "a TIFF header": (lambda: grey_tiff(13_000, 13_000), "it has 13000 x 13000 pixels"),
+    "a TIFF tile": (lambda: tiff_of_one_tile(8200), "its tiles have 8200 x 8200 pixels"),
+    "TIFF strips": (lambda: tiff_of_strips(MAX_TILES + 1), "262,145 strips or tiles"),
+    "BigTIFF strips": (lambda: big_tiff_of_strips(MAX_TILES + 1), "262,145 strips or tiles"),
 }
 
 
@@ -180,7 +181,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
 def test_a_bomb_is_refused_before_it_is_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    make, told = BOMBS[kind]
+    make, expected = BOMBS[kind]
     root = make_folder(tmp_path)
     loaded, load_image = [], ImageFile.ImageFile.load
 
@@ -192,51 +193,51 @@ def test_a_bomb_is_refused_before_it_is_decoded(
     (root / "train/dog/b.png").write_bytes(make())
     message = refused(root)
     assert f"{root / 'train/dog/b.png'} cannot be read as an image: " in message
-    assert told in message
-    assert max(width * height for width, height in loaded) < 10_000, "only the small ones"
-    assert capfd.readouterr().err == "", "no warning of Pillow beside the one line"
+    assert expected in message
+    assert max(width * height for width, height in loaded) < 10_000, "only small images are decoded"
+    assert capfd.readouterr().err == "", "no warning from Pillow"
 
 
-def test_the_bound_on_pixels_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sskd.data.decode, "MOST_PIXELS", 32 * 40)
+def test_the_limit_of_pixels_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sskd.data.decode, "MAX_PIXELS", 32 * 40)
     assert decode(png(40, 32), 32).shape == (3, 32, 32)
     with pytest.raises(ValueError, match="41 x 32 pixels"):
         decode(png(41, 32), 32)
-    assert MOST_PIXELS == 8192 * 8192
+    assert MAX_PIXELS == 8192 * 8192
 
 
 def test_a_tiled_tiff_is_read() -> None:
     assert decode(tiff_of_one_tile(256), 32).unique().tolist() == [0]
 
 
-@pytest.mark.parametrize("size", [MOST_BYTES + 1, 60 * 2**30])
-def test_a_file_beyond_the_bound_is_not_read(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize("size", [MAX_BYTES + 1, 60 * 2**30])
+def test_a_file_over_the_limit_is_not_read(tmp_path: Path, size: int) -> None:
     root = make_folder(tmp_path)
     with (root / "train/dog/b.png").open("r+b") as stream:
         stream.truncate(size)  # sparse
     start = time.monotonic()
-    assert f"it has more than {MOST_BYTES} bytes, the limit" in refused(root)
+    assert f"it has more than {MAX_BYTES} bytes, the limit" in refused(root)
     with pytest.raises(UserError, match="bytes, the limit for such a file"):
         folder_fingerprint(settings(root))
     assert time.monotonic() - start < 5
 
 
-def test_the_files_that_all_threads_hold_fit_into_memory() -> None:
-    most_threads = 32  # of a ThreadPoolExecutor, by default
-    assert most_threads * MOST_BYTES <= 2**31
+def test_the_files_of_all_threads_fit_into_memory() -> None:
+    max_threads = 32  # the default of ThreadPoolExecutor
+    assert max_threads * MAX_BYTES <= 2**31
 
 
 def test_large_images_are_decoded_one_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = make_folder(tmp_path)
-    at_once, most, guard, fit = 0, [], threading.Lock(), ImageOps.fit
+    at_once, counts, guard, fit = 0, [], threading.Lock(), ImageOps.fit
 
     def slow(*args: Any) -> Any:
         nonlocal at_once
         with guard:
             at_once += 1
-            most.append(at_once)
+            counts.append(at_once)
         time.sleep(0.02)
         with guard:
             at_once -= 1
@@ -244,15 +245,15 @@ def test_large_images_are_decoded_one_at_a_time(
 
     monkeypatch.setattr(ImageOps, "fit", slow)
     load(root)
-    assert max(most) > 1, "small ones side by side"
-    most.clear()
+    assert max(counts) > 1, "small images are decoded in parallel"
+    counts.clear()
     monkeypatch.setattr(sskd.data.decode, "_LARGE", 0)
     load(root)
-    assert max(most) == 1
+    assert max(counts) == 1
 
 
-def test_a_text_that_unpacks_to_much_is_refused() -> None:
-    """Pillow's own bound on what a PNG's compressed texts and profiles may take."""
+def test_a_large_compressed_text_is_refused() -> None:
+    """Pillow limits the size of the compressed texts and profiles in a PNG."""
     content = image_as("PNG")
     end = content.index(b"IDAT") - 4
     for kind, data in ((b"zTXt", b"a\0\0"), (b"iTXt", b"a\0\1\0\0\0")):
@@ -264,17 +265,17 @@ def test_a_text_that_unpacks_to_much_is_refused() -> None:
 
 
 @pytest.mark.parametrize("form", ["TIFF", "WEBP", "PNG"])
-def test_of_an_image_with_many_frames_one_is_decoded(form: str) -> None:
+def test_only_the_first_frame_is_decoded(form: str) -> None:
     frames = [Image.new("RGB", (64, 64), (k, 0, 0)) for k in range(50)]
     stream = io.BytesIO()
-    how = {"lossless": True} if form == "WEBP" else {}
-    frames[0].save(stream, form, save_all=True, append_images=frames[1:], **how)
+    options = {"lossless": True} if form == "WEBP" else {}
+    frames[0].save(stream, form, save_all=True, append_images=frames[1:], **options)
     assert decode(stream.getvalue(), 32).unique().tolist() == [0]
 
 
 def test_pillows_warnings_do_not_reach_the_terminal(tmp_path: Path) -> None:
     root = make_folder(tmp_path)
-    # Tags that point beyond the file: Pillow warns of each.
+    # Pillow warns of each tag that points beyond the file.
     table = b"".join(struct.pack("<HHLL", 40_000 + k, 1, 2**20, 8) for k in range(100))
     exif = b"Exif\0\0II*\0" + struct.pack("<LH", 8, 100) + table + bytes(4)
     (root / "train/dog/b.png").write_bytes(image_as("PNG", exif=exif))

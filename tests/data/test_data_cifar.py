@@ -1,4 +1,4 @@
-"""CIFAR: what is read, what is refused, what is downloaded, and what is kept."""
+"""CIFAR: reading, refusing and downloading the published files, and the cache."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ REAL = os.environ.get("SSKD_DATA")
 
 
 def settings(name: str, **changes: Any) -> DatasetSettings:
-    """The settings of the real YAML, with changes."""
+    """Return the settings in the real YAML file, with changes."""
     return DatasetSettings(**{**yaml.safe_load((CONF / f"{name}.yaml").read_text()), **changes})
 
 
 def refused(name: str, **changes: Any) -> str:
-    """Return the one line with which the settings are refused."""
+    """Return the error message for the settings; it is one line."""
     with pytest.raises(UserError) as caught:
         load_images(settings(name, **changes))
     assert "\n" not in str(caught.value)
@@ -52,7 +52,7 @@ def refused(name: str, **changes: Any) -> str:
 
 
 def write_cifar(folder: Path) -> dict[str, str]:
-    """Write a small CIFAR-100 in the published layout; return each file's MD5 digest."""
+    """Write a small CIFAR-100 in the published layout; return the MD5 digests of its files."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     content: dict[str, Any] = {
@@ -73,7 +73,7 @@ def write_cifar(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def small_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The root of a small CIFAR-100 whose digests torchvision takes for the published ones."""
+    """The root of a small CIFAR-100, with its digests in place of the published ones."""
     digests = write_cifar(tmp_path / "root" / "cifar-100-python")
     monkeypatch.setattr(CIFAR100, "train_list", [["train", digests["train"]]])
     monkeypatch.setattr(CIFAR100, "test_list", [["test", digests["test"]]])
@@ -85,7 +85,7 @@ def no_download(*args: Any, **kwargs: Any) -> None:
     raise AssertionError("nothing may be downloaded here")
 
 
-def test_cifar_is_read_pixel_by_pixel(small_cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_pixels_of_cifar_are_read(small_cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sskd.data.cifar, "download_and_extract_archive", no_download)
     images = load_images(settings("cifar100", root=str(small_cifar)))
     raw = pickle.loads((small_cifar / "cifar-100-python" / "train").read_bytes())
@@ -97,7 +97,7 @@ def test_cifar_is_read_pixel_by_pixel(small_cifar: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", ["cifar100", "cifar10"])
-def test_missing_files_are_told_with_the_place_and_the_way(name: str, tmp_path: Path) -> None:
+def test_missing_files_are_reported_with_advice(name: str, tmp_path: Path) -> None:
     for root in (tmp_path / "absent", tmp_path):
         message = refused(name, root=str(root), download=False)
         assert str(root) in message
@@ -106,14 +106,16 @@ def test_missing_files_are_told_with_the_place_and_the_way(name: str, tmp_path: 
     assert not (tmp_path / "absent").exists()
 
 
-def test_the_place_is_told_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_root_is_reported_as_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert str(tmp_path / "somewhere") in refused("cifar100", root="somewhere", download=False)
 
 
 @pytest.mark.parametrize("broken", ["train", "test", "meta"])
 @pytest.mark.parametrize("download", [False, True])
-def test_a_file_cut_short_is_named_and_left_alone(
+def test_a_truncated_file_is_named_and_not_changed(
     broken: str, download: bool, small_cifar: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sskd.data.cifar, "download_and_extract_archive", no_download)
@@ -127,7 +129,7 @@ def test_a_file_cut_short_is_named_and_left_alone(
     assert path.read_bytes() == before
 
 
-def test_nothing_that_is_not_of_the_published_digest_is_unpickled(small_cifar: Path) -> None:
+def test_only_files_with_the_digest_are_unpickled(small_cifar: Path) -> None:
     marker = small_cifar / "was-unpickled"
 
     class Hostile:
@@ -137,13 +139,13 @@ def test_nothing_that_is_not_of_the_published_digest_is_unpickled(small_cifar: P
     hostile = pickle.dumps(Hostile())
     for name in ("train", "test", "meta"):
         path = small_cifar / "cifar-100-python" / name
-        whole = path.read_bytes()
+        published = path.read_bytes()
         path.write_bytes(hostile)
         assert name in refused("cifar100", root=str(small_cifar), download=False)
-        path.write_bytes(whole)
+        path.write_bytes(published)
     assert not marker.exists()
     pickle.loads(hostile)
-    assert marker.exists(), "the file would have done it"
+    assert marker.exists(), "the pickle really runs the code"
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,7 @@ def test_nothing_that_is_not_of_the_published_digest_is_unpickled(small_cifar: P
         RuntimeError("File not found or corrupted."),
     ],
 )
-def test_a_failed_download_is_one_line(
+def test_a_failed_download_is_reported_in_one_line(
     failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
@@ -170,56 +172,56 @@ def test_a_failed_download_is_one_line(
     assert socket.getdefaulttimeout() is None
 
 
-def test_a_root_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_root_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     message = refused("cifar10", root=str(tmp_path / "file" / "below"), download=True)
     assert str(tmp_path / "file" / "below") in message
 
 
-LOADS = """
+LOAD_SCRIPT = """
 import json, sys
 from torchvision.datasets import CIFAR100
 from sskd.data import DatasetSettings, load_images
-told = json.loads(sys.argv[1])
-for name, value in told["published"].items():
+arguments = json.loads(sys.argv[1])
+for name, value in arguments["published"].items():
     setattr(CIFAR100, name, value)
-print(len(load_images(DatasetSettings(**told["settings"])).train), flush=True)
+print(len(load_images(DatasetSettings(**arguments["settings"])).train), flush=True)
 """
 
 
 class Archive(http.server.BaseHTTPRequestHandler):
-    """Sends an archive, its first half first, and the rest once it ``goes_on``."""
+    """Sends the first half of an archive, and the rest after the event ``resumes``."""
 
     content: bytes
-    goes_on: threading.Event
-    asked: Counter[str]
+    resumes: threading.Event
+    requests: Counter[str]
 
     def do_GET(self) -> None:
         self.send_response(200)
         self.send_header("Content-Length", str(len(self.content)))
         self.end_headers()
-        if self.headers["Method"] == "HEAD":  # torchvision's way to ask for redirections
+        if self.headers["Method"] == "HEAD":  # from torchvision, to follow redirections
             return
-        self.asked[self.path] += 1
+        self.requests[self.path] += 1
         half = len(self.content) // 2
         self.wfile.write(self.content[:half])
         self.wfile.flush()
-        self.goes_on.wait(60)
-        with suppress(OSError):  # who asked may be dead
+        self.resumes.wait(60)
+        with suppress(OSError):  # the client may be dead
             self.wfile.write(self.content[half:])
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 @pytest.fixture
 def served(small_cifar: Path) -> Iterator[tuple[type[Archive], dict[str, Any]]]:
-    """A server of the small CIFAR-100, and what torchvision has to take for published."""
+    """A server of the small CIFAR-100, and the attributes that torchvision needs for it."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         archive.add(small_cifar / CIFAR100.base_folder, CIFAR100.base_folder)
     content = packed.getvalue()
-    attributes = {"content": content, "goes_on": threading.Event(), "asked": Counter()}
+    attributes = {"content": content, "resumes": threading.Event(), "requests": Counter()}
     handler: type[Archive] = type("Handler", (Archive,), attributes)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -233,84 +235,85 @@ def served(small_cifar: Path) -> Iterator[tuple[type[Archive], dict[str, Any]]]:
                 "meta": CIFAR100.meta,
             },
         )
-        handler.goes_on.set()
+        handler.resumes.set()
         server.shutdown()
 
 
-def start_to_load(root: Path, published: dict[str, Any]) -> Started:
+def start_load(root: Path, published: dict[str, Any]) -> Started:
     """Start a process that downloads the small CIFAR-100 into ``root`` and loads it."""
-    told = {"published": published, "settings": settings("cifar100", root=str(root)).model_dump()}
-    return Started("-c", LOADS, json.dumps(told))
+    loaded = settings("cifar100", root=str(root)).model_dump()
+    arguments = {"published": published, "settings": loaded}
+    return Started("-c", LOAD_SCRIPT, json.dumps(arguments))
 
 
-def test_processes_that_load_at_once_download_once(
+def test_parallel_processes_download_once(
     served: tuple[type[Archive], dict[str, Any]], tmp_path: Path
 ) -> None:
     server, published = served
     root = tmp_path / "new"
-    loads = [start_to_load(root, published) for _ in range(2)]
-    wait_until(lambda: server.asked)
+    loads = [start_load(root, published) for _ in range(2)]
+    wait_until(lambda: server.requests)
     assert not (root / CIFAR100.base_folder).exists()
-    time.sleep(0.5)  # the other comes to the same point
-    server.goes_on.set()
+    time.sleep(0.5)  # the other process waits for the lock
+    server.resumes.set()
     assert [load.communicate(timeout=60)[0] for load in loads] == ["6\n", "6\n"]
-    assert server.asked.total() == 1
+    assert server.requests.total() == 1
     assert sorted(path.name for path in (root / CIFAR100.base_folder).iterdir()) == [
         "meta", "test", "train",
     ]  # fmt: skip
 
 
-def test_a_download_that_was_killed_leaves_nothing_half_written(
+def test_a_killed_download_leaves_no_partial_file(
     served: tuple[type[Archive], dict[str, Any]], tmp_path: Path
 ) -> None:
     server, published = served
     root = tmp_path / "new"
-    killed = start_to_load(root, published)
-    wait_until(lambda: server.asked)
+    killed = start_load(root, published)
+    wait_until(lambda: server.requests)
     time.sleep(0.2)
     killed.kill()
     killed.communicate()
     part = root / f".{CIFAR100.base_folder}.part" / CIFAR100.base_folder
     part.mkdir(parents=True)
-    (part / "train").write_bytes(b"what another left that was killed while it unpacked")
-    server.goes_on.set()
-    load = start_to_load(root, published)
+    (part / "train").write_bytes(b"left by a process that was killed while it unpacked")
+    server.resumes.set()
+    load = start_load(root, published)
     assert load.communicate(timeout=60)[0] == "6\n"
     assert not part.parent.exists()
 
 
 @pytest.fixture
 def cached_cifar(small_cifar: Path) -> tuple[Images, Path]:
-    """What the first load of a small CIFAR-100 returns, and the cache that it leaves."""
+    """The result of the first load of a small CIFAR-100, and the cache that it writes."""
     images = load_images(settings("cifar100", root=str(small_cifar)))
     return images, small_cifar / "cifar-100-python.safetensors"
 
 
-def again(cache: Path) -> Images:
-    """Load once more, with the cache as it is."""
+def load_again(cache: Path) -> Images:
+    """Load again, with the cache as it is."""
     return load_images(settings("cifar100", root=str(cache.parent), download=False))
 
 
 def assert_same(images: Images, others: Images) -> None:
     assert images.classes == others.classes
     for split, other in ((images.train, others.train), (images.test, others.test)):
-        for ours, theirs in ((split.images, other.images), (split.labels, other.labels)):
-            assert ours.dtype == theirs.dtype
-            assert ours.is_contiguous()
-            assert torch.equal(ours, theirs)
+        for tensor, same in ((split.images, other.images), (split.labels, other.labels)):
+            assert tensor.dtype == same.dtype
+            assert tensor.is_contiguous()
+            assert torch.equal(tensor, same)
 
 
-def test_a_second_load_needs_the_cache_alone(cached_cifar: tuple[Images, Path]) -> None:
+def test_a_second_load_needs_only_the_cache(cached_cifar: tuple[Images, Path]) -> None:
     images, cache = cached_cifar
     shutil.rmtree(cache.parent / "cifar-100-python")
-    assert_same(again(cache), images)
+    assert_same(load_again(cache), images)
     cache.unlink()
     assert "is not in" in refused("cifar100", root=str(cache.parent), download=False)
 
 
-def test_what_was_read_from_a_cache_outlives_it(cached_cifar: tuple[Images, Path]) -> None:
+def test_loaded_images_do_not_depend_on_the_cache(cached_cifar: tuple[Images, Path]) -> None:
     images, cache = cached_cifar
-    loaded = again(cache)
+    loaded = load_again(cache)
     cache.write_bytes(bytes(cache.stat().st_size))
     cache.unlink()
     assert_same(loaded, images)
@@ -323,7 +326,7 @@ def change_one_pixel(content: bytes) -> bytes:
 
 
 def change_a_label(content: bytes) -> bytes:
-    """Write another label and keep the digest, as a file put there by someone else would."""
+    """Change a label and keep the digest."""
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     tensors = load(content)
     tensors["train.labels"][0] += 1
@@ -344,15 +347,15 @@ def change_a_label(content: bytes) -> bytes:
         change_a_label,
     ],
 )
-def test_a_damaged_or_foreign_cache_is_made_anew(
+def test_a_damaged_or_foreign_cache_is_replaced(
     damage: Callable[[bytes], bytes], cached_cifar: tuple[Images, Path]
 ) -> None:
     images, cache = cached_cifar
-    whole = cache.read_bytes()
-    cache.write_bytes(damage(whole))
-    assert cache.read_bytes() != whole
-    assert_same(again(cache), images)
-    assert cache.read_bytes() == whole
+    intact = cache.read_bytes()
+    cache.write_bytes(damage(intact))
+    assert cache.read_bytes() != intact
+    assert_same(load_again(cache), images)
+    assert cache.read_bytes() == intact
 
 
 def test_the_cache_of_other_published_files_is_not_used(
@@ -367,7 +370,7 @@ def test_the_cache_of_other_published_files_is_not_used(
 
 @pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("fails", ["open", "flush"])
-def test_a_cache_that_cannot_be_written_is_done_without(
+def test_a_cache_that_cannot_be_written_is_skipped(
     error: int,
     fails: str,
     small_cifar: Path,
@@ -392,10 +395,10 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_folder_that_may_only_be_read_stays_as_it_is(small_cifar: Path) -> None:
+def test_a_read_only_folder_is_not_changed(small_cifar: Path) -> None:
     small_cifar.chmod(0o555)
     if os.access(small_cifar, os.W_OK):
-        pytest.skip("this user, root it seems, may write to any folder")
+        pytest.skip("this user may write to any folder")
     assert len(load_images(settings("cifar100", root=str(small_cifar))).train) == 6
     assert [path.name for path in small_cifar.iterdir()] == ["cifar-100-python"]
 
@@ -406,7 +409,7 @@ def test_another_size_of_cifar_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def real_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of the tests' own, with the real files in it."""
+    """A temporary folder with a link to the real files."""
     if REAL is None:
         pytest.skip("SSKD_DATA names no folder that holds cifar-100-python")
     root = tmp_path_factory.mktemp("data")
@@ -416,7 +419,7 @@ def real_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def real_cifar100(real_root: Path) -> Images:
-    """What the first load returns."""
+    """The result of the first load."""
     return load_images(settings("cifar100", root=str(real_root), mean=None, std=None))
 
 
@@ -429,28 +432,28 @@ def test_cifar100_has_its_published_size(real_cifar100: Images) -> None:
     assert real_cifar100.classes[:2] == ("apple", "aquarium_fish")
 
 
-def test_cifar100_is_torchvisions_pixel_by_pixel(real_root: Path, real_cifar100: Images) -> None:
-    theirs = CIFAR100(real_root, train=False)
+def test_cifar100_has_the_pixels_of_torchvision(real_root: Path, real_cifar100: Images) -> None:
+    reference = CIFAR100(real_root, train=False)
     for position in range(0, 10000, 97):
-        image, label = theirs[position]
-        ours = real_cifar100.test.images[position].permute(1, 2, 0).numpy()
-        assert (ours == np.asarray(image)).all()
+        image, label = reference[position]
+        pixels = real_cifar100.test.images[position].permute(1, 2, 0).numpy()
+        assert (pixels == np.asarray(image)).all()
         assert real_cifar100.test.labels[position] == label
 
 
-def test_cifar100_from_its_cache_is_torchvisions_bit_for_bit(
+def test_cached_cifar100_has_the_pixels_of_torchvision(
     real_root: Path, real_cifar100: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    theirs = CIFAR100(real_root, train=True), CIFAR100(real_root, train=False)
+    references = CIFAR100(real_root, train=True), CIFAR100(real_root, train=False)
     monkeypatch.setattr(CIFAR100, "__init__", no_download)
-    cached = again(real_root / "cifar-100-python.safetensors")
-    assert list(cached.classes) == theirs[0].classes
-    for ours, published in zip((cached.train, cached.test), theirs, strict=True):
-        assert (ours.images.permute(0, 2, 3, 1).numpy() == published.data).all()
-        assert ours.labels.tolist() == published.targets
+    cached = load_again(real_root / "cifar-100-python.safetensors")
+    assert list(cached.classes) == references[0].classes
+    for split, reference in zip((cached.train, cached.test), references, strict=True):
+        assert (split.images.permute(0, 2, 3, 1).numpy() == reference.data).all()
+        assert split.labels.tolist() == reference.targets
 
 
-def test_cifar100s_own_statistics_are_near_those_of_the_published_recipe(
+def test_the_published_mean_and_std_are_those_of_cifar100(
     real_cifar100: Images,
 ) -> None:
     recipe = settings("cifar100")

@@ -1,4 +1,4 @@
-"""CIFAR's files while something else writes there, and what is no file of CIFAR at all."""
+"""CIFAR's files that change while they are read, or that are not regular files."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def test_a_file_that_changes_after_its_digest_is_not_used(
     monkeypatch: pytest.MonkeyPatch,
     moment: int,
 ) -> None:
-    """At whichever digest: what is loaded, and kept in the cache, is what was published."""
+    """The images, and those in the cache, are the published ones, whenever the file changes."""
     path = small_cifar / "cifar-100-python" / "train"
-    wanted = load_images(settings("cifar100", root=str(small_cifar)))
+    expected = load_images(settings("cifar100", root=str(small_cifar)))
     cache = small_cifar / "cifar-100-python.safetensors"
     cache.unlink()
-    taken, md5 = 0, hashlib.md5
+    computed, md5 = 0, hashlib.md5
 
     class Watched:
         def __init__(self, *content: bytes, usedforsecurity: bool = True) -> None:
@@ -50,11 +50,11 @@ def test_a_file_that_changes_after_its_digest_is_not_used(
             self.update = self._digest.update
 
         def hexdigest(self) -> str:
-            nonlocal taken
+            nonlocal computed
             found = self._digest.hexdigest()
-            if taken == moment:
+            if computed == moment:
                 path.write_bytes(other_images())
-            taken += 1
+            computed += 1
             return found
 
     with monkeypatch.context() as patch:
@@ -64,14 +64,14 @@ def test_a_file_that_changes_after_its_digest_is_not_used(
         except UserError:
             assert not cache.exists()
         else:
-            assert_same(found, wanted)
-            assert_same(load_images(settings("cifar100", root=str(small_cifar))), wanted)
-    assert taken > 0
+            assert_same(found, expected)
+            assert_same(load_images(settings("cifar100", root=str(small_cifar))), expected)
+    assert computed > 0
 
 
 @pytest.mark.parametrize("put", [os.mkfifo, Path.mkdir, make_sparse])
 @pytest.mark.parametrize("name", ["train", "test", "meta"])
-def test_what_is_no_file_of_cifar_is_refused_at_once(
+def test_other_kinds_of_files_are_refused_at_once(
     small_cifar: Path,  # noqa: F811
     put: Callable[[Path], Any],
     name: str,
@@ -84,7 +84,7 @@ def test_what_is_no_file_of_cifar_is_refused_at_once(
 
 
 @pytest.mark.parametrize("put", [os.mkfifo, Path.mkdir, make_sparse])
-def test_what_is_no_cache_is_as_good_as_none(
+def test_a_cache_that_is_not_a_file_is_ignored(
     cached_cifar: tuple[Images, Path],  # noqa: F811
     put: Callable[[Path], Any],
 ) -> None:
@@ -98,7 +98,7 @@ def test_what_is_no_cache_is_as_good_as_none(
 @pytest.mark.parametrize(
     "header", [b"[" * 5_000, b'{"__metadata__": 3}', b'{"__metadata__": {"about": "{}"}}', b"{}"]
 )
-def test_an_odd_header_of_a_cache_is_as_good_as_none(tmp_path: Path, header: bytes) -> None:
+def test_a_cache_with_a_broken_header_is_ignored(tmp_path: Path, header: bytes) -> None:
     path = tmp_path / "cache.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     assert read_cache(path, {}) is None

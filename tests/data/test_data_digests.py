@@ -1,4 +1,4 @@
-"""The digests of a folder's files that are remembered between two starts."""
+"""The cache of the digests of a folder's files."""
 
 # ruff: noqa: F811 (fixtures of another file)
 
@@ -33,7 +33,7 @@ def cache_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_second_start_reads_what_is_new_alone(photos: Path, reads: list[str]) -> None:
+def test_a_second_start_reads_only_new_files(photos: Path, reads: list[str]) -> None:
     before = digest(photos)
     assert len(reads) == 8
     reads.clear()
@@ -49,10 +49,10 @@ def test_a_second_start_reads_what_is_new_alone(photos: Path, reads: list[str]) 
     assert reads == []
 
 
-def test_a_file_that_changed_just_now_is_not_remembered(
+def test_a_file_that_changed_just_now_is_not_cached(
     photos: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sskd.data.digests, "SETTLED", 60.0)
+    monkeypatch.setattr(sskd.data.digests, "SETTLE_SECONDS", 60.0)
     digest(photos)
     reads.clear()
     digest(photos)
@@ -66,15 +66,15 @@ def test_nothing_is_written_beside_the_images(photos: Path, reads: list[str]) ->
     assert sorted(photos.rglob("*")) == before
 
 
-def sealed(content: bytes) -> bytes:
+def with_checksum(content: bytes) -> bytes:
     return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
 
 
 def other_digests(content: bytes) -> bytes:
-    kept = json.loads(content.partition(b"\n")[2])
-    for entry in kept["files"].values():
+    cached = json.loads(content.partition(b"\n")[2])
+    for entry in cached["files"].values():
         entry[-1] = "0" * 64
-    return content.partition(b"\n")[0] + b"\n" + json.dumps(kept).encode()
+    return content.partition(b"\n")[0] + b"\n" + json.dumps(cached).encode()
 
 
 @pytest.mark.parametrize(
@@ -85,23 +85,23 @@ def other_digests(content: bytes) -> bytes:
         lambda content: content.replace(b"bmp", b"bmq", 1),
         lambda content: b"\xff\x00" * 1000,
         lambda content: b"[" * 100_000,
-        lambda content: sealed(b"[" * 100_000),
-        lambda content: sealed(b"[]"),
-        lambda content: sealed(b'{"format": 0, "files": {}}'),
-        lambda content: sealed(b'{"format": 1, "files": [1]}'),
+        lambda content: with_checksum(b"[" * 100_000),
+        lambda content: with_checksum(b"[]"),
+        lambda content: with_checksum(b'{"format": 0, "files": {}}'),
+        lambda content: with_checksum(b'{"format": 1, "files": [1]}'),
         other_digests,
     ],
 )
-def test_a_damaged_or_foreign_cache_is_made_again(
+def test_a_damaged_or_foreign_cache_is_replaced(
     photos: Path, reads: list[str], tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     before = digest(photos)
     path = cache_file(tmp_path)
-    whole = path.read_bytes()
-    path.write_bytes(damage(whole))
-    assert path.read_bytes() != whole
+    intact = path.read_bytes()
+    path.write_bytes(damage(intact))
+    assert path.read_bytes() != intact
     assert digest(photos) == before
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == intact
 
 
 def make_sparse(path: Path) -> None:
@@ -110,7 +110,7 @@ def make_sparse(path: Path) -> None:
 
 
 @pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo, make_sparse])
-def test_what_is_no_cache_is_left_aside(
+def test_a_cache_that_is_not_a_file_is_ignored(
     photos: Path, reads: list[str], tmp_path: Path, put: Callable[[Path], object]
 ) -> None:
     before = digest(photos)
@@ -120,7 +120,7 @@ def test_what_is_no_cache_is_left_aside(
     assert digest(photos) == before
 
 
-def test_another_users_cache_is_not_believed(
+def test_the_cache_of_another_user_is_ignored(
     photos: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest(photos)
@@ -131,7 +131,7 @@ def test_another_users_cache_is_not_believed(
 
 
 @pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT])
-def test_a_cache_that_cannot_be_written_is_done_without(
+def test_a_cache_that_cannot_be_written_is_skipped(
     photos: Path,
     reads: list[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -148,7 +148,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_home_that_is_no_folder_is_done_without(
+def test_a_home_that_is_not_a_folder_is_accepted(
     photos: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     before = digest(photos)
@@ -159,42 +159,44 @@ def test_a_home_that_is_no_folder_is_done_without(
     assert not Path("relative").exists()
 
 
-def test_a_user_without_a_home_needs_no_cache(
-    photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_user_without_a_home_has_no_cache(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def expanduser(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     before = digest(photos)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "expanduser", expanduser)
-    assert sskd.data.digests.digests(photos, ["train/dark/0.bmp"], 10**6, lambda *_: UserError())
+    assert sskd.data.digests.file_digests(
+        photos, ["train/dark/0.bmp"], 10**6, lambda *_: UserError()
+    )
     monkeypatch.undo()
     assert digest(photos) == before
 
 
-def test_processes_that_start_at_once_agree(photos: Path, reads: list[str], tmp_path: Path) -> None:
+def test_parallel_processes_compute_the_same_digest(
+    photos: Path, reads: list[str], tmp_path: Path
+) -> None:
     with multiprocessing.get_context("fork").Pool(4) as pool:
         found = set(pool.map(digest, [photos] * 8))
     assert found == {digest(photos)}
-    assert reads == [], "what they left is whole"
+    assert reads == [], "their cache is complete"
     assert [path.suffix for path in cache_file(tmp_path).parent.iterdir()] == [".json"]
 
 
-class Looked(Job):
-    """A cell that has finished, which it takes the fingerprint of its images to know."""
+class Finished(Job):
+    """A finished job; it needs the fingerprint of its images to find that out."""
 
     def has_finished(self) -> bool:
         return all(full_config(self.config) for _ in range(2))
 
 
-def test_a_sweep_begins_with_one_look_at_a_folder(
+def test_a_sweep_computes_a_fingerprint_once(
     composed: Compose, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    taken: list[float] = []
+    computed: list[float] = []
 
     def fingerprint(settings: DatasetSettings) -> str:
-        taken.append(settings.fraction)
+        computed.append(settings.fraction)
         return "digest"
 
     reader = SOURCES["digits"]._replace(fingerprint=fingerprint)
@@ -204,8 +206,8 @@ def test_a_sweep_begins_with_one_look_at_a_folder(
     configs = [composed(*words, f"seed={seed}") for seed in range(3)]
     configs.append(composed(*words, "dataset.fraction=0.5"))
     sweep = Sweep([], compose=lambda _: OmegaConf.create())
-    sweep.cells = [Looked([], "", config, tmp_path / "run") for config in configs]
+    sweep.cells = [Finished([], "", config, tmp_path / "run") for config in configs]
     assert sweep.queue() == []
-    assert taken == [1.0, 0.5]
-    full_config(configs[0])  # as a cell does when it starts
-    assert taken == [1.0, 0.5, 1.0]
+    assert computed == [1.0, 0.5]
+    full_config(configs[0])  # as a job does when it starts
+    assert computed == [1.0, 0.5, 1.0]

@@ -1,4 +1,4 @@
-"""Any folder of images by class: what is read, and what is refused."""
+"""A folder of images by class: the images that are read, and folders that are refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONF = Path(__file__).parents[2] / "conf" / "dataset"
 
 
 def settings(root: Path, size: int = 32) -> DatasetSettings:
-    """Return the settings of the real YAML for the folder."""
+    """Return the settings in the real YAML file for the folder ``root``."""
     shown: dict[str, Any] = yaml.safe_load((CONF / "folder.yaml").read_text())
     return DatasetSettings(**{**shown, "root": str(root), "size": size})
 
@@ -30,7 +30,7 @@ def load(root: Path, size: int = 32) -> Images:
 
 
 def refused(root: Path) -> str:
-    """Return the one line with which the folder is refused."""
+    """Return the error message for the folder; it is one line."""
     with pytest.raises(UserError) as caught:
         load(root)
     assert "\n" not in str(caught.value)
@@ -38,7 +38,7 @@ def refused(root: Path) -> str:
 
 
 def make_folder(root: Path) -> Path:
-    """Two classes, with images of each mode and several sizes."""
+    """Make a folder of two classes, with images of different modes and sizes."""
     for part in ("train", "test"):
         for name in ("cat", "dog"):
             (root / part / name).mkdir(parents=True)
@@ -52,7 +52,7 @@ def make_folder(root: Path) -> Path:
     return root
 
 
-def test_a_folder_is_read_in_rgb_at_one_size(tmp_path: Path) -> None:
+def test_all_images_become_rgb_of_one_size(tmp_path: Path) -> None:
     images = load(make_folder(tmp_path))
     assert images.classes == ("cat", "dog")
     assert images.train.images.shape == (7, 3, 32, 32)
@@ -60,11 +60,11 @@ def test_a_folder_is_read_in_rgb_at_one_size(tmp_path: Path) -> None:
     assert images.test.labels.tolist() == [0, 1]
     corners = images.train.images[:, :, 0, 0].tolist()
     assert corners[:4] == [[90, 90, 90], [200, 100, 50], [10, 20, 30], [0, 0, 0]]
-    assert min(corners[4]) >= 253, "CMYK of no ink is white"
+    assert min(corners[4]) >= 253, "CMYK without ink is white"
     assert corners[5] == [255, 255, 255]
 
 
-def test_a_folders_image_covers_the_square_from_its_centre(tmp_path: Path) -> None:
+def test_an_image_is_cropped_at_its_centre(tmp_path: Path) -> None:
     root = make_folder(tmp_path)
     wide = Image.new("RGB", (128, 64), (255, 0, 0))
     ImageDraw.Draw(wide).rectangle((32, 0, 95, 63), fill=(0, 0, 255))
@@ -74,7 +74,7 @@ def test_a_folders_image_covers_the_square_from_its_centre(tmp_path: Path) -> No
     assert (image[:, :, 1:-1] == torch.tensor([0, 0, 255])[:, None, None]).all()
 
 
-def test_a_folders_photograph_is_turned_upright(tmp_path: Path) -> None:
+def test_a_photograph_is_rotated_upright(tmp_path: Path) -> None:
     root = make_folder(tmp_path)
     picture = Image.new("RGB", (64, 64))
     ImageDraw.Draw(picture).rectangle((0, 0, 63, 31), fill=(255, 255, 255))
@@ -86,7 +86,7 @@ def test_a_folders_photograph_is_turned_upright(tmp_path: Path) -> None:
     assert image[:, -14:].min() == 255
 
 
-def test_the_images_of_a_linked_class_count_too(tmp_path: Path) -> None:
+def test_a_link_to_a_class_is_followed(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "root")
     (root / "train" / "dog").rename(tmp_path / "dogs")
     (root / "train" / "dog").symlink_to(tmp_path / "dogs")
@@ -110,13 +110,13 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     noise = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
-    whole = path.read_bytes()
-    for content in (whole[:500], b"", b"not an image"):
+    intact = path.read_bytes()
+    for content in (intact[:500], b"", b"not an image"):
         path.write_bytes(content)
         assert str(path) in refused(root)
 
 
-def test_an_image_of_sixteen_bits_is_refused_rather_than_clipped(tmp_path: Path) -> None:
+def test_an_image_of_sixteen_bits_is_refused(tmp_path: Path) -> None:
     root = make_folder(tmp_path)
     path = root / "train" / "dog" / "b.png"
     Image.fromarray(np.full((32, 32), 40000, dtype=np.uint16)).save(path)
@@ -138,7 +138,7 @@ def test_an_image_beyond_pillows_limit_is_refused(
     assert "exceeds limit" in message
 
 
-def test_a_folders_missing_parts_are_named(tmp_path: Path) -> None:
+def test_missing_folders_are_named(tmp_path: Path) -> None:
     assert f"there is no folder {tmp_path / 'absent'};" in refused(tmp_path / "absent")
     (tmp_path / "train").mkdir()
     assert str(tmp_path / "train") in refused(tmp_path)
@@ -150,7 +150,7 @@ def test_a_folders_missing_parts_are_named(tmp_path: Path) -> None:
     assert str(tmp_path / "test") in refused(tmp_path)
 
 
-def test_a_class_of_one_part_alone_is_named(tmp_path: Path) -> None:
+def test_a_class_in_one_part_only_is_named(tmp_path: Path) -> None:
     root = make_folder(tmp_path)
     (root / "test" / "fox").mkdir()
     Image.new("RGB", (32, 32)).save(root / "test" / "fox" / "a.png")

@@ -1,4 +1,4 @@
-"""A folder's identity: the content of the images that are read, however it was found out."""
+"""The fingerprint of a folder, which is part of the identity of a run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from PIL import Image
 from test_data_folder import settings
 
 import sskd.data
+import sskd.data.decode
 import sskd.data.digests
 import sskd.train
 from sskd.data import load_images
@@ -30,15 +31,15 @@ TINY = ("dataset=folder", "schedule.epochs=1", "arch@student=resnet8")
 
 
 def make_photos(root: Path, suffix: str = "bmp", shade: int = 0) -> Path:
-    """Two classes, two images each in both parts; every file of a format has the same size."""
-    how: dict[str, Any] = {"compress_level": 0} if suffix == "png" else {}
+    """Make two classes with two images in each part; all files of a format have the same size."""
+    options: dict[str, Any] = {"compress_level": 0} if suffix == "png" else {}
     for part in ("train", "test"):
         for number, label in enumerate(("dark", "light")):
             folder = root / part / label
             folder.mkdir(parents=True, exist_ok=True)
             for k in range(2):
                 grey = shade + 100 * number + 10 * k
-                Image.new("RGB", (32, 32), (grey,) * 3).save(folder / f"{k}.{suffix}", **how)
+                Image.new("RGB", (32, 32), (grey,) * 3).save(folder / f"{k}.{suffix}", **options)
     return root
 
 
@@ -53,27 +54,27 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Collect the names of the files that are read for a digest; just written ones count too."""
-    monkeypatch.setattr(sskd.data.digests, "SETTLED", 0.0)
+    """Collect the names of the files that are read for a digest; recent files are cached too."""
+    monkeypatch.setattr(sskd.data.digests, "SETTLE_SECONDS", 0.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    read, names = sskd.data.digests._read, []
+    read, names = sskd.data.digests._read_entry, []
 
-    def counted(path: Path, most: int) -> Any:
+    def counted(path: Path, max_bytes: int) -> Any:
         names.append(path.name)
-        return read(path, most)
+        return read(path, max_bytes)
 
-    monkeypatch.setattr(sskd.data.digests, "_read", counted)
+    monkeypatch.setattr(sskd.data.digests, "_read_entry", counted)
     return names
 
 
-# ---- what makes two folders differ ----
+# ---- changes of a folder ----
 
 
 @pytest.mark.parametrize("suffix", ["bmp", "ppm", "pgm", "tif", "png"])
-def test_other_pixels_under_the_same_names_and_sizes(tmp_path: Path, suffix: str) -> None:
+def test_other_pixels_have_another_fingerprint(tmp_path: Path, suffix: str) -> None:
     one, other = make_photos(tmp_path / "a", suffix), make_photos(tmp_path / "b", suffix, shade=1)
     size = {path.stat().st_size for path in tmp_path.rglob(f"*.{suffix}")}
-    assert len(size) == 1, "else the sizes already tell them apart"
+    assert len(size) == 1, "the sizes must not differ"
     assert digest(one) != digest(other)
     assert digest(one) == digest(make_photos(tmp_path / "c", suffix))
 
@@ -101,10 +102,10 @@ def change_pixel_and_its_time(photos: Path) -> None:
 
 CHANGES: dict[str, Callable[[Path], object]] = {
     "a pixel": change_pixel,
-    "a pixel, with its time set back": change_pixel_and_its_time,
-    "two exchanged": exchange,
-    "one more": lambda root: shutil.copy(root / "test/dark/0.bmp", root / "test/dark/2.bmp"),
-    "one less": lambda root: (root / "test/dark/0.bmp").unlink(),
+    "a pixel, with the old time": change_pixel_and_its_time,
+    "two files exchanged": exchange,
+    "one file more": lambda root: shutil.copy(root / "test/dark/0.bmp", root / "test/dark/2.bmp"),
+    "one file less": lambda root: (root / "test/dark/0.bmp").unlink(),
     "another name": lambda root: (root / "test/dark/0.bmp").rename(root / "test/dark/9.bmp"),
     "another class": lambda root: (root / "train/dark/0.bmp").rename(root / "train/light/9.bmp"),
     "another part": lambda root: (root / "train/dark/0.bmp").rename(root / "test/dark/9.bmp"),
@@ -112,7 +113,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_a_change_is_another_identity(photos: Path, reads: list[str], kind: str) -> None:
+def test_a_change_gives_another_fingerprint(photos: Path, reads: list[str], kind: str) -> None:
     before = digest(photos)
     assert digest(photos) == before
     CHANGES[kind](photos)
@@ -130,23 +131,21 @@ def test_a_change_before_the_load_is_noticed(photos: Path, kind: str) -> None:
     assert str(photos) in str(caught.value)
 
 
-def test_what_was_decoded_has_the_digest_not_what_lies_there(
-    photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A file that changes for the moment of the load alone is noticed too."""
-    before, read = digest(photos), sskd.data.folder.read_bounded
+def test_the_digest_is_of_the_decoded_bytes(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that changes only during the load is noticed too."""
+    before, read = digest(photos), sskd.data.decode.read_bounded
 
-    def changed(path: Path, most: int, **how: bool) -> bytes:
-        content = read(path, most, **how)
+    def changed(path: Path, max_bytes: int, **options: bool) -> bytes:
+        content = read(path, max_bytes, **options)
         return content[:-1] + bytes([content[-1] ^ 1])
 
-    monkeypatch.setattr(sskd.data.folder, "read_bounded", changed)
+    monkeypatch.setattr(sskd.data.decode, "read_bounded", changed)
     with pytest.raises(UserError, match="its files changed"):
         load_images(settings(photos), before)
     assert digest(photos) == before
 
 
-def test_a_source_without_a_digest_of_its_own_is_asked_again(
+def test_a_fingerprint_is_computed_again_after_loading(
     monkeypatch: pytest.MonkeyPatch, composed: Compose
 ) -> None:
     answers = iter(["before", "after", "before", "before"])
@@ -161,7 +160,7 @@ def test_a_source_without_a_digest_of_its_own_is_asked_again(
 # ---- runs ----
 
 
-def test_a_finished_run_of_other_pixels_is_refused(
+def test_a_finished_run_with_other_pixels_is_refused(
     composed: Compose, photos: Path, tmp_path: Path
 ) -> None:
     config = composed(*TINY, "method=vanilla", f"dataset.root={photos}")
@@ -177,7 +176,7 @@ def test_a_finished_run_of_other_pixels_is_refused(
         train(student)
 
 
-def test_a_change_while_a_run_starts_ends_it(
+def test_a_change_while_a_run_starts_is_an_error(
     composed: Compose, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = composed(*TINY, "method=vanilla", f"dataset.root={photos}")
@@ -187,10 +186,10 @@ def test_a_change_while_a_run_starts_ends_it(
     assert not (run_location(config)[0] / "result.json").exists()
 
 
-def test_a_phase_is_of_the_images_that_were_loaded(
+def test_a_phase_has_the_digest_of_the_loaded_images(
     composed: Compose, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A change after the load must not give the phase the changed folder's identity."""
+    """A change after the load must not give the phase the fingerprint of the changed folder."""
     words = (*TINY, f"dataset.root={photos}", "arch@teacher=resnet8", "teacher.train=true")
     train(composed(*TINY, "method=vanilla", f"dataset.root={photos}"))
     before = digest(photos)
@@ -207,7 +206,7 @@ def test_a_phase_is_of_the_images_that_were_loaded(
     assert f"digest: {before}" in phase.read_text()
 
 
-def test_an_evaluation_says_if_the_images_may_be_others(
+def test_an_evaluation_warns_of_changed_images(
     composed: Compose, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = composed(*TINY, "method=vanilla", f"dataset.root={photos}")
@@ -222,11 +221,11 @@ def test_an_evaluation_says_if_the_images_may_be_others(
         change_pixel(photos)
 
 
-# ---- runs of versions that recorded names and sizes ----
+# ---- runs of earlier versions, which recorded names and sizes ----
 
 
 def names_and_sizes(root: Path) -> str:
-    """What those versions computed: a line for each file that there is, sorted by its parts."""
+    """Return the fingerprint of those versions: one line for each file, sorted by path."""
     digest = hashlib.sha256()
     files = [path for part in ("train", "test") for path in (root / part).rglob("*")]
     for path in sorted(path for path in files if path.is_file()):
@@ -236,7 +235,7 @@ def names_and_sizes(root: Path) -> str:
 
 @pytest.fixture
 def earlier_run(composed: Compose, photos: Path) -> Callable[..., RunResult]:
-    """Train; make the run one of those versions; return what starts the same command again."""
+    """Make a run of those versions; return a function that starts the same command again."""
     config = composed(*TINY, "method=vanilla", f"dataset.root={photos}")
     (photos / "train/dark/Thumbs.db").write_text("counted by those versions")
     train(config)
@@ -248,7 +247,7 @@ def earlier_run(composed: Compose, photos: Path) -> Callable[..., RunResult]:
     )
 
 
-def test_an_earlier_run_is_taken_with_a_warning(
+def test_an_earlier_run_is_accepted_with_a_warning(
     earlier_run: Callable[..., RunResult], photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
@@ -258,10 +257,10 @@ def test_an_earlier_run_is_taken_with_a_warning(
     assert err.count("\n") == 1
     assert "warning: the run of resnet8 (vanilla, seed 0)" in err
     assert str(photos) in err
-    earlier_run("method=kd", "arch@teacher=resnet8")  # it serves as a teacher too
+    earlier_run("method=kd", "arch@teacher=resnet8")  # it can be a teacher too
 
 
-def test_an_earlier_run_goes_on_with_a_warning(
+def test_an_earlier_run_resumes_with_a_warning(
     composed: Compose,
     earlier_run: Callable[..., RunResult],
     photos: Path,
@@ -277,12 +276,12 @@ def test_an_earlier_run_goes_on_with_a_warning(
 @pytest.mark.parametrize(
     "change",
     [
-        CHANGES["one more"],
+        CHANGES["one file more"],
         CHANGES["another name"],
         lambda root: (root / "train/dark/Thumbs.db").unlink(),
     ],
 )
-def test_an_earlier_run_of_other_files_is_refused(
+def test_an_earlier_run_with_other_files_is_refused(
     earlier_run: Callable[..., RunResult], photos: Path, change: Callable[[Path], object]
 ) -> None:
     change(photos)
@@ -291,16 +290,18 @@ def test_an_earlier_run_of_other_files_is_refused(
             earlier_run(*more)
 
 
-@pytest.mark.parametrize("where", ["train/dark/.ipynb_checkpoints", "train/dark/@eaDir", "test/.x"])
-def test_an_earlier_run_that_read_hidden_images_is_refused(
-    composed: Compose, photos: Path, where: str
+@pytest.mark.parametrize(
+    "hidden", ["train/dark/.ipynb_checkpoints", "train/dark/@eaDir", "test/.x"]
+)
+def test_an_earlier_run_with_hidden_images_is_refused(
+    composed: Compose, photos: Path, hidden: str
 ) -> None:
-    """It trained on images, or even classes, that are passed over now."""
+    """It trained on images, or even classes, that are skipped now."""
     config = composed(*TINY, "method=vanilla", f"dataset.root={photos}")
     train(config)
     path = run_location(config)[0] / "config.yaml"
-    (photos / where).mkdir()
-    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(photos / where / "0.png")
+    (photos / hidden).mkdir()
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(photos / hidden / "0.png")
     path.write_text(path.read_text().replace(digest(photos), names_and_sizes(photos)))
     with pytest.raises(UserError, match=r"of another configuration: dataset\.digest"):
         train(config)

@@ -1,4 +1,4 @@
-"""The loader against the definition of its augmentation, written out image by image in NumPy."""
+"""The loader: the batches of an epoch, and resuming in the middle of one."""
 
 from __future__ import annotations
 
@@ -8,22 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
-from scipy.stats import binomtest, chisquare
+from test_augmentation import MEAN, STD, found_in, noise_split
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sskd.data import Batch, Loader, Split, eval_batches
-from sskd.data.loader import crop_views, draw_crops, normalise
-
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-UNLIKELY = 1e-3  # the level of the frequency tests; their seeds are fixed
-
-
-def noise_split(count: int, side: int = 8, seed: int = 0) -> Split:
-    """Random images, so that no crop of one looks like another crop."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
-    return Split(images, torch.randint(0, 7, (count,), generator=generator))
 
 
 def loader_of(count: int, batch_size: int, views: int = 1) -> Loader:
@@ -34,71 +22,6 @@ def epoch(loader: Loader) -> list[Batch]:
     return [loader.next_batch() for _ in range(loader.position, loader.steps)]
 
 
-def found_in(image: np.ndarray, view: np.ndarray, turns: int) -> list[tuple[bool, int, int]]:
-    """Every (flip, top, left) of which ``view`` is the padded image's crop; all 162 are tried."""
-    side = image.shape[-1]
-    found = []
-    for flip in (False, True):
-        start = image[:, :, ::-1] if flip else image
-        turned = np.rot90(start, turns, axes=(1, 2))
-        padded = np.pad(turned, ((0, 0), (4, 4), (4, 4)))
-        crops = sliding_window_view(padded, (side, side), axis=(1, 2))
-        equal = (crops == view[:, None, None]).all(axis=(0, 3, 4))
-        assert equal.shape == (9, 9)
-        found += [(flip, int(top), int(left)) for top, left in np.argwhere(equal)]
-    return found
-
-
-def choices(count: int, views: int, side: int, seed: int) -> np.ndarray:
-    """Recover [count, views, (flip, top, left)] from augmented images."""
-    images = noise_split(count, side, seed).images
-    before = images.clone()
-    crops = draw_crops(count, views, torch.Generator().manual_seed(seed))
-    augmented = crop_views(images, crops, views)
-    assert torch.equal(images, before)
-    assert augmented.dtype == torch.uint8
-    assert augmented.shape == (count, views, 3, side, side)
-    recovered = np.empty((count, views, 3), dtype=int)
-    for i, image in enumerate(images.numpy()):
-        for view in range(views):
-            found = found_in(image, augmented[i, view].numpy(), view)
-            assert len(found) == 1, (i, view, found)
-            recovered[i, view] = found[0]
-    return recovered
-
-
-@pytest.fixture(scope="module")
-def many_choices() -> np.ndarray:
-    return choices(count=1000, views=4, side=8, seed=3)
-
-
-@pytest.mark.parametrize("views", [1, 2, 3, 4])
-def test_every_view_is_a_crop_of_the_flipped_turned_padded_image(views: int) -> None:
-    recovered = choices(count=8, views=views, side=32, seed=views)
-    assert (recovered[..., 0] == recovered[:, :1, 0]).all(), "one flip for all views"
-
-
-def test_crops_of_views_are_independent(many_choices: np.ndarray) -> None:
-    assert (many_choices[..., 0] == many_choices[:, :1, 0]).all()
-    for first, second in [(0, 1), (1, 2), (2, 3), (3, 0)]:
-        for axis in (1, 2):
-            together = many_choices[:, first, axis] * 9 + many_choices[:, second, axis]
-            assert chisquare(np.bincount(together, minlength=81)).pvalue > UNLIKELY
-
-
-def test_offsets_are_uniform_over_all_81(many_choices: np.ndarray) -> None:
-    for view in range(4):
-        offsets = many_choices[:, view, 1] * 9 + many_choices[:, view, 2]
-        assert chisquare(np.bincount(offsets, minlength=81)).pvalue > UNLIKELY
-
-
-def test_half_of_the_images_are_flipped(many_choices: np.ndarray) -> None:
-    flips = many_choices[:, 0, 0]
-    assert binomtest(int(flips.sum()), len(flips), 0.5).pvalue > UNLIKELY
-    neighbours = flips[:-1] == flips[1:]
-    assert binomtest(int(neighbours.sum()), len(neighbours), 0.5).pvalue > UNLIKELY
-
-
 def test_padding_is_black_before_normalisation() -> None:
     white = Split(torch.full((64, 3, 8, 8), 255, dtype=torch.uint8), torch.zeros(64).long())
     x = Loader(white, MEAN, STD, 64).next_batch().x
@@ -107,22 +30,6 @@ def test_padding_is_black_before_normalisation() -> None:
         values = x[:, channel].unique().numpy()
         expected = (np.array([0.0, 1.0]) - mean[channel]) / std[channel]
         np.testing.assert_allclose(values, expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("views", [0, 5])
-def test_views_beyond_the_four_turns_are_refused(views: int) -> None:
-    with pytest.raises(ValueError, match=f"not {views}"):
-        draw_crops(2, views, torch.Generator())
-
-
-def test_normalise_is_the_channelwise_formula() -> None:
-    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
-    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
-    result = normalise(images, mean, std)
-    expected = (images.numpy().astype(np.float64) / 255 - mean.numpy()) / std.numpy()
-    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-5, atol=1e-6)
-    assert result.dtype == torch.float32
-    assert result.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("count", "batch_size", "steps"), [(10, 4, 3), (8, 4, 2), (3, 64, 1)])
@@ -139,7 +46,7 @@ def test_an_epoch_holds_every_image_once(count: int, batch_size: int, steps: int
         loader.next_batch()
 
 
-def test_a_batch_has_its_own_labels_and_views_image_by_image() -> None:
+def test_a_batch_has_its_labels_and_ordered_views() -> None:
     split = noise_split(20)
     loader = Loader(split, MEAN, STD, batch_size=6, views=4)
     loader.begin_epoch(1)
@@ -156,23 +63,23 @@ def test_a_batch_has_its_own_labels_and_views_image_by_image() -> None:
             assert len(found_in(image, view, turns=row % 4)) == 1
 
 
-def test_the_seed_of_an_epoch_fixes_its_batches() -> None:
+def test_the_seed_of_an_epoch_determines_its_batches() -> None:
     first, second = loader_of(30, 8, views=2), loader_of(30, 8, views=2)
     second.begin_epoch(1)
     epoch(second)
     for loader in (first, second):
         loader.begin_epoch(11)
-    ours, same = epoch(first), epoch(second)
-    for one, other in zip(ours, same, strict=True):
+    batches, same = epoch(first), epoch(second)
+    for one, other in zip(batches, same, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     first.begin_epoch(12)
     others = epoch(first)
-    assert not torch.equal(ours[0].indices, others[0].indices)
-    assert not torch.equal(ours[0].indices.sort().values, torch.arange(8)), "shuffled"
+    assert not torch.equal(batches[0].indices, others[0].indices)
+    assert not torch.equal(batches[0].indices.sort().values, torch.arange(8)), "shuffled"
 
 
 @pytest.mark.parametrize("done", [0, 2, 4])
-def test_goes_on_in_mid_epoch_bit_for_bit(done: int) -> None:
+def test_a_loader_resumes_in_mid_epoch_bit_for_bit(done: int) -> None:
     loader = loader_of(30, 8, views=4)
     loader.begin_epoch(21)
     for _ in range(done):
@@ -193,17 +100,17 @@ def test_goes_on_in_mid_epoch_bit_for_bit(done: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_state_does_not_change_with_the_loader() -> None:
+def test_a_saved_state_does_not_change() -> None:
     loader = loader_of(30, 8)
     loader.next_batch()
     state = loader.state_dict()
-    kept = state["generator"].clone()
+    saved = state["generator"].clone()
     loader.next_batch()
     assert state["position"] == 1
-    assert torch.equal(state["generator"], kept)
+    assert torch.equal(state["generator"], saved)
 
 
-def test_the_global_random_state_is_neither_read_nor_changed() -> None:
+def test_the_global_random_state_is_not_used() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     first = epoch(loader_of(20, 8, views=4))
@@ -214,7 +121,7 @@ def test_the_global_random_state_is_neither_read_nor_changed() -> None:
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses the operations whose result's shape or value the host must wait for."""
+    """Refuses operations for whose result the host must wait."""
 
     waiting = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
 
@@ -235,7 +142,7 @@ def test_a_batch_never_waits_for_the_device() -> None:
         torch.ones(2).sum().item()
 
 
-def test_plain_goes_through_the_images_in_order() -> None:
+def test_evaluation_batches_are_in_order() -> None:
     split = noise_split(10)
     batches = list(eval_batches(split, MEAN, STD, batch_size=4))
     assert [len(y) for _, y in batches] == [4, 4, 2]

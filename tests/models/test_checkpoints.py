@@ -1,4 +1,4 @@
-"""Reading weights: every published layout, every way in which a file can be wrong."""
+"""Reading weights: all published layouts, and files that are damaged or hold something else."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def same(left: State, right: State) -> bool:
 
 
 def refusal(action: Callable[..., Any], *args: Any) -> str:
-    """The message of the error that the call must raise: one line, for a person."""
+    """Return the message of the UserError that the call must raise; it is one line."""
     with pytest.raises(UserError) as caught:
         action(*args)
     message = str(caught.value)
@@ -86,7 +86,7 @@ LAYOUTS: dict[str, tuple[Callable[[State], dict[str, Any]], float | None, int | 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("zipped", [True, False])
-def test_every_torch_layout(name: str, zipped: bool, state: State, tmp_path: Path) -> None:
+def test_every_torch_layout_is_read(name: str, zipped: bool, state: State, tmp_path: Path) -> None:
     wrap, accuracy, epoch = LAYOUTS[name]
     path = tmp_path / "net.pth"
     torch.save(wrap(state), path, _use_new_zipfile_serialization=zipped)
@@ -99,8 +99,8 @@ def test_every_torch_layout(name: str, zipped: bool, state: State, tmp_path: Pat
     assert same(dict(model.state_dict()), state)
 
 
-def test_a_scalar_pickled_by_the_older_numpy(state: State, tmp_path: Path) -> None:
-    """NumPy 1 wrote the same constructor under a name of one underscore less."""
+def test_a_scalar_from_numpy_1_is_read(state: State, tmp_path: Path) -> None:
+    """NumPy 1 wrote the same constructor under another name."""
     buffer = io.BytesIO()
     content = {"model": state, "accuracy": np.float64(70.5)}
     torch.save(content, buffer, _use_new_zipfile_serialization=False)
@@ -110,7 +110,7 @@ def test_a_scalar_pickled_by_the_older_numpy(state: State, tmp_path: Path) -> No
     assert read_checkpoint(tmp_path / "old.pth").accuracy == 70.5
 
 
-def test_safetensors_with_metadata(state: State, tmp_path: Path) -> None:
+def test_the_metadata_of_safetensors_are_read(state: State, tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
     model = build_model("resnet8", 100)
     model.load_state_dict(state)
@@ -124,16 +124,16 @@ def test_safetensors_with_metadata(state: State, tmp_path: Path) -> None:
     assert (read_checkpoint(path).accuracy, read_checkpoint(path).epoch) == (None, None)
 
 
-def test_the_bare_classifier_of_mobilenet(mobile: State, tmp_path: Path) -> None:
-    bare = {name.replace("classifier.0.", "classifier."): mobile[name] for name in mobile}
-    assert bare.keys() != mobile.keys()
-    torch.save({"state_dict": bare, "acc": 65.0}, tmp_path / "mobile.pth")
+def test_both_classifiers_of_mobilenet_are_read(mobile: State, tmp_path: Path) -> None:
+    plain = {name.replace("classifier.0.", "classifier."): mobile[name] for name in mobile}
+    assert plain.keys() != mobile.keys()
+    torch.save({"state_dict": plain, "acc": 65.0}, tmp_path / "mobile.pth")
     model = build_model("MobileNetV2", 100)
     load_weights(model, tmp_path / "mobile.pth")
     assert same(dict(model.state_dict()), mobile)
 
 
-def test_a_vgg_keeps_the_name_of_its_classifier(tmp_path: Path) -> None:
+def test_a_vgg_keeps_its_classifier_names(tmp_path: Path) -> None:
     vgg = build_model("vgg8", 10).state_dict()
     torch.save(vgg, tmp_path / "vgg.pth")
     assert same(read_checkpoint(tmp_path / "vgg.pth").state, dict(vgg))
@@ -141,7 +141,9 @@ def test_a_vgg_keeps_the_name_of_its_classifier(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kept", [0.0, 0.02, 0.5, 0.999])
-def test_a_file_cut_short(kept: float, zipped: bool, state: State, tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(
+    kept: float, zipped: bool, state: State, tmp_path: Path
+) -> None:
     path = tmp_path / "cut.pth"
     torch.save({"model": state}, path, _use_new_zipfile_serialization=zipped)
     content = path.read_bytes()
@@ -151,7 +153,7 @@ def test_a_file_cut_short(kept: float, zipped: bool, state: State, tmp_path: Pat
     )
 
 
-def test_other_files_that_are_no_checkpoints(state: State, tmp_path: Path) -> None:
+def test_files_that_are_not_checkpoints_are_refused(state: State, tmp_path: Path) -> None:
     page = tmp_path / "page.pth"
     page.write_text("<html>404: not found</html>")
     assert "cannot be read as a checkpoint" in refusal(read_checkpoint, page)
@@ -159,13 +161,13 @@ def test_other_files_that_are_no_checkpoints(state: State, tmp_path: Path) -> No
     save_file(state, cut)
     cut.write_bytes(cut.read_bytes()[:-9])
     assert "cannot be read as a checkpoint" in refusal(read_checkpoint, cut)
-    missing = refusal(read_checkpoint, "nowhere/net.pth")
-    assert "no checkpoint at nowhere/net.pth" in missing
-    assert str(Path.cwd() / "nowhere/net.pth") in missing
+    missing = refusal(read_checkpoint, "absent/net.pth")
+    assert "no checkpoint at absent/net.pth" in missing
+    assert str(Path.cwd() / "absent/net.pth") in missing
     assert f"{tmp_path} is a folder" in refusal(read_checkpoint, tmp_path)
 
 
-class AsksForCode:
+class RunsCode:
     def __init__(self, canary: Path) -> None:
         self.canary = canary
 
@@ -181,20 +183,20 @@ def save_legacy(content: object, path: Path, protocol: int) -> None:
     torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=False)
 
 
-def save_plain(content: object, path: Path, protocol: int) -> None:
+def save_pickle(content: object, path: Path, protocol: int) -> None:
     path.write_bytes(pickle.dumps(content, protocol))
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("write", [save_zipped, save_legacy, save_plain])
-def test_a_pickle_that_asks_for_code_is_not_run(
+@pytest.mark.parametrize("write", [save_zipped, save_legacy, save_pickle])
+def test_code_in_a_pickle_is_not_run(
     write: Callable[..., None], protocol: int, tmp_path: Path
 ) -> None:
     canary, path = tmp_path / "canary", tmp_path / "evil.pth"
-    pickle.loads(pickle.dumps(AsksForCode(canary)))
-    canary.rmdir()  # it was there: the pickle does what it is feared for
-    write({"model": AsksForCode(canary)}, path, protocol)
+    pickle.loads(pickle.dumps(RunsCode(canary)))
+    canary.rmdir()  # the pickle really runs the code
+    write({"model": RunsCode(canary)}, path, protocol)
     message = refusal(read_checkpoint, path)
     assert not canary.exists()
     assert str(path) in message
@@ -202,13 +204,13 @@ def test_a_pickle_that_asks_for_code_is_not_run(
     assert "refused without being run" in message
 
 
-def test_a_pickled_network_is_refused_by_name(tmp_path: Path) -> None:
+def test_the_class_of_a_pickled_network_is_named(tmp_path: Path) -> None:
     torch.save({"model": build_model("resnet8", 10)}, tmp_path / "whole.pth")
     assert "sskd.models.resnet.ResNet" in refusal(read_checkpoint, tmp_path / "whole.pth")
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ({"epoch": 3, "note": "hello"}, "found: epoch, note"),
         ({"model": {}}, "found: model"),
@@ -217,8 +219,8 @@ def test_a_pickled_network_is_refused_by_name(tmp_path: Path) -> None:
         ([torch.zeros(2)], "holds a list, not a state dict"),
     ],
 )
-def test_a_file_without_usable_content(content: Any, said: str, tmp_path: Path) -> None:
+def test_a_file_without_weights_is_refused(content: Any, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "odd.pth")
-    message = refusal(read_checkpoint, tmp_path / "odd.pth")
-    assert str(tmp_path / "odd.pth") in message
-    assert said in message
+    found = refusal(read_checkpoint, tmp_path / "odd.pth")
+    assert str(tmp_path / "odd.pth") in found
+    assert message in found

@@ -1,4 +1,4 @@
-"""Loading into a network: what fits, what is recognised, which file is found, the digest."""
+"""Loading weights into a network, recognising networks, finding files, and digests."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ def test_another_network_is_named(state: State, tmp_path: Path) -> None:
     torch.save(state, path)
     model = build_model("resnet14", 100)
     before = weights_digest(model)
-    said = "net.pth holds a resnet8 with 100 classes, not a resnet14 with 100 classes: name the"
-    with pytest.raises(UserError, match=f"{said} architecture resnet8"):
+    message = "net.pth holds a resnet8 with 100 classes, not a resnet14 with 100 classes: name the"
+    with pytest.raises(UserError, match=f"{message} architecture resnet8"):
         load_weights(model, path)
     assert weights_digest(model) == before
-    said = "net.pth holds a resnet8 with 100 classes, not a resnet8 with 10 classes: take weights"
-    with pytest.raises(UserError, match=f"{said} for 10 classes"):
+    message = "net.pth holds a resnet8 with 100 classes, not a resnet8 with 10 classes: use weights"
+    with pytest.raises(UserError, match=f"{message} for 10 classes"):
         load_weights(build_model("resnet8", 10), path)
 
 
-def test_an_unknown_network_is_told_by_its_tensors(state: State, tmp_path: Path) -> None:
+def test_the_tensors_that_do_not_fit_are_named(state: State, tmp_path: Path) -> None:
     path = tmp_path / "net.pth"
     changed = {**state, "extra": torch.zeros(1), "conv1.weight": torch.zeros(16, 3, 5, 5)}
     del changed["bn1.weight"], changed["bn1.bias"]
@@ -76,7 +76,9 @@ def test_an_unknown_network_is_told_by_its_tensors(state: State, tmp_path: Path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(value: float, state: State, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_refused(
+    value: float, state: State, tmp_path: Path
+) -> None:
     broken = {name: tensor.clone() for name, tensor in state.items()}
     broken["layer2.0.conv1.weight"][0, 0, 0, 0] = value
     torch.save(broken, tmp_path / "net.pth")
@@ -90,18 +92,18 @@ def test_weights_that_are_not_finite(value: float, state: State, tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "classes"), [("wrn_40_1", 10), ("ShuffleV2", 7), ("vgg11", 1), ("resnet8x4", 100)]
 )
-def test_recognise(name: str, classes: int) -> None:
+def test_a_network_and_its_classes_are_recognised(name: str, classes: int) -> None:
     assert recognise(build_model(name, classes).state_dict()) == (name, classes)
 
 
-def test_recognise_does_not_guess(state: State) -> None:
+def test_other_state_dicts_are_not_recognised(state: State) -> None:
     assert recognise({}) is None
     assert recognise({**state, "extra": torch.zeros(1)}) is None
     assert recognise({**state, "fc.bias": torch.zeros(99)}) is None
     assert recognise({**state, "fc.bias": torch.tensor(0.0)}) is None
 
 
-def test_find_checkpoint(tmp_path: Path) -> None:
+def test_a_checkpoint_is_found_in_a_folder(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "ckpt").mkdir(parents=True)
     (run / "last.pth").touch()
@@ -118,11 +120,11 @@ def test_find_checkpoint(tmp_path: Path) -> None:
     (run / "best.pt").touch()
     with pytest.raises(UserError, match=r"more than one .*: best\.pt, resnet8_best\.safetensors;"):
         find_checkpoint(run)
-    with pytest.raises(UserError, match=r"no checkpoint at .*nowhere"):
-        find_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no checkpoint at .*absent"):
+        find_checkpoint(tmp_path / "absent")
 
 
-def test_digest_sees_values_names_types_and_shapes_only(state: State, tmp_path: Path) -> None:
+def test_the_digest_covers_names_dtypes_shapes_and_values(state: State, tmp_path: Path) -> None:
     digest = weights_digest(state)
     assert len(digest) == 64
     assert weights_digest(dict(reversed(state.items()))) == digest
@@ -150,8 +152,8 @@ def test_digest_sees_values_names_types_and_shapes_only(state: State, tmp_path: 
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_every_network_loads_from_the_published_layouts(name: str, tmp_path: Path) -> None:
-    """The tensors' names and shapes themselves are compared with the published ones elsewhere."""
+def test_every_network_loads_from_both_layouts(name: str, tmp_path: Path) -> None:
+    """Other tests compare the names and shapes themselves with the published ones."""
     torch.manual_seed(0)
     state = build_model(name, 7).state_dict()
     path = tmp_path / f"{name}.pth"

@@ -1,4 +1,4 @@
-"""The networks against published facts, and properties that every one of them must have."""
+"""The networks: published numbers, and properties that every network must have."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ MOBILE = ((16, 16, 16), (12, 16, 16), (16, 8, 8), (48, 4, 4), (160, 2, 2), (1280
 SHUFFLE_1 = ((24, 32, 32), (240, 16, 16), (480, 8, 8), (960, 4, 4), (960,))
 SHUFFLE_2 = ((24, 32, 32), (116, 16, 16), (232, 8, 8), (464, 4, 4), (1024,))
 
-# Of the published networks with 100 classes: parameters; shapes of (stem, stages..., pooled)
-# for a 32x32 image; the start of the SHA-256 of the JSON list of [name, shape] of all tensors.
+# For the published networks with 100 classes: parameters; shapes of (stem, stages..., pooled) for
+# a 32x32 image; the start of the SHA-256 of the JSON list of [name, shape] of all tensors.
 FACTS: dict[str, tuple[int, Shapes, str]] = {
     "resnet8": (83_892, NARROW, "4c781e512cd685f5"),
     "resnet14": (181_108, NARROW, "5f23fb935b1739d3"),
@@ -54,12 +54,12 @@ FACTS: dict[str, tuple[int, Shapes, str]] = {
     "ShuffleV1": (949_258, SHUFFLE_1, "b908def5e360bd6b"),
     "ShuffleV2": (1_355_528, SHUFFLE_2, "93732fe0d514eb70"),
 }
-SLOW_LEARNERS = {"MobileNetV2", "ShuffleV1", "ShuffleV2"}  # the published runs use 0.01 for these
+SMALL_RATE = {"MobileNetV2", "ShuffleV1", "ShuffleV2"}  # trained with a learning rate of 0.01
 CONF = Path(__file__).parents[2] / "conf" / "arch"
 
 
 class Trained(NamedTuple):
-    """A network after one forward and backward pass in train mode, and what that gave."""
+    """A network after one forward and backward pass in train mode, and its features."""
 
     name: str
     model: nn.Module
@@ -83,14 +83,14 @@ def test_no_architecture_is_missing() -> None:
     assert list(ARCHITECTURES) == list(FACTS)
 
 
-def test_parameters_and_tensors_are_the_published_ones(trained: Trained) -> None:
+def test_parameters_and_tensors_are_as_published(trained: Trained) -> None:
     parameters, _, digest = FACTS[trained.name]
     assert sum(parameter.numel() for parameter in trained.model.parameters()) == parameters
     tensors = json.dumps(layout(trained.model)).encode()
     assert hashlib.sha256(tensors).hexdigest().startswith(digest)
 
 
-def test_tensors_against_the_reference_file(trained: Trained) -> None:
+def test_tensors_agree_with_the_reference_file(trained: Trained) -> None:
     folder = os.environ.get("SSKD_REFERENCE")
     if not folder:
         pytest.skip("SSKD_REFERENCE names no folder with architectures.json")
@@ -104,7 +104,7 @@ def test_tensors_against_the_reference_file(trained: Trained) -> None:
     assert [list(shape) for shape in FACTS[trained.name][1]] == reference["features"]
 
 
-def test_feature_shapes(trained: Trained) -> None:
+def test_feature_shapes_are_as_published(trained: Trained) -> None:
     stem, *stages, pooled = FACTS[trained.name][1]
     features = trained.features
     assert features.logits.shape == (2, 100)
@@ -118,29 +118,29 @@ def test_every_parameter_receives_a_gradient(trained: Trained) -> None:
     for name, parameter in trained.model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        # A bias in front of a BatchNorm has no effect; its gradient is rounding noise.
+        # A bias in front of a BatchNorm has no effect, so its gradient is rounding noise.
         assert parameter.ndim == 1 or parameter.grad.abs().max() > 0, name
 
 
-def test_every_batch_norm_runs_once_a_forward(trained: Trained) -> None:
+def test_every_batch_norm_runs_once_per_forward(trained: Trained) -> None:
     counts = [m.num_batches_tracked for m in trained.model.modules() if hasattr(m, "running_mean")]
     assert len(counts) == sum("running_mean" in name for name in trained.model.state_dict())
     assert {int(count) for count in counts} == {1}  # type: ignore[arg-type]
 
 
-def test_pre_activations_are_what_their_family_says(trained: Trained) -> None:
+def test_pre_activations_follow_their_definition(trained: Trained) -> None:
     for stage, preact in zip(trained.features.stages, trained.features.preacts, strict=True):
         if trained.name == "MobileNetV2":
             assert torch.equal(preact, stage)
         elif trained.name.startswith("wrn"):
-            # Fresh weights: a BatchNorm in train mode standardises each channel, no more.
+            # Before training, a BatchNorm in train mode only standardises each channel.
             centred = stage - stage.mean((0, 2, 3), keepdim=True)
             deviation = centred.pow(2).mean((0, 2, 3), keepdim=True).add(1e-5).sqrt()
             torch.testing.assert_close(preact, centred / deviation, rtol=1e-3, atol=1e-4)
         else:
             assert (preact < 0).any()
             rectified = preact.clamp(min=0)
-            if trained.name == "ShuffleV2":  # the shuffle takes the two halves in turn
+            if trained.name == "ShuffleV2":  # the shuffle interleaves the two halves
                 first, second = rectified.chunk(2, dim=1)
                 assert torch.equal(stage[:, 0::2], first)
                 assert torch.equal(stage[:, 1::2], second)
@@ -148,19 +148,19 @@ def test_pre_activations_are_what_their_family_says(trained: Trained) -> None:
                 assert torch.equal(stage, rectified)
 
 
-def test_a_larger_image_passes(trained: Trained) -> None:
+def test_a_larger_image_is_accepted(trained: Trained) -> None:
     stem, *stages, pooled = FACTS[trained.name][1]
     with torch.inference_mode():
         features = trained.model.eval()(torch.randn(1, 3, 64, 64))
     doubled = [(c, 2 * h, 2 * w) for c, h, w in [stem, *stages]]
-    if trained.name.startswith("vgg"):  # pooled once more in front of the last block
+    if trained.name.startswith("vgg"):  # an additional pooling in front of the last block
         doubled[-1] = (512, 4, 4)
     assert [tuple(map_.shape[1:]) for map_ in (features.stem, *features.stages)] == doubled
     assert features.pooled.shape == (1, *pooled)
     assert features.logits.isfinite().all()
 
 
-def test_an_image_is_judged_alone_as_in_a_batch(trained: Trained) -> None:
+def test_an_image_has_the_same_features_in_a_batch(trained: Trained) -> None:
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         together = trained.model.eval()(images)
@@ -177,7 +177,7 @@ def flatten(features: Features) -> list[Tensor]:
 
 @pytest.mark.parametrize("num_classes", [1, 10])
 @pytest.mark.parametrize("name", FACTS)
-def test_other_numbers_of_classes(name: str, num_classes: int) -> None:
+def test_other_numbers_of_classes_are_built(name: str, num_classes: int) -> None:
     with torch.device("meta"):
         features = build_model(name, num_classes)(torch.empty(2, 3, 32, 32))
     assert features.logits.shape == (2, num_classes)
@@ -208,7 +208,7 @@ def test_initialisation_follows_the_published_code(trained: Trained) -> None:
 
 
 def check_normal(weight: Tensor, std: float) -> None:
-    """Mean and deviation within six standard errors, and tails that no uniform law has."""
+    """Mean and deviation within six standard errors, and tails unlike a uniform distribution."""
     weight, count = weight.detach(), weight.numel()
     assert abs(float(weight.mean())) < 6 * std / math.sqrt(count)
     assert float(weight.pow(2).mean().sqrt()) == pytest.approx(std, rel=6 / math.sqrt(2 * count))
@@ -216,22 +216,22 @@ def check_normal(weight: Tensor, std: float) -> None:
 
 
 def check_uniform(weight: Tensor, bound: float) -> None:
-    """Nothing beyond the bound, and the deviation of the uniform law within six errors."""
+    """All values within the bound, and a uniform deviation within six standard errors."""
     assert weight.abs().max() <= bound
     deviation = bound / math.sqrt(3)
     rms = float(weight.detach().pow(2).mean().sqrt())
     assert rms == pytest.approx(deviation, rel=6 * math.sqrt(0.2 / weight.numel()))
 
 
-def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+def test_a_similar_name_is_suggested() -> None:
     with pytest.raises(UserError, match="no architecture 'resnet57'; did you mean 'resnet5"):
         build_model("resnet57", 100)
 
 
-def test_every_architecture_has_its_file() -> None:
+def test_every_architecture_has_a_configuration() -> None:
     assert {path.stem for path in CONF.glob("*.yaml")} == set(FACTS)
     for name in FACTS:
-        rate = 0.01 if name in SLOW_LEARNERS else 0.05
-        # Of FT's first phase: 0.01 for these students in the CRD benchmark, else the run's own.
-        slow = {"paraphraser_lr": 0.01} if name.startswith(("resnet", "wrn")) else {}
-        assert OmegaConf.load(CONF / f"{name}.yaml") == {"name": name, "base_lr": rate} | slow
+        rate = 0.01 if name in SMALL_RATE else 0.05
+        # For FT's first phase the CRD benchmark uses 0.01 with these students.
+        ft_rate = {"paraphraser_lr": 0.01} if name.startswith(("resnet", "wrn")) else {}
+        assert OmegaConf.load(CONF / f"{name}.yaml") == {"name": name, "base_lr": rate} | ft_rate

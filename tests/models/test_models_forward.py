@@ -1,4 +1,4 @@
-"""Each family's forward pass against one written from the state dict alone, tensor by tensor."""
+"""Each family's forward pass, compared with one written from the state dict alone."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def shuffle_v2(state: State, x: Tensor) -> Features:
     return finish(state, "linear", relu(conv_norm(state, 2, "", x)), stem, maps)
 
 
-WRITTEN_OUT: dict[str, Callable[[State, Tensor], Features]] = {
+REFERENCES: dict[str, Callable[[State, Tensor], Features]] = {
     "resnet20": resnet20,
     "ResNet50": resnet50,
     "wrn_16_2": wrn_16_2,
@@ -184,8 +184,8 @@ WRITTEN_OUT: dict[str, Callable[[State, Tensor], Features]] = {
 
 
 def draw_batch_norms(state: State) -> None:
-    """Give every BatchNorm statistics and an affine map of its own, so that none can pass for
-    another or for none at all."""
+    """Give every BatchNorm different statistics and a different affine map, so that each one has
+    an effect and none can be confused with another."""
     for name in [name for name in state if name.endswith("running_mean")]:
         prefix = name.removesuffix("running_mean")
         state[name].normal_(0, 0.3)
@@ -194,13 +194,13 @@ def draw_batch_norms(state: State) -> None:
         state[f"{prefix}weight"].uniform_(0.5, 1.5)
 
 
-@pytest.mark.parametrize(("name", "size"), [*((name, 32) for name in WRITTEN_OUT), ("vgg13", 64)])
-def test_forward_is_the_one_written_out(name: str, size: int) -> None:
+@pytest.mark.parametrize(("name", "size"), [*((name, 32) for name in REFERENCES), ("vgg13", 64)])
+def test_forward_agrees_with_the_reference(name: str, size: int) -> None:
     torch.manual_seed(0)
     model = build_model(name, 10).double().eval()
     state = model.state_dict()
     draw_batch_norms(state)
     images = torch.randn(2, 3, size, size, dtype=torch.float64)
     with torch.inference_mode():
-        found, expected = model(images), WRITTEN_OUT[name](state, images)
+        found, expected = model(images), REFERENCES[name](state, images)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)

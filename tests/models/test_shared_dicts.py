@@ -1,4 +1,4 @@
-"""Checkpoints whose dicts hold themselves, or one another many times, and folders of many files."""
+"""Checkpoints whose dicts contain themselves or each other, and folders of many files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sskd.errors import UserError
 from sskd.models import find_checkpoint, read_checkpoint, weights_digest
 
 
-def endless(key: str) -> dict[str, Any]:
+def recursive(key: str) -> dict[str, Any]:
     holder: dict[str, Any] = {}
     holder[key] = holder
     return holder
@@ -28,28 +28,30 @@ def mutual() -> dict[str, Any]:
     return one
 
 
-ENDLESS = {
-    "acc": endless("acc"),
-    "accuracy": endless("top1"),
-    "best_acc1": [endless("best_acc")],
+RECURSIVE = {
+    "acc": recursive("acc"),
+    "accuracy": recursive("top1"),
+    "best_acc1": [recursive("best_acc")],
     "top1": mutual(),
 }
 
 
-@pytest.mark.parametrize("key", ENDLESS)
-def test_an_accuracy_without_end_is_not_stated(key: str, tmp_path: Path) -> None:
-    is_read({"state_dict": STATE, key: ENDLESS[key]}, tmp_path / "net.pth")
+@pytest.mark.parametrize("key", RECURSIVE)
+def test_a_recursive_accuracy_is_ignored(key: str, tmp_path: Path) -> None:
+    is_read({"state_dict": STATE, key: RECURSIVE[key]}, tmp_path / "net.pth")
     assert read_checkpoint(tmp_path / "net.pth").accuracy is None
 
 
-def test_a_file_that_is_its_own_accuracy(tmp_path: Path) -> None:
+def test_a_file_that_contains_itself_is_read(tmp_path: Path) -> None:
     content: dict[str, Any] = {"state_dict": STATE}
     content["acc"] = content["model"] = content
     is_read(content, tmp_path / "net.pth")
 
 
 @pytest.mark.parametrize(("depth", "stated"), [(1, 61.5), (2, 61.5), (3, None), (500, None)])
-def test_how_deep_an_accuracy_may_be(depth: int, stated: float | None, tmp_path: Path) -> None:
+def test_an_accuracy_is_at_most_two_dicts_deep(
+    depth: int, stated: float | None, tmp_path: Path
+) -> None:
     value: Any = 61.5
     for _ in range(depth):
         value = {"top1": value}
@@ -76,10 +78,10 @@ def test_more_than_a_hundred_networks_are_refused(tmp_path: Path) -> None:
     torch.save({f"epoch{n}": dict(STATE) for n in range(100)}, path)
     assert weights_digest(read_checkpoint(path).state) == DIGEST
     torch.save({"epochs": {f"epoch{n}": dict(STATE) for n in range(101)}}, path)
-    assert "holds 101 state dicts, more than 100; save the one that you mean" in refusal(path)
+    assert "holds 101 state dicts, more than 100; save the one that you need" in refusal(path)
 
 
-def test_long_names_of_networks_are_cut(tmp_path: Path) -> None:
+def test_long_names_of_networks_are_shortened(tmp_path: Path) -> None:
     path = tmp_path / "net.pth"
     other = {**STATE, "fc.bias": STATE["fc.bias"] + 1}
     torch.save({"a" * 5000: STATE, "b" * 5000: other}, path)
@@ -89,7 +91,7 @@ def test_long_names_of_networks_are_cut(tmp_path: Path) -> None:
     assert "holds several networks that fit: 'epoch0'" in refusal(path)
 
 
-BESIDE = {
+OTHER_FILES = {
     "x_best.safetensors": ["training_best.bin"],
     "resnet8_best.pth": ["best.tar", "best.ckpt"],
     "student.best.pt": ["optimizer_best.th", "scheduler.bin"],
@@ -97,16 +99,18 @@ BESIDE = {
 }
 
 
-@pytest.mark.parametrize("wanted", BESIDE)
+@pytest.mark.parametrize("expected", OTHER_FILES)
 @pytest.mark.parametrize("where", ["", "ckpt"])
-def test_files_of_other_kinds_do_not_compete(wanted: str, where: str, tmp_path: Path) -> None:
+def test_rare_suffixes_do_not_compete_with_usual_ones(
+    expected: str, where: str, tmp_path: Path
+) -> None:
     (tmp_path / "ckpt").mkdir()
-    for name in (wanted, *BESIDE[wanted]):
-        (tmp_path / (where if name == wanted else "") / name).touch()
-    assert find_checkpoint(tmp_path) == tmp_path / where / wanted
+    for name in (expected, *OTHER_FILES[expected]):
+        (tmp_path / (where if name == expected else "") / name).touch()
+    assert find_checkpoint(tmp_path) == tmp_path / where / expected
 
 
-def test_files_of_other_kinds_are_taken_alone(tmp_path: Path) -> None:
+def test_rare_suffixes_are_used_alone(tmp_path: Path) -> None:
     for name in ("net_last.pth", "net_best.ckpt"):
         (tmp_path / name).touch()
     assert find_checkpoint(tmp_path) == tmp_path / "net_best.ckpt"

@@ -124,7 +124,9 @@ def test_a_borrowed_name_gets_no_published_value(
 
 
 def test_fixed_sources_equal_those_of_the_suite() -> None:
-    fixed = {name for name, reader in SOURCES.items() if reader.fingerprint.__name__ == "fixed"}
+    fixed = {
+        name for name, reader in SOURCES.items() if reader.fingerprint.__name__ == "no_fingerprint"
+    }
     assert fixed == FIXED_SOURCES
 
 

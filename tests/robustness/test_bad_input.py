@@ -29,7 +29,7 @@ from conftest import Command, Compose
 from PIL import Image
 from report_runs import RESULT, put_run, put_status
 from test_commands import MISTAKES
-from test_data_cifar import again, cached_cifar, small_cifar  # noqa: F401  # fixtures
+from test_data_cifar import cached_cifar, load_again, small_cifar  # noqa: F401  # fixtures
 from test_data_folder import load, make_folder, refused, settings
 from test_run import SMALL, photos
 
@@ -212,7 +212,7 @@ def about(text: str) -> bytes:
 KNOWS_FOUR_BITS = tuple(map(int, version("safetensors").split(".")[:2])) >= (0, 6)
 CUT = "cannot be read as a checkpoint; it was probably cut short"
 NO_STATE = "holds no state dict"
-CODE = "asks for code, which weights do not need: "
+CODE = "asks to run code, which weights do not need: "
 # The name of the file, what makes it where it lies, and what is told.
 CHECKPOINTS: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
     "empty": ("net.pth", lambda _: b"", CUT),
@@ -286,17 +286,17 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
     "whole numbers": (
         "net.pth",
         lambda _: saved(network(fc_bias=torch.ones(10, dtype=torch.int64))),
-        "holds whole numbers (torch.int64) in 'fc.bias'",
+        "holds integers (torch.int64) instead of weights in 'fc.bias'",
     ),
     "complex": (
         "net.pth",
         lambda _: saved(network(fc_bias=torch.ones(10, dtype=torch.complex64))),
-        "'fc.bias' as no plain numbers (torch.complex64",
+        "'fc.bias' in an unsupported format (torch.complex64",
     ),
     "sparse": (
         "net.pth",
         lambda _: saved(network(fc_bias=torch.ones(10).to_sparse())),
-        "'fc.bias' as no plain numbers (torch.float32, torch.sparse_coo",
+        "'fc.bias' in an unsupported format (torch.float32, torch.sparse_coo",
     ),
     "without values": (
         "net.pth",
@@ -331,7 +331,7 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
     "four bits": (
         "net.safetensors",
         lambda _: tensors({"a": entry("F4", end=1)}, bytes(1)),
-        "holds 'a' as no plain numbers" if KNOWS_FOUR_BITS else CUT,
+        "holds 'a' in an unsupported format" if KNOWS_FOUR_BITS else CUT,
     ),
     "deep facts": ("net.safetensors", lambda _: about("[" * 10**5), CUT),
     "facts of no JSON": ("net.safetensors", lambda _: about("{"), CUT),
@@ -629,7 +629,7 @@ def test_a_cache_with_a_label_out_of_range_is_made_anew(
         write_cache(cache, {"train": "digest"}, source)
         assert cache.read_bytes() != whole
         assert read_cache(cache, {"train": "digest"}) is None
-    assert torch.equal(again(cache).train.labels, images.train.labels)
+    assert torch.equal(load_again(cache).train.labels, images.train.labels)
 
 
 # ---- a tiny run of odd data ----

@@ -1,4 +1,4 @@
-"""What a folder of images may hold beside them, what may be missing, and how it may be named."""
+"""Folders of images with other files, with missing parts, and with unusual names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sskd.data.folder import folder_fingerprint, names_and_sizes
 from sskd.errors import UserError
 from sskd.train import train
 
-# ---- what is passed over ----
+# ---- skipped files ----
 
 HIDDEN = [
     "train/cat/.DS_Store",
@@ -66,13 +66,13 @@ NO_CLASS = ["train/a.png", "test/b.JPG"]
 
 
 def add(path: Path) -> None:
-    """Write an image there, whatever the path is called."""
+    """Write an image to ``path``, under any name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (32, 32), (9, 9, 9)).save(path, "png")
 
 
 @pytest.mark.parametrize("name", [*HIDDEN, *NO_IMAGE, *NO_CLASS])
-def test_what_is_no_image_of_a_class_is_passed_over(
+def test_other_files_are_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     root = make_folder(tmp_path)
@@ -87,78 +87,78 @@ def test_what_is_no_image_of_a_class_is_passed_over(
         assert torch.equal(split.labels, other.labels)
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert "passed over 1 " in err
+    assert "skipped 1 " in err
     parts = name.replace("\r", "?").split("/")
     assert any("/".join(parts[: k + 1]) + ")" in err for k in range(len(parts)))
 
 
-def test_what_is_passed_over_is_reported_in_one_line(
+def test_skipped_files_are_reported_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = make_folder(tmp_path)
     for name in [*HIDDEN, *NO_IMAGE, *NO_CLASS, "train/cat/\x1b[31m.txt"]:
         add(root / name)
-    for _ in range(3):  # as the cells of a sweep do
+    for _ in range(3):  # as the jobs of a sweep do
         load(root)
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert len(err) < 500
-    for told in (
+    for part in (
         f"{len(HIDDEN)} hidden",
         "2 outside of a class (test/b.JPG, train/a.png)",
         "9 without",
     ):
-        assert told in err
+        assert part in err
     assert "\x1b" not in err
 
 
-def test_a_hidden_folder_may_hold_the_data(tmp_path: Path) -> None:
+def test_the_root_may_be_in_a_hidden_folder(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "@eaDir" / ".cache" / "photos")
     assert len(load(root).train) == 7
     assert folder_fingerprint(settings(root))
 
 
-def test_images_come_in_the_order_of_torchvision(tmp_path: Path) -> None:
-    """Runs of earlier versions, which used it, resume with the same image at each position."""
+def test_images_have_the_order_of_torchvision(tmp_path: Path) -> None:
+    """Earlier versions used torchvision, and their runs must resume with the same order."""
     names = ["b/z.png", "b/y/1.PNG", "b/y-1.png", "b/y/x/2.jpeg", "b/y.png", "a/é.png", "B/9.tiff"]
     for part in ("train", "test"):
         for shade, name in enumerate(names):
             path = tmp_path / part / name
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (32, 32), (shade, 0, 0)).save(path, "png")
-    theirs, ours = ImageFolder(tmp_path / "train"), load(tmp_path)
-    assert list(ours.classes) == theirs.classes
-    assert ours.train.labels.tolist() == theirs.targets
-    shades = [np.asarray(Image.open(path))[0, 0, 0] for path, _ in theirs.samples]
-    assert ours.train.images[:, 0, 0, 0].tolist() == shades
+    reference, images = ImageFolder(tmp_path / "train"), load(tmp_path)
+    assert list(images.classes) == reference.classes
+    assert images.train.labels.tolist() == reference.targets
+    shades = [np.asarray(Image.open(path))[0, 0, 0] for path, _ in reference.samples]
+    assert images.train.images[:, 0, 0, 0].tolist() == shades
 
 
 @pytest.mark.parametrize("levels", [65, 400])
-def test_a_folder_too_deep_is_one_line(tmp_path: Path, levels: int) -> None:
+def test_a_folder_that_is_too_deep_is_refused(tmp_path: Path, levels: int) -> None:
     root = make_folder(tmp_path)
     (root / "train/cat").joinpath(*["d"] * levels).mkdir(parents=True)
     message = refused(root)
     assert f"{root}/train/cat/d/"[:50] in message
-    assert "lies more than 64 folders below" in message
+    assert "is more than 64 folders below" in message
     assert len(message) < 400
 
 
-def test_a_hidden_folder_may_be_as_deep_as_it_likes(tmp_path: Path) -> None:
+def test_a_hidden_folder_may_have_any_depth(tmp_path: Path) -> None:
     root = make_folder(tmp_path)
     (root / "train/.git").joinpath(*["d"] * 100).mkdir(parents=True)
     assert len(load(root).train) == 7
     assert names_and_sizes(settings(root)) is None
 
 
-# ---- what is missing ----
+# ---- missing data ----
 
 
-def no_folder(root: Path) -> None:
+def move_away(root: Path) -> None:
     root.rename(root.with_name("elsewhere"))
 
 
-def a_file(root: Path) -> None:
-    no_folder(root)
+def put_a_file(root: Path) -> None:
+    move_away(root)
     root.write_text("")
 
 
@@ -171,19 +171,19 @@ def empty_class(root: Path) -> None:
         (root / part / "owl").mkdir()
 
 
-def class_of_texts(root: Path) -> None:
+def class_of_text_files(root: Path) -> None:
     for path in (root / "test/dog").iterdir():
         path.rename(path.with_suffix(".txt"))
 
 
 MISSING: dict[str, tuple[Callable[[Path], object], str]] = {
-    "the folder": (no_folder, "there is no folder {root};"),
-    "a file": (a_file, "{root}: is a file;"),
+    "the folder": (move_away, "there is no folder {root};"),
+    "a file": (put_a_file, "{root}: is a file;"),
     "train": (without("train"), "there is no folder {root}/train;"),
     "test": (without("test"), "there is no folder {root}/test;"),
     "an empty class": (empty_class, "{root}/train: has no images of owl;"),
-    "a class of texts": (class_of_texts, "{root}/test: has no images of dog;"),
-    "a class of one part": (without("test/dog"), "{root}: train and test must have the same"),
+    "a class of text files": (class_of_text_files, "{root}/test: has no images of dog;"),
+    "a class in one part": (without("test/dog"), "{root}: train and test must have the same"),
 }
 
 
@@ -192,14 +192,14 @@ MISSING: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_missing_data_are_reported_before_a_teacher(
     composed: Compose, tmp_path: Path, kind: str, method: str
 ) -> None:
-    change, told = MISSING[kind]
+    change, message = MISSING[kind]
     root = make_folder(tmp_path / "photos")
     change(root)
     words = ("arch@student=resnet8", "arch@teacher=resnet8", "schedule.epochs=1")
     config = composed(*words, "dataset=folder", f"dataset.root={root}", f"method={method}")
     with pytest.raises(UserError) as caught:
         train(config)
-    assert str(caught.value).startswith(told.format(root=root))
+    assert str(caught.value).startswith(message.format(root=root))
     assert "teacher" not in str(caught.value)
     assert not Path(config.runs).exists()
 
@@ -215,7 +215,7 @@ def test_missing_cifar_is_reported_before_a_teacher(
         train(composed(*words, "dataset.download=true"))
 
 
-def test_cifar_that_is_there_lets_the_teacher_be_reported(
+def test_a_missing_teacher_is_reported_if_data_exist(
     composed: Compose,
     small_cifar: Path,  # noqa: F811
 ) -> None:
@@ -228,9 +228,7 @@ def test_cifar_that_is_there_lets_the_teacher_be_reported(
 
 
 @pytest.mark.parametrize("name", ["caf\udce9", "\udcff", "日本\udc93"])
-def test_a_class_whose_name_is_not_utf8_is_trained_on(
-    composed: Compose, tmp_path: Path, name: str
-) -> None:
+def test_a_class_name_may_be_invalid_utf8(composed: Compose, tmp_path: Path, name: str) -> None:
     root = make_folder(tmp_path / "photos")
     for part in ("train", "test"):
         (root / part / "cat").rename(root / part / name)
@@ -239,13 +237,13 @@ def test_a_class_whose_name_is_not_utf8_is_trained_on(
     assert len(classes) == 2
     escaped = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
     assert sorted(classes) == sorted([escaped, "dog"])
-    "".join(classes).encode()  # it is text again
+    "".join(classes).encode()  # it can be encoded
     words = ("dataset=folder", f"dataset.root={root}", "schedule.epochs=1", "method=vanilla")
     assert train(composed(*words, "arch@student=resnet8")).top1
 
 
 @pytest.mark.parametrize("kind", ["a broken image", "an empty class"])
-def test_an_error_about_such_a_name_is_one_line_of_text(tmp_path: Path, kind: str) -> None:
+def test_an_error_with_such_a_name_can_be_printed(tmp_path: Path, kind: str) -> None:
     root = make_folder(tmp_path)
     if kind == "a broken image":
         (root / "train/dog/b\udce9.png").write_bytes(b"")
@@ -265,4 +263,4 @@ def test_a_root_that_is_not_utf8_is_refused(
     assert "dataset.root: is not UTF-8, as the files of a run are; rename it" in err
     link = tmp_path / "link"
     link.symlink_to(root)
-    assert len(load(link).train) == 7, "as the error advises"
+    assert len(load(link).train) == 7, "the advice in the error works"

@@ -65,7 +65,7 @@ def test_every_reader_of_torch_files_reads_it(tmp_path: Path) -> None:
     [
         (lambda: saved({"a": Foreign()}), r"cannot be read \(UnpicklingError\)"),
         (lambda: saved([1]), "it is not a run's checkpoint"),
-        (calling_a_long_text, "a text of 20000 characters and asks for something to be called"),
+        (calling_a_long_text, "a string of 20000 characters and calls an object"),
         (bomb, "would unpack to 95 MiB"),
         (with_changed_weight, r"the checksum of '\S+/data/0' differs"),
         (lambda: saved({"a": 1})[:300], r"cannot be read \(BadZipFile\)"),

@@ -1,4 +1,4 @@
-"""A pool of processes whose processes die: which cells are launched again, and how it ends."""
+"""A launcher whose worker processes die: which jobs are launched again, and the outcome."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sskd.commands.sweep import Job, Sweep
 from sskd.errors import UnfinishedError
 from sskd.runs.status import write_status
 
-CELLS = 8
+JOBS = 8
 
 
 class Pool:
-    """A launcher of ``size`` cells at once, all of which end if one of them dies.
+    """A launcher that runs ``size`` jobs at once; if one of them dies, all of them end.
 
     Attributes:
-        launched: the cells of each call, by number.
+        launched: the numbers of the jobs in each call.
     """
 
     def __init__(self, root: Path, size: int, deadly: set[int], prepares: bool) -> None:
@@ -31,18 +31,18 @@ class Pool:
     def __call__(self, batch: list[list[str]], initial_job_idx: int) -> None:
         numbers = [int(overrides[0].removeprefix("seed=")) for overrides in batch]
         self.launched.append(numbers)
-        for now in in_parts(numbers, self._size):
-            dies = bool(self._deadly & set(now))
-            for number in now:
+        for together in chunks(numbers, self._size):
+            dies = bool(self._deadly & set(together))
+            for number in together:
                 if not (dies and self._prepares):
                     write_status(self._root / str(number), "running")
             if dies:
                 raise BrokenProcessPool("a worker was killed")
-            for number in now:
+            for number in together:
                 (self._root / str(number) / "result.json").write_text("{}")
 
 
-def in_parts(numbers: list[int], size: int) -> list[list[int]]:
+def chunks(numbers: list[int], size: int) -> list[list[int]]:
     return [numbers[first : first + size] for first in range(0, len(numbers), size)]
 
 
@@ -51,34 +51,32 @@ def sweep_of(composed: Compose, root: Path) -> Sweep:
     sweep = Sweep([], compose=lambda _: OmegaConf.create())
     sweep.cells = [
         Job([f"seed={k}"], "", config.model_copy(update={"seed": k}), root / str(k))
-        for k in range(CELLS)
+        for k in range(JOBS)
     ]
     return sweep
 
 
-@pytest.mark.parametrize("size", [1, 3, CELLS])
+@pytest.mark.parametrize("size", [1, 3, JOBS])
 @pytest.mark.parametrize("deadly", [{0}, {2, 7}, {0, 1, 2}])
-@pytest.mark.parametrize("prepares", [False, True])  # dies before its own run has begun
-def test_a_cell_that_kills_its_process_costs_no_other(
+@pytest.mark.parametrize("prepares", [False, True])  # before the run starts
+def test_a_job_that_kills_its_process_fails_alone(
     composed: Compose, tmp_path: Path, capsys: Any, size: int, deadly: set[int], prepares: bool
 ) -> None:
     sweep, pool = sweep_of(composed, tmp_path), Pool(tmp_path, size, deadly, prepares)
     sweep.launch(sweep.queue(), None, pool)
     finished = {int(path.parent.name) for path in tmp_path.glob("*/result.json")}
-    assert finished == set(range(CELLS)) - deadly
-    assert len(pool.launched) <= 1 + 3 * CELLS  # each failure counts for one cell at least
+    assert finished == set(range(JOBS)) - deadly
+    assert len(pool.launched) <= 1 + 3 * JOBS  # each failure belongs to at least one job
     with pytest.raises(UnfinishedError) as error:
         sweep.report_unfinished()
     assert error.value.status == 1
     out, err = capsys.readouterr()
-    assert f"{len(finished)} of {CELLS} cells have finished" in out
-    for number in range(CELLS):
+    assert f"{len(finished)} of {JOBS} cells have finished" in out
+    for number in range(JOBS):
         assert (f"  {tmp_path / str(number)}: " in err) == (number in deadly)
 
 
-def test_a_process_that_dies_once_costs_no_more_than_itself(
-    composed: Compose, tmp_path: Path
-) -> None:
+def test_jobs_of_a_dead_process_are_launched_again(composed: Compose, tmp_path: Path) -> None:
     sweep, pool = sweep_of(composed, tmp_path), Pool(tmp_path, 3, {4}, prepares=False)
 
     def dies_once(batch: list[list[str]], initial_job_idx: int) -> None:
@@ -89,8 +87,8 @@ def test_a_process_that_dies_once_costs_no_more_than_itself(
 
     sweep.launch(sweep.queue(), None, dies_once)
     sweep.report_unfinished()
-    # The three that were at work come after the others, in the same pool.
-    assert pool.launched == [list(range(CELLS)), [6, 7, 3, 4, 5]]
+    # The three jobs that were running come after the others, in the same pool.
+    assert pool.launched == [list(range(JOBS)), [6, 7, 3, 4, 5]]
 
 
 def test_another_failure_of_the_launcher_ends_the_sweep(
