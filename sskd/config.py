@@ -26,6 +26,7 @@ from pydantic.fields import FieldInfo
 from sskd.data import SOURCES, DatasetSettings
 from sskd.device import best_precision
 from sskd.errors import UserError, did_you_mean, shortened
+from sskd.invocation import command_name
 from sskd.methods import METHODS, Method
 from sskd.models import ARCHITECTURES
 from sskd.optimizers import OPTIMIZERS
@@ -191,8 +192,8 @@ def read_config(composed: DictConfig) -> Config:
     plain = {str(key): value for key, value in values.items()}
     if plain.pop("arch", None) is not None and "teacher" in plain:
         raise UserError(
-            "arch and teacher do not go together: train_teacher.py trains arch=NAME alone, "
-            "train_student.py takes arch@teacher=NAME and arch@student=NAME"
+            f"arch and teacher do not go together: {command_name('teacher')} trains arch=NAME "
+            f"alone, {command_name('student')} takes arch@teacher=NAME and arch@student=NAME"
         )
     if "teacher" in plain:
         # What it decides stands in the weights of the methods that read it.
@@ -202,8 +203,8 @@ def read_config(composed: DictConfig) -> Config:
         return config.model_copy(update={"teacher": None})
     if config.teacher is None:
         raise UserError(
-            f"method={config.method.name} needs a teacher: use train_student.py, "
-            "train_teacher.py trains a network alone"
+            f"method={config.method.name} needs a teacher: use {command_name('student')}, "
+            f"{command_name('teacher')} trains a network alone"
         )
     return config
 

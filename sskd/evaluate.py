@@ -13,18 +13,19 @@ from hydra.errors import CompactHydraException
 from sskd import CONF
 from sskd.commands.job import user_message
 from sskd.errors import UserError
+from sskd.invocation import tool_command
 from sskd.output import complain, output_status, say, steady_output
 from sskd.overrides import as_override
 
 _EXAMPLES = """
 examples:
-  python -m sskd.evaluate runs/cifar100/scratch/resnet56/seed0
-  python -m sskd.evaluate resnet56_best.pth dataset.root=FOLDER
-  python -m sskd.evaluate wrn.pth --arch wrn_40_2 dataset=cifar10 --device cuda
+  {command} runs/cifar100/scratch/resnet56/seed0
+  {command} resnet56_best.pth dataset.root=FOLDER
+  {command} wrn.pth --arch wrn_40_2 dataset=cifar10 --device cuda
 
-A folder stands for the file with `best` in its name, in it or in its ckpt/. The checkpoint may
-be one of this suite's, SSKD's or the CRD benchmark's; its architecture is recognised by its
-tensors. Beside a run's config.yaml the run's own dataset is taken, else CIFAR-100.
+In a folder, the file with `best` in its name is used; the folder's ckpt/ is searched too. The
+checkpoint may be one of this suite, of SSKD or of the CRD benchmark; its architecture is recognised
+by its tensors. Beside a run's config.yaml the dataset of that run is used, else CIFAR-100.
 """
 
 
@@ -35,10 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    command = tool_command("evaluate")
     parser = argparse.ArgumentParser(
-        prog="python -m sskd.evaluate",
+        prog=command,
         description="Measure the top-1 accuracy of a checkpoint on its test set, in float32.",
-        epilog=_EXAMPLES,
+        epilog=_EXAMPLES.format(command=command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", help="a file, or a folder that holds one")

@@ -6,7 +6,6 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -15,6 +14,7 @@ from omegaconf import OmegaConf
 
 from sskd import CONF
 from sskd.errors import UserError, did_you_mean, mask_unprintable, shortened
+from sskd.invocation import command_name, current_role
 from sskd.overrides import as_override, flatten
 from sskd.runs.weightings import METHODS, WEIGHTING, about_renamed
 
@@ -136,11 +136,10 @@ def _group_without_plus(group: str) -> str | None:
 
 
 def _group_of_the_student(group: str) -> str | None:
-    if Path(sys.argv[0]).stem != "train_teacher":
+    if current_role() != "teacher":
         return None
-    return (
-        f"{group}: is a group of train_student.py; train_teacher.py trains one network, arch=NAME"
-    )
+    student, teacher = command_name("student"), command_name("teacher")
+    return f"{group}: is a group of {student}; {teacher} trains one network, arch=NAME"
 
 
 def _word_of(key: str, sign: str = "") -> str | None:

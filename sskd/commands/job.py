@@ -40,11 +40,15 @@ from sskd.errors import (
     mask_unprintable,
     shortened,
 )
+from sskd.invocation import command_line, current_role, tool_command, with_packaged_sweeps
 from sskd.output import complain, steady_output
 from sskd.training.signals import Interrupted, forward_scheduler_signal, raise_on_sigterm
 
 # For the folder that Hydra makes for a sweep; a run's own is expanded with its configuration.
 OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
+# For the text of --help.
+OmegaConf.register_new_resolver("command", command_line, replace=True)
+OmegaConf.register_new_resolver("tool", tool_command, replace=True)
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 # Besides our own: what Hydra finds wrong in a configuration, and a full or forbidden disk.
@@ -139,6 +143,7 @@ def run_command(main: Callable[[], object]) -> int:
     0: finished, in a sweep every cell of it. 1: an error, told in a line. 75: nothing is wrong,
     but other processes are still at work on what is not finished. 128 + n: stopped by signal n.
     """
+    sys.argv = [sys.argv[0], *with_packaged_sweeps(sys.argv[1:])]
     asked_for_traceback = os.environ.get(_FULL_ERROR) == "1"
     os.environ[_FULL_ERROR] = "1"  # Hydra then raises, instead of printing several lines
     with steady_output():
@@ -194,7 +199,7 @@ def _primary_file() -> Path:
     """Return the file that the command line has composed: a sweep's, or the command's own."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd", default=CONF, type=Path)
-    parser.add_argument("--config-name", "-cn", default=Path(sys.argv[0]).stem.split("_")[-1])
+    parser.add_argument("--config-name", "-cn", default=current_role())
     given, _ = parser.parse_known_args()
     return Path(given.config_dir, f"{given.config_name.removesuffix('.yaml')}.yaml")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 import time
 import uuid
 from collections import Counter
@@ -20,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from sskd.commands.job import user_message
 from sskd.config import Config, read_config
 from sskd.errors import BusyError, UnfinishedError, UserError
+from sskd.invocation import command_words, current_role
 from sskd.output import complain, say
 from sskd.runs.folder import read_result, write_queued
 from sskd.runs.identity import fingerprints_kept, full_config
@@ -183,7 +183,7 @@ def _reason(cell: Job) -> str:
 
 def _command(composed: DictConfig, overrides: Overrides) -> str:
     """Return the command line that runs one cell alone."""
-    words = ["python", Path(sys.argv[0]).name]
+    words = command_words(current_role())
     for source in composed.hydra.runtime.config_sources:
         if source.provider == "command-line":  # the folder of a sweep's file
             words += ["-cd", source.path, "-cn", composed.hydra.job.config_name, "hydra.mode=RUN"]

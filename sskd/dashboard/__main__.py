@@ -12,20 +12,21 @@ from typing import Any
 from sskd import CONF
 from sskd.errors import UserError, did_you_mean
 from sskd.files import write_text
+from sskd.invocation import tool_command
 from sskd.output import complain, output_status, say, steady_output
 
 DESCRIPTION = """\
 Build a Weights & Biases workspace and report of all runs of a project: tables of
 results, gains, accuracy curves by pair, losses, agreement with the teacher, cost
 and failures. The tables and the plots of gains are those that
-'python -m sskd.report --wandb' has logged.
+'{report} --wandb' has logged.
 """
 EXAMPLES = """\
 examples:
-  python -m sskd.dashboard                     say what would be saved
-  python -m sskd.dashboard --save              save both and print their addresses
-  python -m sskd.dashboard --pairs vgg13-vgg8 --save
-  python -m sskd.dashboard --out FILE.json     write what would be saved to a file
+  {command}                     say what would be saved
+  {command} --save              save both and print their addresses
+  {command} --pairs vgg13-vgg8 --save
+  {command} --out FILE.json     write what would be saved to a file
 """
 
 
@@ -108,10 +109,11 @@ def _save(workspace: Any, report: Any, entity: str | None, built: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    command = tool_command("dashboard")
     parser = argparse.ArgumentParser(
-        prog="python -m sskd.dashboard",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
+        prog=command,
+        description=DESCRIPTION.format(report=tool_command("report")),
+        epilog=EXAMPLES.format(command=command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--entity", help="user or team in W&B (default: the login's own)")

@@ -29,6 +29,7 @@ from sskd.config import (
 from sskd.data import SOURCES, DatasetSettings
 from sskd.data.reading import abbreviate
 from sskd.errors import UserError, shortened
+from sskd.invocation import command_words
 from sskd.output import complain_once
 from sskd.overrides import as_override, flatten
 from sskd.paths import safe_join
@@ -377,7 +378,7 @@ def training_command(config: Config) -> str:
     default = flatten(recipe(config).model_dump())
     shown = ["seed", "runs", "dataset.root", "dataset.name", "device"]
     own = diff_from_recipe(config) | {key: told[key] for key in shown if told[key] != default[key]}
-    words = ["python", "train_teacher.py", f"arch={config.student.name}"]
+    words = [*command_words("teacher"), f"arch={config.student.name}"]
     words.append(f"dataset={config.dataset.source}")
     for key, value in own.items():
         # What is trained is called the student everywhere but on this command's line.
