@@ -13,6 +13,7 @@ from math import prod
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, RangeSweep
 from hydra.errors import HydraException
@@ -36,6 +37,7 @@ class CellSweeper(BasicSweeper):
         # Importing torch takes seconds, which Hydra's search for plugins should not.
         from sskd.commands.sweep import Sweep
         from sskd.errors import UserError
+        from sskd.extensions import load_extensions
 
         size = self.max_batch_size
         if size is not None and size < 1:
@@ -49,6 +51,9 @@ class CellSweeper(BasicSweeper):
             )
         assert self.hydra_context is not None
         assert self.launcher is not None
+        assert self.config is not None
+        HydraConfig.instance().set_config(self.config.copy())  # for what is composed below
+        load_extensions()
         loader = self.hydra_context.config_loader
         overrides = OverridesParser.create(config_loader=loader).parse_overrides(
             [*self._parse_config(), *arguments]

@@ -26,6 +26,7 @@ from pydantic.fields import FieldInfo
 from sskd.data import SOURCES, DatasetSettings
 from sskd.device import best_precision
 from sskd.errors import UserError, did_you_mean, shortened
+from sskd.extensions import VARIABLE
 from sskd.invocation import command_name
 from sskd.methods import METHODS, Method
 from sskd.models import ARCHITECTURES
@@ -60,7 +61,7 @@ class ArchSettings(Settings):
         if self.name not in ARCHITECTURES:
             raise ValueError(
                 f"no architecture '{self.name}'{did_you_mean(self.name, ARCHITECTURES)} "
-                f"(there are {', '.join(ARCHITECTURES)})"
+                f"(there are {', '.join(ARCHITECTURES)}; {VARIABLE}=FILE.py adds one)"
             )
         return self
 
@@ -242,7 +243,7 @@ def _choice(
     if not isinstance(name, str) or name not in known:
         raise UserError(
             f"{group}.{key}: no {group} '{name}'{did_you_mean(str(name), known)} "
-            f"(there are {', '.join(known)})"
+            f"(there are {', '.join(known)}; {VARIABLE}=FILE.py adds one)"
         )
     return name
 

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from hydra.errors import CompactHydraException
 
-from sskd import CONF
-from sskd.commands.job import user_message
+from sskd.commands.hydra_errors import user_message
+from sskd.composition import compose_config
 from sskd.errors import UserError
+from sskd.extensions import load_extensions
 from sskd.invocation import tool_command
 from sskd.output import complain, output_status, say, steady_output
 from sskd.overrides import as_override
@@ -46,12 +46,14 @@ def _run(arguments: Sequence[str] | None) -> int:
     parser.add_argument("checkpoint", help="a file, or a folder that holds one")
     parser.add_argument("--arch", help="the architecture; default: recognised by the tensors")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    parser.add_argument("--config-dir", help="a folder with dataset/NAME.yaml of your own")
     parser.add_argument(
         "overrides", nargs="*", metavar="dataset.KEY=VALUE", help="as for the training commands"
     )
     given = parser.parse_intermixed_args(arguments)
     try:
-        say(evaluate(given.checkpoint, given.arch, given.device, given.overrides))
+        load_extensions()
+        say(evaluate(given.checkpoint, given.arch, given.device, given.overrides, given.config_dir))
     except UserError as error:
         complain(f"error: {error}")
         return 1
@@ -61,8 +63,22 @@ def _run(arguments: Sequence[str] | None) -> int:
     return output_status()
 
 
-def evaluate(checkpoint: str, arch: str | None, device: str, overrides: Sequence[str]) -> str:
-    """Return one line that tells the accuracy of ``checkpoint``."""
+def evaluate(
+    checkpoint: str,
+    arch: str | None,
+    device: str,
+    overrides: Sequence[str],
+    config_dir: str | None = None,
+) -> str:
+    """Return one line with the accuracy of ``checkpoint``.
+
+    Args:
+        checkpoint: a file, or a folder that holds one.
+        arch: the name of its architecture; None: recognised by its tensors.
+        device: as the setting ``device``.
+        overrides: choices of the dataset, as for the training commands.
+        config_dir: a folder with configuration files beside those of the suite.
+    """
     # Importing torch takes seconds, which --help should not.
     from sskd.config import read_config
     from sskd.data import load_images
@@ -77,8 +93,8 @@ def evaluate(checkpoint: str, arch: str | None, device: str, overrides: Sequence
             raise UserError(f"{path}: is no architecture of this suite; name it with --arch NAME")
         arch = recognised[0]
     choices = ["method=vanilla", *_dataset_of_run(path), *overrides]
-    with initialize_config_dir(str(CONF), version_base=None):
-        config = read_config(compose("student", choices))
+    folders = [] if config_dir is None else [Path(config_dir)]
+    config = read_config(compose_config("student", choices, folders))
     images = load_images(config.dataset).to(choose_device(device))
     if _digest_of_run(path) not in (None, images.digest):
         told = f"the images in {config.dataset.root} may differ from those of its run"

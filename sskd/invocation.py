@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -44,6 +45,29 @@ def tool_command(module: str) -> str:
 def current_role() -> Role:
     """Return which of the two networks this process, a training command, trains."""
     return "teacher" if re.split("[-_]", Path(sys.argv[0]).stem)[-1] == "teacher" else "student"
+
+
+def rerun_hint() -> str:
+    """Return how to name, in a message, the command that resumes this one."""
+    return "the same command" + " without force=true" * ("force=true" in sys.argv)
+
+
+def _hydra_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    parser.add_argument("--config-name", "-cn", default=current_role())
+    return parser.parse_known_args()[0]
+
+
+def config_dir() -> Path | None:
+    """Return the folder of configuration files that the command line adds, if it adds one."""
+    folder: Path | None = _hydra_options().config_dir
+    return folder
+
+
+def config_name() -> str:
+    """Return the name of the primary configuration that the command line composes."""
+    return str(_hydra_options().config_name)
 
 
 def with_packaged_sweeps(words: Sequence[str]) -> list[str]:

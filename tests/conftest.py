@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 import sskd.train
 import train_student
 from sskd import CONF
-from sskd.commands.job import run_command
+from sskd.commands.process import run_command
 from sskd.config import Config, read_config
 from sskd.data import SOURCES, Images, Split
 from sskd.output import complain_once

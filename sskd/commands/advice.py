@@ -6,15 +6,17 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from sskd import CONF
+from sskd.composition import compose_config
 from sskd.errors import UserError, did_you_mean, mask_unprintable, shortened
-from sskd.invocation import command_name, current_role
+from sskd.extensions import load_extensions
+from sskd.invocation import command_name, config_dir, current_role
 from sskd.overrides import as_override, flatten
 from sskd.runs.weightings import METHODS, WEIGHTING, about_renamed
 
@@ -154,18 +156,31 @@ def _without_plus(key: str) -> str:
     return shlex.quote(word.lstrip("+")) if word else f"{key}=VALUE"
 
 
+def _config_folders() -> list[Path]:
+    """Return the folders of configuration files that the command line adds."""
+    added = re.findall(r"file://([^,'\"\]]+)", _word_of("hydra.searchpath") or "")
+    folder = config_dir()
+    return [*([folder] if folder else []), *map(Path, added)]
+
+
 def _known_settings() -> list[str]:
-    """Return the dotted names of all settings of what is chosen, and of the groups."""
+    """Return the groups, and the dotted names of all settings of the chosen options.
+
+    Raises:
+        UserError: an option is of an extension that is not loaded.
+    """
     from sskd.config import config_model, fields_of
 
+    load_extensions()
+    folders = _config_folders()
     chosen = {"method": "sskd", "optimizer": "sgd"}
     for group in chosen:
-        options = [path.stem for path in (CONF / group).iterdir()]
-        asked = re.split("[=,]", _word_of(group) or "=")[1]
-        chosen[group] = asked if asked in options else chosen[group]
+        option = re.split("[=,]", _word_of(group) or "=")[1]
+        if any((folder / group / f"{option}.yaml").is_file() for folder in [CONF, *folders]):
+            chosen[group] = option
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base=None):
-        composed = compose("student", [f"{group}={name}" for group, name in chosen.items()])
+    words = [f"{group}={name}" for group, name in chosen.items()]
+    composed = compose_config("student", words, folders)
     values: Any = OmegaConf.to_container(composed)
     fields = fields_of(config_model({group: {"name": name} for group, name in chosen.items()}))
     groups = ["arch@teacher", "arch@student", *(path.stem for path in CONF.iterdir())]

@@ -16,7 +16,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sskd.commands.job import user_message
+from sskd.commands.hydra_errors import user_message
+from sskd.composition import search_path_words
 from sskd.config import Config, read_config
 from sskd.errors import BusyError, UnfinishedError, UserError
 from sskd.invocation import command_words, current_role
@@ -183,8 +184,7 @@ def _reason(cell: Job) -> str:
 
 def _command(composed: DictConfig, overrides: Overrides) -> str:
     """Return the command line that runs one cell alone."""
-    words = command_words(current_role())
-    for source in composed.hydra.runtime.config_sources:
-        if source.provider == "command-line":  # the folder of a sweep's file
-            words += ["-cd", source.path, "-cn", composed.hydra.job.config_name, "hydra.mode=RUN"]
+    words = [*command_words(current_role()), *search_path_words()]
+    if "-cd" in words:  # the primary configuration may be a sweep's
+        words += ["-cn", composed.hydra.job.config_name, "hydra.mode=RUN"]
     return shlex.join([*words, *overrides])

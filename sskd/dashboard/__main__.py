@@ -11,6 +11,7 @@ from typing import Any
 
 from sskd import CONF
 from sskd.errors import UserError, did_you_mean
+from sskd.extensions import extension_names, load_extensions
 from sskd.files import write_text
 from sskd.invocation import tool_command
 from sskd.output import complain, output_status, say, steady_output
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dashboard(arguments: argparse.Namespace) -> None:
+    load_extensions()
     # Importing these takes seconds, which --help should not.
     try:
         from sskd.dashboard.layout import Scope, build_report, build_workspace, count_panels
@@ -70,7 +72,8 @@ def _presets() -> list[str]:
 
 
 def _parse_pair(text: str) -> tuple[str, str]:
-    known = sorted(path.stem for path in (CONF / "arch").glob("*.yaml"))
+    suite = (path.stem for path in (CONF / "arch").glob("*.yaml"))
+    known = sorted([*suite, *extension_names("arch")])
     teacher, _, student = text.partition("-")
     for name in (teacher, student):
         if name not in known:

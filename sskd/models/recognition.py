@@ -16,7 +16,7 @@ from sskd.models.architectures import ARCHITECTURES
 def recognise(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
     """Tell the architecture and the number of classes from the tensors' names and shapes."""
     shapes = tensor_shapes(state)
-    for name, layout in _layouts().items():
+    for name, layout in _layouts(tuple(ARCHITECTURES)).items():
         *_, weight, bias = layout  # every network registers its classifier last
         classes = shapes.get(bias, ())[:1]
         if classes and shapes == layout | {weight: classes + layout[weight][1:], bias: classes}:
@@ -39,7 +39,7 @@ class _WithoutNormal(TorchFunctionMode):
 
 
 @cache
-def _layouts() -> dict[str, dict[str, tuple[int, ...]]]:
-    """The tensors' shapes of every architecture, with one class, in order."""
+def _layouts(names: tuple[str, ...]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return the shapes of the tensors of each architecture in ``names``, with one class."""
     with torch.device("meta"), _WithoutNormal():
-        return {name: tensor_shapes(build(1).state_dict()) for name, build in ARCHITECTURES.items()}
+        return {name: tensor_shapes(ARCHITECTURES[name](1).state_dict()) for name in names}

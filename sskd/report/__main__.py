@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from sskd.errors import UserError, mask_unprintable, shortened
+from sskd.extensions import load_extensions
 from sskd.invocation import command_line, tool_command
 from sskd.output import complain, output_status, reader_has_gone, say, steady_output
 from sskd.report.files import write_files
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     run = _show if arguments.watch is None else _watch
     try:
+        load_extensions()
         run(arguments)
     except UserError as error:
         _complain("error", str(error))

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from sskd.errors import UserError
+from sskd.errors import CorruptFileError, UserError
 from sskd.files import StillOurs, open_bounded, write_atomically
 from sskd.models.safe_load import refuse_bombs
 from sskd.runs.names import MOST_CHECKPOINT
@@ -26,13 +26,6 @@ _MARK = b"sha256 "
 _COMMENT = len(_MARK) + 2 * hashlib.sha256().digest_size
 _LENGTH = 2  # bytes in front of a comment that tell how long it is, little-endian
 _END = b"PK\5\6"  # begins the last 22 bytes of an archive without a comment
-
-
-class CorruptFileError(Exception):
-    """The file ``name`` is not what was written; the message says how that shows."""
-
-    def __init__(self, name: str, how: str) -> None:
-        super().__init__(f"{name} is damaged: {how}")
 
 
 def save_checkpoint(

@@ -13,11 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from sskd import CONF
+from sskd.composition import compose_config, search_path_words
 from sskd.config import (
     ArchSettings,
     Config,
@@ -113,10 +112,7 @@ def _recipe(student: str, teacher: str | None, method: str, source: str) -> Conf
 
 @cache  # Hydra takes a tenth of a second for one, and the cells of a sweep share a few
 def _compose(primary: str, *overrides: str) -> DictConfig:
-    if GlobalHydra.instance().is_initialized():
-        return compose(primary, list(overrides))
-    with initialize_config_dir(str(CONF), version_base=None):
-        return compose(primary, list(overrides))
+    return compose_config(primary, overrides)
 
 
 def diff_from_recipe(config: Config) -> dict[str, Any]:
@@ -378,8 +374,11 @@ def training_command(config: Config) -> str:
     default = flatten(recipe(config).model_dump())
     shown = ["seed", "runs", "dataset.root", "dataset.name", "device"]
     own = diff_from_recipe(config) | {key: told[key] for key in shown if told[key] != default[key]}
-    words = [*command_words("teacher"), f"arch={config.student.name}"]
-    words.append(f"dataset={config.dataset.source}")
+    options = {"arch": config.student.name, "dataset": config.dataset.source}
+    words = command_words("teacher")
+    if not all((CONF / group / f"{name}.yaml").is_file() for group, name in options.items()):
+        words += [shlex.quote(word) for word in search_path_words()]
+    words += [f"{group}={name}" for group, name in options.items()]
     for key, value in own.items():
         # What is trained is called the student everywhere but on this command's line.
         words.append(shlex.quote(as_override(key.replace("student.", "arch."), value)))

@@ -9,25 +9,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
-from sskd.errors import UserError
+from sskd.errors import Interrupted, UserError
 
 # What schedulers warn with before they end a job. They mean a run only where somebody handles
 # them: submitit puts a handler on one of the two that requeues the job and ends the process.
 _WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
-
-
-class Interrupted(KeyboardInterrupt):
-    """A run was stopped by a signal and has saved its state.
-
-    A KeyboardInterrupt, so that it ends a whole sweep and not only one of its cells.
-    """
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)  # as it was called, so that processes can hand it on
-        self.signum = signum
-
-    def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.signum).name}"
 
 
 class StopSignals:

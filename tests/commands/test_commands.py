@@ -24,7 +24,7 @@ from test_run import SMALL
 import sskd.training.trainer
 import train_student
 import train_teacher
-from sskd.commands.job import user_message
+from sskd.commands.hydra_errors import user_message
 from sskd.errors import UserError
 from sskd.models import build_model
 from sskd.train import train

@@ -22,7 +22,7 @@ from test_run import SMALL
 import sskd.training.result
 import train_teacher
 from sskd.commands.objective import objective
-from sskd.errors import CellError, UserError
+from sskd.errors import JobError, UserError
 from sskd.models import build_model
 from sskd.output import complain_once
 
@@ -48,7 +48,7 @@ class Collector(Sweeper):
             (job,) = self.launcher.launch([[*arguments, f"seed={seed}"]], initial_job_idx=number)
             try:
                 Collector.returned.append(float(job.return_value))
-            except CellError as error:
+            except JobError as error:
                 Collector.returned.append(error)
                 raise
 

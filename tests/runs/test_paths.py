@@ -14,7 +14,7 @@ from PIL import Image
 from test_run import SMALL
 
 import train_student
-from sskd.commands.job import run_command
+from sskd.commands.process import run_command
 from sskd.models import build_model, save_weights
 from sskd.paths import expanded
 
