@@ -14,8 +14,8 @@ from sskd.output import complain_once
 from sskd.runs.names import RESULT
 from sskd.training.result import last_top1, percent
 
-# They run a grid, whatever comes out of it.
-_GRIDS = ("CellSweeper", "BasicSweeper")
+# They run a grid, whatever its results are.
+_GRIDS = ("ResumableSweeper", "BasicSweeper")
 
 
 def objective(result: Mapping[str, Any], folder: Path) -> float:

@@ -322,7 +322,7 @@ def test_a_strangers_status_is_told_clean(
     told = {"state": "failed", "error": "none", field: f"odd{CODES}"}
     (tmp_path / "status.json").write_text(json.dumps(told))
     sweep = Sweep([], compose=lambda _: OmegaConf.create())
-    sweep.cells = [Job([], "", composed("method=vanilla"), tmp_path)]
+    sweep.jobs = [Job([], "", composed("method=vanilla"), tmp_path)]
     with pytest.raises(UnfinishedError):
         sweep.report_unfinished()
     out, err = capsys.readouterr()

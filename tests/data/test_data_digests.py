@@ -204,7 +204,7 @@ def test_a_sweep_begins_with_one_look_at_a_folder(
     configs = [composed(*words, f"seed={seed}") for seed in range(3)]
     configs.append(composed(*words, "dataset.fraction=0.5"))
     sweep = Sweep([], compose=lambda _: OmegaConf.create())
-    sweep.cells = [Looked([], "", config, tmp_path / "run") for config in configs]
+    sweep.jobs = [Looked([], "", config, tmp_path / "run") for config in configs]
     assert sweep.queue() == []
     assert taken == [1.0, 0.5]
     full_config(configs[0])  # as a cell does when it starts
