@@ -28,7 +28,7 @@ def compose_config(
     """
     paths = [f"file://{folder.absolute()}" for folder in folders]
     if HydraConfig.initialized():
-        paths += HydraConfig.get().searchpath
+        paths.extend(HydraConfig.get().searchpath)
     words = [*overrides, *([as_override(_SEARCH_PATH, paths)] if paths else [])]
     if GlobalHydra.instance().is_initialized():
         return compose(primary, words)

@@ -62,7 +62,7 @@ def _no_entries() -> Any:
     """Remove what an imported file of the page has registered."""
     yield
     for table, name in ((METHODS, "dist"), (ARCHITECTURES, "plain16"), (SOURCES, "npz")):
-        table.pop(name, None)  # type: ignore[attr-defined]
+        table.pop(name, None)
 
 
 def load(path: Path) -> ModuleType:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Command
@@ -47,12 +48,12 @@ WITHOUT_TEACHER = [word for word in SMALL if not word.startswith("teacher.train"
 @pytest.fixture(autouse=True)
 def _no_extensions() -> Iterator[None]:
     """Leave the suite's dicts as they were."""
-    tables = (METHODS, ARCHITECTURES, SOURCES)
-    before = [dict(table) for table in tables]  # type: ignore[call-overload]
+    tables: list[dict[str, Any]] = [METHODS, ARCHITECTURES, SOURCES]
+    before = [dict(table) for table in tables]
     yield
     for table, entries in zip(tables, before, strict=True):
-        table.clear()  # type: ignore[attr-defined]
-        table.update(entries)  # type: ignore[attr-defined]
+        table.clear()
+        table.update(entries)
     extensions._loaded.clear()
     extensions._added.clear()
 
