@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -144,8 +144,8 @@ def build(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> Callable[..., K
         kind.terms = (*KD.terms, "at")
         monkeypatch.setitem(METHODS, "at", kind)
         torch.manual_seed(0)
-        networks = (build_model("resnet8", images.num_classes) for _ in range(2))
-        method = build_method(settings, *networks, images)
+        student, teacher = (build_model("resnet8", images.num_classes) for _ in range(2))
+        method = build_method(settings, student, teacher, images)
         assert isinstance(method, KD)
         return method
 
@@ -212,12 +212,12 @@ class Network(nn.Module):
 
 
 @pytest.fixture
-def network(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[..., Any]], str]]:
+def network(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], str]:
     def register(change: Callable[[Features], Any]) -> str:
         monkeypatch.setitem(ARCHITECTURES, "mine", lambda classes: Network(classes, change))
         return "mine"
 
-    yield register
+    return register
 
 
 @pytest.mark.parametrize(
