@@ -30,7 +30,7 @@ by its tensors. Beside a run's config.yaml the dataset of that run is used, else
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate what the command line names; return the exit status."""
+    """Evaluate the checkpoint that the command line names and return the exit status."""
     with steady_output():
         return _run(arguments)
 
@@ -97,22 +97,24 @@ def evaluate(
     config = read_config(compose_config("student", choices, folders))
     images = load_images(config.dataset).to(choose_device(device))
     if _digest_of_run(path) not in (None, images.digest):
-        told = f"the images in {config.dataset.root} may differ from those of its run"
-        told += ": config.yaml has another dataset.digest"
-        complain(f"warning: {path}: {told}")
+        complain(
+            f"warning: {path}: the images in {config.dataset.root} may differ from those of its "
+            "run: config.yaml has another dataset.digest"
+        )
     network = build_model(arch, images.num_classes)
     stated = load_weights(network, path).accuracy
     to_device(network, images.test.images.device)
     of = f"{path}: {arch}, {images.name} test set"
     top1 = accuracy(predict(network, images.test, images, of), images.test.labels)
-    told = "" if stated is None else f" (the file states {stated:.2f})"
-    return f"{of}: top-1 {top1:.2f}{told}"
+    note = "" if stated is None else f" (the file states {stated:.2f})"
+    return f"{of}: top-1 {top1:.2f}{note}"
 
 
 def _dataset_of_run(checkpoint: Path) -> list[str]:
-    """Return overrides that choose the dataset of the run that ``checkpoint`` lies in, if any.
+    """Return overrides that choose the dataset of the run whose folder holds ``checkpoint``.
 
-    The run may be a stranger's, so nothing is downloaded to where it says, and nothing resolved.
+    The run may be a stranger's, so nothing is downloaded to its root and no interpolation resolved.
+    Empty if the folder is no run's.
 
     Raises:
         UserError: its config.yaml chooses no dataset of this suite.
@@ -131,12 +133,12 @@ def _dataset_of_run(checkpoint: Path) -> list[str]:
     for key, value in settings.items():
         if key not in DatasetSettings.model_fields or not _is_plain(value):
             raise UserError(f"{path}: dataset.{key} is not a setting of a run's dataset")
-    own = [as_override(f"dataset.{key}", value) for key, value in settings.items()]
-    return [f"dataset={dataset['source']}", "dataset.download=false", *own]
+    values = [as_override(f"dataset.{key}", value) for key, value in settings.items()]
+    return [f"dataset={dataset['source']}", "dataset.download=false", *values]
 
 
 def _digest_of_run(checkpoint: Path) -> object:
-    """Return the digest of the files that the run of ``checkpoint`` had, if it recorded one."""
+    """Return the digest of the data files that the run of ``checkpoint`` recorded, if any."""
     from sskd.runs.folder import read_config_file
     from sskd.runs.names import CONFIG
 
@@ -146,7 +148,7 @@ def _digest_of_run(checkpoint: Path) -> object:
 
 
 def _is_plain(value: object) -> bool:
-    """Return whether ``value`` stands for itself, and is no interpolation."""
+    """Return whether ``value`` is a plain value, not an interpolation."""
     parts = value if isinstance(value, list) else [value]
     plain = all(part is None or isinstance(part, bool | int | float | str) for part in parts)
     return plain and "${" not in str(value)

@@ -1,4 +1,4 @@
-"""The number that a sweeper which searches, such as Optuna's, maximises."""
+"""The accuracy that a search (a sweeper such as Optuna's) maximises."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ _GRIDS = ("ResumableSweeper", "BasicSweeper")
 
 
 def objective(result: Mapping[str, Any], folder: Path) -> float:
-    """Return the top-1 of the last epoch in percent: on held-out images, else on the test set.
+    """Return the top-1 of the last epoch in percent, on held-out images if there are any.
+
+    Else it is the accuracy on the test set.
 
     Raises:
-        UserError: ``result``, which was read in ``folder``, has none.
+        UserError: ``result``, which was read in ``folder``, has no accuracy.
     """
     if result.get("holdout_top1") is None:
         return last_top1(result, folder)
@@ -35,12 +37,12 @@ def objective(result: Mapping[str, Any], folder: Path) -> float:
 
 
 def check_search(holdout: float) -> None:
-    """Look at the sweeper of this job, if it is one that searches.
+    """Check the sweeper of this job, if it is one that searches.
 
-    It says once that a search without a ``holdout`` chooses by the test set.
+    A warning is printed once if the search, without ``holdout``, chooses by the test set.
 
     Raises:
-        UserError: it looks for the lowest accuracy.
+        UserError: it searches for the lowest accuracy.
     """
     hydra = HydraConfig.get()
     if hydra.mode != RunMode.MULTIRUN or str(hydra.sweeper.get("_target_")).endswith(_GRIDS):
@@ -53,6 +55,6 @@ def check_search(holdout: float) -> None:
         )
     if not holdout:
         complain_once(
-            "warning: this search maximises the accuracy on the test set, which is then no "
-            "measure of what it finds; dataset.holdout=0.1 searches by held-out training images"
+            "warning: this search maximises the accuracy on the test set, which then does not "
+            "measure the result; dataset.holdout=0.1 searches by held-out training images"
         )

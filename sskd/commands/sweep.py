@@ -118,7 +118,7 @@ class Sweep:
             check_environment(config.wandb.mode)
             folder, changed = run_location(config)
             job = Job(list(overrides), _command(composed, overrides), config, folder)
-            # A folder's name from an earlier recipe may be that of another job.
+            # An earlier recipe may have given the same folder name to another job.
             jobs.setdefault(f"{folder} {changed}", job)
         self.jobs = list(jobs.values())
 
@@ -187,7 +187,7 @@ class Sweep:
         """Print which jobs have not finished, and why.
 
         Raises:
-            UnfinishedError: some have not. Its status is that of BusyError if other processes work
+            UnfinishedError: some have not. It has the status of BusyError if other processes work
                 on all of these.
         """
         pending = [job for job in self.jobs if job.is_pending()]

@@ -1,4 +1,4 @@
-"""Sweeps: that every job composes, what is launched, and what is told of the rest."""
+"""Sweeps: every job composes, only unfinished ones are launched, and failures are reported."""
 
 from __future__ import annotations
 
@@ -129,10 +129,10 @@ def test_the_recipe_is_what_hydra_composes(composed: Compose) -> None:
         assert recipe(config).model_dump() == config.model_dump(), words
 
 
-def test_the_command_line_narrows_and_widens_a_sweep(composed_jobs: Any) -> None:
+def test_the_command_line_changes_a_sweep(composed_jobs: Any) -> None:
     narrow = composed_jobs("grid", "pair=vgg13-vgg8", "method=kd,sskd", "seed=range(3)").jobs
-    told = {(c.config.method.name, c.config.seed) for c in narrow}
-    assert told == {(method, seed) for method in ("kd", "sskd") for seed in range(3)}
+    found = {(c.config.method.name, c.config.seed) for c in narrow}
+    assert found == {(method, seed) for method in ("kd", "sskd") for seed in range(3)}
     assert {c.config.teacher.name for c in narrow} == {"vgg13"}
 
 
@@ -144,7 +144,7 @@ def states(runs: Path) -> dict[str, str]:
     }
 
 
-def test_a_missing_teacher_is_told_and_the_others_go_on(command: Command) -> None:
+def test_a_missing_teacher_does_not_stop_the_others(command: Command) -> None:
     status, _, err = command("-m", *WITHOUT_TRAINING, "method=kd,vanilla,at")
     assert status == 1
     assert states(command.runs) == {"kd": "failed", "at": "failed", "resnet8": "finished"}
@@ -157,7 +157,7 @@ def test_a_missing_teacher_is_told_and_the_others_go_on(command: Command) -> Non
     assert "UserError" in json.loads(kept.read_text())["traceback"]
 
 
-def test_a_sweep_goes_on_with_what_is_left(command: Command) -> None:
+def test_a_sweep_resumes_with_unfinished_jobs(command: Command) -> None:
     command("-m", *WITHOUT_TRAINING, "method=kd,vanilla")
     status, out, err = command("-m", *TINY, "method=kd,vanilla")
     assert (status, err) == (0, "")
@@ -184,9 +184,7 @@ def test_a_teacher_that_fails_is_tried_once_a_sweep(
     assert command("-m", *TINY, "method=kd,at")[0] == 0
 
 
-def test_a_job_of_another_process_is_named_and_not_a_failure(
-    command: Command, composed: Compose
-) -> None:
+def test_a_job_of_another_process_is_no_failure(command: Command, composed: Compose) -> None:
     folder, _ = run_location(composed(*TINY, "method=vanilla", f"runs={command.runs}"))
     folder.mkdir(parents=True)
     lock = FolderLock(folder)
@@ -201,7 +199,7 @@ def test_a_job_of_another_process_is_named_and_not_a_failure(
     assert command(*TINY, "method=vanilla")[0] == 0
 
 
-def test_a_job_that_fails_beside_its_old_result_has_not_finished(command: Command) -> None:
+def test_a_failed_job_with_an_old_result_is_unfinished(command: Command) -> None:
     assert command("-m", *TINY, "method=vanilla,kd")[0] == 0
     status, out, err = command("-m", *TINY, "method=vanilla,kd", "force=true", "device=cuda:9")
     assert status == 1
@@ -210,7 +208,7 @@ def test_a_job_that_fails_beside_its_old_result_has_not_finished(command: Comman
     assert len(list(command.runs.glob("digits/*/*/**/result.json"))) == 3  # all are where they were
 
 
-def test_force_begins_once_and_then_goes_on(
+def test_force_starts_again_once_and_then_resumes(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["-m", *TINY, "method=vanilla", "checkpoint_minutes=1e-9"]
@@ -221,10 +219,10 @@ def test_force_begins_once_and_then_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(Sweep, "launch", lambda self, left, *_: launched.extend(left))
         status, out, _ = command(*words, "force=true")
-    assert (status, result.read_bytes()) == (1, before)  # no job has begun
+    assert (status, result.read_bytes()) == (1, before)  # no job has started
     assert "0 of 1 jobs have finished" in out
     queued = read_status(result.parent)
-    # A job that is preempted and comes back is called with these words again.
+    # A job that was preempted and requeued starts with these words again.
     with monkeypatch.context() as patch:
         patch.setenv(SWEEP_VARIABLE, queued["sweep"])
         with monkeypatch.context() as crashing:
@@ -241,7 +239,7 @@ def test_force_begins_once_and_then_goes_on(
     assert read_status(result.parent)["command"] == queued["command"]
 
 
-def test_a_result_that_is_not_this_jobs_is_kept_and_told(command: Command) -> None:
+def test_the_result_of_another_run_is_kept_and_reported(command: Command) -> None:
     assert command("-m", *TINY, "method=vanilla", "seed=0,1")[0] == 0
     other, damaged = sorted(command.runs.rglob("result.json"))
     config = other.with_name("config.yaml")
@@ -265,9 +263,7 @@ def test_a_mistake_in_one_job_launches_none(command: Command) -> None:
 
 
 @pytest.mark.parametrize("size", [0, -1])
-def test_a_batch_of_no_jobs_is_refused_before_anything_is_put_aside(
-    command: Command, size: int
-) -> None:
+def test_a_batch_of_no_jobs_is_refused_at_once(command: Command, size: int) -> None:
     words = ["-m", *TINY, "method=vanilla"]
     assert command(*words)[0] == 0
     (result,) = command.runs.rglob("result.json")
@@ -281,10 +277,10 @@ def test_a_batch_of_no_jobs_is_refused_before_anything_is_put_aside(
     ("words", "size"),
     [((), 20), (("hydra.sweeper.max_batch_size=3",), 3), (("hydra/launcher=processes",), None)],
 )
-def test_jobs_that_share_a_process_are_launched_in_batches(
+def test_jobs_in_one_process_are_launched_in_batches(
     command: Command, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], size: int | None
 ) -> None:
-    """Hydra's launcher holds on to each job until its batch has ended."""
+    """Hydra's launcher keeps the configuration of each job until its batch has ended."""
     if any("launcher" in word for word in words):
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     sizes: list[int | None] = []
@@ -309,14 +305,14 @@ def sweep_process(runs: Path, *words: str) -> Started:
 def test_two_processes_share_a_sweep(tmp_path: Path) -> None:
     words = ("method=vanilla,kd,at,sskd,ft", "seed=0,1")
     both = [sweep_process(tmp_path / "shared", *words) for _ in range(2)]
-    told = [process.communicate()[0] for process in both]
+    outputs = [process.communicate()[0] for process in both]
     started = Counter(
         line.split(" in ")[1]
-        for text in told
+        for text in outputs
         for line in text.splitlines()
         if " starts in " in line
     )
-    assert set(started.values()) == {1}  # each run, teacher and first phase is begun once
+    assert set(started.values()) == {1}  # each run, teacher and first phase starts once
     results = list((tmp_path / "shared").rglob("result.json"))
     assert len(results) == len(started) == 10 + 1 + 4  # the jobs, the teacher, the first phases
     assert {process.returncode for process in both} <= {0, 75}
@@ -332,7 +328,7 @@ def wait_for_file(process: Started, runs: Path, pattern: str) -> Path:
     return found[0]
 
 
-def test_a_sweep_that_is_killed_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
+def test_a_killed_sweep_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     words = ("method=kd,sskd,ft", "checkpoint_minutes=1e-9")
     undisturbed = sweep_process(tmp_path / "whole", *words)
     killed = tmp_path / "killed"
@@ -354,7 +350,7 @@ def test_a_sweep_that_is_killed_ends_like_an_undisturbed_one(tmp_path: Path) -> 
     assert outcome(killed) == outcome(tmp_path / "whole")
 
 
-def test_a_teacher_that_fails_is_not_tried_by_those_that_waited(tmp_path: Path) -> None:
+def test_waiting_jobs_do_not_retry_a_failed_teacher(tmp_path: Path) -> None:
     runs, words = tmp_path / "runs", ("method=kd,at", "optimizer.weight_decay=1e12")
     process = launched_on_two_processes(runs, *words)
     text, _ = process.communicate()
@@ -368,7 +364,7 @@ def launched_on_two_processes(runs: Path, *words: str) -> Started:
     return sweep_process(runs, "hydra/launcher=processes", "hydra.launcher.n_jobs=2", *words)
 
 
-def test_processes_train_jobs_side_by_side_and_tell_what_failed(tmp_path: Path) -> None:
+def test_processes_train_jobs_at_once_and_report_failures(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     process = launched_on_two_processes(
         runs, "method=vanilla,kd", "optimizer.weight_decay=5e-4,1e12"
