@@ -83,15 +83,11 @@ def evaluate(
     from sskd.config import read_config
     from sskd.data import load_images
     from sskd.device import choose_device, to_device
-    from sskd.models import build_model, find_checkpoint, load_weights, read_checkpoint, recognise
+    from sskd.models import build_model, find_checkpoint, load_weights
     from sskd.training.evaluation import accuracy, predict
 
     path = find_checkpoint(checkpoint)
-    if arch is None:
-        recognised = recognise(read_checkpoint(path).state)
-        if recognised is None:
-            raise UserError(f"{path}: is no architecture of this suite; name it with --arch NAME")
-        arch = recognised[0]
+    arch = arch or _recognised_arch(path)
     choices = ["method=vanilla", *_dataset_of_run(path), *overrides]
     folders = [] if config_dir is None else [Path(config_dir)]
     config = read_config(compose_config("student", choices, folders))
@@ -108,6 +104,16 @@ def evaluate(
     top1 = accuracy(predict(network, images.test, images, of), images.test.labels)
     note = "" if stated is None else f" (the file states {stated:.2f})"
     return f"{of}: top-1 {top1:.2f}{note}"
+
+
+def _recognised_arch(path: Path) -> str:
+    """Return the architecture of the network in the file ``path``; UserError if it is unknown."""
+    from sskd.models import read_checkpoint, recognise
+
+    recognised = recognise(read_checkpoint(path).state)
+    if recognised is None:
+        raise UserError(f"{path}: is no architecture of this suite; name it with --arch NAME")
+    return recognised[0]
 
 
 def _dataset_of_run(checkpoint: Path) -> list[str]:
