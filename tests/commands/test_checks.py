@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,6 +182,7 @@ def test_an_unnamed_teacher_output_fails(build: Callable[..., KD]) -> None:
         check_teacher_outputs(build(Greedy, images), images)
 
 
+@pytest.mark.filterwarnings("ignore:std")
 def test_a_loss_without_a_value_for_one_image_fails(build: Callable[..., KD]) -> None:
     images = random_images(8, 4)
     with pytest.raises(CheckError, match="the loss is not finite"):
@@ -262,10 +264,14 @@ def test_the_command_prints_a_line_for_each_check(capsys: Any) -> None:
     assert [line.partition(" ")[0] for line in lines] == ["ok"] * 3
 
 
-def test_the_command_fails_if_a_check_fails(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ARCHITECTURES, "resnet8", ARCHITECTURES["resnet14"])
-    assert main(["arch", "resnet8"]) == 1
-    assert "FAILED  checkpoints are recognised: " in capsys.readouterr().out
+def test_the_command_fails_if_a_check_fails(
+    capsys: Any, network: Callable[..., str], tmp_path: Path
+) -> None:
+    name = network(lambda features: features._replace(logits=features.logits[:, :3]))
+    (tmp_path / "arch").mkdir()
+    (tmp_path / f"arch/{name}.yaml").write_text(f"name: {name}\nbase_lr: 0.05\n")
+    assert main(["arch", name, "--config-dir", str(tmp_path)]) == 1
+    assert "FAILED  shapes of the features: logits have shape (2, 3)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
