@@ -26,6 +26,8 @@ from sskd.data import SOURCES, DatasetSettings
 from sskd.device import best_precision
 from sskd.errors import UserError, did_you_mean, shortened
 from sskd.files import expanded
+from sskd.invocation.extensions import VARIABLE
+from sskd.invocation.names import command_name
 from sskd.methods import METHODS, Method
 from sskd.models import ARCHITECTURES
 from sskd.optimizers import OPTIMIZERS
@@ -57,7 +59,7 @@ class ArchSettings(Settings):
         if self.name not in ARCHITECTURES:
             raise ValueError(
                 f"no architecture '{self.name}'{did_you_mean(self.name, ARCHITECTURES)} "
-                f"(there are {', '.join(ARCHITECTURES)})"
+                f"(there are {', '.join(ARCHITECTURES)}; {VARIABLE}=FILE.py adds one)"
             )
         return self
 
@@ -189,8 +191,8 @@ def read_config(composed: DictConfig) -> Config:
     plain = {str(key): value for key, value in values.items()}
     if plain.pop("arch", None) is not None and "teacher" in plain:
         raise UserError(
-            "arch and teacher do not go together: train_teacher.py trains arch=NAME alone, "
-            "train_student.py takes arch@teacher=NAME and arch@student=NAME"
+            f"arch and teacher do not go together: {command_name('teacher')} trains arch=NAME "
+            f"alone, {command_name('student')} takes arch@teacher=NAME and arch@student=NAME"
         )
     if "teacher" in plain:
         # The weights of the methods that read it already have its values.
@@ -200,8 +202,8 @@ def read_config(composed: DictConfig) -> Config:
         return config.model_copy(update={"teacher": None})
     if config.teacher is None:
         raise UserError(
-            f"method={config.method.name} needs a teacher: use train_student.py, "
-            "train_teacher.py trains a network alone"
+            f"method={config.method.name} needs a teacher: use {command_name('student')}, "
+            f"{command_name('teacher')} trains a network alone"
         )
     return config
 
@@ -239,7 +241,7 @@ def _choice(
     if not isinstance(name, str) or name not in known:
         raise UserError(
             f"{group}.{key}: no {group} '{name}'{did_you_mean(str(name), known)} "
-            f"(there are {', '.join(known)})"
+            f"(there are {', '.join(known)}; {VARIABLE}=FILE.py adds one)"
         )
     return name
 

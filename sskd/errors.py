@@ -1,17 +1,33 @@
-"""The errors that a user can cause, each told in one line."""
+"""The errors of the suite, and what their messages are made of.
+
+::
+
+    Exception
+    ├── UserError                the user can fix it; its message is one line
+    │   ├── BusyError            another process works on the run
+    │   ├── UnfinishedError      jobs of a sweep have not finished
+    │   ├── JobError             one job of a sweep failed
+    │   └── NotFiniteError       a network's outputs are not finite
+    └── CorruptFileError         a file is not what was written
+    KeyboardInterrupt
+    └── Interrupted              a signal stopped the run, which saved its state
+
+Any other exception is a fault of the suite and is shown with its traceback.
+"""
 
 from __future__ import annotations
 
 import difflib
 import os
+import signal
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something that the user can put right; the message is one line, for a person.
+    """An error that the user can fix; its message is a single readable line.
 
-    It says what is wrong, where, and what to type instead. The commands print it
-    without a traceback and end with its status, which is not 0.
+    It says what is wrong, where, and what to type instead. The commands print it without a
+    traceback and end with ``status``.
     """
 
     status = 1
@@ -21,7 +37,7 @@ class UserError(Exception):
 
 
 class BusyError(UserError):
-    """Another process is at work on the run, so that this one leaves it alone."""
+    """Another process works on the run, so that this one leaves it alone."""
 
     status = os.EX_TEMPFAIL  # nothing is wrong: the same command later finds it finished
 
@@ -34,15 +50,15 @@ class CorruptFileError(Exception):
 
 
 class UnfinishedError(UserError):
-    """Cells of a sweep have not finished, each of which has been told in a line of its own."""
+    """Jobs of a sweep have not finished; a line about each was printed."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)
         self.status = status
 
 
-class CellError(UserError):
-    """One cell of a sweep failed; the error was already reported."""
+class JobError(UserError):
+    """One job of a sweep failed; the error was already reported."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message, status)  # so that it can be pickled
@@ -52,9 +68,32 @@ class CellError(UserError):
         return mask_unprintable(str(self.args[0]))
 
 
+class NotFiniteError(UserError):
+    """Logits are not finite, so accuracy, agreement and divergence are meaningless."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped by a signal and has saved its state.
+
+    A KeyboardInterrupt, so that it ends a whole sweep and not only one of its jobs.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)  # the arguments of the call, so that it can be pickled
+        self.signum = signum
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.signum).name}"
+
+
+def exit_status(error: Exception) -> int:
+    """Return the status with which a command ends after ``error``."""
+    return error.status if isinstance(error, UserError) else UserError.status
+
+
 def mask_unprintable(text: str) -> str:
-    """Return ``text`` with a question mark for each sign that a terminal should not be sent."""
-    return "".join(sign if sign.isprintable() else "?" for sign in text)
+    """Return ``text`` with a question mark for each character that could control a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def shortened(value: object, most: int = 60) -> str:

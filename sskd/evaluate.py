@@ -7,49 +7,53 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from hydra.errors import CompactHydraException
 
-from sskd import CONF
-from sskd.commands.job import user_message
+from sskd.commands.hydra_errors import user_message
 from sskd.errors import UserError
+from sskd.invocation.composition import compose_config
+from sskd.invocation.extensions import load_extensions
+from sskd.invocation.names import tool_command
 from sskd.output import complain, output_status, say, steady_output
 from sskd.overrides import as_override
 
 _EXAMPLES = """
 examples:
-  python -m sskd.evaluate runs/cifar100/scratch/resnet56/seed0
-  python -m sskd.evaluate resnet56_best.pth dataset.root=FOLDER
-  python -m sskd.evaluate wrn.pth --arch wrn_40_2 dataset=cifar10 --device cuda
+  {command} runs/cifar100/scratch/resnet56/seed0
+  {command} resnet56_best.pth dataset.root=FOLDER
+  {command} wrn.pth --arch wrn_40_2 dataset=cifar10 --device cuda
 
-A folder stands for the file with `best` in its name, in it or in its ckpt/. The checkpoint may
-be one of this suite's, SSKD's or the CRD benchmark's; its architecture is recognised by its
-tensors. Beside a run's config.yaml the run's own dataset is taken, else CIFAR-100.
+In a folder, the file with `best` in its name is used; the folder's ckpt/ is searched too. The
+checkpoint may be one of this suite, of SSKD or of the CRD benchmark; its architecture is recognised
+by its tensors. Beside a run's config.yaml the dataset of that run is used, else CIFAR-100.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate what the command line names; return the exit status."""
+    """Evaluate the checkpoint that the command line names and return the exit status."""
     with steady_output():
         return _run(arguments)
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    command = tool_command("evaluate")
     parser = argparse.ArgumentParser(
-        prog="python -m sskd.evaluate",
+        prog=command,
         description="Measure the top-1 accuracy of a checkpoint on its test set, in float32.",
-        epilog=_EXAMPLES,
+        epilog=_EXAMPLES.format(command=command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", help="a file, or a folder that holds one")
     parser.add_argument("--arch", help="the architecture; default: recognised by the tensors")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    parser.add_argument("--config-dir", help="a folder with dataset/NAME.yaml of your own")
     parser.add_argument(
         "overrides", nargs="*", metavar="dataset.KEY=VALUE", help="as for the training commands"
     )
     given = parser.parse_intermixed_args(arguments)
     try:
-        say(evaluate(given.checkpoint, given.arch, given.device, given.overrides))
+        load_extensions()
+        say(evaluate(given.checkpoint, given.arch, given.device, given.overrides, given.config_dir))
     except UserError as error:
         complain(f"error: {error}")
         return 1
@@ -59,42 +63,64 @@ def _run(arguments: Sequence[str] | None) -> int:
     return output_status()
 
 
-def evaluate(checkpoint: str, arch: str | None, device: str, overrides: Sequence[str]) -> str:
-    """Return one line that tells the accuracy of ``checkpoint``."""
+def evaluate(
+    checkpoint: str,
+    arch: str | None,
+    device: str,
+    overrides: Sequence[str],
+    config_dir: str | None = None,
+) -> str:
+    """Return one line with the accuracy of ``checkpoint``.
+
+    Args:
+        checkpoint: a file, or a folder that holds one.
+        arch: the name of its architecture; None: recognised by its tensors.
+        device: as the setting ``device``.
+        overrides: choices of the dataset, as for the training commands.
+        config_dir: a folder with configuration files beside those of the suite.
+    """
     # Importing torch takes seconds, which --help should not.
     from sskd.config import read_config
     from sskd.data import load_images
     from sskd.device import choose_device, to_device
-    from sskd.models import build_model, find_checkpoint, load_weights, read_checkpoint, recognise
+    from sskd.models import build_model, find_checkpoint, load_weights
     from sskd.training.evaluation import accuracy, predict
 
     path = find_checkpoint(checkpoint)
-    if arch is None:
-        recognised = recognise(read_checkpoint(path).state)
-        if recognised is None:
-            raise UserError(f"{path}: is no architecture of this suite; name it with --arch NAME")
-        arch = recognised[0]
+    arch = arch or _recognised_arch(path)
     choices = ["method=vanilla", *_dataset_of_run(path), *overrides]
-    with initialize_config_dir(str(CONF), version_base=None):
-        config = read_config(compose("student", choices))
+    folders = [] if config_dir is None else [Path(config_dir)]
+    config = read_config(compose_config("student", choices, folders))
     images = load_images(config.dataset).to(choose_device(device))
     if _digest_of_run(path) not in (None, images.digest):
-        told = f"the images in {config.dataset.root} may differ from those of its run"
-        told += ": config.yaml has another dataset.digest"
-        complain(f"warning: {path}: {told}")
+        complain(
+            f"warning: {path}: the images in {config.dataset.root} may differ from those of its "
+            "run: config.yaml has another dataset.digest"
+        )
     network = build_model(arch, images.num_classes)
     stated = load_weights(network, path).accuracy
     to_device(network, images.test.images.device)
     of = f"{path}: {arch}, {images.name} test set"
     top1 = accuracy(predict(network, images.test, images, of), images.test.labels)
-    told = "" if stated is None else f" (the file states {stated:.2f})"
-    return f"{of}: top-1 {top1:.2f}{told}"
+    note = "" if stated is None else f" (the file states {stated:.2f})"
+    return f"{of}: top-1 {top1:.2f}{note}"
+
+
+def _recognised_arch(path: Path) -> str:
+    """Return the architecture of the network in the file ``path``; UserError if it is unknown."""
+    from sskd.models import read_checkpoint, recognise
+
+    recognised = recognise(read_checkpoint(path).state)
+    if recognised is None:
+        raise UserError(f"{path}: is no architecture of this suite; name it with --arch NAME")
+    return recognised[0]
 
 
 def _dataset_of_run(checkpoint: Path) -> list[str]:
-    """Return overrides that choose the dataset of the run that ``checkpoint`` lies in, if any.
+    """Return overrides that choose the dataset of the run whose folder holds ``checkpoint``.
 
-    The run may be a stranger's, so nothing is downloaded to where it says, and nothing resolved.
+    The run may be a stranger's, so nothing is downloaded to its root and no interpolation resolved.
+    Empty if the folder is no run's.
 
     Raises:
         UserError: its config.yaml chooses no dataset of this suite.
@@ -113,12 +139,12 @@ def _dataset_of_run(checkpoint: Path) -> list[str]:
     for key, value in settings.items():
         if key not in DatasetSettings.model_fields or not _is_plain(value):
             raise UserError(f"{path}: dataset.{key} is not a setting of a run's dataset")
-    own = [as_override(f"dataset.{key}", value) for key, value in settings.items()]
-    return [f"dataset={dataset['source']}", "dataset.download=false", *own]
+    values = [as_override(f"dataset.{key}", value) for key, value in settings.items()]
+    return [f"dataset={dataset['source']}", "dataset.download=false", *values]
 
 
 def _digest_of_run(checkpoint: Path) -> object:
-    """Return the digest of the files that the run of ``checkpoint`` had, if it recorded one."""
+    """Return the digest of the data files that the run of ``checkpoint`` recorded, if any."""
     from sskd.runs.folder import read_config_file
     from sskd.runs.names import CONFIG
 
@@ -128,7 +154,7 @@ def _digest_of_run(checkpoint: Path) -> object:
 
 
 def _is_plain(value: object) -> bool:
-    """Return whether ``value`` stands for itself, and is no interpolation."""
+    """Return whether ``value`` is a plain value, not an interpolation."""
     parts = value if isinstance(value, list) else [value]
     plain = all(part is None or isinstance(part, bool | int | float | str) for part in parts)
     return plain and "${" not in str(value)

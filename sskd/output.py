@@ -1,9 +1,9 @@
-"""What the suite writes to a terminal, a log or a pipe: all of it passes through this module.
+"""Writing to a terminal, a log or a pipe: all output of the suite passes through this module.
 
 Names and messages can come from a stranger's file, so characters that control a terminal are
 replaced, in the lines of other libraries too while a command runs. A run must not fail because
-nobody reads its output, so a stream that cannot be written to is given up. Importing this costs
-nothing.
+nobody reads its output, so a stream that fails is not written to again. Importing this takes no
+time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from sskd.errors import mask_unprintable
 
-# What progress bars and coloured logs need: colours, the cursor up, a line's start and end.
+# The codes of progress bars and coloured logs: colours, the cursor up, the start and end of a line.
 _KEPT = re.compile(r"(\x1b\[[0-9;]{0,20}m|\x1b\[A|[\r\n\t])")
 CLEAR_SCREEN = "\x1b[H\x1b[2J\x1b[3J"
 
@@ -44,12 +44,12 @@ def complain_once(text: str) -> None:
 
 
 def cleaned(text: str) -> str:
-    """Return ``text`` with a question mark for each control character but the line's end."""
+    """Return ``text`` with a question mark for each control character except line ends."""
     return "\n".join(mask_unprintable(line) for line in text.split("\n"))
 
 
 def _write(stream: TextIO | None, text: str) -> None:
-    if stream is not None:  # Python's value for a stream that was closed at the start
+    if stream is not None:  # None: the stream was closed when Python started
         steady = stream if isinstance(stream, SteadyStream) else SteadyStream(stream)
         steady.write_raw(f"{text}\n")
         steady.flush()
@@ -67,14 +67,14 @@ class SteadyStream:
         self.lost: OSError | ValueError | None = None
 
     def write(self, text: str) -> int:
-        """Write another library's ``text``, with a question mark for what controls a terminal."""
+        """Write the ``text`` of another library, with question marks for control characters."""
         self.write_raw(
             "".join(p if _KEPT.fullmatch(p) else mask_unprintable(p) for p in _KEPT.split(text))
         )
         return len(text)
 
     def write_raw(self, text: str) -> None:
-        """Write ``text`` as it is, if the stream still takes it."""
+        """Write ``text`` unchanged, unless the stream has failed."""
         if self.lost is None:
             try:
                 self._stream.write(text)
@@ -82,12 +82,12 @@ class SteadyStream:
                 self._give_up(error)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Write ``lines``, if the stream still takes them."""
+        """Write ``lines``, unless the stream has failed."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Flush, if the stream still takes what was written."""
+        """Flush, unless the stream has failed."""
         if self.lost is None:
             try:
                 self._stream.flush()
@@ -100,7 +100,7 @@ class SteadyStream:
     def _give_up(self, error: OSError | ValueError) -> None:
         self.lost = error
         if self._stream in (sys.__stdout__, sys.__stderr__):
-            # Else Python fails at its end on what is left in the buffer, and other libraries and
+            # Else Python fails when it flushes the buffer at its end, and other libraries and
             # processes that share the stream fail too.
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
@@ -108,12 +108,12 @@ class SteadyStream:
 
 @contextmanager
 def steady_output() -> Iterator[None]:
-    """Let a command run to its end whatever becomes of its standard streams.
+    """Let a command run to its end even if its standard streams fail.
 
-    Other libraries' lines and progress bars are included. A character that the terminal's encoding
-    lacks is replaced.
+    That includes the output of other libraries. A character that the terminal's encoding lacks is
+    replaced.
     """
-    if isinstance(sys.stdout, SteadyStream):  # a job of a command that has done this already
+    if isinstance(sys.stdout, SteadyStream):  # the command of this job has done it
         yield
         return
     _open_closed_streams()
@@ -137,9 +137,9 @@ def reader_has_gone() -> bool:
 
 
 def output_status() -> int:
-    """Return 1, with a line, if standard output could not be written, as on a full disk, else 0.
+    """Return 1, with a line, if standard output could not be written (a full disk), else 0.
 
-    For commands whose result is what they print. A reader that has closed its pipe has read enough.
+    For commands whose result is their output. A reader that closes the pipe has read enough.
     """
     lost = getattr(sys.stdout, "lost", None)
     if not isinstance(lost, OSError) or lost.errno in (errno.EPIPE, errno.EBADF):
@@ -149,10 +149,10 @@ def output_status() -> int:
 
 
 def _open_closed_streams() -> None:
-    """Open what was closed at the start (``>&-``) on nothing.
+    """Open on the null device each standard stream that was closed at the start (``>&-``).
 
-    Else the next file that is opened, a checkpoint perhaps, becomes the standard output of every
-    library and process that this one starts.
+    Else the next file that is opened, perhaps a checkpoint, becomes the standard output of every
+    library and of every process that this one starts.
     """
     for number in range(3):
         try:

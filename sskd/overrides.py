@@ -27,12 +27,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def as_override(key: str, value: Any) -> str:
-    """Return ``key=value`` as Hydra reads it back; strings that look like something else quoted."""
+    """Return ``key=value`` for Hydra, in quotes if it would not read ``value`` as a string."""
     if not isinstance(value, str):
         return f"{key}={json.dumps(value)}"
     if re.fullmatch(r"[A-Za-z_/][A-Za-z_/.0-9-]*", value) and value.lower() not in _NOT_STRINGS:
         return f"{key}={value}"
-    # Inside quotes a backslash counts only in front of a quote, the closing one included.
+    # In quotes, Hydra reads a backslash as an escape only in front of a quote, even the last one.
     escaped = re.sub(r"\\*'", lambda found: found[0][:-1] * 2 + r"\'", value)
     trailing = len(escaped) - len(escaped.rstrip("\\"))
     return f"{key}='{escaped}" + "\\" * trailing + "'"

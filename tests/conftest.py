@@ -13,7 +13,6 @@ from typing import Any
 
 import few_digits
 import pytest
-import torch
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -23,9 +22,10 @@ from omegaconf import DictConfig
 import sskd.train
 import train_student
 from sskd import CONF
-from sskd.commands.job import run_command
+from sskd.checks.samples import random_images
+from sskd.commands.process import run_command
 from sskd.config import Config, read_config
-from sskd.data import SOURCES, Images, Split
+from sskd.data import SOURCES, Images
 from sskd.output import complain_once
 from sskd.runs.identity import full_config
 from sskd.runs.plan import RunPlan, TeacherWeights
@@ -110,21 +110,6 @@ def with_rate(config: Config, rate: float) -> Config:
 def few_images() -> Images:
     """Return 40 training and 20 test images of noise in 5 classes, 32x32."""
     return random_images(40, 20)
-
-
-def random_images(train: int, test: int, classes: int = 5, size: int = 32) -> Images:
-    """Return images of noise whose mean brightness tells the class, so that they can be learnt."""
-    generator = torch.Generator().manual_seed(5)
-
-    def split(count: int) -> Split:
-        labels = torch.arange(count) % classes
-        noise = torch.randint(0, 64, (count, 3, size, size), generator=generator)
-        images = noise + (labels * 190 // classes)[:, None, None, None]
-        return Split(images.to(torch.uint8), labels)
-
-    names = tuple(f"class {label}" for label in range(classes))
-    mean, std = (0.4, 0.4, 0.4), (0.25, 0.25, 0.25)
-    return Images("noise", names, split(train), split(test), None, mean, std)
 
 
 def folder_named_by(variable: str, what: str) -> Path:

@@ -1,4 +1,4 @@
-"""What to type instead of a word of the command line that Hydra refuses."""
+"""Lines that say what to type instead of a word of the command line that Hydra refuses."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from sskd import CONF
 from sskd.errors import UserError, did_you_mean, mask_unprintable, shortened
+from sskd.invocation.composition import compose_config
+from sskd.invocation.extensions import load_extensions
+from sskd.invocation.names import command_name, config_dir, current_role
 from sskd.overrides import about_renamed, as_override, flatten
 from sskd.runs.weightings import METHODS, WEIGHTING
 
-# The one group that the defaults leave open.
+# The one group of which the defaults choose no option.
 _OPTIONAL_GROUP = "pair"
 
 
 def refuse_missing_keys(words: Iterable[str]) -> None:
-    """Refuse a word of the command line that names no key: Hydra's message would not show it.
+    """Refuse a word of the command line that names no key; Hydra's message would not show it.
 
     Raises:
         UserError: one of ``words`` is empty, or has nothing before its equals sign.
@@ -34,12 +36,12 @@ def refuse_missing_keys(words: Iterable[str]) -> None:
 
 
 def refuse_odd_choices(words: Iterable[str]) -> None:
-    """Refuse a word of the command line that gives a group of the suite anything but an option.
+    """Refuse a word of the command line that sets a group of the suite to anything but an option.
 
     Hydra merges the options of a list, and its error about other values does not name the group.
 
     Raises:
-        UserError: one of ``words`` gives a group a list or no text, or deletes it.
+        UserError: one of ``words`` sets a group to a list or to no text, or deletes it.
     """
     words = list(words)
     added = {match[1] for word in words if (match := re.match(r"\+([\w@/]+)=", word))}
@@ -59,19 +61,19 @@ def refuse_odd_choices(words: Iterable[str]) -> None:
 
 
 def _is_no_option(value: str) -> bool:
-    """Return whether Hydra reads ``value`` as anything but a name: a list, a dict, a number."""
+    """Return whether Hydra reads ``value`` as something else than a name, such as a list."""
     number = r"[+-]?[\d.]+(e[+-]?\d+)?"
     other = rf"\s*(\[.*|\{{.*|null|true|false|{number})\s*"
     return bool(re.fullmatch(other, value, re.IGNORECASE | re.DOTALL))
 
 
 def about_weighting(method: str, words: Iterable[str]) -> str:
-    """Return a line if one of ``words`` chooses a weighting that ``method`` does not have."""
+    """Return a line if one of ``words`` chooses a weighting that ``method`` does not follow."""
     given = [word for word in words if re.match(rf"\+*{WEIGHTING}[.=]", word)]
     if method in METHODS or not given:
         return ""
     return (
-        f"{mask_unprintable(given[0])}: has no effect on method={method}, whose weights are its "
+        f"{mask_unprintable(given[0])}: has no effect on method={method}, which has weights of its "
         "own (method.weights.KEY=VALUE changes them)"
     )
 
@@ -82,13 +84,15 @@ def about_quotes(word: str) -> str:
     if match is None or not word.isprintable():
         return ""
     quoted = as_override(match[1], match[2])
-    # In double quotes a shell reads on in these only.
+    # The characters that a shell interprets inside double quotes.
     for_shell = shlex.quote(quoted) if re.search(r'["$`\\!]', quoted) else f'"{quoted}"'
-    return f"; a value with such signs is quoted twice, for the shell and for Hydra: {for_shell}"
+    return (
+        f"; a value with such characters is quoted twice, for the shell and for Hydra: {for_shell}"
+    )
 
 
 def about_commas(error: Exception) -> str | None:
-    """Return the line about several values without ``-m``, or None if ``error`` is another."""
+    """Return the line about several values without ``-m``; None for another ``error``."""
     match = re.match(r"Ambiguous value for argument '(.*?)'\n1\. To use", str(error), re.DOTALL)
     if match is None:
         return None
@@ -101,16 +105,16 @@ def about_commas(error: Exception) -> str | None:
 
 
 def about_plus(error: Exception) -> str | None:
-    """Return the line about a plus in front of a key that is missing or too many, if it is that."""
-    told = str(error)
-    if match := re.match(r"Could not override '([^']+)'\.\s*To append", told):
+    """Return the line about a plus that a key lacks or should not have; None for another error."""
+    text = str(error)
+    if match := re.match(r"Could not override '([^']+)'\.\s*To append", text):
         return _unknown_setting(match[1])
-    if match := re.match(r"Could not override '([^']+)'\. No match in the defaults list", told):
+    if match := re.match(r"Could not override '([^']+)'\. No match in the defaults list", text):
         return _group_without_plus(match[1])
-    if match := re.search(r"An item is already at '([^']+)'", told):
+    if match := re.search(r"An item is already at '([^']+)'", text):
         return f"{match[1]}: already exists; write it without a plus: {_without_plus(match[1])}"
-    match = re.match(r"Multiple values for ([^\s]+)\. ", told) or re.match(
-        r"force-add of config groups is not supported: '\+\+([^=]+)=", told
+    match = re.match(r"Multiple values for ([^\s]+)\. ", text) or re.match(
+        r"force-add of config groups is not supported: '\+\+([^=]+)=", text
     )
     if match and _word_of(match[1], "+"):
         return f"{match[1]}: is already chosen; write it without a plus: {_without_plus(match[1])}"
@@ -128,7 +132,7 @@ def _unknown_setting(key: str) -> str:
 
 
 def _group_without_plus(group: str) -> str | None:
-    """Return the line about a group of the user's own; the suite's are chosen by default."""
+    """Return the line about a group that the user added; the suite's are chosen by default."""
     if group.partition("@")[0] in [path.name for path in CONF.iterdir()]:
         return _group_of_the_student(group)
     word = _word_of(group) or f"{group}=NAME"
@@ -136,16 +140,15 @@ def _group_without_plus(group: str) -> str | None:
 
 
 def _group_of_the_student(group: str) -> str | None:
-    if Path(sys.argv[0]).stem != "train_teacher":
+    if current_role() != "teacher":
         return None
-    return (
-        f"{group}: is a group of train_student.py; train_teacher.py trains one network, arch=NAME"
-    )
+    student, teacher = command_name("student"), command_name("teacher")
+    return f"{group}: is a group of {student}; {teacher} trains one network, arch=NAME"
 
 
-def _word_of(key: str, sign: str = "") -> str | None:
-    """Return the command line's word that sets ``key``, after any of ``sign`` before it."""
-    words = (re.match(rf"{re.escape(sign)}\+*{re.escape(key)}=", word) for word in sys.argv[1:])
+def _word_of(key: str, prefix: str = "") -> str | None:
+    """Return the word of the command line that sets ``key``, with ``prefix`` in front of it."""
+    words = (re.match(rf"{re.escape(prefix)}\+*{re.escape(key)}=", word) for word in sys.argv[1:])
     found = next((match.string for match in words if match), None)
     return None if found is None else mask_unprintable(found)
 
@@ -155,18 +158,31 @@ def _without_plus(key: str) -> str:
     return shlex.quote(word.lstrip("+")) if word else f"{key}=VALUE"
 
 
+def _config_folders() -> list[Path]:
+    """Return the folders of configuration files that the command line adds."""
+    added = re.findall(r"file://([^,'\"\]]+)", _word_of("hydra.searchpath") or "")
+    folder = config_dir()
+    return [*([folder] if folder else []), *map(Path, added)]
+
+
 def _known_settings() -> list[str]:
-    """Return the dotted names of all settings of what is chosen, and of the groups."""
+    """Return the groups, and the dotted names of all settings of the chosen options.
+
+    Raises:
+        UserError: an option is of an extension that is not loaded.
+    """
     from sskd.config import config_model, fields_of
 
+    load_extensions()
+    folders = _config_folders()
     chosen = {"method": "sskd", "optimizer": "sgd"}
     for group in chosen:
-        options = [path.stem for path in (CONF / group).iterdir()]
-        asked = re.split("[=,]", _word_of(group) or "=")[1]
-        chosen[group] = asked if asked in options else chosen[group]
+        option = re.split("[=,]", _word_of(group) or "=")[1]
+        if any((folder / group / f"{option}.yaml").is_file() for folder in [CONF, *folders]):
+            chosen[group] = option
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base=None):
-        composed = compose("student", [f"{group}={name}" for group, name in chosen.items()])
+    words = [f"{group}={name}" for group, name in chosen.items()]
+    composed = compose_config("student", words, folders)
     values: Any = OmegaConf.to_container(composed)
     fields = fields_of(config_model({group: {"name": name} for group, name in chosen.items()}))
     groups = ["arch@teacher", "arch@student", *(path.stem for path in CONF.iterdir())]

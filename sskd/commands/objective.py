@@ -1,4 +1,4 @@
-"""The number that a sweeper which searches, such as Optuna's, maximises."""
+"""The accuracy that a search (a sweeper such as Optuna's) maximises."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sskd.runs.names import RESULT
 from sskd.runs.result import RunResult
 from sskd.training.result import last_top1
 
-# They run a grid, whatever comes out of it.
-_GRIDS = ("CellSweeper", "BasicSweeper")
+# They run a grid, whatever its results are.
+_GRIDS = ("ResumableSweeper", "BasicSweeper")
 
 
 def objective(result: RunResult, folder: Path) -> float:
@@ -33,12 +33,12 @@ def objective(result: RunResult, folder: Path) -> float:
 
 
 def check_search(holdout: float) -> None:
-    """Look at the sweeper of this job, if it is one that searches.
+    """Check the sweeper of this job, if it is one that searches.
 
-    It says once that a search without a ``holdout`` chooses by the test set.
+    A warning is printed once if the search, without ``holdout``, chooses by the test set.
 
     Raises:
-        UserError: it looks for the lowest accuracy.
+        UserError: it searches for the lowest accuracy.
     """
     hydra = HydraConfig.get()
     if hydra.mode != RunMode.MULTIRUN or str(hydra.sweeper.get("_target_")).endswith(_GRIDS):
@@ -51,6 +51,6 @@ def check_search(holdout: float) -> None:
         )
     if not holdout:
         complain_once(
-            "warning: this search maximises the accuracy on the test set, which is then no "
-            "measure of what it finds; dataset.holdout=0.1 searches by held-out training images"
+            "warning: this search maximises the accuracy on the test set, which then does not "
+            "measure the result; dataset.holdout=0.1 searches by held-out training images"
         )

@@ -6,7 +6,8 @@ import hydra
 from omegaconf import DictConfig
 
 from sskd import CONF
-from sskd.commands.job import run_command, run_job
+from sskd.commands.job import run_job
+from sskd.commands.process import run_command
 
 
 @hydra.main(version_base=None, config_path=str(CONF), config_name="student")

@@ -12,20 +12,22 @@ from typing import Any
 from sskd import CONF
 from sskd.errors import UserError, did_you_mean
 from sskd.files import write_text
+from sskd.invocation.extensions import extension_names, load_extensions
+from sskd.invocation.names import tool_command
 from sskd.output import complain, output_status, say, steady_output
 
 DESCRIPTION = """\
 Build a Weights & Biases workspace and report of all runs of a project: tables of
 results, gains, accuracy curves by pair, losses, agreement with the teacher, cost
-and failures. 'python -m sskd.report --wandb' logs the tables and the figures of
-gains that they show.
+and failures. The tables and the plots of gains are those that
+'{report} --wandb' has logged.
 """
 EXAMPLES = """\
 examples:
-  python -m sskd.dashboard                     build both without saving them
-  python -m sskd.dashboard --save              save both and print their addresses
-  python -m sskd.dashboard --pairs vgg13-vgg8 --save
-  python -m sskd.dashboard --out FILE.json     write both to a file
+  {command}                     say what would be saved
+  {command} --save              save both and print their addresses
+  {command} --pairs vgg13-vgg8 --save
+  {command} --out FILE.json     write what would be saved to a file
 """
 
 
@@ -42,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dashboard(arguments: argparse.Namespace) -> None:
+    load_extensions()
     # These imports take seconds, so --help must not need them.
     try:
         from sskd.dashboard.layout import Scope, build_report, build_workspace, count_panels
@@ -69,7 +72,8 @@ def _presets() -> list[str]:
 
 
 def _parse_pair(text: str) -> tuple[str, str]:
-    known = sorted(path.stem for path in (CONF / "arch").glob("*.yaml"))
+    suite = (path.stem for path in (CONF / "arch").glob("*.yaml"))
+    known = sorted([*suite, *extension_names("arch")])
     teacher, _, student = text.partition("-")
     for name in (teacher, student):
         if name not in known:
@@ -108,10 +112,11 @@ def _save(workspace: Any, report: Any, entity: str | None, built: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    command = tool_command("dashboard")
     parser = argparse.ArgumentParser(
-        prog="python -m sskd.dashboard",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
+        prog=command,
+        description=DESCRIPTION.format(report=tool_command("report")),
+        epilog=EXAMPLES.format(command=command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--entity", help="user or team in W&B (default: from the login)")

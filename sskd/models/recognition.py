@@ -16,7 +16,7 @@ from sskd.models.architectures import ARCHITECTURES
 def recognise(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
     """Return the architecture and the number of classes of ``state``; None if it is unknown."""
     shapes = tensor_shapes(state)
-    for name, layout in _architecture_shapes().items():
+    for name, layout in _architecture_shapes(tuple(ARCHITECTURES)).items():
         *_, weight, bias = layout  # every network registers its classifier last
         classes = shapes.get(bias, ())[:1]
         if classes and shapes == layout | {weight: classes + layout[weight][1:], bias: classes}:
@@ -39,7 +39,7 @@ class _SkipNormalInit(TorchFunctionMode):
 
 
 @cache
-def _architecture_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
-    """Return the shapes of the tensors of each architecture, with one class, in order."""
+def _architecture_shapes(names: tuple[str, ...]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return the shapes of the tensors of the architectures ``names``, with one class, in order."""
     with torch.device("meta"), _SkipNormalInit():
-        return {name: tensor_shapes(build(1).state_dict()) for name, build in ARCHITECTURES.items()}
+        return {name: tensor_shapes(ARCHITECTURES[name](1).state_dict()) for name in names}

@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 
 from sskd.errors import UserError, mask_unprintable, shortened
+from sskd.invocation.extensions import load_extensions
+from sskd.invocation.names import command_line, tool_command
 from sskd.output import complain, output_status, reader_has_gone, say, steady_output
 from sskd.report.files import write_files
 from sskd.report.render import count_states, render_status, render_text
@@ -27,12 +29,12 @@ one if the experiment is the same.
 """
 EXAMPLES = """\
 examples:
-  python -m sskd.report                        the tables of all runs under runs/
-  python -m sskd.report runs/cifar100 --best   of one dataset, at the best epoch
-  python -m sskd.report --status               what each job of a sweep is doing
-  python -m sskd.report --watch                both, refreshed every 30 seconds
-  python -m sskd.report --wandb                also log them to Weights & Biases
-  python -m sskd.report --out results/grid     also write results/grid.html, ...
+  {command}                        the tables of all runs under runs/
+  {command} runs/cifar100 --best   of one dataset, at the best epoch
+  {command} --status               what each job of a sweep is doing
+  {command} --watch                both, refreshed every 30 seconds
+  {command} --wandb                also log them to Weights & Biases
+  {command} --out results/grid     also write results/grid.html, ...
 """
 
 
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     run = _show if arguments.watch is None else _watch
     try:
+        load_extensions()
         run(arguments)
     except UserError as error:
         _complain("error", str(error))
@@ -64,8 +67,8 @@ def _show(arguments: argparse.Namespace) -> None:
     if not (report.jobs if arguments.status else report.results):
         raise UserError(
             f"no finished run: no readable {RESULT} under '{arguments.runs}'; train a network"
-            " with 'python train_teacher.py dataset=digits arch=resnet20', or name the folder of"
-            " the runs: 'python -m sskd.report RUNS'"
+            f" with '{command_line('teacher')} dataset=digits arch=resnet20', or name the folder of"
+            f" the runs: '{tool_command('report')} RUNS'"
         )
     written = _write(report, arguments, warn)
     _say(_status(report) if arguments.status else _tables(report, arguments))
@@ -140,10 +143,11 @@ def _epoch(arguments: argparse.Namespace) -> Epoch:
 
 
 def _parser() -> argparse.ArgumentParser:
+    command = tool_command("report")
     parser = argparse.ArgumentParser(
-        prog="python -m sskd.report",
+        prog=command,
         description=DESCRIPTION,
-        epilog=EXAMPLES,
+        epilog=EXAMPLES.format(command=command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

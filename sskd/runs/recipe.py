@@ -15,12 +15,12 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from sskd import CONF
 from sskd.config import ArchSettings, Config, parse_config, read_config
+from sskd.invocation.composition import compose_config, search_path_words
+from sskd.invocation.names import command_words
 from sskd.overrides import as_override, flatten
 from sskd.runs.identity import identity, identity_with_idle
 from sskd.runs.weightings import CE, FORMER, KD, METHODS, RECIPE
@@ -53,10 +53,7 @@ def defaults_of(student: str, teacher: str | None, method: str, source: str) -> 
 
 @cache
 def _compose(primary: str, *overrides: str) -> DictConfig:
-    if GlobalHydra.instance().is_initialized():
-        return compose(primary, list(overrides))
-    with initialize_config_dir(str(CONF), version_base=None):
-        return compose(primary, list(overrides))
+    return compose_config(primary, overrides)
 
 
 def recipe(config: Config) -> dict[str, Any]:
@@ -149,8 +146,11 @@ def training_command(config: Config) -> str:
     shown = ["seed", "runs", "dataset.root", "dataset.name", "device"]
     own = _difference(identity(values), flatten(identity(default)))
     own |= {key: flat[key] for key in shown if flat[key] != flat_default[key]}
-    words = ["python", "train_teacher.py", f"arch={config.student.name}"]
-    words.append(f"dataset={config.dataset.source}")
+    options = {"arch": config.student.name, "dataset": config.dataset.source}
+    words = command_words("teacher")
+    if not all((CONF / group / f"{name}.yaml").is_file() for group, name in options.items()):
+        words += [shlex.quote(word) for word in search_path_words()]
+    words += [f"{group}={name}" for group, name in options.items()]
     for key, value in own.items():
         # Elsewhere the trained network is "student"; on this command line it is "arch".
         words.append(shlex.quote(as_override(key.replace("student.", "arch."), value)))

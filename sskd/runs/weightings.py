@@ -9,13 +9,12 @@ WEIGHTING = "weighting"
 # The weights (CE, KD) of each option of ``conf/weighting``.
 WEIGHTINGS = {"sskd": (0.1, 0.9), "crd_benchmark": (1.0, 0.0), "common": (1.0, 1.0)}
 USUAL = WEIGHTINGS["sskd"]
-# The methods whose weights of CE and KD come from a weighting; the others have their own.
-METHODS = frozenset(
-    {
-        *("fitnet", "at", "sp", "vid", "rkd", "pkt", "ab", "ft", "crd"),
-        *("cc", "nst", "fsp"),
-    }
-)
+# The methods whose weights of CE and KD come from a weighting, to which an extension may add its
+# own; the others have weights in their own files.
+METHODS = {
+    *("fitnet", "at", "sp", "vid", "rkd", "pkt", "ab", "ft", "crd"),
+    *("cc", "nst", "fsp"),
+}
 # The version of the recipe, which a result records beside its ``difference`` from the recipe.
 RECIPE = 2
 # The default weights (CE, KD) of METHODS in earlier versions of the recipe.

@@ -8,11 +8,7 @@ from torch import Tensor, nn
 
 from sskd.data import Images, Split, eval_batches
 from sskd.device import inference_batch_size
-from sskd.errors import UserError
-
-
-class NotFiniteError(UserError):
-    """Logits are not finite, so accuracy, agreement and divergence are meaningless."""
+from sskd.errors import NotFiniteError
 
 
 @torch.inference_mode()

@@ -119,6 +119,8 @@ def _circumstances(images: Images) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """Return the commit of this code, with ``-dirty`` after changes; None outside a checkout."""
+    if not sskd.IN_CHECKOUT:  # an environment may be inside of another project's checkout
+        return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     root = Path(__file__).resolve().parent
     try:

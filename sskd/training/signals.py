@@ -9,25 +9,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
-from sskd.errors import UserError
+from sskd.errors import Interrupted, UserError
 
 # Schedulers send these before they end a job. They stop a run only if a handler is installed:
 # submitit installs one that requeues the job and ends the process.
 _WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
-
-
-class Interrupted(KeyboardInterrupt):
-    """A run was stopped by a signal and has saved its state.
-
-    A KeyboardInterrupt, so that it ends a whole sweep and not only one of its jobs.
-    """
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)  # the constructor's argument, so that it can be pickled
-        self.signum = signum
-
-    def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.signum).name}"
 
 
 class StopSignals:

@@ -1,4 +1,4 @@
-"""What is said of a word of the command line that Hydra refuses, and of W&B's variables."""
+"""The lines about words of the command line that Hydra refuses, and about W&B's variables."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def one_line(command: Command, *words: str) -> str:
     return err.removeprefix("error: ").strip()
 
 
-# ---- signs that Hydra reads as its own ----
+# ---- characters with a meaning in Hydra ----
 
 UNQUOTED = [
     "teacher.checkpoint=a=b.pth",
@@ -45,7 +45,7 @@ UNQUOTED = [
 
 
 @pytest.mark.parametrize("word", UNQUOTED)
-def test_the_quotes_that_are_advised_give_the_value_that_was_meant(word: str) -> None:
+def test_the_advised_quotes_give_the_intended_value(word: str) -> None:
     (advised,) = shlex.split(about_quotes(word).partition("Hydra: ")[2])  # as a shell reads it
     key, _, value = word.partition("=")
     with initialize_config_dir(str(CONF), version_base=None):
@@ -62,14 +62,14 @@ def assert_advises_quotes(line: str, word: str) -> None:
 
 
 @pytest.mark.parametrize("word", UNQUOTED[:3])
-def test_unquoted_signs_are_one_line_that_says_how_to_quote(command: Command, word: str) -> None:
+def test_an_unquoted_value_is_one_line_with_the_quotes(command: Command, word: str) -> None:
     line = one_line(command, word)
     assert line.startswith(f"{word}: cannot be read as KEY=VALUE")
     assert_advises_quotes(line, word)
 
 
 @pytest.mark.parametrize("word", ["kd", "optimizer.lr=[1", "method={a: 1", "dataset.root='a", "=3"])
-def test_what_is_no_text_gets_no_quotes(word: str) -> None:
+def test_another_word_gets_no_quotes(word: str) -> None:
     assert about_quotes(word) == ""
 
 
@@ -81,7 +81,7 @@ def test_a_word_without_a_key_is_quoted(command: Command, sweep: list[str], word
 
 
 @pytest.mark.parametrize("word", ["runs=/tmp/a,b", "wandb.tags=a,b", "dataset.root=my data,b"])
-def test_a_comma_is_a_sweep_a_list_or_a_sign_of_the_value(command: Command, word: str) -> None:
+def test_a_comma_is_a_sweep_or_a_list_or_in_the_value(command: Command, word: str) -> None:
     line = one_line(command, word)
     assert line.startswith(f"{word}: is several values; a sweep over them takes -m ")
     assert_advises_quotes(line, word)
@@ -100,7 +100,7 @@ def test_several_options_of_a_group_are_a_sweep_alone(command: Command) -> None:
 
 @pytest.fixture
 def own_groups(tmp_path: Path) -> Path:
-    """Return a folder with two groups of a user's own."""
+    """Return a folder with two groups of a user."""
     for group in ("experiment", "study"):
         (tmp_path / "own" / group).mkdir(parents=True)
         (tmp_path / "own" / group / "mine.yaml").write_text("# @package _global_\nseed: -5\n")
@@ -140,7 +140,7 @@ def test_a_plus_too_many(command: Command, word: str) -> None:
     assert line.endswith(f"; write it without a plus: {word.lstrip('+')}")
 
 
-def test_a_setting_of_another_choice_is_not_said_to_take_a_plus(command: Command) -> None:
+def test_a_setting_of_another_option_takes_no_plus(command: Command) -> None:
     line = one_line(command, "optimizer=adamw", "optimizer.momentum=0.9")
     assert line.startswith("optimizer.momentum: no such setting")
     assert "plus" not in line
@@ -173,12 +173,12 @@ def test_the_choice_of_a_group_is_one_option(command: Command, sweep: list[str],
     assert f"-m {group}=OPTION,OPTION" in line
 
 
-def test_a_group_may_be_replaced_by_one_of_the_users_own() -> None:
+def test_a_group_of_the_user_may_replace_one() -> None:
     refuse_odd_choices(["~method", "+method=mine", "~pair", "method=kd,at", "dataset=cifar100"])
     refuse_odd_choices(["hydra/launcher=joblib", "seed=1", "-m", "method.weights.ce=null", "x=[1]"])
 
 
-def test_train_teacher_names_the_command_that_has_the_group(command: Command) -> None:
+def test_train_teacher_names_the_command_with_the_group(command: Command) -> None:
     for word in ("weighting=common", "pair=vgg13-vgg8"):
         status, _, err = command("arch=vgg8", word, script=train_teacher)
         assert (status, err.count("\n")) == (1, 1)
@@ -187,16 +187,20 @@ def test_train_teacher_names_the_command_that_has_the_group(command: Command) ->
 
 @pytest.mark.parametrize("method", ["kd", "sskd", "vanilla"])
 @pytest.mark.parametrize("word", ["weighting=common", "weighting=sskd", "weighting.kd=0.5"])
-def test_a_weighting_without_effect_is_said(command: Command, method: str, word: str) -> None:
+def test_a_weighting_without_an_effect_is_reported(
+    command: Command, method: str, word: str
+) -> None:
     """A run that ends at once: its teacher, or the data of one without, is missing."""
     words = ("dataset=cifar100", "dataset.download=false", "dataset.root=/nonexistent")
     status, out, _ = command(*words, f"method={method}", word)
     assert status == 1
     (line,) = (line for line in out.splitlines() if "no effect" in line)
-    assert line.startswith(f"{word}: has no effect on method={method}, whose weights are its own")
+    assert line.startswith(
+        f"{word}: has no effect on method={method}, which has weights of its own"
+    )
 
 
-def test_a_weighting_with_an_effect_is_not(command: Command) -> None:
+def test_a_weighting_with_an_effect_is_not_reported(command: Command) -> None:
     words = ("dataset=cifar100", "dataset.download=false", "dataset.root=/nonexistent")
     for more in (["method=at", "weighting=common"], ["method=kd"], ["method=kd", "wandb.tags=[a]"]):
         status, out, _ = command(*words, *more)
@@ -204,7 +208,7 @@ def test_a_weighting_with_an_effect_is_not(command: Command) -> None:
         assert "no effect" not in out
 
 
-def test_train_teacher_says_it_too(command: Command) -> None:
+def test_train_teacher_reports_a_plus_too(command: Command) -> None:
     status, _, err = command("arch=vgg8", "+seed=1", script=train_teacher)
     assert (status, err.count("\n")) == (1, 1)
     assert "seed: already exists; write it without a plus: seed=1" in err
@@ -261,7 +265,7 @@ def test_the_value_of_a_secret_is_not_printed(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(("name", "value"), [WRONG[0][:2], WRONG[1][:2], WRONG[2][:2]])
 @pytest.mark.parametrize("sweep", [[], ["-m"]])
-def test_it_is_said_before_anything_is_trained(
+def test_it_is_reported_before_anything_is_trained(
     command: Command, monkeypatch: pytest.MonkeyPatch, name: str, value: str, sweep: list[str]
 ) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -301,7 +305,7 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch, na
         assert choose_mode("auto") == "offline"  # there is no login
 
 
-def test_a_wrong_mode_of_the_configuration_is_still_the_configurations() -> None:
+def test_a_wrong_mode_in_the_configuration_is_its_error() -> None:
     with initialize_config_dir(str(CONF), version_base=None):
         composed = compose("student", ["wandb.mode=onlin"])
     with pytest.raises(UserError, match=r"^wandb\.mode: should be "):

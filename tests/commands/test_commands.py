@@ -24,7 +24,7 @@ from test_run import SMALL
 import sskd.training.trainer
 import train_student
 import train_teacher
-from sskd.commands.job import user_message
+from sskd.commands.hydra_errors import user_message
 from sskd.errors import UserError
 from sskd.models import build_model
 from sskd.train import train
@@ -94,23 +94,23 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("mistake", "told"), MISTAKES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("mistake", "message"), MISTAKES, ids=lambda value: str(value)[:40])
 def test_a_mistake_is_one_line_and_changes_nothing(
-    command: Command, mistake: list[str], told: str
+    command: Command, mistake: list[str], message: str
 ) -> None:
     status, out, err = command("dataset=digits", *mistake)
     assert status == 1
     assert out == ""
     assert err.startswith("error: ")
     assert err.strip().count("\n") == 0, err
-    assert told in err
+    assert message in err
     assert not command.runs.exists()
 
 
 @pytest.mark.parametrize(
     ("launcher", "plugin"), [("slurm", "submitit_slurm"), ("processes", "joblib")]
 )
-def test_a_launcher_that_is_not_installed_is_one_line_that_says_how_to(
+def test_a_missing_launcher_is_one_line_with_its_extra(
     command: Command, monkeypatch: pytest.MonkeyPatch, launcher: str, plugin: str
 ) -> None:
     Plugins.instance()  # registers the launchers that are installed
@@ -122,21 +122,21 @@ def test_a_launcher_that_is_not_installed_is_one_line_that_says_how_to(
     assert not command.runs.exists()
 
 
-def test_a_launcher_that_does_not_exist_is_not_said_to_be_installable(command: Command) -> None:
+def test_an_unknown_launcher_is_not_called_installable(command: Command) -> None:
     status, _, err = command("-m", *SMALL, "method=vanilla", "hydra/launcher=slrum")
     assert (status, err.count("\n")) == (1, 1)
     assert "did you mean 'slurm'?" in err
 
 
-def test_a_job_without_a_result_is_told_without_all_that_it_has_printed() -> None:
+def test_a_job_without_a_result_is_one_line() -> None:
     submitit = pytest.importorskip("submitit")
     error = submitit.core.utils.UncompletedJobError(
         "Job 7_0 (task: 0) with path 7_0_0_result.pkl\nhas not produced any output "
         "(state: CANCELLED)\nError stream produced:\n-----\nTraceback"
     )
-    told = user_message(error)
-    assert told.startswith("Job 7_0 (task: 0) with path 7_0_0_result.pkl has not produced any ")
-    assert told.endswith("output (state: CANCELLED); the other jobs go on (see squeue)")
+    line = user_message(error)
+    assert line.startswith("Job 7_0 (task: 0) with path 7_0_0_result.pkl has not produced any ")
+    assert line.endswith("output (state: CANCELLED); the other jobs continue (see squeue)")
 
 
 def test_a_method_with_a_teacher_is_not_for_train_teacher(command: Command) -> None:
@@ -164,7 +164,7 @@ def test_a_disk_that_refuses_is_one_line(
 
 
 @pytest.mark.parametrize("sweep", [[], ["-m"]])
-def test_an_error_whose_cause_says_nothing_is_one_line(
+def test_an_error_with_an_empty_cause_is_one_line(
     command: Command, monkeypatch: pytest.MonkeyPatch, sweep: list[str]
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -172,13 +172,13 @@ def test_an_error_whose_cause_says_nothing_is_one_line(
 
     monkeypatch.setattr(sskd.training.trainer.Trainer, "_step", refuse)
     status, _, err = command(*sweep, *SMALL, "method=vanilla")
-    told, *at_the_end = err.splitlines()
-    assert (status, told) == (1, "error: what to do about it")
+    line, *at_the_end = err.splitlines()
+    assert (status, line) == (1, "error: what to do about it")
     assert len(at_the_end) == len(sweep)
     assert all(line.endswith(": failed: what to do about it") for line in at_the_end)
 
 
-def test_a_sweep_tells_each_cell_that_breaks(
+def test_a_sweep_reports_each_job_that_breaks(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> None:
@@ -215,19 +215,19 @@ def bad_checkpoints(folder: Path) -> dict[str, tuple[Path, str]]:
 def test_a_teacher_that_cannot_serve_is_refused(
     command: Command, tmp_path: Path, kind: str
 ) -> None:
-    path, told = bad_checkpoints(tmp_path)[kind]
+    path, message = bad_checkpoints(tmp_path)[kind]
     before = path.read_bytes()
     arguments = [item for item in SMALL if not item.startswith("teacher.train")]
     status, _, err = command(*arguments, "method=kd", f"teacher.checkpoint={path}")
     assert (status, err.strip().count("\n")) == (1, 0), err
-    assert told in err
-    assert err.count(str(path)) == 1  # the cause, which says it again, is not told
+    assert message in err
+    assert err.count(str(path)) == 1  # the cause names it too and is left out
     assert not (tmp_path / "canary").exists()
     assert path.read_bytes() == before
     assert not list(tmp_path.rglob("result.json"))
 
 
-def test_a_data_root_that_is_empty_is_told(command: Command, tmp_path: Path) -> None:
+def test_an_empty_data_root_is_one_line(command: Command, tmp_path: Path) -> None:
     root = tmp_path / "empty"
     root.mkdir()
     arguments = ["method=vanilla", f"dataset.root={root}", "dataset.download=false"]
@@ -237,7 +237,7 @@ def test_a_data_root_that_is_empty_is_told(command: Command, tmp_path: Path) -> 
     assert "dataset.download=true" in err
 
 
-def test_a_sweep_goes_on_after_a_cell_that_fails(command: Command) -> None:
+def test_a_sweep_continues_after_a_job_that_fails(command: Command) -> None:
     status, _, err = command("-m", *SMALL, "method=vanilla", "optimizer.weight_decay=1e12,5e-4")
     assert status == 1
     assert "the term 'ce' is not finite" in err
@@ -245,7 +245,7 @@ def test_a_sweep_goes_on_after_a_cell_that_fails(command: Command) -> None:
     assert [result["difference"].get("optimizer.weight_decay") for result in finished] == [None]
 
 
-def test_a_sweep_of_settings_gives_each_cell_a_folder(command: Command) -> None:
+def test_a_sweep_of_settings_gives_each_job_a_folder(command: Command) -> None:
     status, _, _ = command(
         "-m", *SMALL, "method=vanilla", "optimizer.lr=0.01,0.02", "seed=range(2)"
     )
@@ -256,7 +256,7 @@ def test_a_sweep_of_settings_gives_each_cell_a_folder(command: Command) -> None:
 
 
 @pytest.mark.parametrize("script", ["train_teacher", "train_student"])
-def test_help_is_for_a_person_and_does_not_wait_for_torch(script: str) -> None:
+def test_help_is_readable_and_does_not_load_torch(script: str) -> None:
     code = (
         f"import sys, runpy; sys.argv = ['{script}.py', '--help']\n"
         f"try: runpy.run_path('{script}.py', run_name='__main__')\n"
@@ -272,7 +272,7 @@ def test_help_is_for_a_person_and_does_not_wait_for_torch(script: str) -> None:
     assert "Results go to" in found.stdout
 
 
-def test_a_killed_process_goes_on_where_it_stopped(composed: Compose, tmp_path: Path) -> None:
+def test_a_killed_process_resumes_where_it_stopped(composed: Compose, tmp_path: Path) -> None:
     """SIGKILL while the head phase trains, then while the student does."""
     runs = tmp_path / "killed"
     arguments = [*SMALL, "schedule.epochs=12", "method=sskd", "checkpoint_minutes=1e-9"]
@@ -293,7 +293,7 @@ def test_a_killed_process_goes_on_where_it_stopped(composed: Compose, tmp_path: 
     assert outcome(runs) == outcome(tmp_path / "whole")
 
 
-def test_a_terminated_process_ends_with_the_conventional_status(tmp_path: Path) -> None:
+def test_a_terminated_process_has_the_usual_status(tmp_path: Path) -> None:
     arguments = [*SMALL, "schedule.epochs=400", "method=vanilla", f"runs={tmp_path / 'runs'}"]
     process = subprocess.Popen(  # the script as a user starts it
         [sys.executable, "train_student.py", *arguments],

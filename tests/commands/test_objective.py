@@ -1,4 +1,4 @@
-"""What a sweeper that searches gets of each cell, as Optuna's does."""
+"""The accuracy that each job returns to a sweeper that searches, such as Optuna's."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from test_run import SMALL
 import sskd.train
 import train_teacher
 from sskd.commands.objective import objective
-from sskd.errors import CellError, UserError
+from sskd.errors import JobError, UserError
 from sskd.models import build_model
 from sskd.output import complain_once
 from sskd.runs.folder import read_result
 from sskd.runs.result import RunResult
 
-CELL = [*(word for word in SMALL if "epochs" not in word), "schedule.epochs=1", "method=vanilla"]
+JOB = [*(word for word in SMALL if "epochs" not in word), "schedule.epochs=1", "method=vanilla"]
 HOLDOUT = "dataset.holdout=0.2"
 
 
 class Collector(Sweeper):
-    """Runs a cell for each value of ``seeds`` and keeps what comes back, like a search does."""
+    """Runs a job for each value of ``seeds`` and keeps the results, as a search does."""
 
     returned: list[Any] = []  # noqa: RUF012
 
@@ -50,14 +50,14 @@ class Collector(Sweeper):
             (job,) = self.launcher.launch([[*arguments, f"seed={seed}"]], initial_job_idx=number)
             try:
                 Collector.returned.append(float(job.return_value))
-            except CellError as error:
+            except JobError as error:
                 Collector.returned.append(error)
                 raise
 
 
 @pytest.fixture(autouse=True)
 def _collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make ``hydra/sweeper=collector`` known to Hydra, which takes plugins of one package only."""
+    """Register ``hydra/sweeper=collector`` in the one package from which Hydra takes plugins."""
     module = ModuleType("hydra_plugins.collector")
     monkeypatch.setattr(Collector, "__module__", module.__name__)
     monkeypatch.setattr(module, "Collector", Collector, raising=False)
@@ -80,26 +80,26 @@ def search(command: Command, *words: str, script: Any = None) -> tuple[int, str,
 
 
 def last_lines(runs: Path) -> list[dict[str, Any]]:
-    """Return the figures of each run's last epoch, in the order of the seeds."""
+    """Return the metrics of each run's last epoch, in the order of the seeds."""
     paths = sorted(runs.rglob("metrics.jsonl"), key=lambda path: path.parent.name)
     return [json.loads(path.read_text().splitlines()[-1]) for path in paths]
 
 
-def test_it_is_the_last_top1_on_held_out_images(command: Command) -> None:
-    status, _, err = search(command, *CELL, HOLDOUT)
+def test_a_job_returns_the_last_held_out_top1(command: Command) -> None:
+    status, _, err = search(command, *JOB, HOLDOUT)
     assert (status, err) == (0, "")
     lines = last_lines(command.runs)
     assert Collector.returned == [pytest.approx(line["holdout/top1"]) for line in lines]
     assert [line["holdout/top1"] for line in lines] != [line["test/top1"] for line in lines]
-    # Cells that have finished return the same.
+    # Finished jobs return the same.
     first = [*Collector.returned]
-    assert search(command, *CELL, HOLDOUT)[0] == 0
+    assert search(command, *JOB, HOLDOUT)[0] == 0
     assert Collector.returned == first * 2
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -5, 100.5, True, "77", None, [70.0]])
 @pytest.mark.parametrize("key", ["top1", "holdout_top1"])
-def test_what_is_no_percentage_is_no_accuracy(tmp_path: Path, key: str, value: object) -> None:
+def test_only_a_percentage_is_an_accuracy(tmp_path: Path, key: str, value: object) -> None:
     found: dict[str, Any] = {"top1": {"last": 70.0}, "holdout_top1": None}
     path = tmp_path / "result.json"
     path.write_text(json.dumps(found | {key: {"last": value}}))
@@ -108,8 +108,8 @@ def test_what_is_no_percentage_is_no_accuracy(tmp_path: Path, key: str, value: o
     assert str(caught.value).startswith(f"{path}: ")
 
 
-def test_without_them_it_is_the_test_sets_and_that_is_said_once(command: Command) -> None:
-    status, _, err = search(command, *CELL)
+def test_without_held_out_images_a_warning_is_printed(command: Command) -> None:
+    status, _, err = search(command, *JOB)
     assert status == 0
     assert Collector.returned == [
         pytest.approx(line["test/top1"]) for line in last_lines(command.runs)
@@ -117,15 +117,15 @@ def test_without_them_it_is_the_test_sets_and_that_is_said_once(command: Command
     assert (err.count("\n"), err.count("warning: ")) == (1, 1)
     assert "test set" in err
     assert "dataset.holdout=" in err
-    # A run and a grid choose nothing.
+    # A single run and a grid do not choose by the accuracy.
     complain_once.cache_clear()
-    assert command(*CELL)[2] == ""
-    assert command("-m", *CELL, "seed=0,1")[2] == ""
-    assert command("-m", "hydra/sweeper=basic", *CELL, "seed=0,1")[2] == ""
+    assert command(*JOB)[2] == ""
+    assert command("-m", *JOB, "seed=0,1")[2] == ""
+    assert command("-m", "hydra/sweeper=basic", *JOB, "seed=0,1")[2] == ""
 
 
-def test_a_cell_that_fails_is_a_failure_of_the_search(command: Command) -> None:
-    words = [word for word in CELL if "teacher.train" not in word and "method" not in word]
+def test_a_job_that_fails_is_a_failure_of_the_search(command: Command) -> None:
+    words = [word for word in JOB if "teacher.train" not in word and "method" not in word]
     status, out, err = search(command, *words, "method=kd")
     assert status == 1
     (error,) = Collector.returned
@@ -136,14 +136,14 @@ def test_a_cell_that_fails_is_a_failure_of_the_search(command: Command) -> None:
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_teacher_that_is_gone_by_the_end_fails_no_cell(
+def test_a_teacher_removed_at_the_end_fails_no_job(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
 ) -> None:
-    """Its file is needed by the training, and not by the number that is returned."""
+    """Training needs its file; the accuracy that is returned does not."""
     teacher = tmp_path / "teacher.pth"
     state = build_model("resnet14", 10).state_dict()
     torch.save(state, teacher)
-    words = [word for word in CELL if "method" not in word and "teacher.train" not in word]
+    words = [word for word in JOB if "method" not in word and "teacher.train" not in word]
     words += ["method=kd", f"teacher.checkpoint={teacher}"]
     if finished:
         assert command(*words)[0] == 0
@@ -162,15 +162,15 @@ def test_a_teacher_that_is_gone_by_the_end_fails_no_cell(
     assert Collector.returned == [pytest.approx(line["test/top1"])]
 
 
-def test_train_teacher_returns_it_too(command: Command) -> None:
-    words = ["arch=resnet8", *(w for w in CELL if "arch" not in w and "teacher" not in w), HOLDOUT]
+def test_train_teacher_returns_the_accuracy_too(command: Command) -> None:
+    words = ["arch=resnet8", *(w for w in JOB if "arch" not in w and "teacher" not in w), HOLDOUT]
     assert search(command, *words, script=train_teacher)[0] == 0
     lines = last_lines(command.runs)
     assert Collector.returned == [pytest.approx(line["holdout/top1"]) for line in lines]
 
 
 def test_a_search_for_the_lowest_accuracy_is_refused(command: Command) -> None:
-    status, _, err = search(command, *CELL, "hydra.sweeper.direction=minimize")
+    status, _, err = search(command, *JOB, "hydra.sweeper.direction=minimize")
     assert status == 1
     assert err.splitlines()[0] == (
         "error: hydra.sweeper.direction=minimize: would search for the lowest accuracy; add "
@@ -180,9 +180,7 @@ def test_a_search_for_the_lowest_accuracy_is_refused(command: Command) -> None:
 
 
 @pytest.mark.parametrize("held_out", [3, [], {"best": 50.0}, {"last": "high"}, {"last": None}])
-def test_a_result_without_it_is_an_error_and_never_the_test_sets(
-    tmp_path: Path, held_out: Any
-) -> None:
+def test_a_damaged_held_out_result_is_an_error(tmp_path: Path, held_out: Any) -> None:
     found = {"top1": {"last": 50.0}, "holdout_top1": held_out}
     (tmp_path / "result.json").write_text(json.dumps(found))
     with pytest.raises(UserError, match=r"has no accuracy on held-out|'holdout_top1.* is not an? "):
@@ -191,7 +189,7 @@ def test_a_result_without_it_is_an_error_and_never_the_test_sets(
 
 @pytest.mark.parametrize("result", [{"top1": {"last": 50.0}, "holdout_top1": None},
                                     {"top1": {"last": 50.0}}])  # fmt: skip
-def test_a_result_without_held_out_images_is_the_test_sets(result: dict[str, Any]) -> None:
+def test_an_old_result_gives_the_test_accuracy(result: dict[str, Any]) -> None:
     assert objective(RunResult.from_json(result), Path("folder")) == 50.0
 
 
@@ -201,7 +199,7 @@ def test_a_sweeper_that_is_not_installed_is_one_line(
 ) -> None:
     sweepers = ConfigStore.instance().repo["hydra"]["sweeper"]
     monkeypatch.delitem(sweepers, "optuna.yaml", raising=False)
-    status, _, err = command("-m", f"hydra/sweeper={sweeper}", *CELL)
+    status, _, err = command("-m", f"hydra/sweeper={sweeper}", *JOB)
     assert (status, err.count("\n")) == (1, 1)
     assert "hydra/sweeper/optuna is not installed; pip install '.[optuna]'" in err
 
@@ -209,7 +207,7 @@ def test_a_sweeper_that_is_not_installed_is_one_line(
 def test_optuna_finds_the_best_of_its_runs(command: Command) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     space = "optimizer.lr=tag(log, interval(0.001, 0.1))"
-    words = ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", *CELL, HOLDOUT, space]
+    words = ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", *JOB, HOLDOUT, space]
     assert command("-m", *words)[0] == 0
     found = yaml.safe_load((command.runs / ".hydra" / "optimization_results.yaml").read_text())
     held_out = [line["holdout/top1"] for line in last_lines(command.runs)]

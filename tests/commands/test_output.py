@@ -1,4 +1,4 @@
-"""What the commands write: cleaned of control characters, and no reason for a run to fail."""
+"""The output of the commands has no control characters, and cannot make a run fail."""
 
 from __future__ import annotations
 
@@ -178,8 +178,8 @@ def test_a_full_disk_is_an_error_of_what_only_prints(
     put_run(tmp_path, "a")
     monkeypatch.setattr(sys, "stdout", Broken(FAILURES["full disk"]))
     assert REPORTS[what](tmp_path, monkeypatch) == 1
-    told = "error: the output cannot be written (No space left on device)\n"
-    assert capsys.readouterr().err == told
+    line = "error: the output cannot be written (No space left on device)\n"
+    assert capsys.readouterr().err == line
 
 
 # Descriptors that are closed when Python starts can be shown in a new process only.
@@ -291,21 +291,21 @@ def lease(folder: Path) -> None:
     path.write_text("\n".join(named) + "\n")
 
 
-def test_a_strangers_lock_is_told_clean(tmp_path: Path, capsys: Any) -> None:
+def test_a_strangers_lock_is_shown_clean(tmp_path: Path, capsys: Any) -> None:
     lease(tmp_path)
     os.utime(tmp_path / ".lease", (0, 0))
-    told = ""
+    messages = ""
     for wait in (True, False):
         lock = FolderLock(tmp_path)
         lock._lease.acquire = _refuses_once(lock._lease.acquire)  # type: ignore[method-assign]
         try:
             lock.acquire(wait=wait)
         except (BusyError, Timeout) as error:
-            told += str(error) * isinstance(error, BusyError)
+            messages += str(error) * isinstance(error, BusyError)
     out = capsys.readouterr().out
     assert "waiting for" in out
     assert "waiting to see whether" in out
-    assert all(line.isprintable() for line in (out + told).splitlines())
+    assert all(line.isprintable() for line in (out + messages).splitlines())
 
 
 def _refuses_once(acquire: Callable[..., Any]) -> Callable[..., Any]:
@@ -318,13 +318,13 @@ def _refuses_once(acquire: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("field", ["state", "error"])
-def test_a_strangers_status_is_told_clean(
+def test_a_strangers_status_is_shown_clean(
     composed: Compose, tmp_path: Path, capsys: Any, field: str
 ) -> None:
-    told = {"state": "failed", "error": "none", field: f"odd{CODES}"}
-    (tmp_path / "status.json").write_text(json.dumps(told))
+    status = {"state": "failed", "error": "none", field: f"odd{CODES}"}
+    (tmp_path / "status.json").write_text(json.dumps(status))
     sweep = Sweep([], compose=lambda _: OmegaConf.create())
-    sweep.cells = [Job([], "", composed("method=vanilla"), tmp_path)]
+    sweep.jobs = [Job([], "", composed("method=vanilla"), tmp_path)]
     with pytest.raises(UnfinishedError):
         sweep.report_unfinished()
     out, err = capsys.readouterr()
@@ -333,7 +333,7 @@ def test_a_strangers_status_is_told_clean(
 
 
 @pytest.mark.parametrize("name", ["last.pt", "best.pt"])
-def test_a_strangers_checkpoint_is_told_clean(tmp_path: Path, capsys: Any, name: str) -> None:
+def test_a_strangers_checkpoint_is_shown_clean(tmp_path: Path, capsys: Any, name: str) -> None:
     odd = {"stage": CODES, "epoch": CODES, "lines": 0}
     save_checkpoint(tmp_path / name, odd)
     save_checkpoint(tmp_path / "previous.pt", {"stage": "train", "lines": 0})
@@ -348,7 +348,7 @@ def test_a_strangers_checkpoint_is_told_clean(tmp_path: Path, capsys: Any, name:
     assert all(line.isprintable() for line in err.splitlines())
 
 
-def test_a_strangers_configuration_is_told_clean(tmp_path: Path, capsys: Any) -> None:
+def test_a_strangers_configuration_is_shown_clean(tmp_path: Path, capsys: Any) -> None:
     save_checkpoint(tmp_path / "last.pt", {"stage": "train", "lines": 0})
     for text in ('odd: "\\e[2J\\x9b"', '"\\e[2J": 1', "odd: !\x1b[2J 1", "\x1b[2J"):
         (tmp_path / "config.yaml").write_text(text)

@@ -49,7 +49,7 @@ def chunks(numbers: list[int], size: int) -> list[list[int]]:
 def sweep_of(composed: Compose, root: Path) -> Sweep:
     config = composed("dataset=digits", "method=vanilla", "arch@student=resnet8")
     sweep = Sweep([], compose=lambda _: OmegaConf.create())
-    sweep.cells = [
+    sweep.jobs = [
         Job([f"seed={k}"], "", config.model_copy(update={"seed": k}), root / str(k))
         for k in range(JOBS)
     ]
@@ -71,7 +71,7 @@ def test_a_job_that_kills_its_process_fails_alone(
         sweep.report_unfinished()
     assert error.value.status == 1
     out, err = capsys.readouterr()
-    assert f"{len(finished)} of {JOBS} cells have finished" in out
+    assert f"{len(finished)} of {JOBS} jobs have finished" in out
     for number in range(JOBS):
         assert (f"  {tmp_path / str(number)}: " in err) == (number in deadly)
 

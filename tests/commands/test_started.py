@@ -1,4 +1,4 @@
-"""The tests' way to start a command (commands.py) against Python's own."""
+"""Commands that the tests start (starting.py) behave as those that Python starts."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ ENDS = {
     "with a status": "print('out'); print('err', file=sys.stderr); sys.exit(75)",
     "with a text": "sys.exit('what is wrong')",
     "with nothing": "sys.exit()",
-    "with threads at work": (
+    "with running threads": (
         "from threading import Timer; Timer(0.1, print, ['late']).start(); print('early')"
     ),
     "with exit functions": "import atexit; atexit.register(print, 'bye'); sys.exit(3)",
     "by SIGTERM": "print('unflushed'); os.kill(os.getpid(), 15)",
     "by SIGKILL": "print('flushed', flush=True); os.kill(os.getpid(), 9)",
     "at once": "print('unflushed'); os._exit(4)",
-    "after it was let go on": "print(sys.stdin.read(), sys.stdin.isatty())",
+    "after it has read its input": "print(sys.stdin.read(), sys.stdin.isatty())",
 }
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("end", ENDS)
-def test_a_process_ends_as_pythons_own(
+def test_a_process_ends_as_pythons(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, unbuffered: str
 ) -> None:
     monkeypatch.setenv("SAID", "é")
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     words = ("-c", f"import os, sys; {ENDS[end]}", "a b", "")
     own = subprocess.run(
-        [sys.executable, *words], cwd=tmp_path, input="told", capture_output=True, text=True
+        [sys.executable, *words], cwd=tmp_path, input="text", capture_output=True, text=True
     )
     process = Started(*words, cwd=tmp_path, stdin=PIPE)
-    out, err = process.communicate("told", timeout=60)
+    out, err = process.communicate("text", timeout=60)
     assert (process.returncode, out, err) == (own.returncode, own.stdout, own.stderr)
 
 
@@ -47,7 +47,7 @@ def test_a_process_ends_as_pythons_own(
     ("code", "last"),
     [("1 / 0", "ZeroDivisionError: "), ("raise KeyboardInterrupt", "KeyboardInterrupt")],
 )
-def test_an_exception_is_told_and_ends_as_pythons_own(code: str, last: str) -> None:
+def test_an_exception_is_printed_as_by_python(code: str, last: str) -> None:
     own = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     found = run("-c", code)
     assert found.returncode == own.returncode
@@ -56,7 +56,7 @@ def test_an_exception_is_told_and_ends_as_pythons_own(code: str, last: str) -> N
     assert last in found.stderr
 
 
-def test_it_waits_for_a_signal_as_pythons_own() -> None:
+def test_a_signal_ends_it_as_pythons() -> None:
     code = "import time; print('up', flush=True); time.sleep(60)"
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         process = Started("-c", code)
@@ -68,8 +68,8 @@ def test_it_waits_for_a_signal_as_pythons_own() -> None:
     process.send_signal(signal.SIGTERM)  # to nobody
 
 
-def test_it_has_torch_and_a_module_and_a_script_of_its_own(tmp_path: Path) -> None:
-    """Else every start takes as long as Python's own, and nothing would fail."""
+def test_it_has_torch_and_its_own_main_module(tmp_path: Path) -> None:
+    """Else each start would take as long as Python's, and no test would fail."""
     (tmp_path / "said.py").write_text(
         "import sys, neighbour; print(__name__, sys.argv[1:], {'torch', 'wandb'} <= {*sys.modules})"
     )
@@ -79,7 +79,7 @@ def test_it_has_torch_and_a_module_and_a_script_of_its_own(tmp_path: Path) -> No
         assert (found.stdout, found.stderr) == ("__main__ ['x'] True\n", "")
 
 
-def test_its_own_processes_know_what_its_main_module_makes(tmp_path: Path) -> None:
+def test_its_processes_import_its_main_module(tmp_path: Path) -> None:
     (tmp_path / "said.py").write_text(
         "from multiprocessing import get_context\n"
         "class Made: pass\n"
@@ -92,7 +92,7 @@ def test_its_own_processes_know_what_its_main_module_makes(tmp_path: Path) -> No
         assert (found.stdout, found.stderr) == ("True\n", "")
 
 
-def test_a_module_that_there_is_not_is_told_as_pythons_own() -> None:
+def test_a_missing_module_is_reported_as_by_python() -> None:
     own = subprocess.run([sys.executable, "-m", "nowhere"], capture_output=True, text=True)
     found = run("-m", "nowhere")
     assert (found.returncode, found.stderr) == (own.returncode, own.stderr)

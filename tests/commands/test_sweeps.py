@@ -1,4 +1,4 @@
-"""Sweeps: that every cell composes, what is launched, and what is told of the rest."""
+"""Sweeps: every job composes, only unfinished ones are launched, and failures are reported."""
 
 from __future__ import annotations
 
@@ -71,28 +71,28 @@ def weights_of(configs: list[Config]) -> dict[str, dict[str, float]]:
 
 
 @pytest.fixture
-def composed_cells(command: Command, monkeypatch: pytest.MonkeyPatch) -> Any:
+def composed_jobs(command: Command, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that composes a sweep as its command does, and launches nothing."""
 
-    def cells_of(name: str, *words: str) -> Sweep:
+    def jobs_of(name: str, *words: str) -> Sweep:
         found: list[Sweep] = []
         monkeypatch.setattr(Sweep, "launch", lambda self, *_: found.append(self))
         script = train_teacher if name == "teachers" else train_student
         status, _, err = command("-cd", "sweeps", "-cn", name, *words, script=script)
-        assert status == 1, err  # none of its cells has finished
+        assert status == 1, err  # none of its jobs has finished
         return found[0]
 
-    return cells_of
+    return jobs_of
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_every_cell_of_every_sweep_composes(composed_cells: Any, name: str) -> None:
-    cells = composed_cells(name).cells
-    assert len({cell.folder for cell in cells}) == len(cells) > 0
-    for cell in cells:
-        assert read_status(cell.folder)["state"] == "queued"
-        assert cell.config.wandb.tags in ([name], [])
-    configs = [cell.config for cell in cells]
+def test_every_job_of_every_sweep_composes(composed_jobs: Any, name: str) -> None:
+    jobs = composed_jobs(name).jobs
+    assert len({job.folder for job in jobs}) == len(jobs) > 0
+    for job in jobs:
+        assert read_status(job.folder)["state"] == "queued"
+        assert job.config.wandb.tags in ([name], [])
+    configs = [job.config for job in jobs]
     distilled = [(c.teacher.name, c.student.name, c.method.name) for c in configs if c.teacher]
     alone = sorted(c.student.name for c in configs if not c.teacher)
     if name in TABLES:
@@ -129,10 +129,10 @@ def test_the_recipe_is_what_hydra_composes(composed: Compose) -> None:
         assert default_config(config) == config, words
 
 
-def test_the_command_line_narrows_and_widens_a_sweep(composed_cells: Any) -> None:
-    narrow = composed_cells("grid", "pair=vgg13-vgg8", "method=kd,sskd", "seed=range(3)").cells
-    told = {(c.config.method.name, c.config.seed) for c in narrow}
-    assert told == {(method, seed) for method in ("kd", "sskd") for seed in range(3)}
+def test_the_command_line_changes_a_sweep(composed_jobs: Any) -> None:
+    narrow = composed_jobs("grid", "pair=vgg13-vgg8", "method=kd,sskd", "seed=range(3)").jobs
+    found = {(c.config.method.name, c.config.seed) for c in narrow}
+    assert found == {(method, seed) for method in ("kd", "sskd") for seed in range(3)}
     assert {c.config.teacher.name for c in narrow} == {"vgg13"}
 
 
@@ -144,7 +144,7 @@ def states(runs: Path) -> dict[str, str]:
     }
 
 
-def test_a_missing_teacher_is_told_and_the_others_go_on(command: Command) -> None:
+def test_a_missing_teacher_does_not_stop_the_others(command: Command) -> None:
     status, _, err = command("-m", *WITHOUT_TRAINING, "method=kd,vanilla,at")
     assert status == 1
     assert states(command.runs) == {"kd": "failed", "at": "failed", "resnet8": "finished"}
@@ -157,15 +157,15 @@ def test_a_missing_teacher_is_told_and_the_others_go_on(command: Command) -> Non
     assert "UserError" in json.loads(kept.read_text())["traceback"]
 
 
-def test_a_sweep_goes_on_with_what_is_left(command: Command) -> None:
+def test_a_sweep_resumes_with_unfinished_jobs(command: Command) -> None:
     command("-m", *WITHOUT_TRAINING, "method=kd,vanilla")
     status, out, err = command("-m", *TINY, "method=kd,vanilla")
     assert (status, err) == (0, "")
-    assert "2 cells, 1 finished already" in out
-    assert "2 of 2 cells have finished" in out
+    assert "2 jobs, 1 finished already" in out
+    assert "2 of 2 jobs have finished" in out
     assert set(states(command.runs).values()) == {"finished"}
     status, out, err = command("-m", *TINY, "method=kd,vanilla")
-    assert (status, out) == (0, "2 cells, 2 finished already\n2 of 2 cells have finished\n")
+    assert (status, out) == (0, "2 jobs, 2 finished already\n2 of 2 jobs have finished\n")
 
 
 def test_a_teacher_that_fails_is_tried_once_a_sweep(
@@ -184,33 +184,31 @@ def test_a_teacher_that_fails_is_tried_once_a_sweep(
     assert command("-m", *TINY, "method=kd,at")[0] == 0
 
 
-def test_a_cell_of_another_process_is_named_and_not_a_failure(
-    command: Command, composed: Compose
-) -> None:
+def test_a_job_of_another_process_is_no_failure(command: Command, composed: Compose) -> None:
     folder, _ = run_location(composed(*TINY, "method=vanilla", f"runs={command.runs}"))
     folder.mkdir(parents=True)
     lock = FolderLock(folder)
     lock.acquire()
     status, out, err = command("-m", *TINY, "method=vanilla,kd")
     assert status == 75
-    assert "1 of 2 cells have finished" in out
-    assert f"  {folder}: another process is at work on it" in err
+    assert "1 of 2 jobs have finished" in out
+    assert f"  {folder}: another process works on it" in err
     assert "error" not in err
     assert not (folder / "status.json").exists()
     lock.release()
     assert command(*TINY, "method=vanilla")[0] == 0
 
 
-def test_a_cell_that_fails_beside_its_old_result_has_not_finished(command: Command) -> None:
+def test_a_failed_job_with_an_old_result_is_unfinished(command: Command) -> None:
     assert command("-m", *TINY, "method=vanilla,kd")[0] == 0
     status, out, err = command("-m", *TINY, "method=vanilla,kd", "force=true", "device=cuda:9")
     assert status == 1
-    assert "0 of 2 cells have finished" in out
+    assert "0 of 2 jobs have finished" in out
     assert err.count(": failed: device=cuda:9: there is no such device") == 2
     assert len(list(command.runs.glob("digits/*/*/**/result.json"))) == 3  # all are where they were
 
 
-def test_force_begins_once_and_then_goes_on(
+def test_force_starts_again_once_and_then_resumes(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["-m", *TINY, "method=vanilla", "checkpoint_minutes=1e-9"]
@@ -221,10 +219,10 @@ def test_force_begins_once_and_then_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(Sweep, "launch", lambda self, left, *_: launched.extend(left))
         status, out, _ = command(*words, "force=true")
-    assert (status, result.read_bytes()) == (1, before)  # no job has begun
-    assert "0 of 1 cells have finished" in out
+    assert (status, result.read_bytes()) == (1, before)  # no job has started
+    assert "0 of 1 jobs have finished" in out
     queued = read_status(result.parent)
-    # A job that is preempted and comes back is called with these words again.
+    # A job that was preempted and requeued starts with these words again.
     with monkeypatch.context() as patch:
         patch.setenv(SWEEP_VARIABLE, queued["sweep"])
         with monkeypatch.context() as crashing:
@@ -241,7 +239,7 @@ def test_force_begins_once_and_then_goes_on(
     assert read_status(result.parent)["command"] == queued["command"]
 
 
-def test_a_result_that_is_not_this_cells_is_kept_and_told(command: Command) -> None:
+def test_the_result_of_another_run_is_kept_and_reported(command: Command) -> None:
     assert command("-m", *TINY, "method=vanilla", "seed=0,1")[0] == 0
     other, damaged = sorted(command.runs.rglob("result.json"))
     config = other.with_name("config.yaml")
@@ -250,14 +248,14 @@ def test_a_result_that_is_not_this_cells_is_kept_and_told(command: Command) -> N
     before = other.read_bytes()
     status, out, err = command("-m", *TINY, "method=vanilla", "seed=0,1")
     assert status == 1
-    assert "0 of 2 cells have finished" in out
+    assert "0 of 2 jobs have finished" in out
     assert f"  {other.parent}: failed: holds a run of another configuration: batch_size" in err
     assert f"  {damaged.parent}: failed: " in err
     assert "is not a result; start afresh with force=true" in err
     assert (other.read_bytes(), damaged.read_text()) == (before, "{")
 
 
-def test_a_mistake_in_one_cell_launches_none(command: Command) -> None:
+def test_a_mistake_in_one_job_launches_none(command: Command) -> None:
     status, _, err = command("-m", *TINY, "method=vanilla", "optimizer.lr=0.05,-1")
     assert (status, err.count("\n")) == (1, 1)
     assert "optimizer.lr: should be greater than 0" in err
@@ -265,9 +263,7 @@ def test_a_mistake_in_one_cell_launches_none(command: Command) -> None:
 
 
 @pytest.mark.parametrize("size", [0, -1])
-def test_a_batch_of_no_cells_is_refused_before_anything_is_put_aside(
-    command: Command, size: int
-) -> None:
+def test_a_batch_of_no_jobs_is_refused_at_once(command: Command, size: int) -> None:
     words = ["-m", *TINY, "method=vanilla"]
     assert command(*words)[0] == 0
     (result,) = command.runs.rglob("result.json")
@@ -281,10 +277,10 @@ def test_a_batch_of_no_cells_is_refused_before_anything_is_put_aside(
     ("words", "size"),
     [((), 20), (("hydra.sweeper.max_batch_size=3",), 3), (("hydra/launcher=processes",), None)],
 )
-def test_cells_that_share_a_process_are_launched_in_batches(
+def test_jobs_in_one_process_are_launched_in_batches(
     command: Command, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], size: int | None
 ) -> None:
-    """Hydra's launcher holds on to each cell until its batch has ended."""
+    """Hydra's launcher keeps the configuration of each job until its batch has ended."""
     if any("launcher" in word for word in words):
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     sizes: list[int | None] = []
@@ -293,11 +289,11 @@ def test_cells_that_share_a_process_are_launched_in_batches(
     assert sizes == [size]
 
 
-def test_a_student_alone_of_two_pairs_is_one_cell(command: Command) -> None:
+def test_a_student_alone_of_two_pairs_is_one_job(command: Command) -> None:
     words = [word for word in TINY if "arch@teacher" not in word]
     status, out, _ = command("-m", *words, "arch@teacher=resnet14,resnet20", "method=vanilla")
     assert status == 0
-    assert "1 of 1 cells have finished" in out
+    assert "1 of 1 jobs have finished" in out
 
 
 def sweep_process(runs: Path, *words: str) -> Started:
@@ -309,16 +305,16 @@ def sweep_process(runs: Path, *words: str) -> Started:
 def test_two_processes_share_a_sweep(tmp_path: Path) -> None:
     words = ("method=vanilla,kd,at,sskd,ft", "seed=0,1")
     both = [sweep_process(tmp_path / "shared", *words) for _ in range(2)]
-    told = [process.communicate()[0] for process in both]
+    outputs = [process.communicate()[0] for process in both]
     started = Counter(
         line.split(" in ")[1]
-        for text in told
+        for text in outputs
         for line in text.splitlines()
         if " starts in " in line
     )
-    assert set(started.values()) == {1}  # each run, teacher and first phase is begun once
+    assert set(started.values()) == {1}  # each run, teacher and first phase starts once
     results = list((tmp_path / "shared").rglob("result.json"))
-    assert len(results) == len(started) == 10 + 1 + 4  # the cells, the teacher, the first phases
+    assert len(results) == len(started) == 10 + 1 + 4  # the jobs, the teacher, the first phases
     assert {process.returncode for process in both} <= {0, 75}
 
 
@@ -332,7 +328,7 @@ def wait_for_file(process: Started, runs: Path, pattern: str) -> Path:
     return found[0]
 
 
-def test_a_sweep_that_is_killed_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
+def test_a_killed_sweep_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     words = ("method=kd,sskd,ft", "checkpoint_minutes=1e-9")
     undisturbed = sweep_process(tmp_path / "whole", *words)
     killed = tmp_path / "killed"
@@ -354,13 +350,13 @@ def test_a_sweep_that_is_killed_ends_like_an_undisturbed_one(tmp_path: Path) -> 
     assert outcome(killed) == outcome(tmp_path / "whole")
 
 
-def test_a_teacher_that_fails_is_not_tried_by_those_that_waited(tmp_path: Path) -> None:
+def test_waiting_jobs_do_not_retry_a_failed_teacher(tmp_path: Path) -> None:
     runs, words = tmp_path / "runs", ("method=kd,at", "optimizer.weight_decay=1e12")
     process = launched_on_two_processes(runs, *words)
     text, _ = process.communicate()
     assert process.returncode == 1
     assert text.count("train: starts in ") == 1, text
-    assert "0 of 2 cells have finished" in text
+    assert "0 of 2 jobs have finished" in text
 
 
 def launched_on_two_processes(runs: Path, *words: str) -> Started:
@@ -368,7 +364,7 @@ def launched_on_two_processes(runs: Path, *words: str) -> Started:
     return sweep_process(runs, "hydra/launcher=processes", "hydra.launcher.n_jobs=2", *words)
 
 
-def test_processes_train_cells_side_by_side_and_tell_what_failed(tmp_path: Path) -> None:
+def test_processes_train_jobs_at_once_and_report_failures(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     process = launched_on_two_processes(
         runs, "method=vanilla,kd", "optimizer.weight_decay=5e-4,1e12"
@@ -378,11 +374,11 @@ def test_processes_train_cells_side_by_side_and_tell_what_failed(tmp_path: Path)
     found = [read_status(path.parent) for path in runs.rglob("status.json")]
     assert Counter(status["state"] for status in found) == {"finished": 3, "failed": 2}
     assert len({status["pid"] for status in found} - {process.pid}) == 2
-    assert "2 of 4 cells have finished" in text
+    assert "2 of 4 jobs have finished" in text
     assert text.count(": failed: stage ") == 2
 
 
-def test_a_process_that_is_killed_costs_no_cell(tmp_path: Path) -> None:
+def test_a_process_that_is_killed_costs_no_job(tmp_path: Path) -> None:
     """The pool ends all its processes then; processes of a pool are real ones."""
     runs, words = tmp_path / "runs", ("method=vanilla", "seed=0,1", "schedule.epochs=20")
     process = launched_on_two_processes(runs, *words)
@@ -392,4 +388,4 @@ def test_a_process_that_is_killed_costs_no_cell(tmp_path: Path) -> None:
     assert process.returncode == 0, text
     assert "warning: a process has died: " in text
     assert f"resumes in {folder}, " in text
-    assert "2 of 2 cells have finished" in text
+    assert "2 of 2 jobs have finished" in text

@@ -206,7 +206,7 @@ def test_a_sweep_computes_a_fingerprint_once(
     configs = [composed(*words, f"seed={seed}") for seed in range(3)]
     configs.append(composed(*words, "dataset.fraction=0.5"))
     sweep = Sweep([], compose=lambda _: OmegaConf.create())
-    sweep.cells = [Finished([], "", config, tmp_path / "run") for config in configs]
+    sweep.jobs = [Finished([], "", config, tmp_path / "run") for config in configs]
     assert sweep.queue() == []
     assert computed == [1.0, 0.5]
     full_config(configs[0])  # as a job does when it starts

@@ -10,19 +10,19 @@ import torch
 from conftest import Compose, random_images
 from torch import nn
 
-from sskd.data import Batch, Images, Loader
-from sskd.errors import UserError
-from sskd.methods import (
-    METHODS,
-    LossOutput,
-    Method,
-    Phase,
-    build_method,
-    load_state_without_teacher,
-    state_without_teacher,
+from sskd.checks.methods import (
+    check_overfits,
+    check_phases,
+    check_resume,
+    check_single_image,
+    check_state,
+    check_teacher_outputs,
 )
+from sskd.checks.samples import first_batch, fitted_teacher
+from sskd.data import Images
+from sskd.errors import UserError
+from sskd.methods import METHODS, LossOutput, Method, Phase, build_method
 from sskd.models import build_model
-from sskd.training.step import set_trainable
 from sskd.training.trainer import phase_schedule
 
 PAIRS = sorted(
@@ -62,57 +62,12 @@ def network(name: str, classes: int) -> nn.Module:
     return build_model(name, classes)
 
 
-def tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
-
-
-def first_batch(images: Images, phase: Phase, size: int) -> Batch:
-    loader = Loader(images.train, images.mean, images.std, size, phase.views)
-    loader.begin_epoch(0)
-    return loader.next_batch()
-
-
-def total(phase: Phase, output: LossOutput) -> torch.Tensor:
-    return torch.stack(list(phase.weigh(output.terms).values())).sum()
-
-
-def leaves(root: torch.Tensor) -> set[int]:
-    """Return the ids of all leaves of the autograd graph of ``root``."""
-    found, seen, todo = set(), set(), [root.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        todo += [following for following, _ in node.next_functions]
-    return found
-
-
 @pytest.mark.parametrize(("method", "pair"), CASES)
 def test_every_phase_of_every_pair(composed: Compose, method: str, pair: str) -> None:
     count = 2 if method != "rkd" else 3  # of two images, every relative distance is 1
     images = random_images(count, 4)
     built = make(composed, method, pair, images)
-    saved = {id(parameter) for parameter in built.parameters()}
-    for phase in built.phases():
-        set_trainable(phase, built)
-        assert saved.issuperset(id(parameter) for parameter in phase.trains.parameters())
-        trained = {id(tensor) for tensor in [*phase.trains.parameters(), *phase.trains.buffers()]}
-        frozen = {
-            name: tensor.clone() for name, tensor in tensors(built) if id(tensor) not in trained
-        }
-        loss = total(phase, phase.loss(first_batch(images, phase, count)))
-        assert loss.isfinite()
-        assert leaves(loss) == {id(parameter) for parameter in phase.trains.parameters()}
-        loss.backward()
-        for name, parameter in phase.trains.named_parameters():
-            assert parameter.grad is not None, name
-            assert parameter.grad.isfinite().all(), name
-        # The teacher, and all else that the phase does not train, BatchNorm's statistics included.
-        for name, tensor in tensors(built):
-            assert name not in frozen or torch.equal(tensor, frozen[name]), name
+    check_phases(built, images)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -120,37 +75,8 @@ def test_overfits_one_batch(composed: Compose, method: str) -> None:
     images = random_images(16, 4)
     built = make(composed, method, "resnet14-resnet8", images)
     if built.teacher is not None:
-        built.teacher.load_state_dict(fitted_teacher().state_dict())
-    for phase in built.phases():
-        set_trainable(phase, built)
-        batch = first_batch(images, phase, 16)
-        optimizer = torch.optim.SGD(phase.trains.parameters(), lr=0.05, momentum=0.9)
-        for _ in range(60):
-            output = phase.loss(batch)
-            if output.metrics.get("top1") == 100:
-                break
-            optimizer.zero_grad()
-            total(phase, output).backward()
-            optimizer.step()
-    assert phase.loss(batch).metrics["top1"] == 100
-
-
-@cache
-def fitted_teacher() -> nn.Module:
-    """Return a teacher that classifies a batch of images correctly in all four rotations."""
-    images = random_images(16, 4)
-    torch.manual_seed(0)
-    teacher = build_model("resnet14", images.num_classes)
-    loader = Loader(images.train, images.mean, images.std, len(images.train), 4)
-    batch = loader.next_batch()
-    labels = batch.y.repeat_interleave(4)
-    teacher.train()
-    optimizer = torch.optim.SGD(teacher.parameters(), lr=0.05, momentum=0.9)
-    for _ in range(40):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(teacher(batch.x).logits, labels).backward()
-        optimizer.step()
-    return teacher
+        built.teacher.load_state_dict(fitted_teacher("resnet14", 16).state_dict())
+    check_overfits(built, images)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -163,23 +89,24 @@ def test_the_last_phase_alone_evaluates(composed: Compose, few_images: Images, m
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_state_round_trips(composed: Compose, few_images: Images, method: str) -> None:
-    first, second = (make(composed, method, "resnet14-resnet8", few_images) for _ in range(2))
-    with torch.no_grad():
-        for name, tensor in tensors(first):
-            if not name.startswith("teacher."):
-                tensor.add_(1)
-    load_state_without_teacher(second, state_without_teacher(first))
-    for (name, tensor), (_, loaded) in zip(tensors(first), tensors(second), strict=True):
-        # The labels are part of the data, not of the state.
-        assert torch.equal(tensor, loaded) or name == "labels", name
+    check_state(lambda: make(composed, method, "resnet14-resnet8", few_images))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_resumed_phase_has_the_same_bits(
+    composed: Compose, few_images: Images, method: str
+) -> None:
+    check_resume(lambda: make(composed, method, "resnet14-resnet8", few_images), few_images)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_the_teacher_outputs_suffice(composed: Compose, few_images: Images, method: str) -> None:
+    check_teacher_outputs(make(composed, method, "resnet14-resnet8", few_images), few_images)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_last_batch_of_one_image(composed: Compose, few_images: Images, method: str) -> None:
-    built = make(composed, method, "resnet14-resnet8", few_images)
-    for phase in built.phases():
-        set_trainable(phase, built)
-        assert total(phase, phase.loss(first_batch(few_images, phase, 1))).isfinite()
+    check_single_image(make(composed, method, "resnet14-resnet8", few_images), few_images)
 
 
 def test_the_teacher_head_is_the_same_for_all_students(

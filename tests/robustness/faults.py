@@ -277,7 +277,7 @@ def _train(overrides: tuple[str, ...], fault: Fault | None, told: Any) -> None:
     import torch
 
     import train_student
-    from sskd.commands.job import run_command
+    from sskd.commands.process import run_command
 
     torch.set_num_threads(1)
     os.environ["WANDB_MODE"] = "disabled"

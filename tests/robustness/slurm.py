@@ -256,7 +256,7 @@ def test_cells_have_a_gpu_each_and_one_that_fails_takes_none_with_it(
     begun, ended = cluster.jobs(sweep.runs, "%S"), cluster.jobs(sweep.runs, "%e")
     assert begun[2] >= min(ended[0], ended[1])  # ISO dates
     assert status == 1
-    assert "2 of 3 cells have finished" in out
+    assert "2 of 3 jobs have finished" in out
     assert err.count("failed: ") == 1
     assert "the term 'ce' is not finite" in err
     told = cluster(sys.executable, "-m", "sskd.report", str(sweep.runs), "--status")
@@ -270,7 +270,7 @@ def test_cells_wait_for_the_one_that_trains_their_teacher(cluster: Cluster, tmp_
     sweep = Sweep(cluster, tmp_path / "runs", *smoke)
     status, out, err = sweep.end()
     assert (status, err) == (0, ""), err
-    assert "2 of 2 cells have finished" in out
+    assert "2 of 2 jobs have finished" in out
     logs = sweep.log(0) + sweep.log(1)
     assert logs.count("scratch/resnet14") >= 2
     assert logs.count("train: epoch 1/2") == 1
@@ -320,7 +320,7 @@ def test_a_cell_comes_back_and_goes_on_where_it_stopped(
     cluster("scontrol", "update", f"JobId={sweep.job(0)}", "StartTime=now")
     status, out, err = sweep.end()
     assert (status, err) == (0, ""), err
-    assert "2 of 2 cells have finished" in out
+    assert "2 of 2 jobs have finished" in out
     assert f"resumes in {sweep.folder(0)}, {stopped_at}/{EPOCHS} epochs" in sweep.log(0)
     assert outcome(sweep.runs) == outcome(undisturbed)
     first, second = offline_runs(sweep.folder(0))
@@ -340,7 +340,7 @@ def test_a_cell_that_is_cancelled_ends_saved(
     wait_for("end of the other cell", lambda: read_status(sweep.folder(1))["state"] == "finished")
     status, out, _ = sweep.again_without_slurm()
     assert status == 0
-    assert "2 cells, 1 finished already" in out
+    assert "2 jobs, 1 finished already" in out
     assert "resumes in" in out
     assert outcome(sweep.runs) == outcome(undisturbed)
 
@@ -350,6 +350,6 @@ def test_a_cell_that_may_not_come_back_says_so(cluster: Cluster, tmp_path: Path)
     sweep = disturbed_sweep(cluster, tmp_path / "runs", *WARNED, more=short)
     status, out, err = sweep.end()
     assert status == 1
-    assert "1 of 2 cells have finished" in out
+    assert "1 of 2 jobs have finished" in out
     assert "stopped by SIGUSR2 and saved, but could not be requeued: Job not requeued" in err
     assert read_status(sweep.folder(1))["state"] == "finished"

@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 import sskd.commands.job  # noqa: E402
 import train_student  # noqa: E402
-from sskd.commands.job import run_command  # noqa: E402
+from sskd.commands.process import run_command  # noqa: E402
 from sskd.runs.metrics_log import MetricsLog  # noqa: E402
 
 METHODS = ("vanilla", "kd", "crd", "sskd")

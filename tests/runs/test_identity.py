@@ -229,7 +229,7 @@ def test_a_sweep_of_both_weightings_keeps_both_cells(
         cells = Sweep(
             [[f"weighting={name}"] for name in order],
             lambda own: compose("student", [*words, *own], return_hydra_config=True),
-        ).cells
+        ).jobs
     assert [cell.config.model_dump()["method"]["weights"]["kd"] for cell in cells] == [
         {"sskd": 0.9, "common": 1.0}[name] for name in order
     ]

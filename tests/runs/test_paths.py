@@ -14,7 +14,7 @@ from PIL import Image
 from test_run import SMALL
 
 import train_student
-from sskd.commands.job import run_command
+from sskd.commands.process import run_command
 from sskd.files import expanded
 from sskd.models import build_model, save_weights
 
@@ -63,13 +63,13 @@ def test_a_sweep_finds_its_cells(started: FromFolder, tmp_path: Path, hydra: lis
     words = ["-m", *ONE_EPOCH, "method=vanilla", "seed=0,1", "runs=results", *hydra]
     status, out, err = started(*words)
     assert (status, err) == (0, "")
-    assert "2 of 2 cells have finished" in out
+    assert "2 of 2 jobs have finished" in out
     assert len(results(tmp_path)) == len(results(tmp_path / "results" / "digits")) == 2
     status, out, _ = started(*words)
-    assert (status, out) == (0, "2 cells, 2 finished already\n2 of 2 cells have finished\n")
+    assert (status, out) == (0, "2 jobs, 2 finished already\n2 of 2 jobs have finished\n")
     # The same run, whatever Hydra does with folders.
     status, out, _ = started(*words[: -len(hydra)])
-    assert (status, out) == (0, "2 cells, 2 finished already\n2 of 2 cells have finished\n")
+    assert (status, out) == (0, "2 jobs, 2 finished already\n2 of 2 jobs have finished\n")
 
 
 def test_a_single_run_writes_where_it_was_started(started: FromFolder, tmp_path: Path) -> None:

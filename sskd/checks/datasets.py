@@ -1,0 +1,48 @@
+"""What holds for every dataset."""
+
+from __future__ import annotations
+
+import torch
+
+from sskd.checks import require
+from sskd.data import SOURCES, DatasetSettings
+from sskd.data.reading import Source, find_problem
+
+
+def check_images(settings: DatasetSettings) -> None:
+    """Check types, shapes and labels of both parts, at the size of ``settings`` and at 64."""
+    for size in (settings.size, 64):
+        source = _load(settings.model_copy(update={"size": size}))
+        problem = find_problem(source)
+        require(problem is None, str(problem))
+        for name, split in (("train", source.train), ("test", source.test)):
+            shape, kind = tuple(split.images.shape), split.images.dtype
+            expected = (len(split.labels), 3, size, size)
+            require(kind == torch.uint8, f"{name}: images are {kind}, not uint8")
+            require(shape == expected, f"{name}: images have shape {shape}, not {expected}")
+            require(split.labels.dtype == torch.int64, f"{name}: labels are not int64")
+
+
+def check_repeatable(settings: DatasetSettings) -> None:
+    """Check that two loads give the same images, in the same order, and the same fingerprint."""
+    first, second = _load(settings), _load(settings)
+    for one, other in ((first.train, second.train), (first.test, second.test)):
+        require(torch.equal(one.images, other.images), "two loads give different images")
+        require(torch.equal(one.labels, other.labels), "two loads give different labels")
+    fingerprint = SOURCES[settings.source].fingerprint
+    require(fingerprint(settings) == fingerprint(settings), "the fingerprint changes by itself")
+
+
+def check_classes(settings: DatasetSettings) -> None:
+    """Check that each class has a training image."""
+    source = _load(settings)
+    empty = [name for label, name in enumerate(source.classes) if not _has(source, label)]
+    require(not empty, f"no training image of {', '.join(map(repr, empty[:5]))}")
+
+
+def _load(settings: DatasetSettings) -> Source:
+    return SOURCES[settings.source].load(settings)
+
+
+def _has(source: Source, label: int) -> bool:
+    return bool((source.train.labels == label).any())

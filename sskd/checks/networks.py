@@ -1,0 +1,71 @@
+"""What holds for every network."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sskd.checks import require
+from sskd.models import Features, build_model, recognise
+
+
+def check_features(name: str, classes: int = 10) -> None:
+    """Check the shapes of the ``Features`` of the network ``name``, for 32 and 64 pixels a side."""
+    network = build_model(name, classes).eval()
+    for size in (32, 64):
+        with torch.no_grad():
+            features = network(torch.randn(2, 3, size, size))
+        require(isinstance(features, Features), "its forward does not return Features")
+        require(features.logits.shape == (2, classes), f"logits have shape {_shape(features[0])}")
+        require(features.pooled.ndim == 2, f"pooled has shape {_shape(features.pooled)}")
+        maps = [features.stem, *features.stages]
+        require(all(each.ndim == 4 for each in maps), "stem and stages should be [B, c, h, w]")
+        stages, preacts = (list(map(_shape, each)) for each in (features.stages, features.preacts))
+        require(stages == preacts, f"stages {stages} and preacts {preacts} differ in shape")
+
+
+def check_gradients(name: str) -> None:
+    """Check that each parameter gets a finite gradient from the cross-entropy of a batch."""
+    network = _network(name).train()
+    F.cross_entropy(network(torch.randn(2, 3, 32, 32)).logits, torch.tensor([3, 7])).backward()
+    for parameter_name, parameter in network.named_parameters():
+        gradient = parameter.grad
+        sound = gradient is not None and bool(gradient.isfinite().all())
+        require(sound, f"{parameter_name} has no finite gradient")
+
+
+def check_single_image(name: str) -> None:
+    """Check that an image has the same features alone as in a batch, in eval mode."""
+    network = _network(name).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        together, alone = network(images), network(images[1:])
+    for left, right in zip(_flatten(together), _flatten(alone), strict=True):
+        tolerance = 1e-4 * float(right.abs().max())
+        close = torch.allclose(left[1:], right, rtol=1e-3, atol=tolerance)
+        require(close, "the features of an image depend on the other images of its batch")
+
+
+def check_recognition(name: str) -> None:
+    """Check that a checkpoint of the network is recognised: its classifier is registered last."""
+    found = recognise(build_model(name, 7).state_dict())
+    require(
+        found == (name, 7),
+        f"its tensors are recognised as {found}; the last layer that it registers should be its "
+        "classifier, with a bias",
+    )
+
+
+def _network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(name, 10)
+
+
+def _flatten(features: Features) -> list[Tensor]:
+    logits, pooled, stem, stages, preacts = features
+    return [logits, pooled, stem, *stages, *preacts]
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

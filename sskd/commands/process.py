@@ -1,0 +1,75 @@
+"""The process of a command: its exit status, and one line about the error that ended it.
+
+Importing this takes no time: the commands answer ``--help`` before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from omegaconf import OmegaConf
+
+from sskd.commands.advice import refuse_missing_keys, refuse_odd_choices
+from sskd.commands.hydra_errors import USER_ERRORS, crash_message, user_message
+from sskd.errors import Interrupted, JobError, UnfinishedError, exit_status
+from sskd.invocation.names import command_line, rerun_hint, tool_command, with_packaged_sweeps
+from sskd.output import complain, steady_output
+
+# For the folder that Hydra makes for a sweep; a run's own is expanded with its configuration.
+OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
+# For the text of --help.
+OmegaConf.register_new_resolver("command", command_line, replace=True)
+OmegaConf.register_new_resolver("tool", tool_command, replace=True)
+
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+
+
+def run_command(main: Callable[[], object]) -> int:
+    """Run a Hydra command's ``main`` and return its exit status.
+
+    0: finished; in a sweep, every job. 1: failed; one line says why. 75: nothing is wrong, but
+    other processes work on the runs that have not finished. 128 + n: stopped by signal n.
+    """
+    sys.argv = [sys.argv[0], *with_packaged_sweeps(sys.argv[1:])]
+    shows_traceback = os.environ.get(_FULL_ERROR) == "1"
+    os.environ[_FULL_ERROR] = "1"  # Hydra then raises, instead of printing several lines
+    with steady_output():
+        try:
+            refuse_missing_keys(sys.argv[1:])
+            refuse_odd_choices(sys.argv[1:])
+            main()
+        except Interrupted as stop:
+            complain(f"{stop}: the state is saved, {rerun_hint()} resumes")
+            return 128 + stop.signum
+        except KeyboardInterrupt:
+            if "wandb" in sys.modules:
+                _end_at_once(130)  # else W&B might wait for its server
+            return 130
+        except Exception as error:
+            return _report(error, shows_traceback)
+    return 0
+
+
+def _report(error: Exception, shows_traceback: bool) -> int:
+    """Print the line about ``error`` and return its exit status, or raise it again.
+
+    It is raised if the user asked for tracebacks, or if it is a fault of the suite.
+    """
+    if isinstance(error, UnfinishedError | JobError):  # already reported
+        return error.status
+    if shows_traceback:
+        raise error
+    line = user_message(error) if isinstance(error, USER_ERRORS) else crash_message(error)
+    if line is None:
+        raise error
+    complain(f"error: {line}")
+    return exit_status(error)
+
+
+def _end_at_once(status: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

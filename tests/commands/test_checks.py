@@ -1,0 +1,284 @@
+"""The checks fail for what they are about, and their command reports it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Compose
+from torch import Tensor, nn
+
+from sskd.checks import CheckError
+from sskd.checks.__main__ import main
+from sskd.checks.methods import (
+    check_overfits,
+    check_phases,
+    check_resume,
+    check_single_image,
+    check_state,
+    check_teacher_outputs,
+)
+from sskd.checks.networks import (
+    check_features,
+    check_gradients,
+    check_recognition,
+)
+from sskd.checks.networks import check_single_image as check_image_alone
+from sskd.checks.samples import random_images
+from sskd.data import Batch, Images
+from sskd.methods import METHODS, build_method
+from sskd.methods.kd import KD, Outputs
+from sskd.models import ARCHITECTURES, Features, build_model
+
+
+class Extra(KD):
+    """KD with a term that each test defines."""
+
+    def feature_terms(self, outputs: Outputs) -> dict[str, Tensor]:
+        return {"at": self.term(outputs.student, outputs.teacher)}
+
+    def term(self, student: Features, teacher: Features) -> Tensor:
+        raise NotImplementedError
+
+
+class ForgottenAdapter(Extra):
+    """Trains a layer that is not among its adapters."""
+
+    def __init__(self, *networks: Any, **shared: Any) -> None:
+        super().__init__(*networks, **shared)
+        self.layer = nn.Linear(64, 64)
+
+    def term(self, student: Features, teacher: Features) -> Tensor:
+        layer = self.layer.requires_grad_(True)
+        return (layer(student.pooled) - teacher.pooled).square().mean()
+
+
+class UnusedAdapter(Extra):
+    """Has an adapter that no loss depends on."""
+
+    def __init__(self, *networks: Any, **shared: Any) -> None:
+        super().__init__(*networks, **shared)
+        self.layer = nn.Linear(64, 64)
+        self.adapters = (self.layer,)
+
+    def term(self, student: Features, teacher: Features) -> Tensor:
+        return student.pooled.mean()
+
+
+class MovingTeacher(Extra):
+    """Updates the statistics of the teacher's BatchNorm."""
+
+    def loss(self, batch: Batch) -> Any:
+        self.teacher.train()
+        return super().loss(batch)
+
+    def term(self, student: Features, teacher: Features) -> Tensor:
+        return student.pooled.mean()
+
+
+class Counter(Extra):
+    """Keeps the number of its steps in a Python attribute."""
+
+    steps = 0
+
+    def term(self, student: Features, teacher: Features) -> Tensor:
+        self.steps += 1
+        return student.pooled.mean() * self.steps
+
+
+class Greedy(Extra):
+    """Reads a field of the teacher that it does not name."""
+
+    def term(self, student: Features, teacher: Features) -> Tensor:
+        return (student.pooled - teacher.pooled).square().mean()
+
+
+class Divided(Extra):
+    """Divides by the deviation over the batch, which one image does not have."""
+
+    def term(self, student: Features, teacher: Features) -> Tensor:
+        return (student.pooled / student.pooled.std(0)).mean()
+
+
+class Unnamed(Extra):
+    """Returns a term that has no weight."""
+
+    def feature_terms(self, outputs: Outputs) -> dict[str, Tensor]:
+        return {"other": outputs.student.pooled.mean()}
+
+
+class Opposed(Extra):
+    """Its losses cannot be learned."""
+
+    def loss(self, batch: Batch) -> Any:
+        output = super().loss(batch)
+        return output._replace(terms={name: -term for name, term in output.terms.items()})
+
+    def term(self, student: Features, teacher: Features) -> Tensor:
+        return student.pooled.mean() * 0
+
+
+class Unsaved(Extra):
+    """Its state lacks a buffer."""
+
+    def __init__(self, *networks: Any, **shared: Any) -> None:
+        super().__init__(*networks, **shared)
+        self.register_buffer("memory", torch.zeros(3), persistent=False)
+
+    def term(self, student: Features, teacher: Features) -> Tensor:
+        return student.pooled.mean()
+
+
+@pytest.fixture
+def build(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> Callable[..., KD]:
+    """Return a function that builds a method with the settings of AT."""
+    settings = composed("method=at").method
+
+    def build_one(kind: type[KD], images: Images) -> KD:
+        kind.terms = (*KD.terms, "at")
+        monkeypatch.setitem(METHODS, "at", kind)
+        torch.manual_seed(0)
+        student, teacher = (build_model("resnet8", images.num_classes) for _ in range(2))
+        method = build_method(settings, student, teacher, images)
+        assert isinstance(method, KD)
+        return method
+
+    return build_one
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (ForgottenAdapter, "the loss trains layer.bias, layer.weight; see Method.adapters"),
+        (UnusedAdapter, "no loss depends on "),
+        (MovingTeacher, "changes teacher."),
+        (Unnamed, "its terms are .* its weights"),
+    ],
+)
+def test_a_phase_that_trains_the_wrong_thing_fails(
+    build: Callable[..., KD], kind: type[KD], message: str
+) -> None:
+    images = random_images(3, 4)
+    with pytest.raises(CheckError, match=message):
+        check_phases(build(kind, images), images)
+
+
+def test_a_hidden_counter_fails_the_resume(build: Callable[..., KD]) -> None:
+    images = random_images(12, 4)
+    with pytest.raises(CheckError, match="differs after a resume"):
+        check_resume(lambda: build(Counter, images), images)
+
+
+def test_an_unnamed_teacher_output_fails(build: Callable[..., KD]) -> None:
+    images = random_images(8, 4)
+    with pytest.raises(CheckError, match=r"more of the teacher than its teacher_outputs \(logits"):
+        check_teacher_outputs(build(Greedy, images), images)
+
+
+@pytest.mark.filterwarnings("ignore:std")
+def test_a_loss_without_a_value_for_one_image_fails(build: Callable[..., KD]) -> None:
+    images = random_images(8, 4)
+    with pytest.raises(CheckError, match="the loss is not finite"):
+        check_single_image(build(Divided, images), images)
+
+
+def test_a_method_that_does_not_learn_fails(build: Callable[..., KD]) -> None:
+    images = random_images(8, 4)
+    with pytest.raises(CheckError, match="instead of 100 percent"):
+        check_overfits(build(Opposed, images), images)
+
+
+def test_a_buffer_outside_of_the_state_fails(build: Callable[..., KD]) -> None:
+    images = random_images(8, 4)
+    with pytest.raises(CheckError, match="memory is not in the state"):
+        check_state(lambda: build(Unsaved, images))
+
+
+class Network(nn.Module):
+    """A resnet8 whose features a test changes."""
+
+    def __init__(self, classes: int, change: Callable[[Features], Any]) -> None:
+        super().__init__()
+        self.network = build_model("resnet8", classes)
+        self.change = change
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(self.network(x))
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], str]:
+    def register(change: Callable[[Features], Any]) -> str:
+        monkeypatch.setitem(ARCHITECTURES, "mine", lambda classes: Network(classes, change))
+        return "mine"
+
+    return register
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda features: features.logits, "does not return Features"),
+        (lambda features: features._replace(logits=features.logits[:, :3]), "logits have shape"),
+        (lambda features: features._replace(pooled=features.stem), "pooled has shape"),
+        (lambda features: features._replace(stem=features.pooled), "should be"),
+        (lambda features: features._replace(preacts=features.preacts[1:]), "differ in shape"),
+    ],
+)
+def test_features_of_a_wrong_shape_fail(
+    network: Callable[..., str], change: Callable[[Features], Any], message: str
+) -> None:
+    with pytest.raises(CheckError, match=message):
+        check_features(network(change))
+
+
+def test_a_network_without_a_gradient_fails(network: Callable[..., str]) -> None:
+    with pytest.raises(CheckError, match="has no finite gradient"):
+        check_gradients(network(lambda f: f._replace(logits=f.logits * torch.nan)))
+
+
+def test_a_network_that_mixes_images_fails(network: Callable[..., str]) -> None:
+    def centre(features: Features) -> Features:
+        return features._replace(pooled=features.pooled - features.pooled.mean(0))
+
+    with pytest.raises(CheckError, match="depend on the other images"):
+        check_image_alone(network(centre))
+
+
+def test_a_network_that_is_another_is_not_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "mine", ARCHITECTURES["resnet8"])
+    with pytest.raises(CheckError, match=r"recognised as \('resnet8', 7\)"):
+        check_recognition("mine")
+
+
+def test_the_command_prints_a_line_for_each_check(capsys: Any) -> None:
+    assert main(["dataset", "digits"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(" ")[0] for line in lines] == ["ok"] * 3
+
+
+def test_the_command_fails_if_a_check_fails(
+    capsys: Any, network: Callable[..., str], tmp_path: Path
+) -> None:
+    name = network(lambda features: features._replace(logits=features.logits[:, :3]))
+    (tmp_path / "arch").mkdir()
+    (tmp_path / f"arch/{name}.yaml").write_text(f"name: {name}\nbase_lr: 0.05\n")
+    assert main(["arch", name, "--config-dir", str(tmp_path)]) == 1
+    assert "FAILED  shapes of the features: logits have shape (2, 3)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method", "kdd"], "method=kdd: no such method; did you mean 'kd'?"),
+        (["method", "kd", "method.temperature=0"], "method.temperature: should be greater than 0"),
+        (["dataset", "folder", "dataset.root=nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys: Any, words: list[str], message: str) -> None:
+    assert main(words) == 1
+    captured = capsys.readouterr()
+    assert message in captured.out + captured.err
