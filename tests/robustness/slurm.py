@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from breaking import outcome
-from test_run import SMALL
+from faults import SMALL
 from test_tracking import history, offline_runs
 
 from sskd import CONF

@@ -26,12 +26,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Compose
+from faults import SMALL
+from image_folders import write_images
 from PIL import Image
 from report_runs import RESULT, put_run, put_status
 from test_commands import MISTAKES
 from test_data_cifar import again, cached_cifar, small_cifar  # noqa: F401  # fixtures
 from test_data_folder import load, make_folder, refused, settings
-from test_run import SMALL, photos
 
 import sskd.data
 from sskd.data import Images
@@ -676,7 +677,7 @@ def test_a_source_without_images(
 def test_fewer_images_than_a_batch_are_trained_on(
     composed: Compose, tmp_path: Path, method: str
 ) -> None:
-    root = photos(tmp_path, 0, count=1)
+    root = write_images(tmp_path, 0, count=1)
     words = ("dataset=folder", f"dataset.root={root}", "batch_size=64", f"method={method}")
     result = train(composed(*TINY, *words))
     assert result.top1.last is not None
@@ -685,7 +686,7 @@ def test_fewer_images_than_a_batch_are_trained_on(
 @pytest.mark.parametrize("method", ["kd", "crd"])
 def test_a_single_class(composed: Compose, tmp_path: Path, method: str) -> None:
     """It is a trivial task, and one in which no image is another class's negative."""
-    root = photos(tmp_path, 0)
+    root = write_images(tmp_path, 0)
     for part in ("train", "test"):
         shutil.rmtree(root / part / "light")
     config = composed(*TINY, "dataset=folder", f"dataset.root={root}", f"method={method}")
@@ -697,7 +698,7 @@ def test_a_single_class(composed: Compose, tmp_path: Path, method: str) -> None:
 
 
 def test_wrong_labels_of_a_single_class(composed: Compose, tmp_path: Path) -> None:
-    root = photos(tmp_path, 0)
+    root = write_images(tmp_path, 0)
     for part in ("train", "test"):
         shutil.rmtree(root / part / "light")
     words = ("dataset=folder", f"dataset.root={root}", "dataset.label_noise=0.5")

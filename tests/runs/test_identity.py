@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Compose, SmallTeacher
+from crashes import CrashError, at_step, crash
 from faults import SMALL
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from test_run import CrashError, at_step, crash
 
 from sskd import CONF
 from sskd.commands.sweep import Sweep

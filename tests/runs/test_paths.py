@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import SMALL
 from hydra.core.hydra_config import HydraConfig
 from PIL import Image
-from test_run import SMALL
 
 import train_student
 from sskd.commands.job import run_command

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import wandb
 from conftest import Compose, plan_of
+from crashes import CrashError, at_step, crash
+from faults import SMALL
 from PIL import Image
-from test_run import SMALL, CrashError, at_step, crash
 
 import sskd.tracking.session
 import sskd.tracking.tracker

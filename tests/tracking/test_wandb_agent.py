@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import wandb
 from conftest import Command, Compose, plan_of
-from test_run import SMALL, CrashError, at_step, crash
+from crashes import CrashError, at_step, crash
+from faults import SMALL
 from test_tracking import history, inspect, offline_runs
 
 from sskd.config import Config

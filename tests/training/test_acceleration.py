@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Compose, random_images
-from test_run import SMALL
+from faults import SMALL
 from torch import Tensor, nn
 
 from sskd.data import Batch, Loader

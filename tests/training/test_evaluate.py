@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import Compose
-from test_run import SMALL
+from faults import SMALL
 
 import sskd.data.cifar
 from sskd import evaluate

@@ -13,7 +13,8 @@ import pytest
 import torch
 from breaking import outcome
 from conftest import Compose
-from test_run import SMALL, at_step
+from crashes import at_step
+from faults import SMALL
 
 from sskd.errors import UserError
 from sskd.runs.folder import read_config_file
