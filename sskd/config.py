@@ -1,7 +1,6 @@
-"""The configuration: checked and typed.
+"""The typed configuration, and the checks of what Hydra composed.
 
-Hydra composes; this module refuses what composes but cannot be meant (an unknown key, a
-wrong type, a value out of range) before anything is loaded or trained.
+An unknown key, a wrong type or a value out of range is refused before anything is loaded.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ from sskd.files import expanded
 from sskd.methods import METHODS, Method
 from sskd.models import ARCHITECTURES
 from sskd.optimizers import OPTIMIZERS
-from sskd.overrides import flatten
-from sskd.runs.weightings import about_renamed
+from sskd.overrides import about_renamed, flatten
 from sskd.schedule import Gamma, Milestones
 from sskd.settings import (
     Count,
@@ -48,7 +46,7 @@ from sskd.settings import (
 
 
 class ArchSettings(Settings):
-    """One network: its architecture, and the learning rates that the published tables gave it."""
+    """A network: its architecture, and its learning rates in the published tables."""
 
     name: str
     base_lr: LearningRate
@@ -87,7 +85,7 @@ class ScheduleSettings(Settings):
 
 
 class WeightingSettings(Settings):
-    """The weights of CE and KD in the methods that add a term of their own to both."""
+    """The weights of CE and KD in the methods that add another term to both."""
 
     ce: NonNegative
     kd: NonNegative
@@ -98,7 +96,7 @@ class _Weighting(Settings):
 
 
 class WandbSettings(Settings):
-    """Where Weights & Biases puts the run, and whether it does at all."""
+    """Whether the run is logged to Weights & Biases, and where."""
 
     mode: Literal["auto", "online", "offline", "disabled"]
     project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
@@ -107,9 +105,9 @@ class WandbSettings(Settings):
 
 
 class Config(Settings):
-    """One run, whole: ``teacher`` is None for a network alone.
+    """The configuration of one run; ``teacher`` is None for a network alone.
 
-    ``method`` and ``optimizer`` are of the chosen class's own settings (``config_model``).
+    ``method`` and ``optimizer`` have the settings of the chosen class (``config_model``).
     """
 
     student: ArchSettings
@@ -140,9 +138,9 @@ class Config(Settings):
 
 
 def method_settings(name: str) -> type[BaseModel]:
-    """Return the model of a method's settings: its class's keyword arguments, with their types.
+    """Return the model of a method's settings: the keyword arguments of its constructor.
 
-    Those of its base classes count too, which a constructor with ``**shared`` passes on.
+    The keyword arguments of its base classes, to which ``**shared`` passes, are included.
     """
     method = METHODS[name]
     own: dict[str, Any] = {}
@@ -195,7 +193,7 @@ def read_config(composed: DictConfig) -> Config:
             "train_student.py takes arch@teacher=NAME and arch@student=NAME"
         )
     if "teacher" in plain:
-        # What it decides stands in the weights of the methods that read it.
+        # The weights of the methods that read it already have its values.
         _validated(_Weighting, {"weighting": plain.pop("weighting", None)})
     config = parse_config({"teacher": None, **plain})
     if not METHODS[config.method.name].needs_teacher:
@@ -220,8 +218,8 @@ def _validated(model: type[M], values: Mapping[str, Any]) -> M:
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
-    """Return the typed configuration of plain ``values``; raise UserError where they are wrong."""
-    if values.get("precision") == "auto":  # decides what is computed: part of a run's identity
+    """Return the typed configuration of plain ``values``; raise UserError if they are wrong."""
+    if values.get("precision") == "auto":  # the resolved precision is part of the run's identity
         values = {**values, "precision": best_precision(str(values.get("device")))}
     source = _choice(values, "dataset", SOURCES, "source")
     config = _validated(config_model(values), values)
@@ -259,12 +257,12 @@ def _explain(problem: Any, model: type[BaseModel], values: Mapping[str, Any]) ->
         return f"{path}: is not UTF-8, as the files of a run are; rename it, or name a link to it"
     message = re.sub("^(Value error, |Input |String |List )", "", problem["msg"])
     given = _given(problem, values)
-    told = "" if isinstance(given, Mapping) else f" (got {shortened(given)})"
-    return f"{path}: {message}{told}"
+    value = "" if isinstance(given, Mapping) else f" (got {shortened(given)})"
+    return f"{path}: {message}{value}"
 
 
 def _given(problem: Any, values: Any) -> Any:
-    """Return the value that a problem is about, as the user gave it and not as it was read."""
+    """Return the value that a problem is about, as the user gave it, before conversion."""
     try:
         for part in problem["loc"]:
             values = values[part]
@@ -285,9 +283,9 @@ def fields_of(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
 
 
 def declared_defaults(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the defaults that the settings in ``model`` have in Python, by their dotted names.
+    """Return the defaults of the settings in ``model`` in Python, by dotted name.
 
-    Those are what a configuration that lacks them means, one that an earlier version made too.
+    A configuration without a setting, such as one of an earlier version, means its default.
     """
     defaults: dict[str, Any] = {}
     for name, field in fields_of(model).items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import itertools
 import os
@@ -17,27 +16,25 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
+from sskd.allocator import ask_for_large_pages, keep_freed_memory, trim_heap
 from sskd.errors import UserError
 
-# mallopt(3): M_MMAP_MAX, no block outside the heap; M_TRIM_THRESHOLD and M_TOP_PAD, in bytes.
-_MALLOC_OPTIONS = {-4: 0, -1: 2**31 - 1, -2: 2**26}
-_HEAP = 3 * 2**29  # bytes, less than M_TRIM_THRESHOLD, so that they stay the heap's
-_LARGE_PAGE = 2**21  # bytes
-_MADV_HUGEPAGE = 14  # madvise(2)
+# Images that a network without a backward pass gets at once: sized so that feature maps fit a
+# CPU's caches; enough to keep a GPU busy.
+_INFERENCE_BATCH_SIZE = {"cpu": 64}
+_GPU_BATCH_SIZE = 500
 
-_INFERENCE_BATCH = {"cpu": 64}
-
-_gpu_claims: list[FileLock] = []  # kept, for a lock that is forgotten is let go
+_gpu_claims: list[FileLock] = []  # referenced, because a garbage-collected lock is released
 
 
 def choose_device(name: str) -> torch.device:
     """Return the device called ``name``: auto, cpu, cuda, cuda:1, mps.
 
-    ``auto`` is a GPU where there is one: of several, the one with the fewest of the user's
-    processes, so that the cells of a sweep spread.
+    ``auto`` is a GPU if there is one: of several, the one with the fewest processes of the user,
+    so that the jobs of a sweep spread over them.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: this machine has no such device.
     """
     if name == "auto":
         name = f"cuda:{claim_gpu()}" if torch.cuda.is_available() else "cpu"
@@ -50,11 +47,15 @@ def choose_device(name: str) -> torch.device:
         raise UserError(
             f"device={name}: there is no such device here; use device=auto or device=cpu"
         )
+    return device
+
+
+def tune_device(device: torch.device) -> None:
+    """Change the process's settings so that training on ``device`` is faster."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     if device.type == "cpu":
-        _keep_freed_memory()
-    return device
+        keep_freed_memory()
 
 
 def best_precision(device: str) -> str:
@@ -65,8 +66,8 @@ def best_precision(device: str) -> str:
 
 
 def _cpu_has_bf16() -> bool:
-    tell = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.10 and later have it
-    known: Mapping[str, Any] = tell()
+    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # since torch 2.10
+    known: Mapping[str, Any] = get_capabilities()
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
@@ -76,58 +77,26 @@ _HAS_BF16: dict[str, Callable[[], bool]] = {
 }
 
 
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Let the C library keep the memory of tensors that are freed, for those of the next step.
-
-    By default glibc gives large blocks back to the system, which hands them out again filled
-    with zeros, page by page: a tenth of a step of SSKD (benchmarks/LOG.md).
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        set_option = ctypes.CDLL(None).mallopt
-        for option, value in _MALLOC_OPTIONS.items():
-            set_option(option, value)
-    _ask_for_large_pages()
-
-
-def _ask_for_large_pages() -> None:
-    """Let the heap that tensors will take stand on pages of 2 MiB, where Linux has such.
-
-    A step of SSKD or KD then takes some 5 % less (benchmarks/LOG.md). Nothing is taken before it
-    is used.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        library = ctypes.CDLL(None)
-        allocate, advise = library.malloc, library.madvise
-        allocate.restype, allocate.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-        library.free.argtypes = [ctypes.c_void_p]
-        advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        if block := allocate(_HEAP):
-            first = -(-block // _LARGE_PAGE) * _LARGE_PAGE
-            advise(first, _HEAP - _LARGE_PAGE, _MADV_HUGEPAGE)
-            library.free(block)
-
-
-@functools.cache  # a process stays where it is
+@functools.cache  # a process stays on its GPU
 def claim_gpu() -> int:
-    """Return the visible GPU that the fewest processes of the suite have chosen, and choose it.
+    """Claim the visible GPU with the fewest claims and return its index.
 
-    A process holds a place on its GPU, a lock that the system frees when it ends: first places
-    on all GPUs are taken before a second on any.
+    A claim is a lock file that the system releases when its process ends. Each GPU gets a first
+    claim before any gets a second.
     """
     count = torch.cuda.device_count()
     if count < 2:
         return 0
-    places = ((index, place) for place in itertools.count() for index in range(count))
-    return next(index for index, to_device in places if _claim(index, to_device))
+    claims = ((index, number) for number in itertools.count() for index in range(count))
+    return next(index for index, number in claims if _claim(index, number))
 
 
-def _claim(index: int, place: int) -> bool:
+def _claim(index: int, number: int) -> bool:
     folder = Path(tempfile.gettempdir(), f"sskd-gpus-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
-    # What is visible differs between processes, so that a number alone says too little.
+    # An index names different GPUs in processes that see different ones.
     gpu = torch.cuda.get_device_properties(index).uuid
-    lock = FileLock(folder / f"{gpu}-{place}", thread_local=False)
+    lock = FileLock(folder / f"{gpu}-{number}", thread_local=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -137,23 +106,22 @@ def _claim(index: int, place: int) -> bool:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin a new measurement of ``peak_memory``: an earlier run of a sweep may have had more."""
+    """Start a new measurement of ``peak_memory``; an earlier run of a sweep may have used more."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)  # what is kept though it is free
+    trim_heap()
     if device.type == "cpu":
-        _ask_for_large_pages()  # for what comes in the place of what was trimmed
-    with contextlib.suppress(OSError):  # elsewhere than on Linux
+        ask_for_large_pages()  # again, for the memory that is allocated next
+    with contextlib.suppress(OSError):  # not on Linux
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """Return the peak memory in MiB since ``reset_peak_memory``; None where nothing tells.
+    """Return the peak memory in MiB since ``reset_peak_memory``, or None if it is not reported.
 
-    On a GPU what PyTorch allocated there, on a CPU what the whole process kept in memory, with the
-    pages that it read of a mapped file (``sskd.teachers.outputs``), which other processes may
-    share.
+    On a GPU it is the memory that PyTorch allocated there. On a CPU it is the resident memory of
+    the process, with the pages of mapped files (``sskd.teachers.outputs``), which other processes
+    may share.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
@@ -164,11 +132,8 @@ def peak_memory(device: torch.device) -> float | None:
 
 
 def inference_batch_size(device: torch.device) -> int:
-    """Return how many images to give a network at once when nothing is learnt.
-
-    As many maps as a CPU's caches hold; on a GPU enough to keep it busy.
-    """
-    return _INFERENCE_BATCH.get(device.type, 500)
+    """Return how many images to give a network at once without a backward pass."""
+    return _INFERENCE_BATCH_SIZE.get(device.type, _GPU_BATCH_SIZE)
 
 
 def chunks(x: Tensor) -> tuple[Tensor, ...]:

@@ -1,15 +1,13 @@
-"""Files that are written whole or not at all, and strangers' files that are read with a bound.
+"""Files that are written atomically, and untrusted files that are read with a limit.
 
 A process can stop at any moment, and another one can then take its run's folder. So each function
 that writes takes ``still_ours``, which raises if the folder has another holder. It is called when
 the write is prepared and nothing has changed yet. A new holder first removes prepared files and
-writes ``metrics.jsonl`` as a new file, so a write of theirs that passed the check and comes later
-has no effect.
+writes ``metrics.jsonl`` as a new file, so a later write of the earlier holder has no effect.
 
-``write_at`` has no such guard: who resumes a teacher's outputs fills the same file, because a copy
-of it would take tens of GiB of the disk for a second time. A late write there can change bytes.
-It is noticed, not prevented: the file's SHA-256 is compared when it is resumed and before it is
-used.
+``write_at`` has no such guard: a process that resumes a teacher's outputs fills the same file,
+because a copy would take tens of GiB of the disk. A late write can change bytes there. It is
+detected, not prevented: the file's SHA-256 is compared before the file is resumed or used.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from sskd.errors import UserError
 
 StillOurs = Callable[[], object]
 
-MOST_DEPTH = 64  # of folders in one that is walked: os.walk calls itself for each level
+MOST_DEPTH = 64  # levels of folders below one that is walked: os.walk recurses
 
 
 def write_atomically(
@@ -39,19 +37,19 @@ def write_atomically(
     keep: Path | None = None,
     still_ours: StillOurs | None = None,
 ) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then put it in ``path``'s place.
+    """Let ``write`` fill a temporary file beside ``path``, then rename it to ``path``.
 
-    After a crash at any moment ``path`` holds either its old content or all of the new. What a
-    killed process leaves is found by ``stale_temporaries``.
+    After a crash at any moment ``path`` has either its old content or all of the new.
+    ``stale_temporaries`` finds the temporary file of a killed process.
 
     Args:
-        keep: where the old content goes; a crash in between leaves it there, and no ``path``.
+        keep: the new path of the old content; a crash in between leaves it there, and no ``path``.
         still_ours: raises if the folder has another holder.
 
     Raises:
         OSError: with ``path`` as its ``filename``.
     """
-    # Another node's process can have the same number.
+    # A process on another node can have the same number.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with path_in_errors(path):
@@ -62,17 +60,17 @@ def write_atomically(
             if still_ours is not None:
                 still_ours()
             if keep is not None and path.exists():
-                with suppress(FileNotFoundError):  # a late holder's has moved it there
+                with suppress(FileNotFoundError):  # an earlier holder has moved it there
                     path.replace(keep)
             temporary.replace(path)
             fsync_folder(path.parent)
     finally:
-        with suppress(OSError):  # a disk that has become read-only; the error itself counts
+        with suppress(OSError):  # on a disk that became read-only, the first error counts
             temporary.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: str, *, still_ours: StillOurs | None = None) -> None:
-    """Add ``line`` to ``path`` and wait until the disk has it; a crash may leave a part of it.
+    """Append ``line`` to ``path`` and wait until it is on disk; a crash may leave a part of it.
 
     ``still_ours`` is as in ``write_atomically``.
 
@@ -90,10 +88,9 @@ def append_line(path: Path, line: str, *, still_ours: StillOurs | None = None) -
 def write_at(
     path: Path, offset: int, data: bytes, *, sync: bool, still_ours: StillOurs | None = None
 ) -> None:
-    """Write ``data`` into the file ``path``, which is there, at byte ``offset``.
+    """Write ``data`` into the existing file ``path`` at byte ``offset``.
 
-    With ``sync``, wait until the disk has all that was written into it. ``still_ours`` is as in
-    ``write_atomically``.
+    With ``sync``, wait until everything is on disk. ``still_ours`` is as in ``write_atomically``.
 
     Raises:
         OSError: with ``path`` as its ``filename``.
@@ -110,7 +107,7 @@ def write_at(
 
 @contextmanager
 def path_in_errors(path: Path) -> Iterator[None]:
-    """Let an error of the system tell ``path``: a full disk's, for one, names no file."""
+    """Add ``path`` to an error of the system: that of a full disk, for example, names no file."""
     try:
         yield
     except OSError as error:
@@ -120,7 +117,7 @@ def path_in_errors(path: Path) -> Iterator[None]:
 
 
 def make_durable_folder(path: Path) -> None:
-    """Make the folder ``path``, and those above it, so that a power failure does not undo it.
+    """Create the folder ``path`` and its parents, so that a power failure does not undo it.
 
     Raises:
         OSError: with ``path`` as its ``filename``.
@@ -134,7 +131,7 @@ def make_durable_folder(path: Path) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    """Wait until the disk has the names of the files in ``path``."""
+    """Wait until the names of the files in ``path`` are on disk."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -143,22 +140,22 @@ def fsync_folder(path: Path) -> None:
 
 
 def is_regular_file(path: Path) -> bool:
-    """Return whether ``path`` is a file, no link, and no pipe, which would wait for ever."""
+    """Return whether ``path`` is a file, not a link, and not a pipe, which would block a reader."""
     return path.is_file() and not path.is_symlink()
 
 
 def is_too_deep(folder: str, top: Path) -> bool:
-    """Return whether ``folder`` lies more than ``MOST_DEPTH`` levels below ``top``."""
+    """Return whether ``folder`` is more than ``MOST_DEPTH`` levels below ``top``."""
     return folder.count(os.sep) - str(top).count(os.sep) > MOST_DEPTH
 
 
 def stale_temporaries(folder: Path) -> list[Path]:
-    """Return the temporary files that processes killed in mid-write have left in ``folder``."""
+    """Return the temporary files in ``folder`` of processes that were killed during a write."""
     return list(folder.glob(".*.part"))
 
 
 def write_text(path: Path, text: str, *, still_ours: StillOurs | None = None) -> None:
-    """Write ``text`` to ``path``, whole or not at all."""
+    """Write ``text`` to ``path`` atomically."""
     write_atomically(path, lambda stream: stream.write(text.encode()), still_ours=still_ours)
 
 
@@ -166,19 +163,19 @@ def write_text(path: Path, text: str, *, still_ours: StillOurs | None = None) ->
 def open_bounded(
     path: Path, most: int, *, follow: bool = False
 ) -> Iterator[tuple[BinaryIO, os.stat_result]]:
-    """Open the file ``path``, which may be a stranger's; yield it and its status at that moment.
+    """Open the untrusted file ``path``; yield it and its status.
 
     A file can grow while it is read: read no more than the ``st_size`` of its status.
 
     Args:
-        most: bytes; a larger file could fill the memory.
-        follow: open what a symbolic link leads to.
+        most: the limit in bytes; a larger file could exhaust the memory.
+        follow: follow a symbolic link.
 
     Raises:
-        OSError: it cannot be opened, or is a link that is not followed.
+        OSError: it cannot be opened, or is a link and ``follow`` is false.
         ValueError: it is not a regular file, or has more than ``most`` bytes.
     """
-    # A pipe would wait for a writer, a link could lead anywhere.
+    # A pipe would block until a writer opens it, a link could point anywhere.
     flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
     with os.fdopen(os.open(path, flags), "rb") as stream:
         status = os.fstat(stream.fileno())
@@ -190,20 +187,20 @@ def open_bounded(
 
 
 def read_bounded(path: Path, most: int, *, follow: bool = False) -> bytes:
-    """Return what is in the file ``path``; arguments and errors are as in ``open_bounded``."""
+    """Return the content of the file ``path``; arguments and errors are as in ``open_bounded``."""
     with open_bounded(path, most, follow=follow) as (stream, status):
         return stream.read(status.st_size)
 
 
 def read_lines(path: Path, most: int, most_lines: int) -> Iterator[bytes]:
-    """Yield the lines of the file ``path``, with their ends; it may be a stranger's.
+    """Yield the lines of the untrusted file ``path``, with their ends.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is not a regular file, or has more than ``most`` bytes or ``most_lines``
             lines.
     """
-    # One by one: a file of line ends alone would take forty times its size as a list.
+    # One by one, because a list of empty lines would take forty times the size of the file.
     for number, line in enumerate(io.BytesIO(read_bounded(path, most))):
         if number == most_lines:
             raise ValueError(f"it has more than {most_lines} lines, the limit for such a file")
@@ -211,7 +208,7 @@ def read_lines(path: Path, most: int, most_lines: int) -> Iterator[bytes]:
 
 
 def read_bounded_text(path: Path, most: int) -> str:
-    """Return the text in the file ``path`` as ``read_bounded`` does; ValueError if it is none."""
+    """Return the content of ``path`` as text; ValueError if it is not UTF-8."""
     return read_bounded(path, most).decode()
 
 
@@ -219,36 +216,34 @@ def safe_join(folder: Path, *parts: str) -> Path:
     """Return the path ``parts`` below ``folder``, which itself may be a link.
 
     Raises:
-        UserError: one of ``parts`` is a symbolic link, which may lead elsewhere.
+        UserError: one of ``parts`` is a symbolic link, which may point outside.
     """
     path = folder
     for part in parts:
         path = path / part
         if path.is_symlink():
             raise UserError(
-                f"{path}: is a symbolic link, which may lead out of {folder}; put the folder "
-                "itself there, or name the other place with runs=FOLDER"
+                f"{path}: is a symbolic link, which may point outside of {folder}; put the "
+                "folder itself there, or name its place with runs=FOLDER"
             )
     return path
 
 
 def expanded(path: str | Path) -> Path:
-    """Return ``path`` with the home folder that a leading ``~`` stands for.
+    """Return ``path`` with a leading ``~`` expanded to the home folder.
 
-    A relative path starts from the folder in which the command was started. It becomes absolute
+    A relative path is relative to the folder in which the command was started. It becomes absolute
     if Hydra has changed to another folder for the job (``hydra.job.chdir``).
     """
     try:
         return _start_of_command() / Path(path).expanduser()
     except RuntimeError:
         user = Path(path).parts[0]
-        raise UserError(
-            f"{path}: there is no home folder for {user}; write the folder's whole path"
-        ) from None
+        raise UserError(f"{path}: {user} has no home folder; use an absolute path") from None
 
 
 def _start_of_command() -> Path:
-    """Return the folder in which the command was started, empty if that is the current one."""
+    """Return the folder in which the command was started; empty if it is the current one."""
     if not HydraConfig.initialized():
         return Path()
     start = Path(HydraConfig.get().runtime.cwd)

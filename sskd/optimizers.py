@@ -62,7 +62,7 @@ def build_optimizer(
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Let ``optimizer`` go on from ``state``, which PyTorch itself takes with hardly a look.
+    """Load ``state`` into ``optimizer`` after checks, because PyTorch barely validates it.
 
     Raises:
         ValueError: it is the state of another kind of optimizer, or of other parameters.

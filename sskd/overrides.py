@@ -1,4 +1,4 @@
-"""Nested settings as flat ones, and as words of a command line."""
+"""Settings as dotted keys, as words of a command line, and renamed ones."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+# Settings of earlier versions by their last name, and what to type now.
+_RENAMED = {
+    "kd_weight": "weighting=crd_benchmark (0), weighting=common (1), or another value as "
+    "method.weights.ce=1 method.weights.kd=VALUE"
+}
 _NOT_STRINGS = {"true", "false", "null", "nan", "inf"}
 
 
@@ -31,3 +36,9 @@ def as_override(key: str, value: Any) -> str:
     escaped = re.sub(r"\\*'", lambda found: found[0][:-1] * 2 + r"\'", value)
     trailing = len(escaped) - len(escaped.rstrip("\\"))
     return f"{key}='{escaped}" + "\\" * trailing + "'"
+
+
+def about_renamed(key: str) -> str | None:
+    """Return a message if the dotted ``key`` is a setting of an earlier version, else None."""
+    name = key.rpartition(".")[2]
+    return f"{key}: is now {_RENAMED[name]}" if name in _RENAMED else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sskd.config import Config
 from sskd.data import Images, load_images, refuse_missing
-from sskd.device import choose_device, reset_peak_memory, to_device
+from sskd.device import choose_device, reset_peak_memory, to_device, tune_device
 from sskd.methods import Method
 from sskd.output import say
 from sskd.runs.folder import archive_run
@@ -52,6 +52,7 @@ def carry_out(
         return plan, result
 
     # ---- data, networks, method ----
+    tune_device(device)
     reset_peak_memory(device)
     images = load_images(config.dataset, plan.data_digest).to(device)
     method = assemble(config, images, plan.teacher)

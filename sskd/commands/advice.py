@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 
 from sskd import CONF
 from sskd.errors import UserError, did_you_mean, mask_unprintable, shortened
-from sskd.overrides import as_override, flatten
-from sskd.runs.weightings import METHODS, WEIGHTING, about_renamed
+from sskd.overrides import about_renamed, as_override, flatten
+from sskd.runs.weightings import METHODS, WEIGHTING
 
 # The one group that the defaults leave open.
 _OPTIONAL_GROUP = "pair"

@@ -1,6 +1,6 @@
-"""One process at a time in a run's folder, on whatever node it is.
+"""A lock that lets one process at a time, on any node, work in a run's folder.
 
-Nothing here needs PyTorch, so that the report can ask who is at work.
+Nothing here needs PyTorch, so that the report can ask which folders are locked.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from sskd.errors import BusyError, UserError
 from sskd.output import say
 
 _FILE = ".lease"
-# Every process that looks at a folder must agree on it. A node that dies leaves its cells to
-# others after this many seconds; a process that dies, to those on its node at once.
+# Seconds, the same in every process that uses a folder. If a node dies, others may take its folders
+# after this time; if a process dies, those on its node may do so at once.
 DURATION = 120.0
 HEARTBEAT = 20.0
-# A holder that has not been heard of for so long may be dead, and is worth watching.
+# A holder that has been silent for longer may be dead.
 _SUSPICIOUS_SILENCE = 3 * HEARTBEAT
-_POLL = 0.5  # seconds between two looks of a process that waits
+_POLL = 0.5  # seconds between two attempts of a process that waits
 
 
 class FolderLock:
-    """A lease on a folder: renewed while its holder lives, and free when it has died.
+    """A lease on a folder, which its holder renews until it releases the lease or dies.
 
-    It needs nothing of the file system but that a file is created once, so it holds on NFS too.
+    It needs a file system that creates a file exclusively, as NFS does.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,27 +39,29 @@ class FolderLock:
         self._lease = _lease(folder)
 
     def acquire(self, *, wait: bool = False, watch: bool = True) -> None:
-        """Take the folder.
+        """Lock the folder.
 
         Args:
-            wait: wait for another process that has it, instead of an error.
-            watch: watch, for the time of a lease, a holder that has not been heard of and may
-                have died with its node, instead of an error.
+            wait: wait until another process has released it, instead of an error.
+            watch: if the holder is silent and may have died with its node, wait for the duration
+                of a lease, instead of an error.
 
         Raises:
-            BusyError: another process, on this node or another, is at work in it.
-            UserError: what stands there is no lock of this version.
+            BusyError: another process, on any node, holds the lock.
+            UserError: the lock file was not created by this version.
             OSError: the folder cannot be written.
         """
         try:
             self._lease.acquire(timeout=0)
         except Timeout:
-            os.utime(self._folder)  # where nothing can be written a dead holder's lease stays
+            os.utime(
+                self._folder
+            )  # OSError if the folder is read-only, where no lease can be broken
             self._acquire_from_another(wait, watch)
         except LeaseSettingsMismatch:
             raise UserError(
-                f"{self._folder / _FILE}: is not a lock of this version; where nobody is at work "
-                "there, remove it"
+                f"{self._folder / _FILE}: was not created by this version; delete it if no process "
+                "is using the folder"
             ) from None
 
     def _acquire_from_another(self, wait: bool, watch: bool) -> None:
@@ -67,18 +69,18 @@ class FolderLock:
             say(f"{self._folder}: waiting for {_holder(self._folder)}")
             self._lease.acquire()
             return
-        # A heartbeat in the future tells as little as an old one: a clock has jumped.
+        # A future timestamp is as unreliable as a stale one: a clock has jumped.
         silent = abs(_seconds_since_heartbeat(self._folder)) > _SUSPICIOUS_SILENCE
-        told = _holder(self._folder)
+        holder = _holder(self._folder)
         if silent and watch:
-            say(f"{self._folder}: watching whether {told} has died")
-        try:  # a holder on another node is dead only when it has been silent while one watched
+            say(f"{self._folder}: waiting to see whether {holder} has died")
+        try:  # a silent holder on another node counts as dead only after a whole lease
             self._lease.acquire(timeout=DURATION + HEARTBEAT if silent and watch else 0)
         except Timeout:
-            raise BusyError(f"{self._folder}: {told} is working on this run") from None
+            raise BusyError(f"{self._folder}: {holder} is working on this run") from None
 
     def release(self) -> None:
-        """Let go of the folder."""
+        """Release the folder."""
         self._lease.release()
 
     @contextmanager
@@ -96,32 +98,32 @@ class FolderLock:
             raise
 
     def check(self) -> None:
-        """Ask, before anything is written into the folder, whether it is still this process's.
+        """Check, before a write, that this process still holds the folder.
 
         Raises:
-            BusyError: it has become another's, as after a long standstill.
-            UserError: it was removed.
+            BusyError: another process has taken it, for example after a long suspension.
+            UserError: the folder was removed.
         """
         if not self._folder.is_dir():
             raise UserError(
-                f"{self._folder}: was removed while this process was at work in it; the same "
-                "command starts it afresh"
+                f"{self._folder}: was removed while this process was using it; rerun the same "
+                "command to start from scratch"
             )
         owner = self._lease.owner
         if owner and owner.token != self._lease.token:
             raise BusyError(
-                f"{self._folder}: was lost to {_holder(self._folder)}, because this process stood "
-                f"still for more than {DURATION:.0f} seconds"
+                f"{self._folder}: was taken by {_holder(self._folder)}, because this process was "
+                f"suspended for more than {DURATION:.0f} seconds"
             )
         if owner is None or self._lease.compromise is not None:
             raise BusyError(
                 f"{self._folder / _FILE}: was removed, or could not be renewed for {DURATION:.0f} "
-                "seconds, so that another process may work here"
+                "seconds, so another process may have taken the folder"
             )
 
 
 def is_held(folder: Path) -> bool:
-    """Return whether a process that lives is at work in ``folder``."""
+    """Return whether a living process holds ``folder``."""
     owner = _lease(folder).owner
     if owner is None or _seconds_since_heartbeat(folder) > DURATION:
         return False
@@ -129,7 +131,7 @@ def is_held(folder: Path) -> bool:
 
 
 def remove_lock_file(folder: Path) -> None:
-    """Remove what a lock has left in ``folder``, which was moved while its lock was held."""
+    """Remove the lock file of ``folder``, which was moved while its lock was held."""
     (folder / _FILE).unlink(missing_ok=True)
 
 
@@ -158,10 +160,10 @@ def _holder(folder: Path) -> str:
 
 @cache
 def _own_node() -> str:
-    """Return what a lease of this process tells of the node: its name, and a container's mark.
+    """Return the host name that a lease of this process records, with a mark of its container.
 
-    A process number of another container is another process here, or none. Where that cannot be
-    found out it is nobody's, and heartbeats alone tell.
+    Process numbers are comparable only within a container. If the name cannot be determined, it is
+    empty, and only heartbeats decide whether a holder lives.
     """
     try:
         with tempfile.TemporaryDirectory() as folder, _lease(Path(folder)) as lease:
@@ -177,6 +179,6 @@ def _is_gone(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except PermissionError:  # another user's
+    except PermissionError:  # it belongs to another user
         pass
     return False

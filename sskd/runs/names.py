@@ -1,4 +1,4 @@
-"""The names of the files in a run's folder; its status's is in ``sskd.runs.status``."""
+"""The names of the files in a run's folder, except status.json (``sskd.runs.status``)."""
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -8,11 +8,11 @@ DAMAGED = "damaged.pt"
 BEST = "best.pt"
 WEIGHTS = "model.safetensors"
 RESULT = "result.json"
-OUTPUTS = "outputs.bin"  # a teacher's, precomputed
-NAME = "run"  # under which a checkpoint names its run: what decides the run's result
+OUTPUTS = "outputs.bin"  # the precomputed outputs of a teacher
+NAME = "run"  # the key under which a checkpoint or a result names its run, by its identity
 
-# Bytes and lines that these may have, since they may be a stranger's: a hundred times what a run
-# writes, and little enough to be read in a moment.
+# Limits in bytes, and in lines, because the files may come from anybody: a hundred times what a run
+# writes, but quick to read.
 MOST_CONFIG = 2**16
 MOST_RESULT = 2**20
 MOST_METRICS = 2**28

@@ -72,8 +72,9 @@ class Run:
             reason = f"cannot be written ({error.strerror})"
             raise UserError(f"{self.folder}: {reason}; use another runs=FOLDER") from None
         try:
-            if wait and (reason := failed_in_this_sweep(self.folder)):
-                reason = reason.removeprefix(f"{self.folder}: ")
+            failure = failed_in_this_sweep(self.folder) if wait else None
+            if failure is not None:
+                reason = failure.removeprefix(f"{self.folder}: ")
                 raise UserError(f"{self.folder}: already failed in this sweep: {reason}")
             self._enter()
         except BaseException:

@@ -1,4 +1,4 @@
-"""What is known of a run before it has a result: ``status.json`` in its folder.
+"""``status.json``: the state of a run before it has a result.
 
 Nothing here needs PyTorch, so that the report can read it.
 """
@@ -19,19 +19,19 @@ from sskd.errors import UserError
 from sskd.files import StillOurs, is_regular_file, read_bounded_text, write_text
 
 STATUS = "status.json"
-MOST = 2**20  # bytes that it may have, since it may be a stranger's
-_LONGEST = 50_000  # characters of an error, so that the status stays below that
-SWEEP_VARIABLE = "SSKD_SWEEP"  # in the environment of a sweep's processes: which sweep it is
+MOST = 2**20  # bytes; a larger file is ignored, because it may come from anybody
+_LONGEST = 50_000  # characters of an error, so that the file stays below that
+SWEEP_VARIABLE = "SSKD_SWEEP"  # names the sweep, in the environment of its processes
 State = Literal["queued", "running", "stopped", "failed", "finished"]
 
-# What stays true when a run goes from one state to the next.
+# The fields that a new state keeps.
 _KEPT = ("command", "epochs", "forced")
 
 
 def write_status(
     folder: Path, state: State, *, still_ours: StillOurs | None = None, **details: Any
 ) -> None:
-    """Say what the run in ``folder`` is doing, since when, and which process says so.
+    """Write the state of the run in ``folder``, with the time, the host and the process.
 
     ``still_ours`` is as in ``sskd.files.write_atomically``.
     """
@@ -50,7 +50,7 @@ def write_status(
 
 
 def read_status(folder: Path) -> Mapping[str, Any]:
-    """Return what ``folder``'s status.json says; nothing where it is missing or damaged."""
+    """Return the fields of ``folder``'s status.json; none if it is missing or corrupt."""
     try:
         return _read(folder)
     except OSError:
@@ -58,7 +58,7 @@ def read_status(folder: Path) -> Mapping[str, Any]:
 
 
 def _read(folder: Path) -> Mapping[str, Any]:
-    """Return the same; raise OSError where it is there and cannot be read at this moment."""
+    """Do what ``read_status`` does, but raise OSError if the file exists and cannot be read."""
     path = folder / STATUS
     try:
         status = json.loads(read_bounded_text(path, MOST)) if is_regular_file(path) else {}
@@ -70,44 +70,44 @@ def _read(folder: Path) -> Mapping[str, Any]:
 def write_failure(
     folder: Path, error: BaseException, *, still_ours: StillOurs | None = None
 ) -> None:
-    """Say that the run in ``folder`` failed, or was stopped, by ``error``.
+    """Record that the run in ``folder`` failed with ``error``, or was stopped by a signal.
 
-    That must not hide the error itself, so a disk that is full, or another holder of the folder,
-    leaves the old status. ``still_ours`` is as in ``sskd.files.write_atomically``.
+    The write must not hide the error itself. If the disk is full, or another process has taken the
+    folder, the old status remains. ``still_ours`` is as in ``sskd.files.write_atomically``.
     """
     with contextlib.suppress(OSError, UserError):
         if isinstance(error, Exception):
-            told = " ".join(str(error).split()) or type(error).__name__
+            message = " ".join(str(error).split()) or type(error).__name__
             lines = "".join(traceback.format_exception(error))
-            details = {"error": told[:_LONGEST], "traceback": lines[-_LONGEST:]}
+            details = {"error": message[:_LONGEST], "traceback": lines[-_LONGEST:]}
             write_status(folder, "failed", still_ours=still_ours, **details)
         else:  # a signal, Ctrl-C
             write_status(folder, "stopped", still_ours=still_ours)
 
 
 def current_sweep() -> str | None:
-    """Return the name of the sweep that this process belongs to, if it belongs to one."""
+    """Return the name of the sweep that this process belongs to, or None."""
     return os.environ.get(SWEEP_VARIABLE) or None
 
 
 def forced_in_this_sweep(folder: Path) -> bool:
-    """Return whether the run in ``folder`` was begun afresh by the sweep of this process.
+    """Return whether this process's sweep has already restarted the run in ``folder``.
 
     Raises:
-        OSError: its status cannot be read; a wrong no would begin it once more.
+        OSError: the status cannot be read; a wrong answer would restart the run once more.
     """
     sweep = current_sweep()
     return sweep is not None and sweep in forced_in(_read(folder))
 
 
 def forced_in(status: Mapping[str, Any]) -> list[str]:
-    """Return the sweeps that have begun a run afresh, as its status tells."""
-    told = status.get("forced")
-    return [str(sweep) for sweep in told] if isinstance(told, list) else []
+    """Return the sweeps that restarted a run from scratch, by its ``status``."""
+    sweeps = status.get("forced")
+    return [str(sweep) for sweep in sweeps] if isinstance(sweeps, list) else []
 
 
 def failed_in_this_sweep(folder: Path) -> str | None:
-    """Return why the run in ``folder`` failed in the sweep that this process belongs to, if so."""
+    """Return the error with which the run in ``folder`` failed in this process's sweep, or None."""
     status, sweep = read_status(folder), current_sweep()
     failed_here = sweep and status.get("sweep") == sweep and status.get("state") == "failed"
     return str(status.get("error")) if failed_here else None

@@ -1,4 +1,4 @@
-"""The weights of CE and KD by name, and what an earlier recipe had in their place."""
+"""The weightings of CE and KD: their names, and those of earlier recipes."""
 
 from __future__ import annotations
 
@@ -9,35 +9,24 @@ WEIGHTING = "weighting"
 # The weights (CE, KD) of each option of ``conf/weighting``.
 WEIGHTINGS = {"sskd": (0.1, 0.9), "crd_benchmark": (1.0, 0.0), "common": (1.0, 1.0)}
 USUAL = WEIGHTINGS["sskd"]
-# The methods whose weights of CE and KD come from there; the others have their own.
+# The methods whose weights of CE and KD come from a weighting; the others have their own.
 METHODS = frozenset(
     {
         *("fitnet", "at", "sp", "vid", "rkd", "pkt", "ab", "ft", "crd"),
         *("cc", "nst", "fsp"),
     }
 )
-# What earlier versions had, and what to type now.
-_RENAMED = {
-    "kd_weight": "weighting=crd_benchmark (0), weighting=common (1), or another value as "
-    "method.weights.ce=1 method.weights.kd=VALUE"
-}
-# The version of the default settings, which a run records beside its ``difference`` from them.
+# The version of the recipe, which a result records beside its ``difference`` from the recipe.
 RECIPE = 2
-# The default weights (CE, KD) of METHODS in earlier versions, none of which had other methods.
+# The default weights (CE, KD) of METHODS in earlier versions of the recipe.
 FORMER = {1: WEIGHTINGS["common"]}
 
 
-def about_renamed(key: str) -> str | None:
-    """Return the line about the dotted ``key`` if it is a setting of an earlier version."""
-    name = key.rpartition(".")[2]
-    return f"{key}: is now {_RENAMED[name]}" if name in _RENAMED else None
-
-
 def find_weighting(method: str, recipe: int, difference: Mapping[str, str]) -> dict[str, str]:
-    """Return the weights of CE and KD of a run whose ``difference`` is one from ``recipe``.
+    """Return the weights of CE and KD of a run with this ``difference`` from version ``recipe``.
 
-    Exactly the weights of an option are ``weighting=OPTION``; others are both given. It is empty
-    for a method that has its own.
+    The weights of an option are returned as ``weighting=OPTION``, others as two weights. A method
+    with its own weights returns nothing.
     """
     if method not in METHODS:
         return {}
@@ -49,10 +38,10 @@ def find_weighting(method: str, recipe: int, difference: Mapping[str, str]) -> d
 
 
 def name_weighting(method: str, recipe: int, difference: Mapping[str, str]) -> dict[str, str]:
-    """Return ``difference`` from today's recipe, with the name of its weighting if it has one.
+    """Return the difference from today's recipe, with the name of its weighting if it has one.
 
-    The weights of CE and KD that ``method`` had by default in ``recipe`` are added if they are
-    others today, and today's default leaves nothing.
+    If the default weights of ``method`` in version ``recipe`` are not today's, they are added.
+    Today's default is left out.
     """
     found = find_weighting(method, recipe, difference)
     if not found:

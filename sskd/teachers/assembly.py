@@ -1,4 +1,4 @@
-"""Put a run's networks and method together."""
+"""Build a run's networks and its method."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sskd.training.seeding import seed_torch
 
 
 def assemble(config: Config, images: Images, found: TeacherWeights | None = None) -> Method:
-    """Return the method of ``config`` with a fresh student, and the teacher that was ``found``.
+    """Return the method of ``config`` with a new student, and the weights of the teacher ``found``.
 
     Raises:
-        UserError: the method cannot take this pair of networks.
+        UserError: the method does not support this pair of networks.
     """
     seed_torch(config.seed, "student")
     student = build_model(config.student.name, images.num_classes)
@@ -36,7 +36,7 @@ def assemble(config: Config, images: Images, found: TeacherWeights | None = None
 
 
 def check_compatible(config: Config) -> None:
-    """Raise the UserError of ``assemble`` without a teacher or data, from sizes alone."""
+    """Raise the UserError of ``assemble``, without the teacher's weights and the data."""
     size = config.dataset.size
     two = Split(torch.zeros(2, 3, size, size, dtype=torch.uint8), torch.arange(2))
     assemble(config, Images("two", ("0", "1"), two, two, None, (0.5,) * 3, (0.25,) * 3))

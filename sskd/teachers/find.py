@@ -1,4 +1,4 @@
-"""Finding a student's teacher: one of the suite's own runs, or a checkpoint from elsewhere."""
+"""Find a student's teacher: one of the suite's own runs, or a checkpoint from elsewhere."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def missing_teacher(config: Config) -> Config | None:
 
 
 def find_teacher(config: Config) -> TeacherWeights | None:
-    """Return the teacher that ``config`` asks for, or None for a network alone.
+    """Return the weights of the teacher of ``config``; None for a network alone.
 
     Raises:
-        UserError: there is none; for a run of the suite it gives the command that trains it.
+        UserError: the teacher is missing; the message has the command that trains it.
     """
     if config.teacher is None:
         return None
@@ -134,14 +134,14 @@ def run_location(
 def _earlier_folders(config: Config, digest: dict[str, str]) -> Iterator[Path]:
     """Yield the folders with a name from an earlier version that hold the run of ``config``."""
     for earlier in earlier_diffs_from_recipe(config):
-        with suppress(UserError):  # it is a link, or its configuration cannot be read
+        with suppress(UserError):  # a link, or a configuration that cannot be read
             folder = run_folder(config, earlier | digest)
             if folder.is_dir() and is_run_of(config, read_config_file(folder / CONFIG)):
                 yield folder
 
 
 def load_teacher(network: nn.Module, teacher: TeacherWeights) -> None:
-    """Load the teacher's weights; UserError if they are not the ones that were found."""
+    """Load the teacher's weights; UserError if they do not have its digest."""
     load_weights(network, teacher.path)
     if weights_digest(network) != teacher.digest:
         raise UserError(

@@ -27,7 +27,7 @@ MEMORY_ERROR = "out of memory"  # of PyTorch, on any device
 
 @dataclass(frozen=True)
 class Layout:
-    """What is kept: ``widths`` of the fields of Features, for ``crops`` of each of ``images``."""
+    """The content of the file: fields of Features of these ``widths``, for all crops of images."""
 
     images: int
     crops: int
@@ -36,44 +36,44 @@ class Layout:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Images, crops of each, numbers of each crop."""
+        """Images, crops of an image, numbers of a crop."""
         return self.images, self.crops, sum(self.widths.values())
 
     @property
     def image_size(self) -> int:
-        """Bytes that the outputs of one image take."""
+        """Bytes of the outputs of one image."""
         _, crops, width = self.shape
         return crops * width * self.dtype.itemsize
 
     @property
     def size(self) -> int:
-        """Bytes that all of them take."""
+        """Bytes of all outputs."""
         return self.images * self.image_size
 
 
 @dataclass(frozen=True)
 class Precomputed:
-    """A teacher's outputs, looked up: ``rows`` [images, crops, numbers], on the images' device."""
+    """Looks up a teacher's outputs in ``rows`` [images, crops, numbers] on the images' device."""
 
     rows: Tensor
     widths: dict[str, int]
 
     def __call__(self, batch: Batch) -> Features:
-        """Return what the teacher makes of ``batch``; fields that are not kept are None."""
+        """Return the teacher's features of ``batch``; fields that the file lacks are None."""
         first = batch.indices[:, None] * self.rows.shape[1]
-        wanted = (first + batch.crops.view(len(batch.indices), -1)).flatten()
-        rows = self.rows.flatten(0, 1).index_select(0, wanted)
+        positions = (first + batch.crops.view(len(batch.indices), -1)).flatten()
+        rows = self.rows.flatten(0, 1).index_select(0, positions)
         parts = rows.split(list(self.widths.values()), dim=1)
         return partial_features(dict(zip(self.widths, parts, strict=True)))
 
 
 def can_precompute(method: Method | type[Method]) -> bool:
-    """Return whether all that the losses of ``method`` read of its teacher fits on a disk."""
+    """Return whether ``method`` reads only fields of the teacher that fit on a disk."""
     return set() < set(method.teacher_outputs) <= set(VECTOR_FIELDS)
 
 
 def layout_of(method: Method, images: Images, precision: str) -> Layout:
-    """Return the layout of all that the losses of ``method`` read of its teacher."""
+    """Return the layout of the fields that the losses of ``method`` read of its teacher."""
     features = probe_features(method.teacher, images)
     widths = {name: getattr(features, name).shape[1] for name in method.teacher_outputs}
     views = max(phase.views for phase in method.phases())
@@ -82,16 +82,16 @@ def layout_of(method: Method, images: Images, precision: str) -> Layout:
 
 
 def read_rows(path: Path, layout: Layout, digest: object, device: torch.device) -> Tensor:
-    """Return the rows of a finished file on ``device``; UserError where they are not there."""
+    """Return the rows of a finished file on ``device``; UserError if the file is corrupt."""
     try:
         content = path.stat()
-        whole = content.st_size == layout.size
-        whole = whole and digest == _known_digest(path, content.st_mtime_ns, content.st_size)
+        intact = content.st_size == layout.size
+        intact = intact and digest == _known_digest(path, content.st_mtime_ns, content.st_size)
     except (FileNotFoundError, IsADirectoryError):
-        whole = False
-    if not whole:
+        intact = False
+    if not intact:
         raise corrupt_file_error(path)
-    gc.collect()  # an earlier cell's may lie in cycles of references
+    gc.collect()  # rows of an earlier job may be part of a reference cycle
     try:
         return map_rows(path, layout, device)
     except RuntimeError as error:
@@ -104,31 +104,32 @@ def read_rows(path: Path, layout: Layout, digest: object, device: torch.device) 
 
 
 def map_rows(path: Path, layout: Layout, device: torch.device) -> Tensor:
-    """Return the rows of a file: on a CPU where the system keeps the file, shared by processes.
+    """Return the rows of a file; on a CPU they are a memory map that processes share.
 
-    The process then ends by a signal (SIGBUS) if somebody cuts the file while it is in use; to
-    remove it is safe, but for a network's disk.
+    Truncating the file while it is mapped kills the process (SIGBUS). Deleting it is safe, except
+    on network file systems.
     """
     with path_in_errors(path), path.open("rb") as file:
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if device.type == "cpu":
-        mapping.madvise(mmap.MADV_RANDOM)  # a row here and there: read no more than that
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # nobody writes to it
+        mapping.madvise(mmap.MADV_RANDOM)  # rows are read in random order
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # the rows are read-only
         rows = torch.frombuffer(mapping, dtype=layout.dtype)
     return rows.view(layout.shape).to(device)
 
 
 def in_gib(size: int) -> str:
-    """Return bytes in words."""
+    """Return a number of bytes as text."""
     return f"{size / 2**30:.3g} GiB"
 
 
-@cache  # the cells of a sweep ask for the same; another content is another question
+# The jobs of a sweep read the same file of up to tens of GiB; a changed file has another key.
+@cache
 def _known_digest(path: Path, modified: int, size: int) -> str:
     return str(sha256(path).hexdigest())
 
 
 def sha256(path: Path) -> Any:
-    """Return the hash of what is in a file, which may go on with more."""
+    """Return the hash object of a file's content, which can be updated with more."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256")

@@ -1,10 +1,10 @@
 """A teacher's outputs for every crop of every training image, computed once for many runs.
 
-A view of an image comes in 162 crops. A run of 240 epochs draws one and a half times as many, and
-the other runs of the same teacher draw from the same ones. Where a method reads nothing but the
-teacher's logits, or its pooled feature too, they all fit on a disk, and a step needs no teacher.
+A view of an image has 162 crops. A run of 240 epochs draws one and a half times as many, and other
+runs of the same teacher draw from the same ones. If a method reads only the teacher's logits and
+its pooled feature, the outputs of all crops fit on a disk, and a step needs no teacher.
 Shen and Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022, keep
-the logits of some random crops; here it is all of them, so a run computes what it does without.
+the logits of some random crops. Here all crops are kept, so the losses are the same as without.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ from sskd.training.progress import Progress
 from sskd.training.signals import StopSignals
 
 PHASE = "teacher_outputs"
-FORMAT = 1  # of the file: another one where the rows or the numbers of crops mean something else
+FORMAT = 1  # file format version; increase it if rows or crop numbers change meaning
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """How far the file of outputs is: images, the seconds they took, the SHA-256 of their rows."""
+    """The finished part of the file: images, their seconds of work, the SHA-256 of their rows."""
 
     images: int = 0
     seconds: float = 0.0
@@ -172,7 +172,7 @@ def _refuse_lost(rows: Tensor, first: int, folder: Path) -> None:
 
 
 def _read_resume_point(state: Mapping[str, Any], folder: Path, layout: Layout) -> ResumePoint:
-    """Return what a checkpoint tells; UserError where that is not how far these outputs are."""
+    """Return the resume point in a checkpoint; UserError if it does not fit these outputs."""
     images, seconds, digest = (state.get(name) for name in vars(ResumePoint()))
     if (
         type(images) is not int
@@ -186,9 +186,10 @@ def _read_resume_point(state: Mapping[str, Any], folder: Path, layout: Layout) -
 
 
 def _truncate(path: Path, at: ResumePoint, layout: Layout) -> Any:
-    """Cut the file at ``path`` back to how far it is; return the SHA-256 of that, to go on with.
+    """Truncate the file at ``path`` to its finished part; return the SHA-256 object of that part.
 
-    UserError where the file does not hold what was computed.
+    Raises:
+        UserError: the file does not have the content that was computed.
     """
     kept = at.images * layout.image_size
     if at.images == 0:
@@ -203,11 +204,11 @@ def _truncate(path: Path, at: ResumePoint, layout: Layout) -> Any:
 
 
 def _refuse_small_disk(path: Path, layout: Layout, at: ResumePoint) -> None:
-    wanted = layout.size - at.images * layout.image_size
+    needed = layout.size - at.images * layout.image_size
     free = shutil.disk_usage(path.parent).free
-    if wanted > free:
+    if needed > free:
         raise UserError(
-            f"{path}: {in_gib(wanted)} of the teacher's outputs are to be written, and "
+            f"{path}: the teacher's outputs need {in_gib(needed)} more, but only "
             f"{in_gib(free)} are free; use another runs=FOLDER, precision=bf16 (half as much) or "
             "teacher.precompute=false"
         )
@@ -217,14 +218,14 @@ def _refuse_small_disk(path: Path, layout: Layout, at: ResumePoint) -> None:
 def _outputs(
     teacher: nn.Module, images: Images, precision: str, layout: Layout, first: int
 ) -> Iterator[Tensor]:
-    """Yield the outputs of all crops of the images from ``first`` on: [k, crops, numbers]."""
+    """Yield the outputs of all crops of the images from ``first`` on, [k, crops, numbers] each."""
     device = images.train.images.device
-    together = -(-inference_batch_size(device) // layout.crops)  # images
+    images_at_once = -(-inference_batch_size(device) // layout.crops)
     views = layout.crops // CROPS
-    loader = Loader(images.train, images.mean, images.std, together, views)
+    loader = Loader(images.train, images.mean, images.std, images_at_once, views)
     crops = torch.arange(layout.crops, device=device)
-    for start in range(first, layout.images, together):
-        index = torch.arange(start, min(start + together, layout.images), device=device)
+    for start in range(first, layout.images, images_at_once):
+        index = torch.arange(start, min(start + images_at_once, layout.images), device=device)
         x = loader.crops_of(index, crops.expand(len(index), -1))
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             features = forward_in_chunks(teacher, x, tuple(layout.widths))

@@ -1,7 +1,7 @@
-"""The variables that W&B reads: which are wrong, and which are of another run.
+"""The environment variables that W&B reads: checks, and those of another run hidden.
 
 ``wandb agent`` names its run in variables (``WANDB_SWEEP_ID``, ``WANDB_RUN_ID``). That run is the
-command's own cell. A teacher trained on the way, and the cells of a sweep, are runs of their own.
+command's own run. A teacher trained on the way, and the jobs of a sweep, are other runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from sskd.errors import UserError, shortened
 
-# They name one run. A run of this suite names itself, so that a user's own do nothing for it.
+# They name one run. Runs of this suite name themselves, so a user's own values have no effect.
 _OF_ONE_RUN = (
     "WANDB_SWEEP_ID",
     "WANDB_SWEEP_PARAM_PATH",
@@ -23,15 +23,15 @@ _OF_ONE_RUN = (
     "WANDB_RESUME",
     "WANDB_NAME",
 )
-# Others that ``wandb agent`` may set. Without an agent they are the user's, for every run.
+# ``wandb agent`` may set these too. Without an agent they are the user's, and apply to every run.
 _ABOUT_AN_AGENTS = ("WANDB_RUN_GROUP", "WANDB_JOB_TYPE", "WANDB_NOTES", "WANDB_TAGS")
 _SECRET = ("KEY", "TOKEN")  # in the names of variables whose values are never printed
-# Seconds. A run that W&B has not started by the first stays offline; what is not sent by the second
-# is left for `wandb sync`.
+# Seconds. A run that W&B has not started within the first stays offline; data that is not uploaded
+# within the second is left for `wandb sync`.
 INIT_TIMEOUT = "WANDB_INIT_TIMEOUT"
 FINISH_TIMEOUT = "WANDB_FINISH_TIMEOUT"
 _TIMEOUTS = {INIT_TIMEOUT: "20", FINISH_TIMEOUT: "60"}
-_SHORTEST = {INIT_TIMEOUT: 1, FINISH_TIMEOUT: 0}  # seconds; no server answers in none
+_SHORTEST = {INIT_TIMEOUT: 1, FINISH_TIMEOUT: 0}  # seconds; no server answers within 0
 _LONGEST = 1e6  # seconds
 
 
@@ -41,7 +41,7 @@ def is_agents() -> bool:
 
 
 def asked_mode(mode: str) -> str:
-    """Return what ``wandb.mode`` stands for: WANDB_MODE decides if it is ``auto``."""
+    """Return the mode that ``wandb.mode`` selects: that of WANDB_MODE if it is ``auto``."""
     return (os.environ.get("WANDB_MODE") or "auto") if mode == "auto" else mode
 
 
@@ -68,11 +68,11 @@ def _refuse_odd(given: dict[str, str]) -> None:
         try:
             wandb.Settings().update_from_env_vars({name: value})
         except (ValueError, wandb.Error) as error:
-            told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             shown = "" if any(part in name for part in _SECRET) else f"={shortened(value)[1:-1]}"
-            told = " ".join(told.split()).removeprefix("Input ").removeprefix("Value error, ")
+            reason = " ".join(reason.split()).removeprefix("Input ").removeprefix("Value error, ")
             raise UserError(
-                f"{name}{shown}: {told}; set another value, or unset it "
+                f"{name}{shown}: {reason}; set another value, or unset it "
                 "(wandb.mode=disabled runs without W&B)"
             ) from None
 
@@ -102,7 +102,7 @@ def timeout(variable: str) -> float:
 
 @contextmanager
 def surroundings(mode: str, *, agents: bool) -> Iterator[None]:
-    """Hide from W&B the variables that are empty, and those of a run that is not this one.
+    """Hide from W&B the variables that are empty or belong to another run.
 
     Args:
         mode: see ``asked_mode``; a run without W&B sees none of them.

@@ -1,4 +1,4 @@
-"""Opening runs in W&B: online where there is a login, on disk elsewhere, never with a question."""
+"""Open runs in W&B: online if there is a login, else on disk, and never with a prompt."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ _ANSWER_TIMEOUT = 10  # seconds
 def open_run(
     mode: str, folder: Path, name: str, *, agents: bool = False, **arguments: Any
 ) -> wandb.Run:
-    """Return the W&B run called ``name``, whose id and offline files are kept in ``folder``.
+    """Return the W&B run named ``name``, whose id and offline files are kept in ``folder``.
 
-    Where W&B cannot be reached the run is kept on disk.
+    If W&B cannot be reached, the run is kept on disk.
 
     Args:
         mode: see ``choose_mode``.
-        agents: it is the run of ``wandb agent``, which has chosen its id and project.
-        arguments: of ``wandb.init``.
+        agents: use the run of ``wandb agent``, which has chosen its id and project.
+        arguments: arguments of ``wandb.init``.
 
     Raises:
-        UserError: it cannot be kept on disk either.
+        UserError: the run cannot be kept on disk either.
     """
     mode = asked_mode(mode)
     check_environment(mode)
     arguments |= {"name": name, "dir": str(folder), "resume": "allow"}
     if agents:
-        wandb.teardown()  # an earlier run of this process has not shown W&B the agent's variables
+        wandb.teardown()  # an earlier run of this process hid the agent's variables
     else:
         arguments["id"] = run_id(folder, name)
     with surroundings(mode, agents=agents):
@@ -66,19 +66,19 @@ def _open(asked: str, arguments: dict[str, Any]) -> wandb.Run:
     except (wandb.Error, ValueError, OSError) as error:
         if mode not in ("online", "shared", "run"):
             raise _unusable(error) from None
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        say(f"W&B cannot be used online ({told}); this run stays offline")
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        say(f"W&B cannot be used online ({reason}); this run stays offline")
         with contextlib.suppress(Exception):
             wandb.teardown()
     try:
         return _init("offline", arguments)
-    except Exception as error:  # of W&B's own process there are more than it declares
+    except Exception as error:  # W&B's own process raises undeclared types too
         raise _unusable(error) from None
 
 
 def _unusable(error: Exception) -> UserError:
-    told = " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"W&B: {told}; wandb.mode=disabled runs without it")
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"W&B: {reason}; use wandb.mode=disabled to train without W&B")
 
 
 def _init(mode: str, arguments: dict[str, Any]) -> wandb.Run:
@@ -93,19 +93,19 @@ def _init(mode: str, arguments: dict[str, Any]) -> wandb.Run:
 
 
 def offline_folder(run: wandb.Run) -> Path:
-    """Return the folder of ``run`` that ``wandb sync`` sends."""
+    """Return the folder of ``run`` that ``wandb sync`` uploads."""
     return Path(run.dir).parent
 
 
 def sync_later(run: wandb.Run) -> str:
-    """Return the line for a server that has not taken all of ``run`` in time."""
-    return f"W&B did not answer; `wandb sync {offline_folder(run)}` sends the rest later"
+    """Return the message for a server that has not received all of ``run`` in time."""
+    return f"W&B did not answer; `wandb sync {offline_folder(run)}` uploads the rest later"
 
 
 def choose_mode(mode: str) -> str:
-    """Return W&B's mode for ``wandb.mode``, which WANDB_MODE decides where it is ``auto``.
+    """Return W&B's mode for ``wandb.mode``; WANDB_MODE applies if that is ``auto``.
 
-    Online needs a login that is there already, because W&B would ask for one.
+    The mode is online only if there is a login already, because W&B would prompt for one.
     """
     mode = asked_mode(mode)
     if mode not in ("auto", "online"):
@@ -114,30 +114,30 @@ def choose_mode(mode: str) -> str:
         _require_answer(wandb.setup().settings.base_url)
         wandb.login(prompt=False)  # now the key is verified
         return "online"
-    say("W&B: no login, so this run is kept offline; `wandb sync` sends it later")
+    say("W&B: no login, so this run is kept offline; `wandb sync` uploads it later")
     return "offline"
 
 
 def _require_answer(url: str) -> None:
-    """Raise ``wandb.Error`` where nobody answers at ``url``: W&B itself may wait for minutes."""
+    """Raise ``wandb.Error`` if no server answers at ``url``: W&B itself may wait for minutes."""
     try:
         requests.head(url, timeout=min(_ANSWER_TIMEOUT, timeout(INIT_TIMEOUT)))
     except (requests.exceptions.SSLError, requests.exceptions.ProxyError):
-        pass  # W&B may know better
+        pass  # W&B has its own settings for these
     except requests.RequestException as error:
         raise wandb.Error(f"{url} does not answer: {type(error).__name__}") from None
 
 
 def run_id(folder: Path, name: str) -> str:
-    """Return the W&B id of the run in ``folder``: made from its name once, then kept there.
+    """Return the W&B id of the run in ``folder``: created once, then kept there.
 
-    A run that comes back goes on under its id; a run of the same name in another folder,
-    or one started afresh, gets an id of its own.
+    A resumed run keeps its id. A run of the same name in another folder, or one started from
+    scratch, gets another id.
     """
     path = folder / _ID
     known = ""
     if is_regular_file(path):
-        with contextlib.suppress(ValueError):  # no id of ours
+        with contextlib.suppress(ValueError):  # not a W&B id
             known = read_bounded_text(path, _ID_LENGTH)
     if not re.fullmatch("[0-9a-f]+", known) or len(known) != _ID_LENGTH:
         text = f"{name} {uuid.uuid4()}"

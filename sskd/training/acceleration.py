@@ -1,4 +1,4 @@
-"""What makes a step faster and leaves what it computes as it is, but for rounding."""
+"""Faster steps with the same result, apart from rounding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sskd.models import fold_batch_norms
 
 
 def fold_teacher(method: Method, device: torch.device) -> None:
-    """Give ``method`` a teacher, if it has one, that computes the same in fewer operations."""
+    """Replace the teacher of ``method``, if it has one, by an equal one with fewer operations."""
     if method.needs_teacher:
         method.teacher = fold_batch_norms(method.teacher).requires_grad_(False)
         to_device(method.teacher, device)
@@ -24,15 +24,14 @@ def fold_teacher(method: Method, device: torch.device) -> None:
 def compile_loss(phase: Phase, config: Config) -> Phase:
     """Return ``phase`` with its loss compiled by ``torch.compile``, if ``config`` asks for that.
 
-    Networks, method and losses are one graph, for full batches: the epoch's last one, which may
-    be smaller, is computed as it is written, for compiling again costs more than a step an epoch.
-    ``auto`` compiles where it has been measured to pay, which so far is nowhere: on a CPU it
-    does not, and no GPU has been timed (benchmarks/LOG.md). Random draws are those of PyTorch's
-    own generators either way.
+    Networks, method and losses become one graph for full batches. The last batch of an epoch may be
+    smaller and is not compiled, because a second compilation costs more than one step per epoch.
+    ``auto`` never compiles so far: on a CPU it does not pay, and no GPU has been timed
+    (benchmarks/LOG.md). Random numbers come from PyTorch's own generators in both cases.
     """
     if config.compile in ("auto", "off"):
         return phase
-    torch.compiler.reset()  # of a cell before this one, which counts against a limit
+    torch.compiler.reset()  # graphs of an earlier job count against a limit
     options = {**torch._inductor.list_mode_options(config.compile), "fallback_random": True}
     compiled = torch.compile(phase.losses, dynamic=False, options=options)
 

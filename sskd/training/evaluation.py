@@ -1,4 +1,4 @@
-"""Accuracy on plain images, and how closely a student follows its teacher."""
+"""Accuracy on unaugmented images, and the agreement of a student with its teacher."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sskd.errors import UserError
 
 
 class NotFiniteError(UserError):
-    """Logits are not finite, so that no accuracy, agreement or divergence means anything."""
+    """Logits are not finite, so accuracy, agreement and divergence are meaningless."""
 
 
 @torch.inference_mode()
@@ -22,7 +22,7 @@ def predict(network: nn.Module, split: Split, images: Images, of: str = "the net
     Computed in float32 and in eval mode, whatever precision the network trains in.
 
     Raises:
-        NotFiniteError: they are not finite; ``of`` is what it calls the network or the images.
+        NotFiniteError: they are not finite; ``of`` names the network or the images in its message.
     """
     network.eval()
     batches = eval_batches(
@@ -73,4 +73,4 @@ def mean_kl(student_logits: Tensor, teacher_logits: Tensor) -> float:
     student = F.log_softmax(student_logits.cpu().double(), dim=1)
     teacher = F.log_softmax(teacher_logits.cpu().double(), dim=1)
     mean = F.kl_div(student, teacher, reduction="batchmean", log_target=True).item()
-    return max(mean, 0.0)  # rounding takes that of equal predictions to -1e-17
+    return max(mean, 0.0)  # rounding can give -1e-17 for equal predictions

@@ -1,4 +1,4 @@
-"""Averages of an epoch's figures, kept on the device."""
+"""Averages of an epoch's metrics, computed on the device."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 
 
 class Meter:
-    """Sums of figures over images; only ``read`` and ``first_lost`` copy to the host."""
+    """Sums of metrics over images; only ``read`` and ``first_lost`` copy to the host."""
 
     def __init__(self) -> None:
         self.images = 0
         self._names: list[str] = []
         self._sums: Tensor | None = None
-        self._steps = 0  # since the start, or since what was loaded, which was finite
-        self._finite: Tensor | None = None  # for each figure, the steps before it was lost
+        self._steps = 0  # since the start, or since the last load of finite sums
+        self._finite: Tensor | None = None  # for each metric, the number of steps with a finite sum
 
-    def add(self, figures: Mapping[str, Tensor], images: int) -> None:
-        """Add ``figures``, scalars that are means over ``images`` images."""
-        values = torch.stack([value.detach().float() for value in figures.values()]) * images
-        self._names = list(figures)
+    def add(self, metrics: Mapping[str, Tensor], images: int) -> None:
+        """Add ``metrics``, scalars that are means over ``images`` images."""
+        values = torch.stack([value.detach().float() for value in metrics.values()]) * images
+        self._names = list(metrics)
         self._sums = values if self._sums is None else self._sums + values
         self.images += images
-        finite = self._sums.isfinite().long()  # a sum that is lost stays lost
+        finite = self._sums.isfinite().long()  # a sum never becomes finite again
         self._finite = finite if self._finite is None else self._finite + finite
         self._steps += 1
 
@@ -36,9 +36,9 @@ class Meter:
         return dict(zip(self._names, (self._sums / self.images).tolist(), strict=True))
 
     def first_lost(self, names: Collection[str]) -> tuple[int, list[str]]:
-        """Return how many steps ago the first of the figures ``names`` was not finite, and which.
+        """Return how many steps ago the first of ``names`` was not finite, and which it was.
 
-        1 is the last step; it is 0, and none, if all are finite.
+        1 means the last step. If all are finite, return 0 and no name.
         """
         if self._finite is None:
             return 0, []
@@ -48,18 +48,18 @@ class Meter:
         return self._steps - first, lost
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what ``load_state_dict`` goes on from."""
+        """Return the state that ``load_state_dict`` restores."""
         return {"images": self.images, "names": self._names, "sums": self._sums}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on from ``state`` on ``device``.
+        """Restore ``state`` on ``device``.
 
         Raises:
-            ValueError: it is no meter's.
+            ValueError: it is not the state of a meter.
         """
         images, names, sums = state["images"], state["names"], state["sums"]
         if not isinstance(images, int) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{images!r} images, figures called {names!r}")
+            raise ValueError(f"{images!r} images, metrics named {names!r}")
         if sums.shape != (len(names),):
-            raise ValueError(f"{len(names)} figures of the shape {tuple(sums.shape)}")
+            raise ValueError(f"{len(names)} metrics of the shape {tuple(sums.shape)}")
         self.images, self._names, self._sums = images, list(names), sums.to(device)

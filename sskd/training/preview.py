@@ -1,4 +1,4 @@
-"""Pictures of what a run is fed."""
+"""A picture of the images that a run is trained on."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from sskd.files import write_atomically
 from sskd.training.seeding import derive_seed
 
 _ROWS = 8
-_GREY = 0.5  # between the views, told apart from their black padding
-_SCALE = 3  # screen pixels a pixel: 32 are too small to look at
+_GREY = 0.5  # between the views, distinct from their black padding
+_SCALE = 3  # screen pixels per pixel, because 32x32 is too small to see
 
 
 def save_views(folder: Path, images: Images, config: Config, views: int) -> Path:
-    """Save ``views.png``: a few images' views, a row an image; return its path."""
+    """Save ``views.png``, the views of a few images, one image per row; return its path."""
     seed = derive_seed(config.seed, "picture")
     order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(seed))
-    # A loader copies all images that it is given, so it gets no more than the picture's.
+    # A loader copies all of its images, so it gets only those of the picture.
     few = images.train.take(order[:_ROWS].to(images.train.images.device))
     loader = Loader(few, images.mean, images.std, _ROWS, views)
     loader.begin_epoch(seed)

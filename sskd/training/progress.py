@@ -11,22 +11,22 @@ from tqdm import tqdm
 
 from sskd.output import say
 
-# Seconds between two looks at the figures; each look is a copy from the device to the host.
+# Seconds between two readings of the metrics; each copies from the device to the host.
 _ON_TERMINAL = 1.0
 _IN_LOG = 60.0
 
-# What a line tells, of all that metrics.jsonl holds.
-_TOLD = ("lr", "loss", "top1", "contrastive_top1", "test/", "holdout/", "images_per_second")
+# The metrics that a line shows; metrics.jsonl has all.
+_SHOWN = ("lr", "loss", "top1", "contrastive_top1", "test/", "holdout/", "images_per_second")
 
 
 class Progress:
-    """Shows how far a phase is, its rate and time left, and the figures of the running epoch.
+    """Shows the progress of a phase, its rate and time left, and the metrics of the running epoch.
 
     Args:
-        title: what is being trained.
-        epochs: of the whole phase.
-        size: images an epoch.
-        done: images that an earlier start has trained.
+        title: the name of the phase.
+        epochs: the number of epochs of the phase.
+        size: images in an epoch.
+        done: images that an earlier process has trained on.
         metrics: called at most once a second; returns the epoch's metrics so far.
     """
 
@@ -55,23 +55,23 @@ class Progress:
         self._done, self._first = done, done
 
     def advance(self, images: int) -> None:
-        """Count ``images`` as trained; look at the figures if it is time to."""
+        """Count ``images`` as done; show the metrics if it is time to."""
         epoch = self._done // self._size + 1
         self._done += images
         self._bar.update(images)
         if time.monotonic() - self._shown < self._interval:
             return
-        told = _tell(self._metrics())
+        shown = _rounded(self._metrics())
         self._shown = time.monotonic()
         self._bar.set_description(f"{self._title} {epoch}/{self._epochs}", refresh=False)
-        self._bar.set_postfix_str(told)
+        self._bar.set_postfix_str(shown)
         if self._bar.disable:
             share = 100 * self._done / (self._epochs * self._size)
-            self._report(f"epoch {epoch}/{self._epochs}", f"{share:.1f} %", told, self._left())
+            self._report(f"epoch {epoch}/{self._epochs}", f"{share:.1f} %", shown, self._left())
 
-    def epoch(self, epoch: int, figures: Mapping[str, Any]) -> None:
-        """Tell the figures of a finished epoch in a line of their own."""
-        self._report(f"epoch {epoch}/{self._epochs}", _tell(figures), self._left())
+    def epoch(self, epoch: int, metrics: Mapping[str, Any]) -> None:
+        """Print a line with the metrics of a finished epoch."""
+        self._report(f"epoch {epoch}/{self._epochs}", _rounded(metrics), self._left())
 
     def line(self, text: str) -> None:
         """Print a line without disturbing the bar."""
@@ -79,7 +79,7 @@ class Progress:
             say(f"{self._title}: {text}")
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.close()
 
     def _report(self, *parts: str) -> None:
@@ -91,10 +91,10 @@ class Progress:
         return f"{tqdm.format_interval(left / rate if rate else 0)} left"
 
 
-def _tell(figures: Mapping[str, Any]) -> str:
-    """Return the figures that a person follows, rounded."""
-    told = {k: v for k, v in figures.items() if k.startswith(_TOLD)}
-    return ", ".join(f"{name} {value:{_format(value)}}" for name, value in told.items())
+def _rounded(metrics: Mapping[str, Any]) -> str:
+    """Return the shown metrics as text, rounded."""
+    shown = {k: v for k, v in metrics.items() if k.startswith(_SHOWN)}
+    return ", ".join(f"{name} {value:{_format(value)}}" for name, value in shown.items())
 
 
 def _format(value: float) -> str:

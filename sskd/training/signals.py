@@ -1,4 +1,4 @@
-"""Stopping in good order: a signal lets the running step finish and its state be saved."""
+"""Signals that stop a run after its current step, with its state saved."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any, Self
 
 from sskd.errors import UserError
 
-# What schedulers warn with before they end a job. They mean a run only where somebody handles
-# them: submitit puts a handler on one of the two that requeues the job and ends the process.
+# Schedulers send these before they end a job. They stop a run only if a handler is installed:
+# submitit installs one that requeues the job and ends the process.
 _WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(KeyboardInterrupt):
     """A run was stopped by a signal and has saved its state.
 
-    A KeyboardInterrupt, so that it ends a whole sweep and not only one of its cells.
+    A KeyboardInterrupt, so that it ends a whole sweep and not only one of its jobs.
     """
 
     def __init__(self, signum: int) -> None:
-        super().__init__(signum)  # as it was called, so that processes can hand it on
+        super().__init__(signum)  # the constructor's argument, so that it can be pickled
         self.signum = signum
 
     def __str__(self) -> str:
@@ -31,9 +31,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGINT and a scheduler's warning are noted.
+    """Records SIGTERM, SIGINT and a scheduler's warning inside a ``with`` block.
 
-    The second SIGINT interrupts at once.
+    The second SIGINT raises KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
@@ -65,10 +65,10 @@ class StopSignals:
 
 @contextmanager
 def raise_on_sigterm() -> Iterator[None]:
-    """Raise Interrupted where SIGTERM comes outside of training, so that all is ended in order.
+    """Raise Interrupted if SIGTERM comes outside of training, so that everything is closed.
 
-    A launcher ends the processes that it has begun, a run closes its folder and its W&B run. A
-    handler that is there already, as a scheduler's, stays.
+    A launcher ends the processes that it started, a run closes its folder and its W&B run. A
+    handler that is already installed, such as a scheduler's, stays.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
@@ -87,10 +87,10 @@ def raise_on_sigterm() -> Iterator[None]:
 
 @contextmanager
 def forward_scheduler_signal() -> Iterator[None]:
-    """Pass a warning that has stopped the run on to the scheduler's handler, at the end.
+    """Forward the warning that stopped the run to the scheduler's handler, at the end.
 
-    By then the run is saved and closed. The handler ends the process as a rule, and SLURM its
-    children, as soon as submitit has asked it for the job to come back.
+    By then the run is saved and closed. The handler usually ends the process, and SLURM ends its
+    children as soon as submitit has requeued the job.
     """
     try:
         yield
@@ -99,5 +99,5 @@ def forward_scheduler_signal() -> Iterator[None]:
             try:
                 signal.raise_signal(stop.signum)
             except Exception as error:
-                raise UserError(f"{stop}, and saved, but does not come back: {error}") from None
+                raise UserError(f"{stop} and saved, but could not be requeued: {error}") from None
         raise

@@ -1,4 +1,4 @@
-"""One training step of a phase, and what is on and off during it."""
+"""One training step of a phase, and the modes of the modules during it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sskd.methods import Phase
 
 
 def set_trainable(phase: Phase, method: nn.Module) -> None:
-    """Give what ``phase`` trains gradients and train mode; freeze the rest of ``method``."""
+    """Set ``phase.trains`` to train with gradients; freeze the rest of ``method`` in eval mode."""
     method.requires_grad_(False).eval()
     phase.trains.requires_grad_(True).train()
 
@@ -24,7 +24,7 @@ def train_step(
         precision: ``fp32``, or ``bf16`` for autocast of the networks.
 
     Returns:
-        Figures on the device, scalars: ``loss``, each term as ``loss/<term>`` and
+        Metrics on the device, scalars: ``loss``, each term as ``loss/<term>`` and
         ``weighted/<term>``, and the phase's metrics.
     """
     with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -34,7 +34,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    figures = {"loss": loss}
-    figures |= {f"loss/{name}": term for name, term in terms.items()}
-    figures |= {f"weighted/{name}": term for name, term in weighted.items()}
-    return figures | metrics
+    measured = {"loss": loss}
+    measured |= {f"loss/{name}": term for name, term in terms.items()}
+    measured |= {f"weighted/{name}": term for name, term in weighted.items()}
+    return measured | metrics

@@ -304,7 +304,7 @@ def test_a_strangers_lock_is_told_clean(tmp_path: Path, capsys: Any) -> None:
             told += str(error) * isinstance(error, BusyError)
     out = capsys.readouterr().out
     assert "waiting for" in out
-    assert "watching whether" in out
+    assert "waiting to see whether" in out
     assert all(line.isprintable() for line in (out + told).splitlines())
 
 

@@ -351,5 +351,5 @@ def test_a_cell_that_may_not_come_back_says_so(cluster: Cluster, tmp_path: Path)
     status, out, err = sweep.end()
     assert status == 1
     assert "1 of 2 cells have finished" in out
-    assert "stopped by SIGUSR2, and saved, but does not come back: Job not requeued" in err
+    assert "stopped by SIGUSR2 and saved, but could not be requeued: Job not requeued" in err
     assert read_status(sweep.folder(1))["state"] == "finished"

@@ -405,7 +405,7 @@ def test_a_place_of_a_checkpoint(command: Command, tmp_path: Path, kind: str) ->
     ("path", "told"),
     [
         ("/dev/zero", "no checkpoint at /dev/zero"),
-        ("~nobody-of-this-name/net.pth", "there is no home folder for ~nobody-of-this-name"),
+        ("~nobody-of-this-name/net.pth", "~nobody-of-this-name has no home folder"),
         ("a\nb.pth", "no checkpoint at a?b.pth"),
     ],
 )

@@ -153,8 +153,8 @@ def test_a_folder_that_is_removed_under_its_run_is_told(
     folder.rename(tmp_path / "elsewhere")
     assert attempt.end(after=60) == 1
     assert refused(attempt) == (
-        f"error: {folder}: was removed while this process was at work in it; the same command "
-        "starts it afresh"
+        f"error: {folder}: was removed while this process was using it; rerun the same "
+        "command to start from scratch"
     )
     assert not folder.exists()
     shutil.rmtree(tmp_path / "elsewhere")

@@ -119,7 +119,7 @@ def test_a_lock_of_another_version_is_reported(tmp_path: Path) -> None:
     text = (tmp_path / ".lease").read_text()
     lock.release()
     (tmp_path / ".lease").write_text(text.replace("120.0", "7.0"))
-    with pytest.raises(UserError, match=r"\.lease: is not a lock of this version"):
+    with pytest.raises(UserError, match=r"\.lease: was not created by this version"):
         FolderLock(tmp_path).acquire()
 
 
@@ -155,7 +155,7 @@ def test_a_holder_notices_that_it_lost_the_folder(tmp_path: Path) -> None:
     SoftFileLease(tmp_path / ".lease", lease_duration=sskd.runs.lock.DURATION).force_break()
     other = FolderLock(tmp_path)
     other.acquire()
-    with pytest.raises(BusyError, match="was lost to another process"):
+    with pytest.raises(BusyError, match="was taken by another process"):
         lock.check()
     lock.release()
     other.check()  # the release of a lost lock does not free it

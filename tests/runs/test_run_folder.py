@@ -123,7 +123,7 @@ def test_a_link_below_the_runs_folder_is_refused(
     elsewhere.mkdir()
     (elsewhere / ".last.pt.1.part").write_text("precious")
     link.symlink_to(elsewhere)
-    with pytest.raises(UserError, match=rf"{link}: is a symbolic link, which may lead out of"):
+    with pytest.raises(UserError, match=rf"{link}: is a symbolic link, which may point outside of"):
         train(config)
     assert [path.name for path in elsewhere.iterdir()] == [".last.pt.1.part"]
 

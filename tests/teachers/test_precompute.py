@@ -278,7 +278,7 @@ def test_a_small_disk_is_told_before_anything_is_computed(
     words = cell(tmp_path, "method=sskd", "schedule.epochs=1", "teacher.epochs=1")
     with pytest.raises(
         UserError,
-        match=r"bin: 0\.00179 GiB of the teacher's outputs are to be written, and 0\.0009",
+        match=r"bin: the teacher's outputs need 0\.00179 GiB more, but only 0\.0009",
     ):
         sskd.train.train(composed(*words))
 

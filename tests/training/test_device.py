@@ -55,8 +55,9 @@ def test_tensors_on_a_cpu_stand_on_large_pages() -> None:
     program = """
 import re, torch
 from pathlib import Path
-from sskd.device import choose_device, reset_peak_memory
-device = choose_device("cpu")
+from sskd.device import reset_peak_memory, tune_device
+device = torch.device("cpu")
+tune_device(device)
 for _ in range(2):
     reset_peak_memory(device)
     tensor = torch.ones(2**27)
@@ -96,14 +97,14 @@ def test_processes_spread_over_the_gpus(tmp_path: Path, monkeypatch: pytest.Monk
 # Page faults of a tensor of 64 MiB that is made and freed, again and again.
 FAULTS = """
 import resource, sys, torch
-from sskd.device import choose_device
+from sskd.device import tune_device
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
         torch.ones(2**24)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10
 usual = faults()
-choose_device("cpu")
+tune_device(torch.device("cpu"))
 faults()
 print(usual, faults())
 """

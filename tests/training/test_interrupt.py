@@ -110,7 +110,9 @@ def test_a_scheduler_that_does_not_take_the_job_back_is_told_in_one_line() -> No
         raise RuntimeError("Job not requeued because: timed-out too many times.")
 
     signal.signal(signal.SIGUSR2, refuse)
-    told = "stopped by SIGUSR2, and saved, but does not come back: Job not requeued because: timed"
+    told = (
+        "stopped by SIGUSR2 and saved, but could not be requeued: Job not requeued because: timed"
+    )
     with pytest.raises(UserError, match=told):
         receive(signal.SIGUSR2)
 
