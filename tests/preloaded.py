@@ -36,7 +36,7 @@ def prepare() -> None:
 
     import few_digits
     import torch
-    from faults import CELLS
+    from faults import JOBS
     from hydra import compose, initialize_config_dir
 
     from sskd import CONF
@@ -47,7 +47,7 @@ def prepare() -> None:
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: a child would wait for them
     few_digits.install()
     with initialize_config_dir(str(CONF), version_base=None):
-        for words in CELLS.values():
+        for words in JOBS.values():
             config = read_config(compose("student", list(words)))
             recipe(config)
     few_digits.load(config.dataset)

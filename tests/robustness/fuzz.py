@@ -147,7 +147,7 @@ def child(place: str, seed: int, seconds: float, findings: Path) -> None:
     folder, chance = Path(place), random.Random(seed)
     tempfile.tempdir = place  # torch makes a folder there for files of one old layout
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    from damage import changed
+    from damage import change_file
 
     files = whole_files(folder)
     for name in files:  # which loads what is loaded at first use
@@ -159,7 +159,7 @@ def child(place: str, seed: int, seconds: float, findings: Path) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         name = chance.choice(list(files))
-        data = changed(name, files[name], chance)
+        data = change_file(name, files[name], chance)
         (folder / name).write_bytes(data)
         (folder / "current").write_text(name)
         guard.noted.clear()
