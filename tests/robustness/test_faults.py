@@ -113,7 +113,7 @@ def test_a_disk_that_becomes_read_only(undisturbed: Undisturbed, small_disk: Pat
     assert "Read-only file system" in error_line(attempt)
     attempt = Attempt("alone", runs, log=log)
     assert attempt.end(after=300) == 1
-    assert "cannot be written (Read-only file system); choose another" in error_line(attempt)
+    assert "cannot be written (Read-only file system); use another" in error_line(attempt)
     subprocess.run(["umount", "--lazy", disk], check=True)
     check_finishes(undisturbed, "alone", runs)
 

@@ -134,7 +134,7 @@ def test_a_late_write_changes_nothing(tmp_path: Path, moments: Any, name: str) -
         if not is_done:
             left = content(folder)
             if "result.json" in left:  # written before the other process took the folder
-                assert json.loads(left["result.json"])["holder"] == LATE
+                assert json.loads(left["result.json"])["stage"] == LATE
                 continue
             # last.pt may have become previous.pt, from which the new holder can resume.
             if "last.pt" not in left:
