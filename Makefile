@@ -1,4 +1,4 @@
-# Each target makes its own virtual environment when there is none: `make demo`, `make test`.
+# Each target creates its virtual environment if it is missing: `make demo`, `make test`.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,18 +7,18 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test test-oldest test-newest test-slurm coverage torture fuzz soak lint lock clean
 
-# A teacher, the student alone, KD and SSKD on the embedded digits, then the table.
+# Train a teacher, the student alone, KD and SSKD on the digits of scikit-learn; print the table.
 demo: $(READY)
 	$(BIN)/python train_student.py -cd sweeps -cn demo
 	$(BIN)/python -m sskd.report demo --out demo/table
 
-# Every test that runs on a CPU, one process a core. More of them run where SSKD_DATA names a folder
-# that holds cifar-100-python, and SSKD_TEACHERS one of published checkpoints (tests/conftest.py).
+# Run every test that a CPU can run, one process a core. Some tests run only if SSKD_DATA names a
+# folder with cifar-100-python and SSKD_TEACHERS a folder with a teacher (tests/conftest.py).
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-# The same with the oldest versions that pyproject.toml admits, and with the newest, Hydra's and
-# OmegaConf's release candidates among them (the launchers of a cluster need Hydra 1.3).
+# Run the tests with the oldest versions that pyproject.toml admits, and with the newest, including
+# the release candidates of Hydra and OmegaConf. The cluster launchers need Hydra 1.3.
 test-oldest: $(READY)
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-oldest
 	$(BIN)/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct \
@@ -31,23 +31,23 @@ test-newest: $(READY)
 	  --extra dev -r pyproject.toml 'hydra-core>=1.4.0rc1' 'omegaconf>=2.4.0rc1'
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n auto --dist worksteal
 
-# Sweeps on a real SLURM, which is installed, started and stopped again on this machine: Debian, root.
+# Run sweeps on a real SLURM, which is installed on this machine, started and stopped: Debian, root.
 test-slurm: $(READY)
 	$(BIN)/python -m pytest tests/robustness/slurm.py
 
-# What the tests run of the suite's own code, in their processes' processes too, and what they do not.
+# Report the code that the tests reach and miss, in all of the processes that they start.
 coverage: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term-missing:skip-covered
 
-# Hundreds of kills, power failures and full disks; prints a row of the table for each.
+# Cause hundreds of kills, power failures and full disks; print a row of the table for each kind.
 torture: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/robustness/torture.py
 
-# Ten minutes of damaged checkpoints, results and run folders: no crash, no hang, no code run.
+# Read damaged checkpoints, results and run folders for ten minutes; none may crash, hang or run code.
 fuzz: $(READY)
 	$(BIN)/python tests/robustness/fuzz.py --minutes 10
 
-# 500 cells in one process, and one run of 20,000 epochs.
+# Run a sweep of 500 jobs in one process, and one run of 20,000 epochs, to find leaks.
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/robustness/soak.py jobs --jobs 500
 	OMP_NUM_THREADS=1 $(BIN)/python tests/robustness/soak.py epochs --epochs 20000
@@ -57,7 +57,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Pin anew what pyproject.toml allows.
+# Pin the newest versions that pyproject.toml allows.
 lock: $(READY)
 	$(BIN)/uv pip compile --universal --python-version 3.11 --all-extras --upgrade \
 	  --no-header --no-annotate --no-emit-index-url pyproject.toml -o requirements.lock

@@ -1,8 +1,8 @@
-"""The pipeline that distillation code bases have in common, as an opponent for the suite's.
+"""The conventional pipeline of distillation code, the baseline of the benchmarks.
 
-A PIL image a sample, through torchvision's transforms in the workers of a DataLoader; float32,
-channels first, eager; the teacher's and the method's sums as their papers' code writes them; and
-each step's losses and accuracies copied to the host. The networks are the suite's own.
+The workers of a DataLoader pass each sample, a PIL image, through torchvision's transforms. The
+step computes in float32, channels first and eager, with each method as the published code writes
+it. It copies its losses and accuracies to the host. The networks are those of the suite.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ DIMENSION = 128
 CONTRAST_TEMPERATURE = 0.07
 MOMENTUM = 0.5
 QUARTER_TURNS = 4
-SMALLEST = 1e-7
+EPS = 1e-7
 
 
 class Samples(Dataset):
-    """A dataset's images one by one: ``(image [3, S, S], label, position)``."""
+    """The images of a dataset one by one: ``(image [3, S, S], label, position)``."""
 
     def __init__(self, images: Images, *, train: bool) -> None:
         split = images.train if train else images.test
@@ -55,7 +55,10 @@ class Samples(Dataset):
 
 
 class ContrastSamples(Samples):
-    """Each sample with its negatives' positions [m], drawn from other classes on the host."""
+    """Adds to each sample the positions of its m negatives, drawn from other classes on the host.
+
+    The third item holds 1 + m positions: the sample first, then its negatives.
+    """
 
     def __init__(self, images: Images, *, train: bool) -> None:
         super().__init__(images, train=train)
@@ -66,12 +69,12 @@ class ContrastSamples(Samples):
         image, label, _ = super().__getitem__(position)
         others = self.others[label]
         count = min(NEGATIVES, len(others))
-        negatives = np.random.choice(others, count, replace=False)  # as they do
+        negatives = np.random.choice(others, count, replace=False)  # as the published code
         return image, label, np.hstack([[position], negatives])
 
 
 class RotatedSamples(Samples):
-    """Four views of each sample [4, 3, S, S]: flipped alike, a quarter turn and a crop each."""
+    """Four views of each sample [4, 3, S, S], each turned and cropped, all or none flipped."""
 
     def __getitem__(self, position: int) -> tuple[Any, ...]:
         image = self.flip(Image.fromarray(self.pixels[position]))
@@ -81,7 +84,7 @@ class RotatedSamples(Samples):
 
 
 class Conventional:
-    """A network in training, one step after the other; subclasses are the methods."""
+    """The training of a network with cross-entropy; subclasses are the methods."""
 
     samples: type[Samples] = Samples
 
@@ -98,15 +101,15 @@ class Conventional:
         self.modules = [self.student]
         self.prepare(images)
         self.teacher.eval()
-        self.student.train()  # last, for a network alone is its own teacher here
+        self.student.train()
         parameters = [each for module in self.modules for each in module.parameters()]
         self.optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
         self.loader = loader_of(self.samples(images, train=True), batch_size, workers)
         self.batches: Iterator[Any] = iter(())
-        self.last: list[float] = []
+        self.metrics: list[float] = []
 
     def prepare(self, images: Images) -> None:
-        """Add what a method has beside the networks."""
+        """Add the modules and state of a method."""
 
     def draw(self) -> list[Tensor]:
         """Return the next batch's images, labels and positions, on the device."""
@@ -116,41 +119,41 @@ class Conventional:
             batch = next(self.batches)
         return [each.to(self.device, non_blocking=True) for each in batch]
 
-    def learn(self, batch: list[Tensor]) -> None:
-        """Take a step, and copy its figures to the host."""
+    def train(self, batch: list[Tensor]) -> None:
+        """Take a step and copy its metrics to the host."""
         terms, logits = self.loss(*batch)
         loss = torch.stack(terms).sum()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         top5 = logits.topk(5, dim=1).indices == batch[1][:, None]
-        figures = [loss, *terms, top5[:, 0].float().mean(), top5.any(1).float().mean()]
-        self.last = [figure.item() for figure in figures]
+        metrics = [loss, *terms, top5[:, 0].float().mean(), top5.any(1).float().mean()]
+        self.metrics = [metric.item() for metric in metrics]
 
     def loss(self, x: Tensor, y: Tensor, index: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return the weighted terms and the logits [B, C]: cross-entropy alone."""
+        """Return the weighted terms and the logits [B, C]."""
         logits = self.student(x).logits
         return [F.cross_entropy(logits, y)], logits
 
 
 class ConventionalKD(Conventional):
-    """Cross-entropy and the teacher's softened predictions."""
+    """Cross-entropy, and the divergence from the softened predictions of the teacher."""
 
     def loss(self, x: Tensor, y: Tensor, index: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return both terms and the logits [B, C]."""
         with torch.no_grad():
             target = self.teacher(x).logits
         logits = self.student(x).logits
-        return [0.1 * F.cross_entropy(logits, y), 0.9 * soft(logits, target, 4.0)], logits
+        return [0.1 * F.cross_entropy(logits, y), 0.9 * softened_kl(logits, target, 4.0)], logits
 
 
 class ConventionalCRD(Conventional):
-    """KD and CRD; the negatives' rows are gathered from the banks, [B, 1 + m, d]."""
+    """KD and CRD, which gathers the rows of the negatives from the banks, [B, 1 + m, d]."""
 
     samples = ContrastSamples
 
     def prepare(self, images: Images) -> None:
-        """Add two embeddings and two banks."""
+        """Add an embedding and a bank for each network."""
         count = len(images.train)
         both = (self.student, self.teacher)
         widths = [probe_features(each, images).pooled.shape[1] for each in both]
@@ -158,7 +161,7 @@ class ConventionalCRD(Conventional):
         bound = (DIMENSION / 3) ** -0.5
         shape = count, DIMENSION
         self.banks = [torch.empty(shape, device=self.device).uniform_(-bound, bound) for _ in "12"]
-        self.normalisers = [0.0, 0.0]
+        self.z = [0.0, 0.0]
         self.modules += self.embeddings
 
     def loss(self, x: Tensor, y: Tensor, index: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -167,14 +170,14 @@ class ConventionalCRD(Conventional):
             teacher = self.teacher(x)
         student = self.student(x)
         pooled = (student.pooled, teacher.pooled)
-        ours, theirs = (
+        student_rows, teacher_rows = (
             F.normalize(embedding(feature), dim=1)
             for embedding, feature in zip(self.embeddings, pooled, strict=True)
         )
-        contrast = self.contrast(ours, 1, index) + self.contrast(theirs, 0, index)
-        self.renew(0, ours, index[:, 0])
-        self.renew(1, theirs, index[:, 0])
-        kd = soft(student.logits, teacher.logits, 4.0)
+        contrast = self.contrast(student_rows, 1, index) + self.contrast(teacher_rows, 0, index)
+        self.update(0, student_rows, index[:, 0])
+        self.update(1, teacher_rows, index[:, 0])
+        kd = softened_kl(student.logits, teacher.logits, 4.0)
         terms = [F.cross_entropy(student.logits, y), kd, 0.8 * contrast]
         return terms, student.logits
 
@@ -183,23 +186,23 @@ class ConventionalCRD(Conventional):
         rows = self.banks[bank].index_select(0, index.flatten()).view(*index.shape, DIMENSION)
         scores = torch.bmm(rows, embedding[:, :, None])[:, :, 0].div(CONTRAST_TEMPERATURE).exp()
         count = len(self.banks[bank])
-        if self.normalisers[bank] == 0:
-            self.normalisers[bank] = scores.mean().item() * count
-        scores = scores / self.normalisers[bank]
+        if self.z[bank] == 0:
+            self.z[bank] = scores.mean().item() * count
+        scores = scores / self.z[bank]
         noise = (index.shape[1] - 1) / count
-        told = (scores[:, 0] / (scores[:, 0] + noise + SMALLEST)).log()
-        rejected = (noise / (scores[:, 1:] + noise + SMALLEST)).log().sum(1)
-        return -(told + rejected).mean()
+        log_h_positive = (scores[:, 0] / (scores[:, 0] + noise + EPS)).log()
+        log_1mh_negative = (noise / (scores[:, 1:] + noise + EPS)).log().sum(1)
+        return -(log_h_positive + log_1mh_negative).mean()
 
     @torch.no_grad()
-    def renew(self, bank: int, embedding: Tensor, rows: Tensor) -> None:
-        """Move the batch's rows [B] of a bank towards ``embedding`` [B, d]."""
-        moved = MOMENTUM * self.banks[bank][rows] + (1 - MOMENTUM) * embedding
-        self.banks[bank].index_copy_(0, rows, F.normalize(moved, dim=1))
+    def update(self, bank: int, embedding: Tensor, rows: Tensor) -> None:
+        """Move ``rows`` [B] of a bank towards ``embedding`` [B, d]."""
+        updated = MOMENTUM * self.banks[bank][rows] + (1 - MOMENTUM) * embedding
+        self.banks[bank].index_copy_(0, rows, F.normalize(updated, dim=1))
 
 
 class ConventionalSSKD(Conventional):
-    """SSKD; the similarities by an expansion to [3B, d, B], the kept rows by their numbers."""
+    """SSKD, with similarities by expansion to [3B, d, B], and the kept rows as indices."""
 
     samples = RotatedSamples
 
@@ -222,16 +225,16 @@ class ConventionalSSKD(Conventional):
         with torch.no_grad():
             teacher = self.teacher(flat)
             teacher_scores = self.similarity(self.teacher_head(teacher.pooled), normal)
-        own = torch.arange(size, device=self.device).repeat_interleave(views - 1)
+        positives = torch.arange(size, device=self.device).repeat_interleave(views - 1)
         truth = y.repeat_interleave(views - 1)
         rotated, teacher_rotated = student.logits[~normal], teacher.logits[~normal]
-        keep_tf = kept(teacher_rotated, truth, 1.0)
-        keep_ss = kept(teacher_scores, own, 0.75)
+        keep_tf = kept_rows(teacher_rotated, truth, 1.0)
+        keep_ss = kept_rows(teacher_scores, positives, 0.75)
         terms = [
             0.1 * F.cross_entropy(student.logits[normal], y),
-            0.9 * soft(student.logits[normal], teacher.logits[normal], 4.0),
-            2.7 * soft(rotated[keep_tf], teacher_rotated[keep_tf], 4.0),
-            10.0 * soft(scores[keep_ss], teacher_scores[keep_ss], 0.5),
+            0.9 * softened_kl(student.logits[normal], teacher.logits[normal], 4.0),
+            2.7 * softened_kl(rotated[keep_tf], teacher_rotated[keep_tf], 4.0),
+            10.0 * softened_kl(scores[keep_ss], teacher_scores[keep_ss], 0.5),
         ]
         return terms, student.logits[normal]
 
@@ -251,27 +254,30 @@ CONVENTIONAL: dict[str, type[Conventional]] = {
 }
 
 
-def opponents_device(name: str) -> torch.device:
-    """Return the device called ``name``, with what such code sets: cuDNN's benchmark."""
+def baseline_device(name: str) -> torch.device:
+    """Return the device called ``name``, with cuDNN's benchmark mode on, as is usual."""
     torch.backends.cudnn.benchmark = True
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
 
 
-def soft(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Return KD's divergence of logits [N, C], times the squared temperature."""
+def softened_kl(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Return the KL divergence of softened logits [N, C], times the squared temperature."""
     student = F.log_softmax(logits / temperature, dim=1)
     teacher = F.softmax(target / temperature, dim=1)
     return F.kl_div(student, teacher, reduction="batchmean") * temperature**2
 
 
-def kept(scores: Tensor, target: Tensor, ratio: float) -> Tensor:
-    """Return the numbers of the rows that selective transfer keeps: as many as there are."""
+def kept_rows(scores: Tensor, target: Tensor, ratio: float) -> Tensor:
+    """Return the indices of the rows that selective transfer keeps, of scores [N, C].
+
+    It keeps all rows in which ``target`` [N] ranks first, and the best ``ratio`` of the others.
+    """
     order = scores.sort(dim=1, descending=True).indices
     rank = (order == target[:, None]).nonzero()[:, 1]
-    right = int((rank == 0).sum().item())
-    return rank.argsort()[: right + int((len(rank) - right) * ratio)]
+    correct = int((rank == 0).sum().item())
+    return rank.argsort()[: correct + int((len(rank) - correct) * ratio)]
 
 
 def loader_of(samples: Samples, batch_size: int, workers: int) -> DataLoader:
@@ -287,10 +293,10 @@ def loader_of(samples: Samples, batch_size: int, workers: int) -> DataLoader:
 
 @torch.no_grad()
 def evaluate(network: nn.Module, loader: DataLoader, device: torch.device) -> float:
-    """Return the top-1 accuracy in percent, batch by batch."""
+    """Return the top-1 accuracy in percent."""
     network.eval()
-    right = 0.0
+    correct = 0.0
     for x, y, _ in loader:
         logits = network(x.to(device, non_blocking=True)).logits
-        right += (logits.argmax(1) == y.to(device, non_blocking=True)).sum().item()
-    return 100 * right / len(loader.dataset)  # type: ignore[arg-type]
+        correct += (logits.argmax(1) == y.to(device, non_blocking=True)).sum().item()
+    return 100 * correct / len(loader.dataset)  # type: ignore[arg-type]

@@ -1,13 +1,13 @@
-"""A short run with what makes a step fast and one without, from the same seed: do they agree?
+"""Train short runs with the optimisations of a step and without them, from the same seed.
 
     python -m benchmarks.fast_path method=kd,sskd dataset.fraction=0.02 schedule.epochs=3 \\
       pair=resnet56-resnet20 teacher.checkpoint=FILE
 
-Takes overrides of ``train_student.py``, several methods by commas. The plain run has the frozen
-teacher's BatchNorms where they were, networks whose memory lies channels first, and PyTorch's
-optimizer step without fusion; nothing is compiled. Both draw the same batches in float32, so what
-differs is rounding, which training magnifies step by step. Prints each epoch's figures side by side
-and keeps the runs in ``--runs``.
+Takes overrides of ``train_student.py``; ``method`` may list several methods. The plain run keeps
+the BatchNorms of the frozen teacher, stores the networks channels first and uses the optimizer
+without fusion. Neither run compiles. Both draw the same batches and compute in float32, so they
+differ by rounding, which training amplifies step by step. Prints the metrics of each epoch side by
+side and keeps the runs in ``--runs``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 
+from benchmarks.harness import table_head, table_row
 from sskd import CONF
 from sskd.config import read_config
 from sskd.errors import UserError
@@ -34,10 +35,14 @@ from sskd.runs.run import Run
 from sskd.teachers.find import run_location
 from sskd.train import train
 
+COLUMNS = (
+    "method", "phase", "epoch", "loss, fast", "loss, plain", "top-1, fast", "top-1, plain",
+)  # fmt: skip
+
 
 @contextmanager
-def plainly() -> Iterator[None]:
-    """Train without what makes a step fast, while entered."""
+def without_fast_path() -> Iterator[None]:
+    """Train without the optimisations of a step inside this context."""
 
     def to_device(module: nn.Module, device: torch.device) -> None:
         module.to(device)
@@ -56,10 +61,10 @@ def _without_fusion(build: Any, *arguments: Any, fused: bool, **settings: Any) -
 
 
 def run(overrides: list[str], runs: Path) -> list[dict[str, Any]]:
-    """Train a run under ``runs`` and return its epochs' figures, those of its stages in order."""
+    """Train a run under ``runs`` and return the metrics of its epochs, phase after phase."""
     with initialize_config_dir(str(CONF), version_base=None):
-        words = [*overrides, f"runs={runs}", "precision=fp32", "compile=off"]
-        config = read_config(compose("student", words))
+        settings = [*overrides, f"runs={runs}", "precision=fp32", "compile=off"]
+        config = read_config(compose("student", settings))
     with redirect_stdout(sys.stderr):
         train(config)
     folder, _ = run_location(config)
@@ -67,15 +72,15 @@ def run(overrides: list[str], runs: Path) -> list[dict[str, Any]]:
 
 
 def compare(method: str, overrides: list[str], runs: Path) -> Iterator[str]:
-    """Yield a row for each epoch of both runs."""
-    words = [*overrides, f"method={method}"]
-    fast = run(words, runs / "fast")
-    with plainly():
-        plain = run(words, runs / "plain")
+    """Yield a row of the table for each epoch of both runs."""
+    settings = [*overrides, f"method={method}"]
+    fast = run(settings, runs / "fast")
+    with without_fast_path():
+        plain = run(settings, runs / "plain")
     for one, other in zip(fast, plain, strict=True):
-        figures = [one["loss"], other["loss"], one.get("test/top1"), other.get("test/top1")]
-        told = [f"{figure:.5g}" if figure is not None else "" for figure in figures]
-        yield f"| {method} | {one['stage']} | {one['epoch']} | {' | '.join(told)} |"
+        values = [each.get(key) for key in ("loss", "test/top1") for each in (one, other)]
+        numbers = [f"{value:.5g}" if value is not None else "" for value in values]
+        yield table_row([method, one["stage"], one["epoch"], *numbers])
 
 
 def main() -> int:
@@ -83,13 +88,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compare a short run with a plain one.")
     parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE")
     parser.add_argument("--runs", type=Path, help="default: a temporary folder")
-    given = parser.parse_intermixed_args()
-    runs = given.runs or Path(tempfile.mkdtemp(prefix="fast-path-"))
-    chosen = [word for word in given.overrides if word.startswith("method=")]
+    options = parser.parse_intermixed_args()
+    runs = options.runs or Path(tempfile.mkdtemp(prefix="fast-path-"))
+    chosen = [each for each in options.overrides if each.startswith("method=")]
     methods = chosen[-1].removeprefix("method=").split(",") if chosen else ["kd"]
-    overrides = [word for word in given.overrides if not word.startswith("method=")]
-    heads = ["loss, fast", "loss, plain", "top-1, fast", "top-1, plain"]
-    print(f"| method | stage | epoch | {' | '.join(heads)} |\n|---|---|--:|--:|--:|--:|--:|")
+    overrides = [each for each in options.overrides if not each.startswith("method=")]
+    print("\n".join(table_head(COLUMNS, text_columns=2)))
     try:
         for method in methods:
             for row in compare(method, overrides, runs):

@@ -1,106 +1,102 @@
-"""Device hours of the whole grid, 11 methods on 11 pairs, beside the conventional pipeline's.
+"""Device hours of the whole grid, 11 methods on 11 pairs, by the suite and conventionally.
 
     python -m benchmarks.grid --out results/grid
 
-KD's and SSKD's steps are measured on every pair, by both pipelines as benchmarks/throughput does
-it. CRD adds to KD's step what it takes longer on one pair: its banks are as large on all of them.
-The other nine methods count as KD, beside which their steps take a few percent more
-(benchmarks/methods). Counted are the 240 epochs of 50,000 images of each distillation, without
-first phases, evaluation and teachers.
+The steps of KD and SSKD are measured on every pair by both pipelines, as in
+benchmarks/throughput.py. The step of CRD is measured on one pair. The time that it adds to the
+step of KD counts on every pair, because the size of CRD's banks does not depend on the pair. The
+other eight methods count as KD, although their steps take a few percent longer
+(benchmarks/methods.py). The hours are those of 240 epochs of 50,000 images of each distillation,
+without first phases, evaluation and teachers.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, dataclass
 
-from benchmarks.methods import add_shared_options
-from benchmarks.throughput import CELL, Row, add_turns, compare, resolve, title
+from benchmarks import harness
+from benchmarks.throughput import IMAGES_PER_RUN, Row, Turns, add_turns, compare, title_of
+from benchmarks.workload import case_of
 from sskd.report.published import published_for
 
-LIKE_KD = 9  # KD, FitNet, AT, SP, VID, RKD, PKT, AB and FT
-METHODS = LIKE_KD + 2
-
-HEADER = """\
-| pair | KD, conventional, images/s | fp32 | bf16 | SSKD, conventional | fp32 | bf16 | \
-11 methods, conventional, hours | fp32 | bf16 |
-|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"""
+KD_LIKE = 9  # KD, FitNet, AT, SP, VID, RKD, PKT, AB and FT
+DISTILLATIONS = KD_LIKE + 2  # of a pair: with CRD and SSKD
+COLUMNS = (
+    "pair", "KD, conventional, images/s", "fp32", "bf16", "SSKD, conventional", "fp32", "bf16",
+    "11 methods, conventional, hours", "fp32", "bf16",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds an image, in the order conventional, fp32, bf16."""
+    """Seconds an image on a pair: conventional, then the suite in fp32 and in bf16."""
 
     pair: str
     kd: tuple[float, ...]
     sskd: tuple[float, ...]
 
     def hours(self, crd: tuple[float, ...]) -> list[float]:
-        """Return the hours of 11 distillations; ``crd`` is what CRD adds to KD's seconds."""
-        each = zip(self.kd, self.sskd, crd, strict=True)
-        return [CELL * (LIKE_KD * kd + kd + more + sskd) / 3600 for kd, sskd, more in each]
+        """Return the hours of 11 distillations; ``crd`` is what CRD adds to the seconds of KD."""
+        pipelines = zip(self.kd, self.sskd, crd, strict=True)
+        seconds = [KD_LIKE * kd + (kd + extra) + sskd for kd, sskd, extra in pipelines]
+        return [IMAGES_PER_RUN * each / 3600 for each in seconds]
 
 
 def main() -> None:
     """Measure every pair; print and write the table."""
     options = parse_options()
-    kd, crd = (seconds(compare(work, options.crd_pair, options)) for work in ("kd", "crd"))
-    more = tuple(slow - fast for slow, fast in zip(crd, kd, strict=True))
+    turns = Turns(options.rounds, options.steps, options.precisions, flops=False)
+
+    def seconds(work: str, pair: str) -> tuple[float, ...]:
+        return seconds_an_image(compare(work, case_of(options, pair=pair), turns))
+
+    kd, crd = (seconds(work, options.crd_pair) for work in ("kd", "crd"))
+    extra = tuple(slow - fast for slow, fast in zip(crd, kd, strict=True))
+    title = title_of(options, harness.machine_of(options))
     found: list[Seconds] = []
-    print(HEADER, flush=True)
+    print("\n".join(harness.table_head(COLUMNS, text_columns=1)), flush=True)
     for pair in options.pairs:
-        rows = {work: compare(work, pair, options) for work in ("kd", "sskd")}
-        found.append(Seconds(pair, seconds(rows["kd"]), seconds(rows["sskd"])))
-        print(tell(found[-1], more), flush=True)
-        if options.out:
-            write(options, found, more)
-    print(total(found, more))
+        found.append(Seconds(pair, seconds("kd", pair), seconds("sskd", pair)))
+        print(pair_row(found[-1], extra), flush=True)
+        measured = {"seconds": [asdict(each) for each in found], "crd": extra}
+        harness.write_results(options, measured, table(title, found, extra))
+    print(total_row(found, extra))
 
 
 def parse_options() -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.new_parser(__doc__)
     tables = published_for("cifar100")[0].tables.values()
     pairs = ["-".join(pair) for table in tables for pair in table]
     parser.add_argument("--pairs", nargs="+", default=pairs, metavar="TEACHER-STUDENT")
     add_turns(parser, rounds=1, steps=1)
-    add_shared_options(parser)
-    options = resolve(parser.parse_args())
-    options.precisions, options.ceiling = ["fp32", "bf16"], False
-    return options
+    parser.set_defaults(precisions=["fp32", "bf16"])
+    return harness.parse(parser)
 
 
-def seconds(rows: list[Row]) -> tuple[float, ...]:
-    """Return the seconds an image of both pipelines."""
-    return tuple(1 / side.rate for side in (rows[0].theirs, *(row.ours for row in rows)))
+def seconds_an_image(rows: list[Row]) -> tuple[float, ...]:
+    """Return the seconds an image of the conventional pipeline and of the suite."""
+    return tuple(1 / side.rate for side in (rows[0].baseline, *(row.suite for row in rows)))
 
 
-def tell(found: Seconds, crd: tuple[float, ...]) -> str:
-    """Return a pair as a row of the table."""
+def table(title: str, found: list[Seconds], crd: tuple[float, ...]) -> list[str]:
+    """Return the lines of the table."""
+    rows = [pair_row(pair, crd) for pair in found]
+    return [title, "", *harness.table_head(COLUMNS, text_columns=1), *rows, total_row(found, crd)]
+
+
+def pair_row(found: Seconds, crd: tuple[float, ...]) -> str:
+    """Return the row of a pair."""
     rates = [f"{1 / each:,.0f}" for each in (*found.kd, *found.sskd)]
-    hours = [f"{each:,.0f}" for each in found.hours(crd)]
-    return f"| {found.pair} | " + " | ".join(rates + hours) + " |"
+    return harness.table_row([found.pair, *rates, *(f"{each:,.0f}" for each in found.hours(crd))])
 
 
-def total(found: list[Seconds], crd: tuple[float, ...]) -> str:
-    """Return the last row: all pairs together."""
+def total_row(found: list[Seconds], crd: tuple[float, ...]) -> str:
+    """Return the last row, the sum over the pairs."""
     hours = [sum(each) for each in zip(*(pair.hours(crd) for pair in found), strict=True)]
-    name = f"| **{METHODS * len(found)} distillations** |"
-    return name + " |" * 6 + " " + " | ".join(f"**{each:,.0f}**" for each in hours) + " |"
-
-
-def write(options: argparse.Namespace, found: list[Seconds], crd: tuple[float, ...]) -> None:
-    """Write the table as markdown and every figure as JSON."""
-    rows = [tell(pair, crd) for pair in found]
-    lines = [title(options), "", *HEADER.splitlines(), *rows, total(found, crd)]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    told = {key: value for key, value in vars(options).items() if key != "out"}
-    figures = {"options": told, "seconds": [asdict(pair) for pair in found], "crd": crd}
-    options.out.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
+    name = f"**{DISTILLATIONS * len(found)} distillations**"
+    return harness.table_row([name, *[""] * 6, *(f"**{each:,.0f}**" for each in hours)])
 
 
 if __name__ == "__main__":

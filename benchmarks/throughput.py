@@ -1,80 +1,162 @@
-"""Images a second, beside the conventional pipeline: training steps, augmentation, evaluation.
+"""Images a second of the suite and of the conventional pipeline.
 
     python -m benchmarks.throughput --out results/throughput
 
-Each work has a process for the conventional pipeline (benchmarks/conventional), which computes in
-float32, and one for the suite's in each precision. They take strict turns, the order reversed every
-other round: steps that do not count, until what workers have drawn ahead is used up, then the
-round's steps as fast as they come. The ratio is the median over the rounds, with the smallest and
-the largest. The images are noise, as many and as large as CIFAR-100's.
+Each kind of work has one process for the conventional pipeline (benchmarks/conventional.py), which
+computes in float32, and one for the suite in each precision. The processes take turns, in reverse
+order every other round. A round starts with untimed steps, which use up the batches that workers
+have loaded in advance. The ratio is the median over the rounds, with the smallest and the largest.
+The images are noise, with the number and size of CIFAR-100.
 
-The conventional pipeline evaluates in batches of the training's size, as such code does, the suite
-on a CPU in batches of 64. On a CPU the workers share the cores with the step.
+The conventional pipeline evaluates in batches of the training size, as most distillation code does,
+the suite on a CPU in batches of 64. On a CPU the workers share the cores with the step.
 
-The second table tells which share of the hardware's ceiling the suite's steps reach, of matrix
-products alone and of the op-by-op roofline (benchmarks/ceiling), measured in the same processes.
-The third has the hours of a run of the published length.
+The second table has the share of the device's matrix-product rate that the steps of the suite
+reach (benchmarks/ceiling.py), measured in the same processes. The third has the hours of a run of
+the published length.
 
-works: teacher, the first network of the pair alone; kd, sskd, crd, the pair by a method; views,
-four views of each image drawn and augmented by one thread; evaluation of 10,000 images.
+Works: teacher, the first network of the pair alone; kd, sskd, crd, the pair with that method;
+views, four views of each image drawn and augmented by one thread; evaluation of 10,000 images.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from benchmarks.ceiling import count_work, flop_share, measure_hardware, roofline_share
-from benchmarks.conventional import (
-    CONVENTIONAL,
-    Conventional,
-    RotatedSamples,
-    Samples,
-    evaluate,
-    loader_of,
-    opponents_device,
-)
-from benchmarks.methods import (
-    add_shared_options,
-    composed,
-    described,
-    drawer,
-    learner,
-    noise,
-    peak_memory,
-    synchronise,
-)
-from sskd.config import Config
-from sskd.data import Batch, Images, Loader, Split
-from sskd.device import choose_device, to_device
-from sskd.methods import METHODS
+from benchmarks import conventional, harness
+from benchmarks.ceiling import flop_share
+from benchmarks.harness import Pipeline, new_process, table_head, table_row, take_turns
+from benchmarks.workload import Case, case_of, drawer, loader_of, noise, suite_step
+from sskd.data import Images, Split
+from sskd.device import choose_device, to_device, tune_device
 from sskd.models import build_model
 from sskd.training.evaluation import accuracy, predict
 
-EVALUATED = 10_000
-CELL = 240 * 50_000  # images of a run of the published length
-VIEWS = METHODS["sskd"].views
+TEST_IMAGES = 10_000
+IMAGES_PER_RUN = 240 * 50_000  # of the published length
+EAGER = ("auto", "off")  # values of compile= that compile nothing here
+
+# ---- how the suite and the conventional pipeline do each kind of work ----
+
+Build = Callable[[Case, Images], Pipeline]
+
+
+def suite_training(case: Case, images: Images) -> Pipeline:
+    """Return a training step of the suite."""
+    return suite_step(case, images, loader_of(case, images))
+
+
+def suite_views(case: Case, images: Images) -> Pipeline:
+    """Return a step that draws the views of each image with one thread."""
+    torch.set_num_threads(1)
+    draw = drawer(loader_of(case, images))
+    return Pipeline(draw, lambda batch: None, _device(images), case.batch)
+
+
+def suite_evaluation(case: Case, images: Images) -> Pipeline:
+    """Return a step that computes the accuracy on the test images."""
+    network = build_model(case.pair.split("-")[0], images.num_classes)
+    to_device(network, _device(images))
+
+    def score(split: Split) -> float:
+        return accuracy(predict(network, split, images, "the network"), split.labels)
+
+    return Pipeline(lambda: images.test, score, _device(images), len(images.test), warmup=0)
+
+
+def baseline_training(case: Case, images: Images) -> Pipeline:
+    """Return a training step of the conventional pipeline."""
+    teacher, student = (build_model(name, images.num_classes) for name in case.pair.split("-"))
+    side = conventional.CONVENTIONAL[case.method](
+        student, teacher, images, case.batch, case.workers
+    )
+    warmup = 1 + 2 * case.workers
+    return Pipeline(side.draw, side.train, _device(images), case.batch, warmup)
+
+
+def baseline_views(case: Case, images: Images) -> Pipeline:
+    """Return a step that draws the views of one image after the other, with one thread."""
+    torch.set_num_threads(1)
+    samples = conventional.RotatedSamples(images, train=True)
+
+    def draw() -> Tensor:
+        chosen = torch.randint(len(samples), (case.batch,)).tolist()
+        return torch.stack([samples[position][0] for position in chosen])
+
+    return Pipeline(draw, lambda batch: None, _device(images), case.batch)
+
+
+def baseline_evaluation(case: Case, images: Images) -> Pipeline:
+    """Return a step that computes the accuracy from workers, with a copy to the host a batch."""
+    device = _device(images)
+    network = build_model(case.pair.split("-")[0], images.num_classes).to(device)
+    samples = conventional.Samples(images, train=False)
+    loader = conventional.loader_of(samples, case.batch, case.workers)
+    score = partial(conventional.evaluate, network, device=device)
+    return Pipeline(lambda: loader, score, device, len(images.test), warmup=0)
+
+
+def _device(images: Images) -> torch.device:
+    return images.train.images.device
 
 
 @dataclass(frozen=True)
-class Side:
-    """One pipeline's figures: seconds a step in each round, share of data, peak memory in MiB.
+class Work:
+    """A kind of work.
 
-    ``flop_share`` and ``roofline_share`` are the step's shares of the hardware's ceiling.
+    ``pair_option`` is the command-line option that names the networks; ``alone`` takes the first
+    of them without a teacher. ``device`` and ``steps`` replace those of the command line. Work that
+    does not train has no precision, FLOPs or hours.
+    """
+
+    method: str = "vanilla"
+    suite: Build = suite_training
+    baseline: Build = baseline_training
+    pair_option: str = "pair"
+    alone: bool = False
+    trains: bool = True
+    device: str | None = None
+    steps: int | None = None
+
+
+WORKS = {
+    "teacher": Work(alone=True),
+    "kd": Work("kd"),
+    "sskd": Work("sskd"),
+    "crd": Work("crd", pair_option="crd_pair"),
+    "views": Work("sskd", suite_views, baseline_views, trains=False, device="cpu"),
+    "evaluation": Work(suite=suite_evaluation, baseline=baseline_evaluation, trains=False, steps=1),
+}
+
+# ---- the measurement of one pipeline, in its process ----
+
+
+class Side(NamedTuple):
+    """A pipeline that takes part: the suite, or the conventional one."""
+
+    work: str
+    case: Case
+    suite: bool
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a pipeline needed for a step of ``images`` images.
+
+    ``rounds`` has the seconds a step in each round, ``data_share`` the share of the time spent on
+    getting data, ``memory`` the peak in MiB, ``flop_share`` the result of ``ceiling.flop_share``.
     """
 
     rounds: list[float]
@@ -82,10 +164,10 @@ class Side:
     data_share: float
     memory: float
     flop_share: float | None = None
-    roofline_share: float | None = None
 
     @property
     def seconds(self) -> float:
+        """Median seconds a step."""
         return statistics.median(self.rounds)
 
     @property
@@ -94,99 +176,57 @@ class Side:
         return self.images / self.seconds
 
 
-@dataclass(frozen=True)
-class Row:
-    """One work, by both."""
-
-    work: str
-    pair: str
-    precision: str
-    ours: Side
-    theirs: Side
-
-    @property
-    def ratio(self) -> tuple[float, float, float]:
-        """The smallest, the median and the largest ratio of a round: how many times as fast."""
-        pairs = zip(self.theirs.rounds, self.ours.rounds, strict=True)
-        ratios = [theirs / ours for theirs, ours in pairs]
-        return min(ratios), statistics.median(ratios), max(ratios)
+@cache
+def pipeline(side: Side) -> Pipeline:
+    """Return the pipeline of this process, which the first call builds."""
+    work = WORKS[side.work]
+    choose = choose_device if side.suite else conventional.baseline_device
+    device = choose(work.device or side.case.device)
+    if side.suite:  # the settings of the suite must not speed up the other pipeline
+        tune_device(device)
+    images = noise(side.case.images, device)
+    tested = torch.arange(min(side.case.images, TEST_IMAGES), device=device)
+    images = replace(images, test=images.train.take(tested))
+    return (work.suite if side.suite else work.baseline)(side.case, images)
 
 
-# ---- what runs in a process of its own ----
+def run_round(side: Side, steps: int) -> float:
+    """Return the seconds a step, over ``steps`` steps after the warm-up."""
+    built = pipeline(side)
+    built.warm_up()
+    return harness.seconds_per_step(built.step, built.device, steps)
 
 
-@dataclass
-class Pipeline:
-    """``draw`` gets a batch, ``learn`` does the rest; a round's first ``warmup`` do not count."""
-
-    draw: Callable[[], Any]
-    learn: Callable[[Any], object]
-    device: torch.device
-    warmup: int = 1
-
-    def step(self) -> None:
-        """Draw a batch and learn it."""
-        self.learn(self.draw())
+def measure(side: Side, steps: int, rounds: list[float], flops: bool) -> Measured:
+    """Add to the ``rounds`` the share of data, the memory and, if ``flops``, the FLOP share."""
+    built = pipeline(side)
+    share = data_share(built, steps)
+    memory = harness.peak_memory(built.device, after=built.step) + _workers_memory()
+    measured = Measured(rounds, built.images, share, memory)
+    if not flops:
+        return measured
+    reached = flop_share(built.step, measured.seconds, built.device, side.case.precision)
+    return replace(measured, flop_share=reached)
 
 
-_here: list[Pipeline] = []
-
-
-def begin(work: str, pair: str, precision: str | None, options: argparse.Namespace) -> None:
-    """Make this process's pipeline: the suite's in ``precision``, or without one the other."""
-    name = "cpu" if work == "views" else options.device
-    # Choosing a CPU the suite's way sets its memory up, which the other must not profit from.
-    device = choose_device(name) if precision else opponents_device(name)
-    images = noise(options.images, device)
-    tested = images.train.take(torch.arange(min(options.images, EVALUATED), device=device))
-    images = replace(images, test=tested)
-    ours, theirs = BUILDERS[work]
-    own = argparse.Namespace(**{**vars(options), "precision": precision})
-    _here.append((ours if precision else theirs)(work, pair, images, own))
-
-
-def run_round(steps: int) -> float:
-    """Return the seconds a step, over ``steps`` of them."""
-    (pipeline,) = _here
-    for _ in range(pipeline.warmup):
-        pipeline.step()
-    synchronise(pipeline.device)
-    started = time.perf_counter()
-    for _ in range(steps):
-        pipeline.step()
-    synchronise(pipeline.device)
-    return (time.perf_counter() - started) / steps
-
-
-def tell_more(steps: int) -> tuple[float, float]:
-    """Return the share of the time that goes into getting data, and the peak memory in MiB."""
-    (pipeline,) = _here
-    for _ in range(pipeline.warmup):
-        pipeline.step()
-    drawing = learning = 0.0
+def data_share(built: Pipeline, steps: int) -> float:
+    """Return the share of the time that goes into getting data."""
+    built.warm_up()
+    drawing = training = 0.0
     for _ in range(steps):
         started = time.perf_counter()
-        batch = pipeline.draw()
-        synchronise(pipeline.device)
+        batch = built.draw()
+        harness.synchronise(built.device)
         drawn = time.perf_counter()
-        pipeline.learn(batch)
-        synchronise(pipeline.device)
+        built.train(batch)
+        harness.synchronise(built.device)
         drawing += drawn - started
-        learning += time.perf_counter() - drawn
-    memory = peak_memory(pipeline.device, after=pipeline.step) + _workers_memory()
-    return drawing / (drawing + learning), memory
-
-
-def tell_ceiling(precision: str, seconds: float) -> tuple[float, float]:
-    """Return a step's shares of the ceiling: of matrix products, and of the roofline."""
-    (pipeline,) = _here
-    hardware = measure_hardware(pipeline.device, precision)
-    work = count_work(pipeline.step, hardware)
-    return flop_share(work, seconds), roofline_share(work, seconds)
+        training += time.perf_counter() - drawn
+    return drawing / (drawing + training)
 
 
 def _workers_memory() -> float:
-    """Return what the worker processes keep in memory for themselves alone, in MiB."""
+    """Return the private memory of all worker processes in MiB."""
     total = 0
     for children in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
         for child in children.read_text().split():
@@ -195,243 +235,165 @@ def _workers_memory() -> float:
     return total / 1024
 
 
-# ---- the works: how the suite does each, and how the conventional pipeline does ----
+# ---- both pipelines in turns ----
 
 
-def suite_step(work: str, pair: str, images: Images, options: argparse.Namespace) -> Pipeline:
-    """A step of a method."""
-    return _training(composed(pair, work, options), "distill", METHODS[work].views, images, options)
+@dataclass(frozen=True)
+class Row:
+    """One kind of work by both pipelines, the suite in ``precision``."""
+
+    work: str
+    pair: str
+    precision: str
+    suite: Measured
+    baseline: Measured
+
+    @property
+    def ratio(self) -> tuple[float, float, float]:
+        """How many times as fast the suite is: smallest, median and largest over the rounds."""
+        rounds = zip(self.baseline.rounds, self.suite.rounds, strict=True)
+        ratios = [baseline / suite for baseline, suite in rounds]
+        return min(ratios), statistics.median(ratios), max(ratios)
 
 
-def suite_teacher(_: str, pair: str, images: Images, options: argparse.Namespace) -> Pipeline:
-    """A step of the pair's first network alone."""
-    teacher, _ = pair.split("-")
-    config = composed(f"{teacher}-{teacher}", "vanilla", options)
-    return _training(config, "train", 1, images, options)
+class Turns(NamedTuple):
+    """The rounds, the steps of each, the precisions of the suite, and whether to count FLOPs."""
+
+    rounds: int
+    steps: int
+    precisions: Sequence[str]
+    flops: bool
 
 
-def suite_views(_: str, pair: str, images: Images, options: argparse.Namespace) -> Pipeline:
-    """Four views of each image, by one thread."""
-    torch.set_num_threads(1)
-    return Pipeline(_drawing(images, VIEWS, options), lambda batch: None, _device(images))
-
-
-def suite_evaluation(_: str, pair: str, images: Images, options: argparse.Namespace) -> Pipeline:
-    """The accuracy on the test images."""
-    network = build_model(pair.split("-")[0], images.num_classes)
-    to_device(network, _device(images))
-
-    def score(split: Split) -> float:
-        return accuracy(predict(network, split, images, "the network"), split.labels)
-
-    return Pipeline(lambda: images.test, score, _device(images), warmup=0)
-
-
-def conventional_step(
-    work: str, pair: str, images: Images, options: argparse.Namespace
-) -> Pipeline:
-    """A step of a method, or of the first network alone."""
-    teacher, student = (build_model(name, images.num_classes) for name in pair.split("-"))
-    kind = CONVENTIONAL.get(work)
-    if kind is None:
-        kind, student = Conventional, teacher
-    side = kind(student, teacher, images, options.batch, options.workers)
-    return Pipeline(side.draw, side.learn, _device(images), warmup=1 + 2 * options.workers)
-
-
-def conventional_views(_: str, pair: str, images: Images, options: argparse.Namespace) -> Pipeline:
-    """Four views of each image, one image after the other, by one thread."""
-    torch.set_num_threads(1)
-    samples = RotatedSamples(images, train=True)
-
-    def draw() -> Tensor:
-        chosen = torch.randint(len(samples), (options.batch,)).tolist()
-        return torch.stack([samples[position][0] for position in chosen])
-
-    return Pipeline(draw, lambda batch: None, _device(images))
-
-
-def conventional_evaluation(
-    _: str, pair: str, images: Images, options: argparse.Namespace
-) -> Pipeline:
-    """The accuracy on the test images, from workers, with a copy to the host a batch."""
-    network = build_model(pair.split("-")[0], images.num_classes).to(_device(images))
-    loader = loader_of(Samples(images, train=False), options.batch, options.workers)
-
-    def score(batches: DataLoader) -> float:
-        return evaluate(network, batches, _device(images))
-
-    return Pipeline(lambda: loader, score, _device(images), warmup=0)
-
-
-Build = Callable[[str, str, Images, argparse.Namespace], Pipeline]
-BUILDERS: dict[str, tuple[Build, Build]] = {
-    "teacher": (suite_teacher, conventional_step),
-    **dict.fromkeys(("kd", "sskd", "crd"), (suite_step, conventional_step)),
-    "views": (suite_views, conventional_views),
-    "evaluation": (suite_evaluation, conventional_evaluation),
-}
-
-
-def _training(
-    config: Config, stage: str, views: int, images: Images, options: argparse.Namespace
-) -> Pipeline:
-    return Pipeline(
-        _drawing(images, views, options), learner(config, stage, images), _device(images)
-    )
-
-
-def _drawing(images: Images, views: int, options: argparse.Namespace) -> Callable[[], Batch]:
-    return drawer(Loader(images.train, images.mean, images.std, options.batch, views))
-
-
-def _device(images: Images) -> torch.device:
-    return images.train.images.device
-
-
-# ---- the processes' turns ----
-
-
-def compare(work: str, pair: str, options: argparse.Namespace) -> list[Row]:
-    """Return a row for each precision, with the shares of the ceiling if the options want them."""
-    precisions: list[str | None] = [None, *options.precisions]
-    if work in ("views", "evaluation"):  # the one is uint8, the other always float32
-        precisions = [None, "fp32"]
-    context = get_context("spawn")
+def compare(name: str, case: Case, turns: Turns) -> list[Row]:
+    """Measure one kind of work by both pipelines; return a row for each precision."""
+    work = WORKS[name]
+    networks = "-".join([case.pair.split("-")[0]] * 2) if work.alone else case.pair
+    built = replace(case, method=work.method, pair=networks)
+    precisions = turns.precisions if work.trains else ["fp32"]
+    baseline = Side(name, built, suite=False)
+    suites = [Side(name, replace(built, precision=each), suite=True) for each in precisions]
+    steps = work.steps or turns.steps
+    flops = turns.flops and work.trains and case.compile in EAGER
     with ExitStack() as stack:
-        turns = {each: stack.enter_context(ProcessPoolExecutor(1, context)) for each in precisions}
-        for precision, process in turns.items():
-            process.submit(begin, work, pair, precision, options).result()
-        rounds: dict[str | None, list[float]] = {each: [] for each in precisions}
-        steps = 1 if work == "evaluation" else options.steps
-        for number in range(options.rounds + 1):
-            for precision in reversed(precisions) if number % 2 else precisions:
-                taken = turns[precision].submit(run_round, steps).result()
-                if number:  # the first round fills caches
-                    rounds[precision].append(taken)
-        size = min(options.images, EVALUATED) if work == "evaluation" else options.batch
-        sides = {}
-        for precision, process in turns.items():
-            data, memory = process.submit(tell_more, steps).result()
-            shares: tuple[float | None, float | None] = (None, None)
-            # A compiled step has operations of its own, of which the count would know nothing.
-            trains = work in (*METHODS, "teacher")
-            if options.ceiling and precision and trains and options.compile in ("auto", "off"):
-                middle = statistics.median(rounds[precision])
-                shares = process.submit(tell_ceiling, precision, middle).result()
-            sides[precision] = Side(rounds[precision], size, data, memory, *shares)
-    return [Row(work, pair, str(each), sides[each], sides[None]) for each in precisions[1:]]
+        processes = {side: stack.enter_context(new_process()) for side in (baseline, *suites)}
+        timers = {
+            side: partial(harness.call, process, run_round, side, steps)
+            for side, process in processes.items()
+        }
+        # The first round builds the pipelines and fills caches.
+        rounds = {side: each[1:] for side, each in take_turns(timers, turns.rounds + 1).items()}
+        measured = {
+            side: harness.call(process, measure, side, steps, rounds[side], flops and side.suite)
+            for side, process in processes.items()
+        }
+    return [
+        Row(name, case.pair, side.case.precision, measured[side], measured[baseline])
+        for side in suites
+    ]
 
 
 def main() -> None:
-    """Measure what the command line asks for; print and write the tables."""
+    """Measure what the command line requests; print and write the tables."""
     options = parse_options()
+    turns = Turns(options.rounds, options.steps, options.precisions, flops=True)
     rows: list[Row] = []
-    print(f"{title(options)}\n\n{HEADER}", flush=True)
-    for work in options.works:
-        for row in compare(work, options.crd_pair if work == "crd" else options.pair, options):
+    title = title_of(options, harness.machine_of(options))
+    print("\n".join([title, "", *table_head(COLUMNS, text_columns=3)]), flush=True)
+    for name in options.works:
+        pair = getattr(options, WORKS[name].pair_option)
+        for row in compare(name, case_of(options, pair=pair), turns):
             rows.append(row)
-            print(tell(row), flush=True)
-            if options.out:
-                write(options, rows)
-    print("\n" + "\n".join([*ceilings(rows), "", *hours(rows)]))
+            print(rate_row(row), flush=True)
+            measured = {"rows": [asdict(each) for each in rows]}
+            harness.write_results(options, measured, tables(title, rows))
+    print("\n" + "\n".join([*flop_table(rows), "", *hours_table(rows)]))
 
 
 def parse_options() -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--works", nargs="+", choices=BUILDERS, default=list(BUILDERS))
+    parser = harness.new_parser(__doc__)
+    parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--pair", default="wrn_40_2-wrn_16_2", metavar="TEACHER-STUDENT")
-    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], metavar="PRECISION")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=["fp32", "bf16"],
+        default=["fp32", "bf16"],
+        metavar="PRECISION",
+    )
     add_turns(parser, rounds=5, steps=4)
-    add_shared_options(parser)
-    options = resolve(parser.parse_args())
-    options.precisions = options.precisions or ["fp32", "bf16"]
-    options.ceiling = True
-    return options
+    return harness.parse(parser)
 
 
 def add_turns(parser: argparse.ArgumentParser, rounds: int, steps: int) -> None:
-    """Add the options of ``compare``, with defaults for its ``rounds`` and their ``steps``."""
+    """Add the options of a comparison, with ``rounds`` and ``steps`` as defaults."""
     parser.add_argument("--crd-pair", default="resnet56-resnet20", metavar="TEACHER-STUDENT")
     parser.add_argument("--batch", type=int, default=64, help="images a step")
     parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--steps", type=int, default=steps, help="of a round")
+    parser.add_argument("--steps", type=int, default=steps, help="steps of a round")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8))
 
 
-def resolve(options: argparse.Namespace) -> argparse.Namespace:
-    """Return ``options`` with one device for all processes."""
-    options.device = str(choose_device(options.device))
-    return options
+# ---- the tables ----
+
+WHICH = ("work", "pair", "precision")
+COLUMNS = (
+    *WHICH, "conventional, images/s", "suite, images/s", "ratio", "range",
+    "data, conventional", "data, suite", "MiB, conventional", "MiB, suite",
+)  # fmt: skip
+FLOP_COLUMNS = (*WHICH, "ms a step", "of the matrix-product rate")
+HOURS_COLUMNS = (
+    "240 epochs of 50,000 images", *WHICH[1:], "conventional, hours", "suite, hours",
+)  # fmt: skip
 
 
-HEADER = """\
-| work | pair | precision | conventional, images/s | suite, images/s | ratio | its range | \
-data, conventional | data, suite | MiB, conventional | MiB, suite |
-|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"""
-HOURS_HEADER = """\
-| 240 epochs of 50,000 images | pair | precision | conventional, hours | suite, hours |
-|---|---|---|--:|--:|"""
-CEILING_HEADER = """\
-| work | pair | precision | ms a step | of the matrix-product rate | of the op-by-op roofline |
-|---|---|---|--:|--:|--:|"""
+def title_of(options: argparse.Namespace, machine: str) -> str:
+    """Return a line with what all rows share."""
+    return (
+        f"Batch {options.batch}, {machine}, {options.workers} workers of the conventional pipeline"
+    )
 
 
-def title(options: argparse.Namespace) -> str:
-    """Return what was measured, in words."""
-    workers = f"{options.workers} workers of the conventional pipeline"
-    return f"Batch {options.batch}, {described(options)}, {workers}"
+def tables(title: str, rows: list[Row]) -> list[str]:
+    """Return the lines of all three tables."""
+    rates = [*table_head(COLUMNS, text_columns=3), *map(rate_row, rows)]
+    return [title, "", *rates, "", *flop_table(rows), "", *hours_table(rows)]
 
 
-def tell(row: Row) -> str:
-    """Return a work as a row of the first table."""
+def rate_row(row: Row) -> str:
+    """Return a row of the first table."""
     least, middle, most = row.ratio
-    figures = [
-        f"{row.theirs.rate:,.0f}",
-        f"{row.ours.rate:,.0f}",
+    sides = (row.baseline, row.suite)
+    numbers = [
+        *(f"{side.rate:,.0f}" for side in sides),
         f"{middle:.2f}",
         f"{least:.2f} to {most:.2f}",
-        f"{100 * row.theirs.data_share:.0f} %",
-        f"{100 * row.ours.data_share:.0f} %",
-        f"{row.theirs.memory:,.0f}",
-        f"{row.ours.memory:,.0f}",
+        *(f"{100 * side.data_share:.0f} %" for side in sides),
+        *(f"{side.memory:,.0f}" for side in sides),
     ]
-    return f"| {row.work} | {row.pair} | {row.precision} | " + " | ".join(figures) + " |"
+    return table_row([row.work, row.pair, row.precision, *numbers])
 
 
-def ceilings(rows: list[Row]) -> list[str]:
+def flop_table(rows: list[Row]) -> list[str]:
     """Return the second table's lines."""
-    lines = CEILING_HEADER.splitlines()
+    lines = table_head(FLOP_COLUMNS, text_columns=3)
     for row in rows:
-        if row.ours.flop_share is not None and row.ours.roofline_share is not None:
-            shares = f"{100 * row.ours.flop_share:.0f} % | {100 * row.ours.roofline_share:.0f} %"
-            step = f"{1000 * row.ours.seconds:.1f}"
-            lines.append(f"| {row.work} | {row.pair} | {row.precision} | {step} | {shares} |")
+        if row.suite.flop_share is not None:
+            numbers = [f"{1000 * row.suite.seconds:.1f}", f"{100 * row.suite.flop_share:.0f} %"]
+            lines.append(table_row([row.work, row.pair, row.precision, *numbers]))
     return lines
 
 
-def hours(rows: list[Row]) -> list[str]:
-    """Return the third table's lines: a cell of the published length, evaluation aside."""
-    lines = HOURS_HEADER.splitlines()
+def hours_table(rows: list[Row]) -> list[str]:
+    """Return the third table's lines, without the hours of evaluation."""
+    lines = table_head(HOURS_COLUMNS, text_columns=3)
     for row in rows:
-        if row.work in (*METHODS, "teacher"):
-            told = " | ".join(f"{CELL / side.rate / 3600:,.1f}" for side in (row.theirs, row.ours))
-            lines.append(f"| {row.work} | {row.pair} | {row.precision} | {told} |")
+        if WORKS[row.work].trains:
+            hours = [IMAGES_PER_RUN / side.rate / 3600 for side in (row.baseline, row.suite)]
+            numbers = [f"{each:,.1f}" for each in hours]
+            lines.append(table_row([row.work, row.pair, row.precision, *numbers]))
     return lines
-
-
-def write(options: argparse.Namespace, rows: list[Row]) -> None:
-    """Write the tables as markdown and every figure as JSON."""
-    lines = [title(options), "", *HEADER.splitlines(), *map(tell, rows)]
-    lines += ["", *ceilings(rows), "", *hours(rows)]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    told = {key: value for key, value in vars(options).items() if key != "out"}
-    figures = {"options": told, "title": title(options), "rows": [asdict(row) for row in rows]}
-    options.out.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,20 +17,20 @@ from sskd.output import complain, output_status, say, steady_output
 DESCRIPTION = """\
 Build a Weights & Biases workspace and report of all runs of a project: tables of
 results, gains, accuracy curves by pair, losses, agreement with the teacher, cost
-and failures. The tables and the plots of gains are those that
-'python -m sskd.report --wandb' has logged.
+and failures. 'python -m sskd.report --wandb' logs the tables and the figures of
+gains that they show.
 """
 EXAMPLES = """\
 examples:
-  python -m sskd.dashboard                     say what would be saved
+  python -m sskd.dashboard                     build both without saving them
   python -m sskd.dashboard --save              save both and print their addresses
   python -m sskd.dashboard --pairs vgg13-vgg8 --save
-  python -m sskd.dashboard --out FILE.json     write what would be saved to a file
+  python -m sskd.dashboard --out FILE.json     write both to a file
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with ``argv`` (the process's by default) and return its exit status."""
+    """Run the command with ``argv`` (default: the process's) and return its exit status."""
     with steady_output():
         arguments = _parser().parse_args(argv)
         try:
@@ -42,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dashboard(arguments: argparse.Namespace) -> None:
-    # Importing these takes seconds, which --help should not.
+    # These imports take seconds, so --help must not need them.
     try:
         from sskd.dashboard.layout import Scope, build_report, build_workspace, count_panels
     except ModuleNotFoundError as error:
         if error.name != "wandb_workspaces":
             raise
-        told = "the dashboard needs wandb-workspaces: pip install '.[dashboard]'"
-        raise UserError(told) from None
+        message = "the dashboard needs wandb-workspaces: pip install '.[dashboard]'"
+        raise UserError(message) from None
     pairs = [_parse_pair(text) for text in arguments.pairs or _presets()]
     scope = Scope(arguments.entity or "", arguments.project, arguments.dataset, pairs)
     workspace, report = build_workspace(scope), build_report(scope)
@@ -61,7 +61,7 @@ def _dashboard(arguments: argparse.Namespace) -> None:
     if arguments.save:
         _save(workspace, report, arguments.entity, built)
     else:
-        say(f"{built}; not saved: that takes --save and a login (wandb login)")
+        say(f"{built}; not saved: add --save, with a login (wandb login)")
 
 
 def _presets() -> list[str]:
@@ -74,12 +74,12 @@ def _parse_pair(text: str) -> tuple[str, str]:
     for name in (teacher, student):
         if name not in known:
             hint = did_you_mean(name, known)
-            raise UserError(f"--pairs {text}: is not TEACHER-STUDENT, no network '{name}'{hint}")
+            raise UserError(f"--pairs {text}: not TEACHER-STUDENT: no network '{name}'{hint}")
     return teacher, student
 
 
 def _spec(built: Any) -> dict[str, Any]:
-    """Return what W&B would be sent; the library's own property for it breaks on reports."""
+    """Return the JSON that is sent to W&B; the library's property for it fails for reports."""
     spec: dict[str, Any] = built._to_model().model_dump(
         mode="json", by_alias=True, exclude_none=True
     )
@@ -98,9 +98,9 @@ def _save(workspace: Any, report: Any, entity: str | None, built: str) -> None:
 
     try:
         if not wandb.login(prompt=False):
-            raise UserError(f"{built}; not saved: that needs a login (wandb login)")
+            raise UserError(f"{built}; not saved: log in first (wandb login)")
         workspace.entity = report.entity = entity or wandb.Api().default_entity
-        report.save()  # first, because it makes the project where there is none
+        report.save()  # first, because it creates the project if there is none
         workspace.save()
     except (wandb.Error, OSError, ValueError) as error:
         raise UserError(f"{built}; not saved: {' '.join(str(error).split())}") from None
@@ -114,9 +114,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--entity", help="user or team in W&B (default: the login's own)")
+    parser.add_argument("--entity", help="user or team in W&B (default: from the login)")
     parser.add_argument("--project", default="sskd", help="project in W&B (default: sskd)")
-    parser.add_argument("--dataset", default="cifar100", help="of the runs (default: cifar100)")
+    parser.add_argument(
+        "--dataset", default="cifar100", help="dataset of the runs (default: cifar100)"
+    )
     parser.add_argument(
         "--pairs",
         nargs="+",

@@ -1,4 +1,4 @@
-"""The workspace and the report: which runs each of their parts shows."""
+"""Lay out the workspace and the report, and select the runs that each part shows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sskd.dashboard.panels import (
     Panels,
     Subject,
     curve,
+    evaluated_phase_keys,
     first_phases,
-    of_last_stage,
 )
 from sskd.report.published import Published, published_for
 
-# Config keys in the form that W&B's own filters have.
+# Config keys in the form of W&B's filters.
 DATASET, PAIR = ws.Config("dataset.value.name"), ws.Config("pair.value")
 REPORTS = ws.And(ws.Metric("JobType").isin(["report"]))
 COLUMNS = (
@@ -32,7 +32,7 @@ FAILED_STATES = ["failed", "crashed", "killed"]
 
 @dataclass(frozen=True)
 class Scope:
-    """Which runs: those of ``dataset``, of the ``pairs`` (teacher, student) and their networks."""
+    """The runs to show: of ``dataset``, ``pairs`` (teacher, student) and their networks."""
 
     entity: str
     project: str
@@ -41,13 +41,13 @@ class Scope:
 
     @property
     def names(self) -> list[str]:
-        """What the runs' ``pair`` may be: a network alone has its own name there."""
+        """The values of ``pair`` in a config: a network trained alone has its name there."""
         alone = dict.fromkeys(network for pair in self.pairs for network in pair)
         return [*map("-".join, self.pairs), *alone]
 
 
 def build_workspace(scope: Scope) -> ws.Workspace:
-    """Return a workspace with a section a subject, its runs grouped by pair and method."""
+    """Return a workspace: a section for each subject, with runs grouped by pair and method."""
     return ws.Workspace(
         entity=scope.entity,
         project=scope.project,
@@ -55,7 +55,7 @@ def build_workspace(scope: Scope) -> ws.Workspace:
         sections=[
             ws.Section(
                 name=subject.title,
-                panels=[*subject.of_report(), *subject.of_runs(None)],
+                panels=[*subject.report_panels(), *subject.run_panels(None)],
                 is_open=True,
             )
             for subject in SUBJECTS
@@ -70,7 +70,7 @@ def build_workspace(scope: Scope) -> ws.Workspace:
 
 
 def build_report(scope: Scope) -> wr.Report:
-    """Return a report: each subject's own words, then its panels pair by pair."""
+    """Return a report: the text of each subject, then its panels pair by pair."""
     results, *others = SUBJECTS
     blocks = [wr.TableOfContents(), *_section(scope, results), *_published(scope)]
     for subject in others:
@@ -80,7 +80,7 @@ def build_report(scope: Scope) -> wr.Report:
         entity=scope.entity,
         project=scope.project,
         title=f"Distillation on {scope.dataset}",
-        description="Built by `python -m sskd.dashboard`; build it anew rather than editing it.",
+        description="Built by `python -m sskd.dashboard`; rebuild it instead of editing it.",
         blocks=blocks,
         width="fluid",
     )
@@ -95,11 +95,11 @@ def count_panels(spec: Any) -> int:
 
 def _section(scope: Scope, subject: Subject) -> list[Any]:
     blocks: list[Any] = [wr.H1(subject.title), wr.P(subject.text)]
-    if panels := subject.of_report():
+    if panels := subject.report_panels():
         blocks.append(_grid("Tables and plots", REPORTS, panels, hidden=True))
     for teacher, student in scope.pairs:
         name = f"{teacher}-{student}"
-        if panels := subject.of_runs(wr.Config("variant")):
+        if panels := subject.run_panels(wr.Config("variant")):
             filters = ws.And(DATASET.isin([scope.dataset]), PAIR.isin([name, student]))
             grid = _grid(name, filters, panels, hidden=True)
             if subject.folded:
@@ -112,13 +112,13 @@ def _section(scope: Scope, subject: Subject) -> list[Any]:
 def _failed_runs(scope: Scope) -> list[Any]:
     failed = ws.Metric("State").isin(FAILED_STATES)
     filters = ws.And(DATASET.isin([scope.dataset]), PAIR.isin(scope.names), failed)
-    keys = [*of_last_stage("loss"), *(f"{phase}/loss" for phase in first_phases())]
+    keys = [*evaluated_phase_keys("loss"), *(f"{phase}/loss" for phase in first_phases())]
     loss = curve("Loss of the runs that failed", keys, None, x="Step")
     return [_grid("Failed runs", filters, [loss], hidden=False)]
 
 
 def _grid(name: str, filters: ws.And, panels: Panels, *, hidden: bool) -> wr.PanelGrid:
-    # Without a project of its own a run set is the report's, and needs no look-up to be built.
+    # A run set without a project uses the report's, and W&B need not be asked for it.
     runs = wr.Runset(name=name, filters=filters, pinned_columns=["run:displayName", *COLUMNS])
     return wr.PanelGrid(runsets=[runs], panels=panels, hide_run_sets=hidden)
 

@@ -1,4 +1,4 @@
-"""What the dashboard shows, by subject: panels over the runs, and what the report has logged."""
+"""The panels of each subject: metrics of the runs, and what the report has logged."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ from sskd.methods import METHODS
 from sskd.schedule import PhaseSettings
 
 Panels: TypeAlias = list[PanelTypes]
-# What runs have in common whose mean and deviation are shown; None where the run table says so.
+# The config key by which a panel averages runs; None: by the grouping of the run table.
 Grouping: TypeAlias = "wr.Config | None"
 
-# Keys of what `python -m sskd.report --wandb` logs.
+# Keys that `python -m sskd.report --wandb` logs.
 RESULTS, COST, FAILED = "tables/results", "tables/cost", "tables/failed"
 GAINS = "plots/gain"
-
-# The last stage of a method with a teacher, and of a network alone.
-LAST_STAGES = ("distill", "train")
 
 MAX_RUNS = 1000  # W&B shows the first 10 otherwise
 _FULL = wr.Layout(w=24, h=12)
@@ -34,21 +31,21 @@ class Subject:
 
     Attributes:
         title: its heading.
-        text: what a reader should know before looking.
-        of_report: panels of what the report has logged.
-        of_runs: panels of runs that are grouped so.
-        folded: whether a pair's panels are unfolded by a click.
+        text: an introduction to its panels.
+        report_panels: returns the panels of what the report has logged.
+        run_panels: returns the panels of the runs, for a grouping.
+        folded: whether the panels of a pair are collapsed until a click.
     """
 
     title: str
     text: str
-    of_report: Callable[[], Panels] = list
-    of_runs: Callable[[Grouping], Panels] = lambda grouping: []
+    report_panels: Callable[[], Panels] = list
+    run_panels: Callable[[Grouping], Panels] = lambda grouping: []
     folded: bool = True
 
 
 def curve(title: str, keys: list[str], grouping: Grouping, x: str = "epoch") -> wr.LinePlot:
-    """Return the mean of each group over its seeds, in a band of one standard deviation."""
+    """Return a plot of the mean of each group over seeds, in a band of one standard deviation."""
     return wr.LinePlot(
         title=title,
         x=x,
@@ -61,7 +58,7 @@ def curve(title: str, keys: list[str], grouping: Grouping, x: str = "epoch") -> 
 
 
 def bars(title: str, key: str, grouping: Grouping) -> wr.BarPlot:
-    """Return a bar for the mean of each group, with its standard deviation."""
+    """Return a plot with a bar for the mean of each group and its standard deviation."""
     return wr.BarPlot(
         title=title,
         metrics=[key],
@@ -74,7 +71,7 @@ def bars(title: str, key: str, grouping: Grouping) -> wr.BarPlot:
 
 
 def table(key: str) -> wr.WeavePanelSummaryTable:
-    """Return the table that was logged as ``key``, over the whole width."""
+    """Return the table that was logged as ``key``, in full width."""
     return wr.WeavePanelSummaryTable(table_name=key, layout=_FULL)
 
 
@@ -105,34 +102,34 @@ def _top1_bars(grouping: Grouping) -> Panels:
 def _accuracy_curves(grouping: Grouping) -> Panels:
     return [
         curve("Top-1 on the test set (%)", ["test/top1"], grouping),
-        curve("Top-1 on the training batches (%)", of_last_stage("top1"), grouping),
-        curve("Learning rate", of_last_stage("lr"), grouping),
+        curve("Top-1 on the training batches (%)", evaluated_phase_keys("top1"), grouping),
+        curve("Learning rate", evaluated_phase_keys("lr"), grouping),
     ]
 
 
 def _losses(grouping: Grouping) -> Panels:
-    panels: Panels = [curve("Loss, all weighted terms together", of_last_stage("loss"), grouping)]
-    # CE and KD are in most methods, so they compare; the other terms are of one method each.
+    panels: Panels = [
+        curve("Loss: sum of the weighted terms", evaluated_phase_keys("loss"), grouping)
+    ]
+    # Most methods have CE and KD, so these can be compared; the other terms are of one method each.
     terms = {
-        "CE": of_last_stage("{}/ce"),
+        "CE": evaluated_phase_keys("{}/ce"),
         "KD": ["distill/{}/kd"],
-        "Own terms": [f"distill/{{}}/{term}" for term in own_terms()],
+        "Terms of single methods": [f"distill/{{}}/{term}" for term in method_terms()],
     }
     for title, keys in terms.items():
-        for kind, told in (("loss", ""), ("weighted", ", weighted")):
-            panels.append(curve(title + told, [key.format(kind) for key in keys], grouping))
+        for kind, suffix in (("loss", ""), ("weighted", ", weighted")):
+            panels.append(curve(title + suffix, [key.format(kind) for key in keys], grouping))
     phases = [f"{phase}/loss" for phase in first_phases()]
     return [*panels, curve("Loss of the first phases", phases, grouping, x="Step")]
 
 
 def _agreement(grouping: Grouping) -> Panels:
     return [
-        bars("Student and teacher agree (% of test images)", "agreement", grouping),
+        bars("Agreement of student and teacher (% of test images)", "agreement", grouping),
         bars("KL divergence from the teacher (nats)", "kl", grouping),
         bars("Top-1 of the teacher (%)", "teacher_top1", grouping),
-        wr.ScatterPlot(
-            title="Top-1 at the last epoch over agreement", x="agreement", y="last/top1"
-        ),
+        wr.ScatterPlot(title="Top-1 at the last epoch by agreement", x="agreement", y="last/top1"),
     ]
 
 
@@ -152,26 +149,27 @@ def _self_supervision(grouping: Grouping) -> Panels:
 
 def _cost(grouping: Grouping) -> Panels:
     return [
-        bars("Images a second, over the run", "images_per_second", grouping),
+        bars("Images per second, mean over the run", "images_per_second", grouping),
         bars("Peak memory (MiB)", "peak_memory_mib", grouping),
         bars("Hours of training", "hours", grouping),
-        curve("Images a second, by epoch", of_last_stage("images_per_second"), grouping),
+        curve("Images per second, by epoch", evaluated_phase_keys("images_per_second"), grouping),
     ]
 
 
-def of_last_stage(figure: str) -> list[str]:
-    """Return the keys of ``figure`` in the stage that is evaluated."""
-    return [f"{stage}/{figure}" for stage in LAST_STAGES]
+def evaluated_phase_keys(metric: str) -> list[str]:
+    """Return the keys of ``metric`` in the phases that are evaluated, of all methods."""
+    phases = {method.evaluated_phase for method in METHODS.values()}
+    return [f"{phase}/{metric}" for phase in sorted(phases)]
 
 
-def own_terms() -> list[str]:
+def method_terms() -> list[str]:
     """Return the loss terms of all methods, without CE and KD."""
     terms = dict.fromkeys(term for method in METHODS.values() for term in method.terms)
     return [term for term in terms if term not in ("ce", "kd")]
 
 
 def first_phases() -> list[str]:
-    """Return the names of the phases that methods have before the run's own epochs."""
+    """Return the names of the phases that precede the evaluated phase of a method."""
     fields = [field for name in METHODS for field in method_settings(name).model_fields.items()]
     return [name for name, field in fields if field.annotation is PhaseSettings]
 
@@ -179,49 +177,49 @@ def first_phases() -> list[str]:
 SUBJECTS = (
     Subject(
         "Results",
-        "Top-1 on the test set in %, mean and sample standard deviation over n seeds, beside the"
-        " published figure and the difference (ours - published).",
-        of_report=_result_tables,
+        "Top-1 on the test set in %: mean and sample standard deviation over n seeds, the published"
+        " value, and the difference (measured - published).",
+        report_panels=_result_tables,
     ),
     Subject(
         "Gains",
-        "What a method adds to the student trained alone, and to KD; under it the top-1 that a"
-        " gain is the difference of (vanilla is the network alone).",
-        of_report=_gain_plots,
-        of_runs=_top1_bars,
+        "What a method gains over the student trained alone and over KD, and beneath it the top-1"
+        " values of which a gain is the difference (vanilla is the network alone).",
+        report_panels=_gain_plots,
+        run_panels=_top1_bars,
         folded=False,
     ),
     Subject(
         "Curves",
-        "Mean over seeds, in a band of one standard deviation.",
-        of_runs=_accuracy_curves,
+        "Means over seeds, in a band of one standard deviation.",
+        run_panels=_accuracy_curves,
         folded=False,
     ),
     Subject(
         "Losses",
-        "Each term as it is, which compares between runs of other weights, and times its weight,"
-        " as it is trained on.",
-        of_runs=_losses,
+        "Each term unweighted, to compare runs with different weights, and times its weight, as in"
+        " the sum that is minimised.",
+        run_panels=_losses,
     ),
     Subject(
         "Agreement",
-        "How near the student of the last epoch is to its teacher, on the test set.",
-        of_runs=_agreement,
+        "How closely the student of the last epoch agrees with its teacher on the test set.",
+        run_panels=_agreement,
     ),
     Subject(
         "Self-supervision",
-        "SSKD's contrastive task, and what selective transfer keeps of its two terms.",
-        of_runs=_self_supervision,
+        "SSKD's contrastive task, and how much of its two terms selective transfer keeps.",
+        run_panels=_self_supervision,
     ),
     Subject(
         "Cost",
-        "On a GPU memory is what PyTorch allocated there, on a CPU the whole process's.",
-        of_report=_cost_table,
-        of_runs=_cost,
+        "Peak memory: on a GPU what PyTorch allocated, on a CPU the memory of the whole process.",
+        report_panels=_cost_table,
+        run_panels=_cost,
     ),
     Subject(
         "Failures",
-        "Cells that failed or are missing, and how far those came that failed.",
-        of_report=_failed_table,
+        "Jobs that failed and cells that are missing, and how far the failed runs got.",
+        report_panels=_failed_table,
     ),
 )

@@ -96,6 +96,7 @@ class Method(nn.Module, ABC):
 
     views: ClassVar[int] = 1
     needs_teacher: ClassVar[bool] = True
+    evaluated_phase: ClassVar[str] = "distill"  # the name of the last of its phases
     terms: ClassVar[tuple[str, ...]]
     teacher_outputs: ClassVar[tuple[str, ...]] = Features._fields
 

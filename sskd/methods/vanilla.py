@@ -15,6 +15,7 @@ class Vanilla(Method):
 
     needs_teacher = False
     terms = ("ce",)
+    evaluated_phase = "train"
 
     def phases(self) -> Iterable[Phase]:
         """Yield the one stage, named for what it is."""

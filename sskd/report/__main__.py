@@ -13,32 +13,31 @@ from pathlib import Path
 from sskd.errors import UserError, mask_unprintable, shortened
 from sskd.output import complain, output_status, reader_has_gone, say, steady_output
 from sskd.report.files import write_files
-from sskd.report.render import render_text
+from sskd.report.render import count_states, render_status, render_text
 from sskd.report.report import Report, read_report
-from sskd.report.result import Epoch
-from sskd.report.status import count_states, render_status
+from sskd.report.results import Epoch, Warn
 from sskd.runs.names import RESULT
 
 DESCRIPTION = """\
-Show what all finished runs reached, in the layout of the published tables: one
+Show the results of all finished runs in the layout of the published tables: one
 table per dataset and setting, a column per pair of teacher and student, a row
-per method. Runs that changed something of the method or took a certain teacher
-have rows of their own. On CIFAR-100 the published figure stands beneath ours
-where the experiment is the same.
+per method. Runs with other settings of the method or a teacher from a file have
+their own rows. On CIFAR-100 the published value is shown beneath the measured
+one if the experiment is the same.
 """
 EXAMPLES = """\
 examples:
   python -m sskd.report                        the tables of all runs under runs/
   python -m sskd.report runs/cifar100 --best   of one dataset, at the best epoch
-  python -m sskd.report --status               what each cell of a sweep is doing
-  python -m sskd.report --watch                both, anew every 30 seconds
+  python -m sskd.report --status               what each job of a sweep is doing
+  python -m sskd.report --watch                both, refreshed every 30 seconds
   python -m sskd.report --wandb                also log them to Weights & Biases
   python -m sskd.report --out results/grid     also write results/grid.html, ...
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with ``argv`` (the process's by default) and return its exit status."""
+    """Run the command with ``argv`` (default: the process's) and return its exit status."""
     with steady_output():
         return _run(_parser().parse_args(argv))
 
@@ -62,7 +61,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace) -> None:
     warn = _Warner()
     report = read_report(Path(arguments.runs), warn)
-    if not (report.cells if arguments.status else report.results):
+    if not (report.jobs if arguments.status else report.results):
         raise UserError(
             f"no finished run: no readable {RESULT} under '{arguments.runs}'; train a network"
             " with 'python train_teacher.py dataset=digits arch=resnet20', or name the folder of"
@@ -71,7 +70,7 @@ def _show(arguments: argparse.Namespace) -> None:
     written = _write(report, arguments, warn)
     _say(_status(report) if arguments.status else _tables(report, arguments))
     if not arguments.status and report.unfinished():
-        say(f"\n{count_states(report.cells)} (--status lists them)")
+        say(f"\n{count_states(report.jobs)} (--status lists them)")
     if written:
         _say(f"\n{written}")
     if arguments.wandb is not None:
@@ -79,31 +78,31 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _watch(arguments: argparse.Namespace) -> None:
-    """Show tables and status, and write the files, again and again until Ctrl-C."""
+    """Show tables and status, and write the files, repeatedly until Ctrl-C."""
     warn = _Warner()
     before: object = None
     written = ""
     while not reader_has_gone():
         report = read_report(Path(arguments.runs), warn)
-        now = (report.results, [(cell.folder, cell.state) for cell in report.cells])
-        if now != before:  # an epoch more is not worth the time that plots take
+        now = (report.results, [(job.folder, job.state) for job in report.jobs])
+        if now != before:  # progress alone is not worth the time that the figures take
             written = _write(report, arguments, warn)
         before = now
         parts = ["" if arguments.status else _tables(report, arguments), _status(report), written]
-        shown = f"{datetime.now():%H:%M:%S} · {arguments.runs} · Ctrl-C ends\n"
-        say("\n".join([*filter(None, parts), shown]), clear_screen=True)
+        footer = f"{datetime.now():%H:%M:%S} · {arguments.runs} · Ctrl-C ends\n"
+        say("\n".join([*filter(None, parts), footer]), clear_screen=True)
         time.sleep(arguments.watch)
 
 
 class _Warner:
-    """Tells each warning once, however often the same file is read."""
+    """Prints each warning once, although ``--watch`` reads the same files again and again."""
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
+        self._printed: set[str] = set()
 
     def __call__(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
+        if text not in self._printed:
+            self._printed.add(text)
             _complain("warning", text)
 
 
@@ -114,21 +113,22 @@ def _tables(report: Report, arguments: argparse.Namespace) -> str:
 
 def _status(report: Report) -> str:
     now = datetime.now().astimezone()
-    return render_status(report.cells, shutil.get_terminal_size().columns, now)
+    return render_status(report.jobs, shutil.get_terminal_size().columns, now)
 
 
-def _write(report: Report, arguments: argparse.Namespace, warn: _Warner) -> str:
+def _write(report: Report, arguments: argparse.Namespace, warn: Warn) -> str:
+    """Write the files of ``--out``, if it is given, and return a line that lists them."""
     if arguments.out is None or not report.results:
         return ""
     paths = write_files(report, arguments.out, _epoch(arguments), warn)
-    plots = [path for path in paths if path.suffix in (".svg", ".png")]
-    texts = [path for path in paths if path not in plots]
-    told = f" and {len(plots)} files of plots" if plots else ""
-    return f"wrote {texts[0]}, {', '.join(path.suffix for path in texts[1:])}{told}\n"
+    figures = [path for path in paths if path.suffix in (".svg", ".png")]
+    first, *others = (path for path in paths if path not in figures)
+    more = f" and {len(figures)} figure files" if figures else ""
+    return f"wrote {first}, {', '.join(path.suffix for path in others)}{more}\n"
 
 
-def _log(report: Report, project: str, warn: _Warner) -> None:
-    # Only this needs W&B, whose import takes seconds.
+def _log(report: Report, project: str, warn: Warn) -> None:
+    # Importing W&B takes seconds, and only this option needs it.
     from sskd.report.to_wandb import log_report
 
     entity, _, name = project.rpartition("/")
@@ -149,21 +149,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "runs", metavar="RUNS", nargs="?", default="runs", help="the folder of runs (default: runs)"
     )
+    _add_options(parser)
+    _add_outputs(parser)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that select what is shown."""
     parser.add_argument(
         "--best",
         action="store_true",
         help="show the best epoch on the test set, as SSKD reports it, not the last epoch",
     )
     parser.add_argument(
-        "--out",
-        metavar="PATH",
-        help="also write the tables to PATH.md and PATH.tex, the figures of both epochs to"
-        " PATH.csv, all of it as a page to PATH.html, and plots to PATH-NAME.png and .svg",
-    )
-    parser.add_argument(
         "--status",
         action="store_true",
-        help="show what each cell is doing instead of the tables; finished ones are only counted",
+        help="show what each job is doing instead of the tables; finished jobs are only counted",
     )
     parser.add_argument(
         "--watch",
@@ -171,18 +172,27 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         type=_seconds,
         const=30.0,
-        help="show tables and status (with --status, only that) anew every SECONDS (30) until"
-        " Ctrl-C, and write the files of --out anew when a run has finished or changed its state",
+        help="show tables and status (with --status, only that) every SECONDS (default: 30) until"
+        " Ctrl-C, and write the files of --out again after a run finishes or changes its state",
+    )
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Add the options that write the report elsewhere."""
+    parser.add_argument(
+        "--out",
+        metavar="PATH",
+        help="also write the tables to PATH.md and PATH.tex, the values of both epochs to"
+        " PATH.csv, everything as a page to PATH.html, and figures to PATH-NAME.png and .svg",
     )
     parser.add_argument(
         "--wandb",
         metavar="PROJECT",
         nargs="?",
         const="sskd",
-        help="also log the tables, the plots and the files of --out to W&B, in PROJECT or"
-        " ENTITY/PROJECT (sskd); offline where there is no login",
+        help="also log the tables, the figures and the files of --out to W&B, in PROJECT or"
+        " ENTITY/PROJECT (default: sskd); offline without a login",
     )
-    return parser
 
 
 def _seconds(text: str) -> float:
@@ -197,12 +207,12 @@ def _seconds(text: str) -> float:
 
 
 def _complain(kind: str, message: str) -> None:
-    """Print one line to stderr, whatever the message holds."""
+    """Print one line to stderr, also if the message contains line ends."""
     complain(f"{kind}: {mask_unprintable(message)}")
 
 
 def _say(lines: str) -> None:
-    """Print lines that end in a line's end."""
+    """Print lines that end with a line end."""
     say(lines.removesuffix("\n"))
 
 

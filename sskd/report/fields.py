@@ -1,4 +1,7 @@
-"""Read fields of JSON that anyone may have written: each is what it should be, or a ValueError."""
+"""Read the fields of a JSON object that anyone may have written.
+
+Each function returns a value of its type or raises ValueError with the reason.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ Record = dict[str, object]
 
 
 def parse_object(text: str) -> Record:
-    """Return the JSON object that ``text`` is."""
+    """Return the JSON object in ``text``."""
     try:
         record = json.loads(text)
     except ValueError as error:
@@ -25,18 +28,31 @@ def parse_object(text: str) -> Record:
 
 
 def get(record: Record, key: str) -> object:
-    """Return the value of ``key``, which must be there."""
+    """Return the value of ``key``, which is required."""
     if key not in record:
         raise ValueError(f"has no '{key}'")
     return record[key]
 
 
+def mapping(record: Record, key: str) -> Record:
+    """Return a nested JSON object."""
+    value = get(record, key)
+    if not isinstance(value, dict):
+        raise ValueError(f"'{key}' is not an object")
+    return value
+
+
 def text(record: Record, key: str) -> str:
-    """Return a name: printable, not empty."""
+    """Return a name: printable and not empty."""
     value = get(record, key)
     if not isinstance(value, str) or not value or not value.isprintable():
         raise ValueError(f"'{key}' is not a name")
     return value
+
+
+def text_or_none(record: Record, key: str) -> str | None:
+    """Return ``text``, or None if it is null or missing."""
+    return None if record.get(key) is None else text(record, key)
 
 
 def integer(record: Record, key: str) -> int:
@@ -52,7 +68,7 @@ def number(record: Record, key: str, low: float = 0.0, high: float = sys.float_i
     value = get(record, key)
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(f"'{key}' is not a number")
-    # False for NaN as well, and for infinity, which JSON files of Python's can hold.
+    # This also refuses NaN and infinity, which Python writes into JSON.
     if not low <= value <= high:
         raise ValueError(f"'{key}' is {shortened(value)}, out of range")
     return float(value)
@@ -61,12 +77,12 @@ def number(record: Record, key: str, low: float = 0.0, high: float = sys.float_i
 def number_or_none(
     record: Record, key: str, low: float = 0.0, high: float = sys.float_info.max
 ) -> float | None:
-    """Return ``number``, or None where it is null."""
+    """Return ``number``, or None if it is null."""
     return None if get(record, key) is None else number(record, key, low, high)
 
 
 def optional_text(record: Record, key: str) -> str | None:
-    """Return a text that only people read, on one line, or None where there is none."""
+    """Return a text for people, printable and on one line, or None if there is none."""
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
         return None
@@ -74,11 +90,11 @@ def optional_text(record: Record, key: str) -> str | None:
 
 
 def timestamp(record: Record, key: str) -> datetime | None:
-    """Return a moment in ISO 8601, of UTC where it names no zone; None where it is none."""
+    """Return a time in ISO 8601, in UTC if it has no zone; None if it is missing or malformed."""
     try:
         found = datetime.fromisoformat(str(record.get(key)))
     except ValueError:
         return None
-    if not 1970 <= found.year < 9999:  # at its ends, a change of zone would leave the calendar
+    if not 1970 <= found.year < 9999:  # outside, a conversion of the zone can overflow
         return None
     return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from operator import methodcaller
 from pathlib import Path
 
 from sskd.errors import UserError
 from sskd.files import write_atomically
-from sskd.report.latex import render_latex
-from sskd.report.render import render_markdown
+from sskd.report.render import render_latex, render_markdown
 from sskd.report.report import Report
-from sskd.report.result import Epoch
+from sskd.report.results import Epoch, Warn
 
 SUFFIXES = (".md", ".csv", ".tex", ".html")
 
 
-def write_files(report: Report, out: str, epoch: Epoch, warn: Callable[[str], None]) -> list[Path]:
-    """Write the report's files, all beginning with ``out``, and return their paths.
+def write_files(report: Report, out: str, epoch: Epoch, warn: Warn) -> list[Path]:
+    """Write the report's files, whose paths begin with ``out``, and return their paths.
 
-    The tables at ``epoch`` as markdown and LaTeX, the figures of both epochs as CSV, all of it
-    as a page, and the plots, each as PNG and SVG. Damaged metrics are
-    told to ``warn``.
+    The files are the tables at ``epoch`` as markdown and LaTeX, the values of both epochs as CSV,
+    everything as a page, and each figure as PNG and SVG. Malformed metrics are reported through
+    ``warn``.
 
     Raises:
-        UserError: ``out`` is a folder, or nothing can be written there.
+        UserError: ``out`` is a folder or cannot be written.
     """
     base = Path(out)
     if base.suffix in SUFFIXES:
@@ -44,11 +43,9 @@ def write_files(report: Report, out: str, epoch: Epoch, warn: Callable[[str], No
     return written
 
 
-def _contents(
-    report: Report, epoch: Epoch, warn: Callable[[str], None]
-) -> Iterator[tuple[str, bytes]]:
-    """Yield each file's end of the name and its content."""
-    # Matplotlib takes longer to import than all else here, and only files need it.
+def _contents(report: Report, epoch: Epoch, warn: Warn) -> Iterator[tuple[str, bytes]]:
+    """Yield the suffix and the content of each file."""
+    # Importing matplotlib takes longer than everything else here, and only these files need it.
     from sskd.report.figures import as_png, as_svg, draw_figures
     from sskd.report.page import render_page
 

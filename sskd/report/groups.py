@@ -1,29 +1,43 @@
-"""Group the results of many runs, and the figures of each group."""
+"""Group results into tables: the entry of each cell, gains, and missing cells."""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from sskd.report.published import Pair, Published, is_comparable, published_for
-from sskd.report.result import DIGEST, Epoch, Result, Settings, without_digest
-from sskd.report.rows import (
+from sskd.report.published import (
+    KD,
     ROWS,
     STUDENT,
+    STUDENT_ROW,
     TEACHER,
+    TEACHER_ROW,
+    Pair,
+    Published,
     RowKey,
     display_name,
+    is_comparable,
+    published_for,
     row_label,
     settings_text,
 )
+from sskd.report.results import DIGEST, Epoch, Result, Settings, without_digest
 
 NETWORKS_TABLE = "networks"
+GAIN_LEGEND = (
+    "Gain: the method's mean top-1 minus the mean of the student alone, or of KD, in points. Error"
+    " bars: one standard deviation of that difference, the root of the sum of both sample"
+    " variances over seeds; none if either side is a single run."
+)
+REFERENCES = {STUDENT: "over the student alone", KD: "over KD"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One figure of a table: top-1 in percent over ``n`` runs, beside the published one."""
+    """The value of one cell: mean top-1 in percent over ``n`` runs, and the published value."""
 
     dataset: str
     setting: str
@@ -39,34 +53,36 @@ class Entry:
 
     @property
     def difference(self) -> float | None:
-        """Ours minus the published figure."""
+        """The mean minus the published value."""
         return None if self.published is None else self.mean - self.published
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one dataset in one setting that share their tables.
+    """The runs of one dataset, setting and published source, which share tables.
 
-    With published figures, they are the runs that were made as those were and, of the
-    dataset's first source, all that were made as no figures were. ``shared`` are the networks
-    trained from scratch, which every group of the setting has.
+    Attributes:
+        distilled: the students with the settings of ``published`` and, for the dataset's first
+            source, those with the settings of no source.
+        scratch_runs: the networks trained from scratch, the same in every group of the setting.
+        published: the source; None if nothing is published for the dataset.
     """
 
     dataset: str
     setting: Settings
     distilled: tuple[Result, ...]
-    shared: tuple[Result, ...]
+    scratch_runs: tuple[Result, ...]
     epoch: Epoch
     published: Published | None
 
     @property
     def setting_title(self) -> str:
-        """The setting in words."""
+        """The setting as text."""
         return settings_text(self.setting) or "the recipe"
 
     @property
     def title(self) -> str:
-        """The dataset, the setting and, if its name tells it apart, the source."""
+        """The dataset, the setting and the source, if that has a name."""
         source = self.published.name if self.published else ""
         return " · ".join(filter(None, (self.dataset, self.setting_title, source)))
 
@@ -75,7 +91,7 @@ class Group:
         return {(run.teacher, run.student) for run in self.distilled if run.teacher is not None}
 
     def pairs_by_table(self) -> dict[str, list[Pair]]:
-        """Return the pairs of each table: those published in the printed order, then others."""
+        """Return the pairs of each table: published pairs in the printed order, then others."""
         present = self.pairs()
         published = self.published.tables if self.published else {}
         tables = {
@@ -88,67 +104,50 @@ class Group:
         return {name: pairs for name, pairs in tables.items() if pairs}
 
     def layout(self, table: str) -> tuple[str, ...]:
-        """Return the rows that ``table`` has as published; elsewhere empty rows say nothing."""
+        """Return the rows that ``table`` always shows: those of a published table."""
         return self.published.rows if self.published and table in self.published.tables else ()
 
     def pair_runs(self, pair: Pair) -> dict[RowKey, list[Result]]:
         """Return the pair's students by row, in order: the network alone, then each method."""
-        rows = {STUDENT: _plain_scratch(self.shared, pair[1])}
+        rows = {STUDENT: _plain_runs(self.scratch_runs, pair[1])}
         distilled = [run for run in self.distilled if (run.teacher, run.student) == pair]
-        # A teacher from elsewhere sets nothing apart as long as it is the pair's only one.
+        # If the pair has only one teacher from a file, its digest need not set rows apart.
         one_teacher = len({dict(run.variant).get(DIGEST) for run in distilled}) == 1
         for run in distilled:
             variant = self._variant(run)
             key = (display_name(run.method), without_digest(variant) if one_teacher else variant)
             rows.setdefault(key, []).append(run)
-        apart = {key: runs for row, of in rows.items() for key, runs in _by_teacher(row, of)}
-        return {key: apart[key] for key in sorted(apart, key=self.row_order) if apart[key]}
+        split = {key: runs for row, found in rows.items() for key, runs in _by_teacher(row, found)}
+        return {key: split[key] for key in sorted(split, key=self.row_order) if split[key]}
 
     def pair_entries(self, table: str, pair: Pair) -> dict[RowKey, Entry]:
-        """Return the figures of one column by row, the teacher's first."""
+        """Return the entries of one column by row, the teacher's first."""
         rows = self.pair_runs(pair)
         values = {TEACHER: _teacher_top1(self, pair)}
         values |= {key: [run.top1(self.epoch) for run in runs] for key, runs in rows.items()}
-        rows[TEACHER] = _students_of_elsewhere(self, pair)
-        published = {key: self._published_top1(pair, key, rows[key]) for key in values}
+        rows[TEACHER] = _students_of_untrained_teacher(self, pair)
         return {
-            key: self._entry(table, pair, key, values[key], published[key])
-            for key in values
-            if values[key]
+            key: self.entry(table, pair, key, top1, self._published_top1(pair, key, rows[key]))
+            for key, top1 in values.items()
+            if top1
         }
 
     def row_order(self, row: RowKey) -> tuple[int, str, Settings]:
-        """Return the key that sorts rows as published, other methods after them."""
+        """Return the key that sorts rows in the published order, other methods after them."""
         name, variant = row
         rows = self.published.rows if self.published else ROWS
         return rows.index(name) if name in rows else len(rows), name, variant
 
-    def network_runs(self, shown: Iterable[str]) -> dict[RowKey, list[Result]]:
-        """Return the runs from scratch by network, but for the plain ones of ``shown``."""
-        rows: dict[RowKey, list[Result]] = {}
-        for run in self.shared:
-            if run.variant or run.student not in shown:
-                rows.setdefault((run.student, run.variant), []).append(run)
-        return {key: rows[key] for key in sorted(rows)}
-
-    def network_entries(self, runs: dict[RowKey, list[Result]]) -> dict[RowKey, Entry]:
-        """Return the figures of ``network_runs``."""
-        comparable = self.published and is_comparable(self.setting)
-        alone = self.published.alone if self.published and comparable else {}
-        return {
-            (name, variant): self._entry(
-                NETWORKS_TABLE,
-                ("", name),
-                (name, variant),
-                [run.top1(self.epoch) for run in found],
-                None if variant else alone.get(name),
-            )
-            for (name, variant), found in runs.items()
-        }
+    def entry(
+        self, table: str, pair: Pair, row: RowKey, values: Sequence[float], published: float | None
+    ) -> Entry:
+        """Return the entry of a cell whose runs have the top-1 ``values``."""
+        place = (self.dataset, self.setting_title, table, *pair, row_label(row))
+        return Entry(*place, self.epoch, *mean_std_n(values), published)
 
     def _variant(self, run: Result) -> Settings:
-        """Return what sets the run apart in this group: nothing, if it was made as published."""
-        if self.published and self.published.holds(display_name(run.method), run):
+        """Return the settings that set the run apart from the plain row of its method."""
+        if self.published and self.published.has_settings_of(display_name(run.method), run):
             return tuple(item for item in run.variant if item[0] == DIGEST)
         return run.variant
 
@@ -157,54 +156,76 @@ class Group:
             return None
         name, _ = row
         if row == TEACHER:
-            same = all(self.published.has_its_teacher(name, run) for run in runs)
+            same = all(self.published.has_teacher_of(name, run) for run in runs)
         else:
-            # Of runs from one file that differ only in the epoch asked for, one is enough.
-            same = row == STUDENT or any(self.published.compares(name, run) for run in runs)
+            # Runs of one teacher file can differ in the requested epoch; one match is enough.
+            same = row == STUDENT or any(
+                self.published.is_same_experiment(name, run) for run in runs
+            )
         return self.published.top1.get((*pair, name)) if same else None
-
-    def _entry(
-        self, table: str, pair: Pair, row: RowKey, values: Sequence[float], published: float | None
-    ) -> Entry:
-        place = (self.dataset, self.setting_title, table, *pair, row_label(row))
-        return Entry(*place, self.epoch, *spread(values), published)
 
 
 def build_groups(results: Iterable[Result], epoch: Epoch) -> Iterator[list[Group]]:
-    """Yield the groups of each dataset's each setting, the unchanged recipe first."""
+    """Yield the groups of each dataset and setting, the unchanged recipe first."""
     by_setting: dict[tuple[str, Settings], list[Result]] = {}
     for run in results:
         by_setting.setdefault((run.dataset, run.setting), []).append(run)
     for dataset, setting in sorted(by_setting):
         runs = by_setting[dataset, setting]
-        shared = tuple(run for run in runs if run.teacher is None)
+        scratch_runs = tuple(run for run in runs if run.teacher is None)
         sources: tuple[Published | None, ...] = published_for(dataset) or (None,)
         distilled: list[list[Result]] = [[] for _ in sources]
         for run in runs:
             if run.teacher is not None:
-                distilled[_source_of(run, sources)].append(run)
+                distilled[_source_index(run, sources)].append(run)
         yield [
-            Group(dataset, setting, tuple(own), shared, epoch, source)
-            for source, own in zip(sources, distilled, strict=True)
+            Group(dataset, setting, tuple(students), scratch_runs, epoch, source)
+            for source, students in zip(sources, distilled, strict=True)
         ]
 
 
-def spread(values: Sequence[float]) -> tuple[float, float | None, int]:
+def network_runs(group: Group, shown: Iterable[str]) -> dict[RowKey, list[Result]]:
+    """Return the runs from scratch by network, without the plain ones of the networks ``shown``."""
+    rows: dict[RowKey, list[Result]] = {}
+    for run in group.scratch_runs:
+        if run.variant or run.student not in shown:
+            rows.setdefault((run.student, run.variant), []).append(run)
+    return {key: rows[key] for key in sorted(rows)}
+
+
+def network_entries(group: Group, runs: Mapping[RowKey, Sequence[Result]]) -> dict[RowKey, Entry]:
+    """Return the entry of each row of ``network_runs``."""
+    comparable = group.published and is_comparable(group.setting)
+    alone = group.published.alone if group.published and comparable else {}
+    return {
+        (name, variant): group.entry(
+            NETWORKS_TABLE,
+            ("", name),
+            (name, variant),
+            [run.top1(group.epoch) for run in found],
+            None if variant else alone.get(name),
+        )
+        for (name, variant), found in runs.items()
+    }
+
+
+def mean_std_n(values: Sequence[float]) -> tuple[float, float | None, int]:
     """Return the mean, the sample standard deviation (None for one value) and the count."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return statistics.mean(values), deviation, len(values)
 
 
-def _source_of(run: Result, sources: Sequence[Published | None]) -> int:
+def _source_index(run: Result, sources: Sequence[Published | None]) -> int:
+    """Return the index of the first source with the run's settings, or 0."""
     row = display_name(run.method)
-    made_as = (index for index, source in enumerate(sources) if source and source.holds(row, run))
-    return next(made_as, 0)
+    matches = (i for i, source in enumerate(sources) if source and source.has_settings_of(row, run))
+    return next(matches, 0)
 
 
 def _by_teacher(row: RowKey, runs: list[Result]) -> Iterator[tuple[RowKey, list[Result]]]:
-    """Yield ``row``, or a row for each teacher if its runs had teachers of other weights.
+    """Yield ``row``, or a row for each teacher if the runs had teachers of different weights.
 
-    A teacher of the suite that was trained again has the name of the one before it.
+    A teacher that this suite trained again has the same name as before.
     """
     name, variant = row
     digests = {run.origin.teacher for run in runs}
@@ -217,18 +238,102 @@ def _by_teacher(row: RowKey, runs: list[Result]) -> Iterator[tuple[RowKey, list[
 
 
 def _teacher_top1(group: Group, pair: Pair) -> list[float]:
-    trained = [run.top1(group.epoch) for run in _plain_scratch(group.shared, pair[0])]
-    # A teacher from elsewhere has no run here, but its students have measured it.
-    measured = {run.teacher_top1 for run in _students_of_elsewhere(group, pair)}
+    trained = [run.top1(group.epoch) for run in _plain_runs(group.scratch_runs, pair[0])]
+    # A teacher that was not trained here has no run, but its students have measured it.
+    measured = {run.teacher_top1 for run in _students_of_untrained_teacher(group, pair)}
     return trained or sorted(value for value in measured if value is not None)
 
 
-def _students_of_elsewhere(group: Group, pair: Pair) -> list[Result]:
-    """Return the students that say which teacher the pair has, if it was not trained here."""
-    if _plain_scratch(group.shared, pair[0]):
+def _students_of_untrained_teacher(group: Group, pair: Pair) -> list[Result]:
+    """Return the pair's students if its teacher was not trained in this setting."""
+    if _plain_runs(group.scratch_runs, pair[0]):
         return []
     return [run for run in group.distilled if (run.teacher, run.student) == pair]
 
 
-def _plain_scratch(runs: Iterable[Result], network: str) -> list[Result]:
+def _plain_runs(runs: Iterable[Result], network: str) -> list[Result]:
     return [run for run in runs if run.student == network and not run.variant]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Points of top-1 over a reference, and their standard deviation if both have one."""
+
+    points: float
+    std: float | None
+
+
+def gain(entry: Entry, reference: Entry) -> Gain:
+    """Return the gain of ``entry`` over ``reference``; their seeds count as independent."""
+    points = entry.mean - reference.mean
+    if entry.std is None or reference.std is None:
+        return Gain(points, None)
+    return Gain(points, math.hypot(entry.std, reference.std))
+
+
+def pair_gains(group: Group, table: str, pair: Pair) -> dict[RowKey, dict[RowKey, Gain]]:
+    """Return the gains of each of the pair's methods, by row and then by reference."""
+    entries = group.pair_entries(table, pair)
+    references = {key: entries[key] for key in REFERENCES if key in entries}
+    return {
+        row: gains
+        for row, entry in entries.items()
+        if row not in (TEACHER, STUDENT)
+        if (gains := {key: gain(entry, other) for key, other in references.items() if key != row})
+    }
+
+
+@dataclass(frozen=True)
+class MissingCell:
+    """An empty cell that has a published value. ``setting`` is text."""
+
+    dataset: str
+    setting: str
+    table: str
+    teacher: str
+    student: str
+    row: str
+
+
+def find_missing(groups: Iterable[Group], unfinished: Iterable[Path]) -> list[MissingCell]:
+    """Return the missing cells of the published pairs that have at least one student.
+
+    A cell is not missing if an absolute folder in ``unfinished`` belongs to its row. The setting
+    of that run does not matter, because a folder's name has only a hash of it.
+    """
+    in_progress = {_networks_in_path(folder) for folder in unfinished}
+    return [
+        cell
+        for group in groups
+        for cell in _empty_cells(group)
+        if (cell.dataset, *_networks(cell)) not in in_progress
+    ]
+
+
+def _empty_cells(group: Group) -> Iterator[MissingCell]:
+    if group.published is None:
+        return
+    for table, pairs in group.pairs_by_table().items():
+        for pair in pairs:
+            entries = group.pair_entries(table, pair)
+            filled = {name for name, variant in entries if not without_digest(variant)}
+            for row in group.published.rows:
+                if row not in filled and (*pair, row) in group.published.top1:
+                    yield MissingCell(group.dataset, group.setting_title, table, *pair, row)
+
+
+def _networks(cell: MissingCell) -> tuple[str, ...]:
+    alone = {TEACHER_ROW: cell.teacher, STUDENT_ROW: cell.student}
+    if cell.row in alone:
+        return (alone[cell.row],)
+    return f"{cell.teacher}-{cell.student}", cell.row
+
+
+def _networks_in_path(folder: Path) -> tuple[str, ...]:
+    """Return the dataset, the networks and the method in the path of a run's folder."""
+    match folder.parts:
+        case (*_, dataset, "distill", pair, method, _):
+            return dataset, pair, display_name(method)
+        case (*_, dataset, "scratch", network, _):
+            return dataset, network
+    return ()

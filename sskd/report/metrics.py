@@ -1,9 +1,8 @@
-"""Read the ``metrics.jsonl`` of runs, a line an epoch, and average it over seeds."""
+"""Read a run's ``metrics.jsonl``, one line an epoch."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,123 +12,65 @@ from sskd.files import is_regular_file, read_lines
 from sskd.report import fields
 from sskd.runs.names import METRICS, MOST_EPOCHS, MOST_METRICS
 
-TEST_TOP1 = "test/top1"
-LOSS, WEIGHTED = "loss/", "weighted/"
-LARGEST = 1e30
-# Names in all lines of a run, which writes some twenty: a curve is drawn for each loss.
-MOST_FIGURES = 200
+LARGEST = 1e30  # a larger value breaks the scale of a plot
+# Names of metrics in all lines of a run, which has some twenty. Each loss gets a curve.
+MOST_NAMES = 200
 
 
 @dataclass(frozen=True)
 class EpochLine:
-    """One epoch: its stage, its number within that, from 1, its finite figures and its end."""
+    """One epoch: its phase, its number in that phase, from 1, its finite metrics and its end."""
 
-    stage: str
+    phase: str
     epoch: int
-    figures: dict[str, float]
+    metrics: dict[str, float]
     date: datetime | None
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A figure against the epoch, over seeds: means, and deviations (0 for a single run)."""
-
-    epochs: tuple[int, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
 def read_metrics(folder: Path, warn: Callable[[str], None]) -> list[EpochLine]:
-    """Return the epochs of the run in ``folder``, in order; none where nothing was written.
+    """Return the epochs of the run in ``folder``, in order; an empty list without the file.
 
-    Malformed lines, and those that bring more than ``MOST_FIGURES``, are skipped and reported once
-    through ``warn``.
+    Malformed lines, and lines that exceed ``MOST_NAMES``, are skipped and reported once through
+    ``warn``.
     """
     path = folder / METRICS
     if not is_regular_file(path):
         return []
-    epochs, damaged = [], 0
+    epochs, malformed = [], 0
     names: set[str] = set()
     try:
         for line in read_lines(path, MOST_METRICS, MOST_EPOCHS):
             try:
                 epoch = _parse_line(line.decode())
-                names = _refuse_many(names | epoch.figures.keys())
+                names = _refuse_many(names | epoch.metrics.keys())
                 epochs.append(epoch)
             except ValueError:
-                damaged += 1
+                malformed += 1
     except (OSError, ValueError) as error:
         warn(f"{path}: {error}; left out")
         return []
-    if damaged:
-        total = len(epochs) + damaged
-        warn(f"{path}: {damaged} of {total} lines are no epoch's figures; left out")
+    if malformed:
+        total = len(epochs) + malformed
+        warn(f"{path}: {malformed} of {total} lines are malformed; left out")
     return epochs
 
 
-def top1_curve(runs: Iterable[list[EpochLine]]) -> Curve:
-    """Return the top-1 on the test set, in percent, by epoch of the stage that is evaluated."""
-    return _average(
-        {
-            line.epoch: line.figures[TEST_TOP1]
-            for line in lines
-            if 0 <= line.figures.get(TEST_TOP1, -1) <= 100
-        }
-        for lines in runs
-    )
-
-
-def loss_curves(runs: list[list[EpochLine]], prefix: str) -> dict[str, Curve]:
-    """Return each loss term's mean by epoch, counted through all stages in the order of the run.
-
-    ``prefix`` is ``loss/`` or ``weighted/``; the keys are the terms without it.
-    """
-    names = (name for lines in runs for line in lines for name in line.figures)
-    terms = dict.fromkeys(name for name in names if name.startswith(prefix))
-    return {
-        term.removeprefix(prefix): _average(
-            {
-                number: line.figures[term]
-                for number, line in enumerate(lines, start=1)
-                if term in line.figures
-            }
-            for lines in runs
-        )
-        for term in terms
-    }
-
-
 def _refuse_many(names: set[str]) -> set[str]:
-    if len(names) > MOST_FIGURES:
-        raise ValueError(f"it has more than {MOST_FIGURES} figures")
+    if len(names) > MOST_NAMES:
+        raise ValueError(f"it has more than {MOST_NAMES} names of metrics")
     return names
 
 
 def _parse_line(text: str) -> EpochLine:
     record = fields.parse_object(text)
-    figures = {
+    metrics = {
         key: float(value)
         for key, value in record.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
-        # False for NaN and infinity too; what is larger breaks the scale of a plot.
+        # This also leaves out NaN and infinity.
         if abs(value) < LARGEST and key.isprintable()
     }
     epoch = fields.integer(record, "epoch")
     if epoch > MOST_EPOCHS:
         raise ValueError(f"'epoch' is {shortened(epoch)}, out of range")
-    return EpochLine(fields.text(record, "stage"), epoch, figures, fields.timestamp(record, "date"))
-
-
-def _average(runs: Iterable[dict[int, float]]) -> Curve:
-    values: dict[int, list[float]] = {}
-    for by_epoch in runs:
-        for epoch, value in by_epoch.items():
-            values.setdefault(epoch, []).append(value)
-    epochs = tuple(sorted(values))
-    return Curve(
-        epochs,
-        mean=tuple(statistics.fmean(values[epoch]) for epoch in epochs),
-        std=tuple(
-            statistics.stdev(values[epoch]) if len(values[epoch]) > 1 else 0.0 for epoch in epochs
-        ),
-    )
+    return EpochLine(fields.text(record, "stage"), epoch, metrics, fields.timestamp(record, "date"))

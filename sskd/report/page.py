@@ -1,10 +1,10 @@
-"""Render the report as one HTML page that needs nothing else: no other file, no network."""
+"""Render the report as one HTML page that needs no other file and no network."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -13,21 +13,20 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sskd.errors import mask_unprintable
-from sskd.report.canvas import INK, PAPER
-from sskd.report.gains import GAIN_LEGEND
-from sskd.report.groups import Entry
+from sskd.report.groups import GAIN_LEGEND, Entry
+from sskd.report.plots import INK, PAPER
+from sskd.report.published import STUDENT_ROW, TEACHER_ROW
+from sskd.report.render import count_states, describe_progress
 from sskd.report.report import Report
-from sskd.report.rows import STUDENT_ROW, TEACHER_ROW
-from sskd.report.status import count_states, describe_progress
 from sskd.report.tables import EPOCH_TITLES, Table
 
-FULL_DIFFERENCE = 2.0  # points of top-1 from which a difference has its full colour
-BY_DIFFERENCE = f"Colours: ours - published, full from {FULL_DIFFERENCE:g} points."
+FULL_DIFFERENCE = 2.0  # points of top-1 from which the colour is full
+BY_DIFFERENCE = f"Colours: measured - published, full from {FULL_DIFFERENCE:g} points."
 
 
 @dataclass(frozen=True)
 class CellView:
-    """A cell of a page's table: its lines, what it sorts by, and its colour from -1 to 1."""
+    """A cell as the page shows it: its lines, the value to sort by, and a shade from -1 to 1."""
 
     lines: list[str]
     value: float | None = None
@@ -36,7 +35,7 @@ class CellView:
 
 @dataclass(frozen=True)
 class TableView:
-    """A table as the page shows it."""
+    """A table as the page shows it, with the legend of its colours."""
 
     table: Table
     rows: list[list[CellView]]
@@ -44,9 +43,9 @@ class TableView:
 
 
 def render_page(report: Report, figures: Mapping[str, tuple[str, bytes]], made: datetime) -> str:
-    """Return the page, made at the moment ``made``.
+    """Return the page, dated ``made``.
 
-    ``figures`` are the titles and SVG files of ``figures.draw_figures`` by name.
+    ``figures`` has the title and the SVG file of each of ``figures.draw_figures`` by name.
     """
     environment = Environment(
         loader=PackageLoader(__package__, "templates"),
@@ -61,7 +60,7 @@ def render_page(report: Report, figures: Mapping[str, tuple[str, bytes]], made: 
         runs=mask_unprintable(str(report.runs)),
         made=made,
         results=len(report.results),
-        states=count_states(report.cells),
+        states=count_states(report.jobs),
         commits=Counter(result.commit or "not recorded" for result in report.results),
         epochs=EPOCH_TITLES,
         tables=[_view(table) for table in tables if table.epoch],
@@ -74,7 +73,7 @@ def render_page(report: Report, figures: Mapping[str, tuple[str, bytes]], made: 
 
 
 def _both_epochs(report: Report) -> Iterator[Table]:
-    """Yield each table at the last epoch and, where it depends on that, at the best."""
+    """Yield each table at the last epoch and, if it depends on the epoch, at the best."""
     for last, best in zip(report.tables("last"), report.tables("best"), strict=True):
         yield last
         if best.epoch:
@@ -82,35 +81,38 @@ def _both_epochs(report: Report) -> Iterator[Table]:
 
 
 def _view(table: Table) -> TableView:
-    gains = {id(entry): gain for entry, gain in _gains_over_student(table.entries)}
-    compared = any(entry.published is not None for entry in table.entries)
-    full = FULL_DIFFERENCE if compared else max(map(abs, gains.values()), default=0.0) or 1.0
-
-    def shade(entry: Entry) -> float | None:
-        points = entry.difference if compared else gains.get(id(entry))
-        return None if points is None else max(-1.0, min(1.0, points / full))
-
-    def cell(text: str, entry: Entry | None) -> CellView:
-        lines = text.split("\n")
-        return (
-            CellView(lines, entry.mean, shade(entry)) if entry else CellView(lines, _number(text))
-        )
-
+    shades, legend = _shades([cell.entry for row in table.rows for cell in row if cell.entry])
     rows, above = [], ""
     for index, row in enumerate(table.rows):
-        placed = table.placed[index] if table.placed else (None,) * len(row)
-        above = row[0] or above  # a label that is not repeated must be, where rows move
-        # The labels sort into the order in which the rows were laid out.
-        labels = [CellView(text.split("\n"), index) for text in (above, *row[1 : table.labels])]
-        others = zip(row[table.labels :], placed, strict=False)
-        rows.append([*labels, *(cell(text, entry) for text, entry in others)])
-    legend = BY_DIFFERENCE if compared and table.placed else ""
-    if gains and not compared:
+        # The table shows a repeated label once; sorting moves the rows, so here each row has it.
+        above = row[0].text or above
+        labels = [above, *(cell.text for cell in row[1 : table.labels])]
+        # Sorting by a label restores the original order.
+        views = [CellView(text.split("\n"), index) for text in labels]
+        for cell in row[table.labels :]:
+            shade = shades.get(cell.entry) if cell.entry else None
+            views.append(CellView(cell.text.split("\n"), cell.value, shade))
+        rows.append(views)
+    return TableView(table, rows, legend)
+
+
+def _shades(entries: Sequence[Entry]) -> tuple[dict[Entry, float], str]:
+    """Return the shade of each entry, from -1 to 1, and the legend.
+
+    The shade is the difference from the published value or, if no entry has one, the gain over
+    the student alone.
+    """
+    points = {entry: entry.difference for entry in entries if entry.difference is not None}
+    full, legend = FULL_DIFFERENCE, BY_DIFFERENCE
+    if not points:
+        points = dict(_gains_over_student(entries))
+        full = max(map(abs, points.values()), default=0.0) or 1.0
         legend = (
-            "Colours: gain over the student alone, as nothing published compares; full from"
+            "Colours: gain over the student alone, because no published value compares; full from"
             f" {full:.2f} points."
         )
-    return TableView(table, rows, legend)
+    shades = {entry: max(-1.0, min(1.0, value / full)) for entry, value in points.items()}
+    return shades, legend if shades else ""
 
 
 def _gains_over_student(entries: Iterable[Entry]) -> Iterator[tuple[Entry, float]]:
@@ -122,43 +124,38 @@ def _gains_over_student(entries: Iterable[Entry]) -> Iterator[tuple[Entry, float
             yield entry, entry.mean - alone[pair]
 
 
-def _number(text: str) -> float | None:
-    found = re.match(r"[-+]?[\d,]+(\.\d+)?(e[-+]?\d+)?", text.strip())
-    return float(found[0].replace(",", "") or 0) if found and re.search(r"\d", found[0]) else None
-
-
 SECTIONS = {
     "gain": ("Gains", GAIN_LEGEND),
     "curves": (
         "Accuracy",
-        "Top-1 on the test set after each epoch: mean over seeds, the band one sample standard"
-        " deviation either way. Only finished runs.",
+        "Top-1 on the test set after each epoch: mean over seeds, in a band of plus and minus one"
+        " sample standard deviation. Only finished runs.",
     ),
     "losses": (
         "Loss terms",
-        "Means over seeds, by epoch through all stages: as computed, and as weighted in the sum"
-        " that was minimised.",
+        "Means over seeds by epoch, counted through all phases: as computed, and as weighted in"
+        " the sum that was minimised.",
     ),
 }
 
 
 def _figure_sections(figures: Mapping[str, tuple[str, bytes]]) -> Iterator[dict[str, Any]]:
     for kind, (heading, legend) in SECTIONS.items():
-        of = [value for name, value in figures.items() if name.partition("-")[0] == kind]
-        shown = [(title, _inline(svg)) for title, svg in of]
+        found = [value for name, value in figures.items() if name.partition("-")[0] == kind]
+        shown = [(title, _inline(svg)) for title, svg in found]
         yield {"kind": kind, "heading": heading, "legend": legend, "figures": shown}
 
 
 def _inline(svg: bytes) -> Markup:
-    """Return an SVG file as a part of a page, in the page's own ink and paper.
+    """Return an SVG file as a part of the page, in the page's colours of ink and paper.
 
-    It is matplotlib's, which has escaped every text in it.
+    Matplotlib, which made the file, has escaped all text in it.
     """
     text = svg.decode()
     text = text[text.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "none")
-    # Names of groups, which nothing refers to, are the same in every figure.
+    # Every figure has the same ids of groups. Nothing refers to them.
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    # A tenth of a point is finer than a screen, and half the size.
+    # Tenths of a point are finer than a screen's pixels, and halve the size.
     text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), text)
     return Markup(text)
 

@@ -1,36 +1,76 @@
-"""The published figures that the tables stand beside."""
+"""The published values that the tables compare with, and the names of their rows."""
 
 from __future__ import annotations
 
+import csv
 import functools
-from collections.abc import Iterable, Mapping
+import io
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 
-from sskd.report.facts import read_figures
-from sskd.report.result import DIGEST, Result, Settings
+from sskd.errors import UserError
+from sskd.report.results import DIGEST, SHORT_DIGEST, Result, Settings
 from sskd.runs.weightings import WEIGHTING
 
-Pair = tuple[str, str]
+Pair = tuple[str, str]  # teacher and student
+# A row: its name, and the settings that set its runs apart from the plain row of that name.
+RowKey = tuple[str, Settings]
+
 TEACHER_ROW = "teacher"
 STUDENT_ROW = "student"
+TEACHER: RowKey = (TEACHER_ROW, ())
+STUDENT: RowKey = (STUDENT_ROW, ())
+KD: RowKey = ("KD", ())
+# The order of rows if nothing is published. Other methods follow in alphabetical order.
+ROWS = (
+    *(TEACHER_ROW, STUDENT_ROW, "KD", "FitNet", "AT", "SP", "VID"),
+    *("RKD", "PKT", "AB", "FT", "CRD", "SSKD"),
+)
+# Methods that their papers do not write in capitals alone.
+DISPLAY_NAMES = {"fitnet": "FitNet"}
+
 COLUMNS = ("table", "teacher", "student", "row", "top1")
 RERUN_COLUMNS = ("teacher", "student", "by", "top1", "std", "runs")
-# What a setting may hold beside the recipe without being another experiment.
+# Settings that may differ from the recipe in a comparison with published values.
 COMPARABLE = frozenset({"precision"})
 TEACHER_EPOCH, USUAL_EPOCH = "teacher.epoch", "best"
-# Points. The closest two published teachers of one network differ by 0.21.
+# Points of top-1. The closest two published teachers of one network differ by 0.21.
 SAME_TEACHER = 0.1
+
+
+def display_name(method: str) -> str:
+    """Return the name of ``method`` as the papers write it."""
+    return DISPLAY_NAMES.get(method, method.upper())
+
+
+def settings_text(settings: Settings) -> str:
+    """Return settings as ``key=value, key=value``, with a shortened digest."""
+    return ", ".join(
+        f"{key}={value[:SHORT_DIGEST] if key == DIGEST else value}" for key, value in settings
+    )
+
+
+def row_label(row: RowKey) -> str:
+    """Return a row's name and, in parentheses, the settings that set it apart."""
+    name, variant = row
+    return f"{name} ({settings_text(variant)})" if variant else name
 
 
 @dataclass(frozen=True)
 class Source:
-    """A publication: the file of its figures beside this module, and what they were made under.
+    """A publication.
 
-    ``variant`` is what its students changed in their method and teacher, where ``variant_of``
-    says nothing else of a row; ``name`` sets its tables apart from those of other sources.
-    ``reruns`` has the files of what others measured of its rows. A note may name its
-    ``{teachers}``, each with its accuracy. ``teachers_of`` has the file of the teachers of a row
-    that was copied from there. ``epochs`` is the number of epochs that its networks trained.
+    Attributes:
+        file: its values, a CSV file beside this module.
+        name: shown in the titles of its tables; empty for a dataset's main source.
+        notes: what a reader must know before comparing. ``{teachers}`` becomes the list of its
+            teachers, each with its accuracy.
+        variant: the settings of the method and the teacher that its students changed.
+        variant_of: the same by row, for rows with other changes.
+        reruns: by row, the file of values that others measured.
+        teachers_of: by row, the file of the teachers of a row that was copied from there.
+        epochs: the number of epochs of its networks.
     """
 
     file: str
@@ -47,8 +87,8 @@ class Source:
 class Rerun:
     """The method of a published ``row`` as others measured it.
 
-    ``top1`` has the mean in percent and, if ``runs`` are several, the deviation, by (teacher,
-    student).
+    ``top1`` has, by (teacher, student), the mean in percent and the sample standard deviation,
+    which is None for a single run.
     """
 
     row: str
@@ -62,7 +102,7 @@ class Rerun:
         return f"{self.row}, {self.by} ({self.runs})"
 
     def text(self, pair: Pair) -> str:
-        """Return the figure of ``pair``, or an empty text if there is none."""
+        """Return the value of ``pair``, or an empty text if there is none."""
         if pair not in self.top1:
             return ""
         mean, std = self.top1[pair]
@@ -73,12 +113,17 @@ class Rerun:
 class Published:
     """Published top-1 accuracies, in percent, of one source on one dataset.
 
-    ``tables`` maps a table's name to its (teacher, student) pairs in the printed order, and
-    ``rows`` are in that order too; ``top1`` is keyed by (teacher, student, row); ``alone``
-    holds the networks trained from scratch by name; ``variants`` is what the runs of a
-    method's row have changed in the recipe; ``teachers`` has the accuracies of each row's
-    teachers; ``reruns`` are what others measured; ``epochs`` is the number of epochs that the
-    networks trained; ``notes`` say what a reader must know before comparing.
+    Attributes:
+        name: the source's name.
+        rows: in the printed order.
+        tables: a table's (teacher, student) pairs by its name, in the printed order.
+        top1: by (teacher, student, row).
+        alone: of the networks trained from scratch, by name.
+        variants: by row, what the runs changed in the recipe.
+        teachers: by row, the accuracies of the teachers by name.
+        reruns: what others measured.
+        epochs: the number of epochs of the networks.
+        notes: what a reader must know before comparing.
     """
 
     name: str
@@ -92,20 +137,16 @@ class Published:
     epochs: int
     notes: tuple[str, ...]
 
-    def holds(self, row: str, run: Result) -> bool:
-        """Return whether ``run``, of the method in ``row``, was made as the figures were."""
-        return self.variants.get(row) == _asked_for(run)
+    def has_settings_of(self, row: str, run: Result) -> bool:
+        """Return whether ``run`` changed the same settings as the published runs of ``row``."""
+        return self.variants.get(row) == _requested_settings(run)
 
-    def compares(self, row: str, run: Result) -> bool:
-        """Return whether the figure of ``row`` and ``run`` are of the same experiment.
+    def has_teacher_of(self, row: str, run: Result) -> bool:
+        """Return whether the run's teacher is, as far as known, the published one of ``row``.
 
-        A teacher that this suite trained has the recipe of the published one. Of a teacher from a
-        file only the accuracy is known, which must be that of the row's own teacher.
+        A teacher trained by this suite has the published recipe. Of a teacher from a file only
+        the accuracy is known, which must equal the published teacher's.
         """
-        return self.holds(row, run) and self.has_its_teacher(row, run)
-
-    def has_its_teacher(self, row: str, run: Result) -> bool:
-        """Return whether the teacher of ``run``, if it is a file, is as accurate as the row's."""
         if DIGEST not in dict(run.variant):
             return True
         expected = self.teachers[row].get(run.teacher or "")
@@ -113,12 +154,16 @@ class Published:
             return False
         return abs(run.teacher_top1 - expected) <= SAME_TEACHER
 
+    def is_same_experiment(self, row: str, run: Result) -> bool:
+        """Return whether the published value of ``row`` and ``run`` may be compared."""
+        return self.has_settings_of(row, run) and self.has_teacher_of(row, run)
 
-def _asked_for(run: Result) -> Settings:
-    """Return what ``run`` changed in its method and teacher, with the epoch of the teacher.
 
-    The digest of a teacher from a file decides what a run computes, so that the epoch that was
-    asked for is recorded beside the difference. Older results have it in their difference.
+def _requested_settings(run: Result) -> Settings:
+    """Return the run's changes to its method and teacher, with the teacher's requested epoch.
+
+    If the teacher is a file, its digest alone decides the result, and the requested epoch is
+    recorded beside the difference. Older results have the epoch in the difference.
     """
     variant = dict(run.variant)
     if variant.pop(DIGEST, None) is not None and run.teacher_epoch is not None:
@@ -132,15 +177,15 @@ SSKD = Source(
     "published.csv",
     "",
     (
-        "Published: Xu et al., Knowledge Distillation Meets Self-Supervision, ECCV 2020, from"
-        " teachers of its own ({teachers}). Its KD row is the CRD benchmark's (Tian et al., ICLR"
-        " 2020) digit for digit, from other teachers: the paper's own figure 4 has about 73.6 for"
-        " KD on vgg13-vgg8, where its table has 72.98.",
-        "SSKD keeps the best epoch on the test set, so its figures compare with the best epoch"
+        "Published: Xu et al., Knowledge Distillation Meets Self-Supervision, ECCV 2020, with its"
+        " authors' teachers ({teachers}). Its KD row equals the CRD benchmark's (Tian et al., ICLR"
+        " 2020) digit for digit, which had other teachers: figure 4 of the paper shows about 73.6"
+        " for KD on vgg13-vgg8, but its table 72.98.",
+        "SSKD reports the best epoch on the test set, so its values compare with the best epoch"
         " (--best); the last epoch is the fairer measure of a method.",
         "Published re-runs of SSKD, with the number of runs: HSAKD's authors (Yang et al., IJCAI"
-        " 2021), mean ± standard deviation; the repository FN8211/SSKD, best epoch, from its own"
-        " vgg13 (74.49).",
+        " 2021), mean ± standard deviation; the repository FN8211/SSKD, best epoch, with that"
+        " repository's vgg13 as the teacher (74.49).",
     ),
     reruns={"SSKD": "published_sskd_reruns.csv"},
     teachers_of={"KD": "published_crd_benchmark.csv"},
@@ -150,42 +195,44 @@ CRD_BENCHMARK = Source(
     "published_crd_benchmark.csv",
     "the CRD benchmark",
     (
-        "The CRD benchmark: Tian et al., Contrastive Representation Distillation, ICLR 2020, from"
-        " teachers of its own ({teachers}). It distils from the teacher's last epoch, every method"
-        " but KD without KD's term (weighting=crd_benchmark), and reports the last epoch, so its"
-        " figures compare with the last epoch.",
+        "The CRD benchmark: Tian et al., Contrastive Representation Distillation, ICLR 2020, with"
+        " its authors' teachers ({teachers}). It distils from the teacher's last epoch, all methods"
+        " except KD without KD's term (weighting=crd_benchmark), and reports the last epoch, so its"
+        " values compare with the last epoch.",
     ),
     variant=(*FROM_LAST, (WEIGHTING, "crd_benchmark")),
     variant_of={"KD": FROM_LAST},
 )
-# The first source of a dataset also shows what was made as none of them were.
+# Runs that match no source's settings are shown with the first source of their dataset.
 SOURCES = {"cifar100": (SSKD, CRD_BENCHMARK)}
 
 
 def is_comparable(setting: Settings) -> bool:
-    """Return whether published figures may stand beside runs of ``setting``.
+    """Return whether runs of ``setting`` may be compared with published values.
 
-    They may where nothing but the precision differs from the recipe. Another schedule, batch
-    size, optimizer or part of the data is another experiment, and its difference to the
-    published figure would mean nothing.
+    Only the precision may differ from the recipe. Another schedule, batch size, optimizer or part
+    of the data is another experiment.
     """
     return all(key in COMPARABLE for key, _ in setting)
 
 
 @functools.cache
 def published_for(dataset: str) -> tuple[Published, ...]:
-    """Return the published figures for ``dataset``, by source; none where there are none.
+    """Return the published values for ``dataset`` by source; an empty tuple if there are none.
 
     For CIFAR-100 they are the two tables each of Xu et al., Knowledge Distillation Meets
     Self-Supervision, ECCV 2020, and of the CRD benchmark: ``similar`` (teacher and student of
-    similar style) and ``cross`` (of different style). The rows ``teacher`` and ``student`` are
-    the two networks trained alone, the others are the student distilled by that method.
+    one family) and ``cross`` (of two). The rows ``teacher`` and ``student`` are networks trained
+    from scratch, the others are the student distilled by that method.
+
+    Raises:
+        UserError: a CSV file of the package is malformed.
     """
     return tuple(_load(source) for source in SOURCES.get(dataset, ()))
 
 
 def _load(source: Source) -> Published:
-    lines = _read(source.file)
+    lines = _read_tables(source.file)
     tables: dict[str, dict[Pair, None]] = {}
     top1: dict[tuple[str, str, str], float] = {}
     for line in lines:
@@ -194,42 +241,100 @@ def _load(source: Source) -> Published:
         tables.setdefault(name, {})[pair] = None
         top1[(*pair, line["row"])] = float(line["top1"])
     rows = tuple(dict.fromkeys(line["row"] for line in lines))
-    teachers = _alone(lines, TEACHER_ROW)
-    named = ", ".join(f"{name} {top1:.2f}" for name, top1 in teachers.items())
+    teachers = _from_scratch(lines, TEACHER_ROW)
+    listed = ", ".join(f"{name} {top1:.2f}" for name, top1 in teachers.items())
     return Published(
         name=source.name,
         rows=rows,
         tables={name: tuple(pairs) for name, pairs in tables.items()},
         top1=top1,
-        alone=teachers | _alone(lines, STUDENT_ROW),
+        alone=teachers | _from_scratch(lines, STUDENT_ROW),
         variants={
             row: source.variant_of.get(row, source.variant)
             for row in rows
             if row not in (TEACHER_ROW, STUDENT_ROW)
         },
         teachers=dict.fromkeys(rows, teachers)
-        | {row: _alone(_read(file), TEACHER_ROW) for row, file in source.teachers_of.items()},
+        | {
+            row: _from_scratch(_read_tables(file), TEACHER_ROW)
+            for row, file in source.teachers_of.items()
+        },
         reruns=_load_reruns(source),
         epochs=source.epochs,
-        notes=tuple(note.format(teachers=named) for note in source.notes),
+        notes=tuple(note.format(teachers=listed) for note in source.notes),
     )
 
 
-def _read(file: str) -> list[dict[str, str]]:
-    return read_figures(file, COLUMNS, ("teacher", "student", "row"))
-
-
-def _alone(lines: Iterable[Mapping[str, str]], row: str) -> dict[str, float]:
-    """Return the accuracies by network in ``row``, that of the teacher or of the student alone."""
+def _from_scratch(lines: Iterable[Mapping[str, str]], row: str) -> dict[str, float]:
+    """Return the accuracy by network in ``row``: ``teacher`` or ``student``."""
     return {line[row]: float(line["top1"]) for line in lines if line["row"] == row}
 
 
 def _load_reruns(source: Source) -> tuple[Rerun, ...]:
     reruns: dict[tuple[str, str, int], dict[Pair, tuple[float, float | None]]] = {}
     for row, file in source.reruns.items():
-        cell, numbers = RERUN_COLUMNS[:3], RERUN_COLUMNS[3:]
-        for line in read_figures(file, RERUN_COLUMNS, cell, numbers, optional=("std",)):
-            figure = (float(line["top1"]), float(line["std"]) if line["std"] else None)
-            of = reruns.setdefault((row, line["by"], int(float(line["runs"]))), {})
-            of[line["teacher"], line["student"]] = figure
+        key, numbers = RERUN_COLUMNS[:3], RERUN_COLUMNS[3:]
+        for line in read_csv(file, RERUN_COLUMNS, key, numbers, optional=("std",)):
+            value = (float(line["top1"]), float(line["std"]) if line["std"] else None)
+            top1 = reruns.setdefault((row, line["by"], int(float(line["runs"]))), {})
+            top1[line["teacher"], line["student"]] = value
     return tuple(Rerun(*key, top1) for key, top1 in reruns.items())
+
+
+def _read_tables(file: str) -> list[dict[str, str]]:
+    return read_csv(file, COLUMNS, ("teacher", "student", "row"))
+
+
+def read_csv(
+    file: str,
+    columns: Sequence[str],
+    key: Sequence[str],
+    numbers: Sequence[str] = ("top1",),
+    optional: Collection[str] = (),
+) -> list[dict[str, str]]:
+    """Return the lines of the CSV ``file`` beside this module, by column.
+
+    Args:
+        columns: the header.
+        key: the columns that no two lines have in common.
+        numbers: the columns of numbers above 0 and up to 100.
+        optional: the columns that may be empty.
+
+    Raises:
+        UserError: a line is malformed; the message has its number.
+    """
+    path = resources.files(__package__).joinpath(file)
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    number = 0
+    try:
+        rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline=""), strict=True)
+        for number, row in enumerate(rows, start=1):
+            if number == 1:
+                _require(row == list(columns), f"should be {','.join(columns)}")
+                continue
+            line = _check_line(row, columns, numbers, optional)
+            found = tuple(line[name] for name in key)
+            _require(found not in lines, f"{', '.join(found)} has a value already")
+            lines[found] = line
+        _require(bool(lines), "has no values")
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path}, line {number}: {error}; install the package again") from None
+    return list(lines.values())
+
+
+def _check_line(
+    row: Sequence[str], columns: Sequence[str], numbers: Sequence[str], optional: Collection[str]
+) -> dict[str, str]:
+    _require(len(row) == len(columns), f"has {len(row)} columns, not {len(columns)}")
+    line = dict(zip(columns, row, strict=True))
+    missing = [key for key in columns if not line[key] and key not in optional]
+    _require(not missing, f"has no {', '.join(missing)}")
+    for name in numbers:
+        valid = not line[name] or 0 < float(line[name]) <= 100
+        _require(valid, f"{name} is {line[name]}, not from 0 to 100")
+    return line
+
+
+def _require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise ValueError(otherwise)

@@ -1,31 +1,126 @@
-"""Find the ``result.json`` of every finished run and read it, trusting nothing in it."""
+"""Find the ``result.json`` of every finished run, check it and read it."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from sskd.errors import shortened
 from sskd.files import MOST_DEPTH, is_regular_file, is_too_deep, read_bounded_text
 from sskd.overrides import flatten
 from sskd.report import fields
-from sskd.report.apart import tell_apart
-from sskd.report.origin import Origin, parse_origin, read_origin
-from sskd.report.result import Result, Settings
-from sskd.runs.names import MOST_RESULT, NAME, RESULT
-from sskd.runs.weightings import RECIPE, name_weighting
+from sskd.runs.names import CONFIG, MOST_CONFIG, MOST_RESULT, NAME, RESULT
+from sskd.runs.weightings import RECIPE, WEIGHTING, name_weighting
+
+Epoch = Literal["last", "best"]
+Settings = tuple[tuple[str, str], ...]
+Warn = Callable[[str], None]
+
+DIGEST = "teacher.digest"
+# A difference in these settings makes a separate row, a difference in others a separate table.
+ROW_KEYS = ("teacher.", "method.", WEIGHTING)
+# Settings in which the runs of a row differ on purpose, or that the tables show elsewhere.
+NOT_SETTINGS = ("seed", "dataset.name", "dataset.digest", DIGEST)
+SHORT_DIGEST = 8  # characters
+# Sources whose content never changes. Their names belong to no other data.
+FIXED_SOURCES = frozenset({"cifar100", "cifar10", "digits"})
 
 
-def read_results(root: Path, warn: Callable[[str], None]) -> list[Result]:
-    """Read all results under ``root``, in the order of their paths.
+@dataclass(frozen=True)
+class Origin:
+    """Which data a run used, and which weights its teacher had.
 
-    A file that is no readable result is told to ``warn`` in one line and left out, and so is a
-    second result of the same configuration and seed (a copied folder, which would make the
-    spread over seeds look smaller than it is). Results that have one name but are of different
-    data have different names of the dataset afterwards; see ``sskd.report.apart``.
+    Attributes:
+        source: the source of the data; None if it was not recorded.
+        digest: the digest of the data; None for ``FIXED_SOURCES``, whose content never changes.
+        teacher: the digest of the teacher's weights; None without a teacher or a record.
+    """
+
+    source: str | None = None
+    digest: str | None = None
+    teacher: str | None = None
+
+    @property
+    def data(self) -> Origin:
+        """The origin of the data alone."""
+        return Origin(self.source, self.digest)
+
+    def data_text(self, digits: int | None = None) -> str:
+        """Return the source and the first ``digits`` of the digest (None: all of them)."""
+        return " ".join(filter(None, (self.source or "unknown data", (self.digest or "")[:digits])))
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of one finished run.
+
+    Accuracies and ``agreement`` are percentages, ``kl`` is in nats.
+
+    Attributes:
+        teacher: the network's name; None for a network trained from scratch, the ``student``.
+        difference: the settings that differ from today's recipe: dotted keys and values as text,
+            sorted by key. Weights of CE and KD that have a name are one key, ``weighting``.
+        teacher_epoch: the requested epoch of the teacher. ``difference`` lacks it if the teacher
+            is a file.
+        epochs: the number of epochs of the last phase.
+        settings: all settings that decide the result, without ``NOT_SETTINGS``.
+
+    ``teacher_epoch``, ``peak_memory_mib``, ``commit`` and ``epochs`` are None, and ``settings``
+    empty, if they were not recorded.
+    """
+
+    kind: str
+    dataset: str
+    teacher: str | None
+    student: str
+    method: str
+    seed: int
+    difference: Settings
+    last: float
+    best: float
+    teacher_epoch: str | None
+    teacher_top1: float | None
+    agreement: float | None
+    kl: float | None
+    seconds: float
+    images_per_second: float
+    parameters: int
+    peak_memory_mib: float | None
+    commit: str | None
+    epochs: int | None
+    origin: Origin
+    folder: Path
+    settings: Settings = ()
+
+    @property
+    def setting(self) -> Settings:
+        """The part of the difference that all runs of a table share."""
+        return tuple(item for item in self.difference if not item[0].startswith(ROW_KEYS))
+
+    @property
+    def variant(self) -> Settings:
+        """The part of the difference that gives the run a separate row."""
+        return tuple(item for item in self.difference if item[0].startswith(ROW_KEYS))
+
+    def top1(self, epoch: Epoch) -> float:
+        """Return the test accuracy, in percent, of the last or of the best epoch."""
+        return self.last if epoch == "last" else self.best
+
+
+def without_digest(settings: Settings) -> Settings:
+    """Return ``settings`` without the digest of the teacher's weights."""
+    return tuple((key, value) for key, value in settings if key != DIGEST)
+
+
+def read_results(root: Path, warn: Warn) -> list[Result]:
+    """Read all results under ``root``, sorted by path.
+
+    A malformed file is skipped and reported through ``warn`` in one line.
     """
     results = []
     for path in find_files(root, [RESULT], warn):
@@ -39,40 +134,14 @@ def read_results(root: Path, warn: Callable[[str], None]) -> list[Result]:
         if result.origin == Origin():
             result = replace(result, origin=read_origin(path.parent))
         results.append(result)
-    return list(_without_copies(tell_apart(results, warn), warn))
+    return results
 
 
-def _without_copies(results: Iterable[Result], warn: Callable[[str], None]) -> Iterator[Result]:
-    found: dict[tuple[object, ...], list[Result]] = {}
-    for run in results:
-        same = found.setdefault(
-            (run.kind, run.dataset, run.teacher, run.student, run.method, run.seed, run.difference),
-            [],
-        )
-        first = next((other for other in same if _may_be_one(run, other)), None)
-        if first is None:
-            same.append(run)
-            yield run
-            continue
-        other = (
-            "" if run.last == first.last else f" (last top-1 {first.last:.2f}, here {run.last:.2f})"
-        )
-        warn(
-            f"{run.folder / RESULT}: the same configuration and seed as {first.folder / RESULT}"
-            f"{other}; left out"
-        )
+def find_files(root: Path, names: Iterable[str], warn: Warn) -> Iterator[Path]:
+    """Yield the regular files under ``root`` that have one of ``names``.
 
-
-def _may_be_one(run: Result, other: Result) -> bool:
-    """Return whether two runs of one configuration and seed had, as far as known, one teacher."""
-    teachers = {run.origin.teacher, other.origin.teacher} - {None}
-    return len(teachers) < 2
-
-
-def find_files(root: Path, names: Iterable[str], warn: Callable[[str], None]) -> Iterator[Path]:
-    """Yield the files under ``root`` with one of ``names``, but not in hidden folders; no links.
-
-    What lies too deep is left out and reported once through ``warn``.
+    Hidden folders and links are skipped. Folders that are too deep are skipped too, and reported
+    once through ``warn``.
     """
     deep: list[str] = []
     for folder, subfolders, files in os.walk(root, onerror=lambda error: warn(str(error))):
@@ -93,22 +162,16 @@ def find_files(root: Path, names: Iterable[str], warn: Callable[[str], None]) ->
 
 
 def parse_result(text: str, folder: Path) -> Result | None:
-    """Return the result that ``text``, a JSON object, describes; None for what students share.
+    """Return the result in ``text``, a JSON object; None if it is of a phase shared by students.
 
-    Raises ValueError with the reason in words where it describes none.
+    Raises:
+        ValueError: a field is missing or malformed; the message names it.
     """
-    record = fields.parse_object(text)
-    kind = fields.text(record, "kind")
+    record = {"peak_memory_mib": None} | fields.parse_object(text)  # older results lack it
+    kind = _kind(record)
     if kind == "phase":
         return None
-    if kind not in ("scratch", "distill"):
-        raise ValueError(f"'kind' is {shortened(kind)}, neither 'scratch' nor 'distill'")
-    if kind == "scratch" and fields.get(record, "teacher") is not None:
-        raise ValueError("'teacher' is not null in a run from scratch")
-    memory = {"peak_memory_mib": None} | record  # older results do not tell it
-    top1 = fields.get(record, "top1")
-    if not isinstance(top1, dict):
-        raise ValueError("'top1' is not an object")
+    top1 = fields.mapping(record, "top1")
     method = fields.text(record, "method")
     return Result(
         kind=kind,
@@ -120,43 +183,78 @@ def parse_result(text: str, folder: Path) -> Result | None:
         difference=_difference(record, method),
         last=fields.number(top1, "last", high=100),
         best=fields.number(top1, "best", high=100),
-        teacher_epoch=(
-            None if record.get("teacher_epoch") is None else fields.text(record, "teacher_epoch")
-        ),
+        teacher_epoch=fields.text_or_none(record, "teacher_epoch"),
         teacher_top1=fields.number_or_none(record, "teacher_top1", high=100),
         agreement=fields.number_or_none(record, "agreement", high=100),
-        # Rounding can take a divergence of two equal distributions just below zero.
+        # Rounding can make the divergence of two equal distributions slightly negative.
         kl=fields.number_or_none(record, "kl", low=-1e-3),
         seconds=fields.number(record, "seconds"),
         images_per_second=fields.number(record, "images_per_second"),
         parameters=fields.integer(record, "parameters"),
-        peak_memory_mib=fields.number_or_none(memory, "peak_memory_mib"),
+        # Older results lack this field.
+        peak_memory_mib=fields.number_or_none(
+            {"peak_memory_mib": None} | record, "peak_memory_mib"
+        ),
         commit=fields.optional_text(record, "commit"),
         epochs=fields.integer(record, "epoch") if "epoch" in record else None,
-        origin=parse_origin(record),
+        origin=_origin(record),
         folder=folder,
         settings=_settings(record),
     )
 
 
-# Runs of one row differ in these on purpose, or the table shows them in other ways.
-_NOT_SETTINGS = ("seed", "dataset.name", "dataset.digest", "teacher.digest")
+def _kind(record: fields.Record) -> str:
+    kind = fields.text(record, "kind")
+    if kind not in ("scratch", "distill", "phase"):
+        raise ValueError(f"'kind' is {shortened(kind)}, neither 'scratch' nor 'distill'")
+    if kind == "scratch" and fields.get(record, "teacher") is not None:
+        raise ValueError("'teacher' is not null in a run from scratch")
+    return kind
+
+
+def _origin(record: fields.Record) -> Origin:
+    """Return the recorded origin; older results record none."""
+    keys = ("dataset_source", "dataset_digest", "teacher_digest")
+    return Origin(*(fields.text_or_none(record, key) for key in keys))
+
+
+def read_origin(folder: Path) -> Origin:
+    """Return the origin of an older result, as far as the configuration beside it records it.
+
+    This reads only lines as a run writes them, because a YAML parser takes seconds for a file
+    that was crafted to be slow.
+    """
+    try:
+        text = read_bounded_text(folder / CONFIG, MOST_CONFIG)
+    except (OSError, ValueError):
+        return Origin()
+    return Origin(
+        _config_value(text, "dataset", "source"),
+        _config_value(text, "dataset", "digest"),
+        _config_value(text, "teacher", "digest"),
+    )
+
+
+def _config_value(text: str, group: str, key: str) -> str | None:
+    block = re.search(rf"^{group}:\n((?:  .*\n)*)", text, re.MULTILINE)
+    line = block and re.search(rf"^  {key}: (['\"]?)([\w.-]+)\1$", block[1], re.MULTILINE)
+    return line[2] if line and line[2] != "null" else None
 
 
 def _settings(record: fields.Record) -> Settings:
-    """Return what the result says of its run's settings, as text by dotted key, sorted."""
-    named = record.get(NAME)
-    if not isinstance(named, dict):
+    """Return the recorded settings of the run as text by dotted key, sorted."""
+    recorded = record.get(NAME)
+    if not isinstance(recorded, dict):
         return ()
     try:
-        flat = flatten(named)
+        flat = flatten(recorded)
     except RecursionError:
         raise ValueError(f"'{NAME}' is nested too deeply") from None
-    return tuple(sorted((k, _as_text(v)) for k, v in flat.items() if k not in _NOT_SETTINGS))
+    return tuple(sorted((k, _as_text(v)) for k, v in flat.items() if k not in NOT_SETTINGS))
 
 
 def _recipe(record: fields.Record) -> int:
-    """Return the number of the recipe that the result's ``difference`` is a difference from."""
+    """Return the version of the recipe that the result's ``difference`` refers to."""
     recipe = fields.integer({"recipe": 1} | record, "recipe")
     if not 1 <= recipe <= RECIPE:
         raise ValueError(
@@ -166,9 +264,7 @@ def _recipe(record: fields.Record) -> int:
 
 
 def _difference(record: fields.Record, method: str) -> Settings:
-    value = fields.get(record, "difference")
-    if not isinstance(value, dict):
-        raise ValueError("'difference' is not an object")
+    value = fields.mapping(record, "difference")
     if not all(key and key.isprintable() for key in value):
         raise ValueError("'difference' has a key that is not a name")
     texts = {key: _as_text(item) for key, item in value.items()}
@@ -176,5 +272,5 @@ def _difference(record: fields.Record, method: str) -> Settings:
 
 
 def _as_text(value: object) -> str:
-    plain = isinstance(value, str) and value.isprintable()
-    return str(value) if plain else json.dumps(value)
+    printable = isinstance(value, str) and value.isprintable()
+    return str(value) if printable else json.dumps(value)

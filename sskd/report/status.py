@@ -1,76 +1,135 @@
-"""What the cells of a sweep are doing, as text for a terminal."""
+"""Read what each job of a sweep is doing from its folder: state, progress, time left."""
 
 from __future__ import annotations
 
-import textwrap
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
 
-from sskd.report.cells import STATES, Cell
+from sskd.errors import mask_unprintable, shortened
+from sskd.files import is_regular_file, read_bounded_text
+from sskd.report import fields
+from sskd.report.metrics import EpochLine, read_metrics
+from sskd.report.results import find_files
+from sskd.runs.lock import is_held
+from sskd.runs.names import LAST, MOST_EPOCHS, RESULT
+from sskd.runs.status import MOST, STATUS
+
+# In the order of the lists. "interrupted" is not in any file: the status is "running", but the
+# process has died.
+STATES = ("running", "queued", "stopped", "interrupted", "failed", "finished")
 
 
-def render_status(cells: Iterable[Cell], width: int, now: datetime) -> str:
-    """Return a line of counts, then each unfinished cell by state; finished ones are only counted.
+@dataclass(frozen=True)
+class Job:
+    """One run's folder, its state and its progress. None: not known.
 
-    Times of day are those of ``now``'s zone.
+    Attributes:
+        folder: relative to the folder of runs.
+        done: finished epochs of all phases.
+        total: epochs of all phases.
+        rate: images per second.
+        seconds_left: an estimate for a running job.
     """
-    cells = list(cells)
-    lines = [count_states(cells) or "no runs yet"]
-    for state in STATES[:-1]:
-        here = [cell for cell in cells if cell.state == state]
-        if here:
-            lines += ["", state]
-        for cell in here:
-            lines += _cell_lines(cell, width, now)
-    return "\n".join(lines) + "\n"
+
+    folder: Path
+    state: str
+    since: datetime | None = None
+    host: str | None = None
+    error: str | None = None
+    command: str | None = None
+    done: int = 0
+    total: int | None = None
+    rate: float | None = None
+    seconds_left: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The folder as printable text."""
+        return mask_unprintable(str(self.folder))
 
 
-def count_states(cells: Iterable[Cell]) -> str:
-    """Return how many cells are in each state that any is in."""
-    counts = Counter(cell.state for cell in cells)
-    return " · ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+def read_jobs(root: Path, warn: Callable[[str], None]) -> list[Job]:
+    """Return the jobs under ``root``, sorted by state and then by path.
+
+    A folder without a status is finished if it has a result, and stopped if it has a checkpoint.
+    A malformed status is ignored and reported through ``warn``.
+    """
+    names = (STATUS, RESULT, LAST)
+    folders = dict.fromkeys(path.parent for path in find_files(root, names, warn))
+    jobs = [job for folder in folders for job in _read_job(folder, root, warn)]
+    return sorted(jobs, key=lambda job: STATES.index(job.state))
 
 
-def describe_progress(cell: Cell) -> str:
-    """Return the epochs done, the rate and the time left, as far as they are known."""
-    return " · ".join(_progress(cell))
+def _read_job(folder: Path, root: Path, warn: Callable[[str], None]) -> Iterator[Job]:
+    name = folder.relative_to(root)
+    if is_regular_file(folder / RESULT):
+        yield Job(name, "finished")
+        return
+    status = _read_status(folder, warn)
+    if not status and not is_regular_file(folder / LAST):
+        return
+    state = str(status.get("state", "stopped"))
+    if state == "running" and not is_held(folder):
+        state = "interrupted"
+    lines = read_metrics(folder, warn)
+    epochs = _epochs_by_phase(status)
+    total, done = sum(epochs.values()), _count_done(lines, epochs)
+    yield Job(
+        name,
+        state,
+        since=fields.timestamp(status, "since"),
+        host=fields.optional_text(status, "host"),
+        error=fields.optional_text(status, "error") if state == "failed" else None,
+        command=fields.optional_text(status, "command"),
+        done=done,
+        total=total or None,
+        rate=lines[-1].metrics.get("images_per_second") if lines else None,
+        seconds_left=_seconds_left(lines, total - done) if state == "running" else None,
+    )
 
 
-def _cell_lines(cell: Cell, width: int, now: datetime) -> Iterator[str]:
-    details = list(_progress(cell))
-    if cell.since:
-        since = cell.since.astimezone(now.tzinfo)
-        today = since.date() == now.date()
-        details.append(f"since {since:%H:%M}" if today else f"since {since:%Y-%m-%d %H:%M}")
-    if cell.host:
-        details.append(f"on {cell.host}")
-    line, rest = f"  {cell.name}", " · ".join(details)
-    if rest and len(line) + len(rest) + 2 > width:
-        yield line
-        line, rest = "   ", rest
-    yield f"{line}  {rest}".rstrip()
-    if cell.error:
-        indent = "     "
-        yield from textwrap.wrap(cell.error, width, initial_indent=indent, subsequent_indent=indent)
+def _read_status(folder: Path, warn: Callable[[str], None]) -> fields.Record:
+    path = folder / STATUS
+    if not is_regular_file(path):
+        return {}
+    try:
+        status = fields.parse_object(read_bounded_text(path, MOST))
+        if fields.text(status, "state") not in STATES:
+            raise ValueError(f"'state' is {shortened(status['state'])}")
+    except (OSError, ValueError) as error:
+        warn(f"{path}: {error}; ignored")
+        return {}
+    return status
 
 
-def _progress(cell: Cell) -> Iterator[str]:
-    if cell.total:
-        yield f"{cell.done}/{cell.total} epochs, {cell.done / cell.total:.0%}"
-    elif cell.done:
-        yield f"{cell.done} {'epoch' if cell.done == 1 else 'epochs'}"
-    if cell.rate is not None and cell.state == "running":
-        yield f"{cell.rate:,.0f} images/s"
-    if cell.seconds_left is not None:
-        yield f"{_duration(cell.seconds_left)} left"
+def _epochs_by_phase(status: fields.Record) -> dict[str, int]:
+    epochs = status.get("epochs")
+    if not isinstance(epochs, dict):
+        return {}
+    return {
+        str(phase): count
+        for phase, count in epochs.items()
+        if isinstance(count, int) and not isinstance(count, bool) and 0 < count <= MOST_EPOCHS
+    }
 
 
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return "less than a minute"
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = ((days, "d"), (hours, "h"), (minutes, "min"))
-    return " ".join(f"{number} {unit}" for number, unit in parts if number)
+def _count_done(lines: list[EpochLine], epochs: dict[str, int]) -> int:
+    if not epochs:
+        return len(lines)
+    return sum(line.epoch <= epochs.get(line.phase, 0) for line in lines)
+
+
+def _seconds_left(lines: list[EpochLine], epochs: int) -> float | None:
+    """Return the time that ``epochs`` more epochs of the current phase will take.
+
+    The time between the ends of two epochs includes evaluation. The median ignores interruptions.
+    """
+    dates = [line.date for line in lines if line.date and line.phase == lines[-1].phase]
+    if len(dates) < 2 or epochs < 0:
+        return None
+    spans = [(after - before).total_seconds() for before, after in pairwise(dates)]
+    return max(statistics.median(spans), 0.0) * epochs

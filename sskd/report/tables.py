@@ -1,4 +1,4 @@
-"""Lay the figures of many runs out as the published tables are."""
+"""Lay out the results of many runs as the published tables are."""
 
 from __future__ import annotations
 
@@ -7,79 +7,109 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from sskd.report.groups import NETWORKS_TABLE, Entry, Group, build_groups
-from sskd.report.published import SAME_TEACHER, Pair, is_comparable
-from sskd.report.result import Epoch, Result
-from sskd.report.rows import RowKey, row_label
+from sskd.report.groups import (
+    NETWORKS_TABLE,
+    Entry,
+    Group,
+    build_groups,
+    network_entries,
+    network_runs,
+)
+from sskd.report.published import SAME_TEACHER, Pair, RowKey, is_comparable, row_label
+from sskd.report.results import Epoch, Result
 
 COST_TITLE = "cost and agreement, means over seeds"
 EPOCH_TITLES: dict[Epoch, str] = {"last": "last epoch", "best": "best epoch on the test set"}
 LEGEND = "Top-1 in %: mean ± sample standard deviation over seeds (number of runs)."
 PUBLISHED_LEGEND = (
-    "Beside or beneath it, the published figure and ours - published; only if nothing but the"
-    " precision differs from the published setting and configuration, and, if the teacher is a"
-    f" file, its accuracy is the published teacher's (within {SAME_TEACHER} points)."
+    "Beside or beneath it, the published value and the difference, measured - published; only if"
+    " nothing but the precision differs from the published setting and configuration and, if the"
+    f" teacher is a file, its accuracy equals the published teacher's (within {SAME_TEACHER}"
+    " points)."
 )
 INCOMPARABLE_LEGEND = (
-    "Without published figures: they were made with another schedule, batch size, optimizer or"
-    " data than this setting's, so a difference would mean nothing."
+    "Without published values: their schedule, batch size, optimizer or data differs from this"
+    " setting's, so a difference would mean nothing."
 )
 TEACHER_LEGEND = (
-    "A teacher that was not trained in this setting shows the accuracy that its students' runs"
-    " measured, and its number counts distinct teachers."
+    "For a teacher that was not trained in this setting, the table shows the accuracy that its"
+    " students' runs measured, and the number of distinct teachers."
 )
 COST_LEGEND = (
-    "Cost and agreement: top-1 in % at the last epoch and at the best epoch on the test set; how"
-    " often student and teacher agree; the KL divergence between them; a run's speed, peak memory"
-    " (of the GPU, or of the process on a CPU, with the teacher's outputs that it read from a file)"
-    " and time of training, a first phase that several students share included, computing the"
-    " teacher's outputs beforehand not."
+    "Cost and agreement: top-1 in % at the last epoch and at the best epoch on the test set; the"
+    " share of test images on which student and teacher agree; the KL divergence between them; a"
+    " run's images per second, its peak memory (of the GPU, or on a CPU of the process, including"
+    " precomputed teacher outputs that it read from a file) and its training time, which includes"
+    " a first phase that several students share, but not the precomputation of teacher outputs."
 )
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table ready to print: cells are text, their lines separated by a newline.
+class Cell:
+    """One cell of a table.
 
-    The first ``labels`` columns name the row; ``align`` (``"<"`` or ``">"``) is for the others.
-    ``entries`` are the same figures as numbers; ``placed`` has, in a table of pairs, the entry
-    of each cell that is no label. ``epoch`` is None where a table shows both.
+    Attributes:
+        text: its lines, separated by a newline; each renderer escapes and aligns them.
+        value: the number that the page sorts by; None for a label and an empty cell.
+        entry: the entry of a cell of a pair, from which the page takes its colour.
+    """
+
+    text: str = ""
+    value: float | None = None
+    entry: Entry | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, ready to render.
+
+    Attributes:
+        labels: the number of columns, from the first, that name the row.
+        align: of the other columns: ``"<"`` or ``">"``.
+        entries: the numbers of the table, for CSV and W&B.
+        epoch: None if the table shows both.
+        notes: shown beneath it.
     """
 
     title: str
     header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: tuple[tuple[Cell, ...], ...]
     labels: int
     align: str
     entries: tuple[Entry, ...] = ()
-    placed: tuple[tuple[Entry | None, ...], ...] = ()
     epoch: Epoch | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> tuple[tuple[str, ...], ...]:
+        """The header and the rows as text."""
+        return self.header, *(tuple(cell.text for cell in row) for row in self.rows)
 
 
 def build_tables(results: Iterable[Result], epoch: Epoch) -> list[Table]:
     """Return all tables: by dataset, then by setting, the unchanged recipe first."""
     tables: list[Table] = []
     for groups in build_groups(results, epoch):
-        own = [table for group in groups for table in _group_tables(group)]
-        # What is made from scratch is shared by the groups, and shown where no pair shows it.
+        found = [table for group in groups for table in _group_tables(group)]
+        # All groups share the networks from scratch. Those of a pair are in the pair's table.
         shown = {network for group in groups for pair in group.pairs() for network in pair}
-        if runs := groups[0].network_runs(shown):
-            own.append(_networks_table(groups[0], runs))
-        last = max(index for index, table in enumerate(own) if table.entries)
-        own[last] = replace(own[last], notes=_notes(groups))
-        tables += own
+        if runs := network_runs(groups[0], shown):
+            found.append(_networks_table(groups[0], runs))
+        last = max(index for index, table in enumerate(found) if table.entries)
+        found[last] = replace(found[last], notes=_notes(groups))
+        tables += found
     return _notes_once(tables)
 
 
 def _notes_once(tables: list[Table]) -> list[Table]:
-    """Leave each note beneath the last table that has it."""
-    told: set[str] = set()
-    kept = []
+    """Keep each note only beneath the last table that has it."""
+    kept: set[str] = set()
+    found = []
     for table in reversed(tables):
-        kept.append(replace(table, notes=tuple(note for note in table.notes if note not in told)))
-        told.update(table.notes)
-    return kept[::-1]
+        notes = tuple(note for note in table.notes if note not in kept)
+        found.append(replace(table, notes=notes))
+        kept.update(table.notes)
+    return found[::-1]
 
 
 def _notes(groups: list[Group]) -> tuple[str, ...]:
@@ -93,22 +123,20 @@ def _notes(groups: list[Group]) -> tuple[str, ...]:
         notes.append(INCOMPARABLE_LEGEND)
     if any(group.distilled for group in groups):
         notes.append(TEACHER_LEGEND)
-    if commits := _commits_in_one_mean(groups):
-        told = ", ".join(commits)
-        notes.append(f"Some means are over runs of different commits of the suite: {told}.")
+    if commits := ", ".join(_commits_in_one_mean(groups)):
+        notes.append(f"Some means are over runs of different commits of the suite: {commits}.")
     return tuple(notes)
 
 
 def _commits_in_one_mean(groups: Iterable[Group]) -> list[str]:
-    """Return the commits whose runs share a row, shortened."""
-    shared: set[str] = set()
+    """Return the shortened commits of the rows that have runs of several."""
+    mixed: set[str] = set()
     for group in groups:
-        rows = [group.network_runs(())]
-        rows += [group.pair_runs(pair) for pair in group.pairs()]
-        for runs in (runs for of in rows for runs in of.values()):
+        tables = [network_runs(group, ()), *map(group.pair_runs, group.pairs())]
+        for runs in (runs for rows in tables for runs in rows.values()):
             commits = {run.commit or "not recorded" for run in runs}
-            shared |= commits if len(commits) > 1 else set()
-    return sorted(re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", commit) for commit in shared)
+            mixed |= commits if len(commits) > 1 else set()
+    return sorted(re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", commit) for commit in mixed)
 
 
 def _group_tables(group: Group) -> Iterator[Table]:
@@ -126,16 +154,13 @@ def _title(group: Group, table: str) -> str:
 def _pairs_table(group: Group, name: str, pairs: list[Pair]) -> Table:
     columns = [group.pair_entries(name, pair) for pair in pairs]
     layout = {(row, ()) for row in group.layout(name)}
-    rows, placed = [], []
+    rows = []
     for key in sorted(layout.union(*columns), key=group.row_order):
         entries = [column.get(key) for column in columns]
         compared = any(entry and entry.published is not None for entry in entries)
         label = row_label(key) + ("\n  published" if compared else "")
-        rows.append((label, *("\n".join(_lines(entry)) for entry in entries)))
-        placed.append(tuple(entries))
-        for rerun in _rerun_rows(group, key, pairs, entries):
-            rows.append(rerun)
-            placed.append((None,) * len(pairs))
+        rows.append((Cell(label), *map(_pair_cell, entries)))
+        rows += _rerun_rows(group, key, pairs, entries)
     return Table(
         title=_title(group, name),
         header=("teacher\nstudent", *("\n".join(pair) for pair in pairs)),
@@ -143,38 +168,53 @@ def _pairs_table(group: Group, name: str, pairs: list[Pair]) -> Table:
         labels=1,
         align="<",
         entries=tuple(entry for column in columns for entry in column.values()),
-        placed=tuple(placed),
         epoch=group.epoch,
     )
 
 
+def _pair_cell(entry: Entry | None) -> Cell:
+    if entry is None:
+        return Cell()
+    text = "\n".join(filter(None, (_measured(entry), _published(entry))))
+    return Cell(text, entry.mean, entry)
+
+
 def _rerun_rows(
     group: Group, row: RowKey, pairs: Sequence[Pair], entries: Sequence[Entry | None]
-) -> Iterator[tuple[str, ...]]:
-    """Yield a row for each published re-run of ``row``, with figures where ours compares."""
+) -> Iterator[tuple[Cell, ...]]:
+    """Yield a row for each published re-run of ``row``, filled for the pairs that are compared."""
     compared = [entry is not None and entry.published is not None for entry in entries]
     for rerun in group.published.reruns if group.published else ():
-        found = [
-            rerun.text(pair) if here else "" for pair, here in zip(pairs, compared, strict=True)
-        ]
-        if row == (rerun.row, ()) and any(found):
-            # In the second line, which has what is published in other rows too.
-            yield f"{rerun.label}\n  published re-run", *(text and f"\n{text}" for text in found)
+        shown = [here and pair in rerun.top1 for pair, here in zip(pairs, compared, strict=True)]
+        if row == (rerun.row, ()) and any(shown):
+            # The second line is where other rows show published values.
+            yield (
+                Cell(f"{rerun.label}\n  published re-run"),
+                *(
+                    Cell(f"\n{rerun.text(pair)}", rerun.top1[pair][0]) if here else Cell()
+                    for pair, here in zip(pairs, shown, strict=True)
+                ),
+            )
 
 
 def _networks_table(group: Group, runs: dict[RowKey, list[Result]]) -> Table:
-    rows = []
-    entries = group.network_entries(runs)
-    for key, found in runs.items():
-        sizes = " or ".join(f"{size:,}" for size in sorted({run.parameters for run in found}))
-        top1, *published = _lines(entries[key])
-        rows.append((row_label(key), top1, sizes, *(published or [""])))
+    entries = network_entries(group, runs)
     compared = any(entry.published is not None for entry in entries.values())
-    shown = 4 if compared else 3
+    columns = 4 if compared else 3
+    rows = []
+    for key, entry in entries.items():
+        sizes = sorted({run.parameters for run in runs[key]})
+        cells = (
+            Cell(row_label(key)),
+            Cell(_measured(entry), round(entry.mean, 2)),
+            Cell(" or ".join(f"{size:,}" for size in sizes), float(sizes[0])),
+            Cell(_published(entry), entry.published),
+        )
+        rows.append(cells[:columns])
     return Table(
         title=_title(group, NETWORKS_TABLE),
-        header=("network", "top-1", "parameters", "published")[:shown],
-        rows=tuple(row[:shown] for row in rows),
+        header=("network", "top-1", "parameters", "published")[:columns],
+        rows=tuple(rows),
         labels=1,
         align=">",
         entries=tuple(entries.values()),
@@ -188,15 +228,15 @@ def _cost_table(group: Group, pairs: list[Pair]) -> Table:
         label = "-".join(pair)
         for key, runs in group.pair_runs(pair).items():
             cells = (
-                _mean((run.last for run in runs), "{:.2f}"),
-                _mean((run.best for run in runs), "{:.2f}"),
-                _mean((run.agreement for run in runs), "{:.2f}"),
-                _mean((run.kl for run in runs), "{:.3f}"),
-                _mean((run.images_per_second for run in runs), "{:,.0f}"),
-                _mean((run.peak_memory_mib for run in runs), "{:,.0f}"),
-                _mean((run.seconds / 3600 for run in runs), "{:.3f}"),
+                _mean_cell((run.last for run in runs), digits=2),
+                _mean_cell((run.best for run in runs), digits=2),
+                _mean_cell((run.agreement for run in runs), digits=2),
+                _mean_cell((run.kl for run in runs), digits=3),
+                _mean_cell((run.images_per_second for run in runs), digits=0),
+                _mean_cell((run.peak_memory_mib for run in runs), digits=0),
+                _mean_cell((run.seconds / 3600 for run in runs), digits=3),
             )
-            rows.append((label, row_label(key), *cells))
+            rows.append((Cell(label), Cell(row_label(key)), *cells))
             label = ""
     return Table(
         title=f"{group.title} · {COST_TITLE}",
@@ -208,18 +248,23 @@ def _cost_table(group: Group, pairs: list[Pair]) -> Table:
     )
 
 
-def _lines(entry: Entry | None) -> list[str]:
-    """Return our figure, and where there is a published one, that and the difference."""
-    if entry is None:
-        return []
+def _measured(entry: Entry) -> str:
     deviation = "" if entry.std is None else f" ± {entry.std:.2f}"
-    ours = f"{entry.mean:.2f}{deviation} ({entry.n})"
+    return f"{entry.mean:.2f}{deviation} ({entry.n})"
+
+
+def _published(entry: Entry) -> str:
+    """Return the published value and the difference, or an empty text if there is none."""
     if entry.published is None or entry.difference is None:
-        return [ours]
+        return ""
     # Adding 0.0 turns a difference that rounds to -0.00 into +0.00.
-    return [ours, f"{entry.published:.2f} {round(entry.difference, 2) + 0.0:+.2f}"]
+    return f"{entry.published:.2f} {round(entry.difference, 2) + 0.0:+.2f}"
 
 
-def _mean(values: Iterable[float | None], style: str) -> str:
+def _mean_cell(values: Iterable[float | None], digits: int) -> Cell:
+    """Return a cell of the mean of the known values, rounded so that rows that look equal tie."""
     known = [value for value in values if value is not None]
-    return style.format(statistics.mean(known)) if known else ""
+    if not known:
+        return Cell()
+    mean = statistics.mean(known)
+    return Cell(f"{mean:,.{digits}f}", round(mean, digits))

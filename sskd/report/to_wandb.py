@@ -1,9 +1,9 @@
-"""Log the report to W&B: its tables, its plots, and its files as an artifact."""
+"""Log the report to W&B: its tables, its figures, and its files as an artifact."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import wandb
 from sskd.output import say
 from sskd.report.files import write_files
 from sskd.report.groups import Entry
+from sskd.report.published import display_name, row_label
 from sskd.report.report import Report
-from sskd.report.rows import display_name, row_label
+from sskd.report.results import Warn
 from sskd.tracking.session import open_run, sync_later
 
-# What sets a row of the table of results apart; see ``sskd.report.groups.Entry``.
+# The fields of ``sskd.report.groups.Entry`` that identify a cell.
 PLACE = ("dataset", "setting", "table", "teacher", "student", "row")
 RESULTS = (
     *PLACE,
@@ -30,13 +31,12 @@ COST = (
 FAILED = ("state", "cell", "reason", "since", "host")
 
 
-def log_report(
-    report: Report, project: str, entity: str | None, warn: Callable[[str], None]
-) -> None:
-    """Log ``report`` in the W&B run ``tables``, always the same one of this folder of runs.
+def log_report(report: Report, project: str, entity: str | None, warn: Warn) -> None:
+    """Log ``report`` to the W&B run ``tables``, one run for each folder of runs.
 
-    Under ``tables/`` the results, the cost and the cells that have failed or are missing, under
-    ``plots/`` pictures of each kind, and the files of ``write_files`` as the artifact ``tables``.
+    Tables of the results, the cost, and the failed and missing runs are under ``tables/``, the
+    figures of each kind under ``plots/``, and the files of ``write_files`` in the artifact
+    ``tables``.
     """
     run = open_run("auto", report.runs, "tables", project=project, entity=entity, job_type="report")
     try:
@@ -46,12 +46,12 @@ def log_report(
         say(sync_later(run))
 
 
-def _log(run: wandb.Run, report: Report, warn: Callable[[str], None]) -> None:
+def _log(run: wandb.Run, report: Report, warn: Warn) -> None:
     run.log({f"tables/{name}": table for name, table in _tables(report).items()})
     artifact = wandb.Artifact("tables", type="report")
     with tempfile.TemporaryDirectory() as folder:
         written = write_files(report, f"{folder}/tables", "last", warn)
-        run.log({f"plots/{kind}": pictures for kind, pictures in _plots(written).items()})
+        run.log({f"plots/{kind}": images for kind, images in _images(written).items()})
         artifact.add_dir(folder)
         run.log_artifact(artifact)
 
@@ -65,7 +65,7 @@ def _tables(report: Report) -> dict[str, wandb.Table]:
 
 
 def _table(columns: tuple[str, ...], rows: Iterator[list[Any]]) -> wandb.Table:
-    # A column may hold None in one row and a number in the next.
+    # A column can have None in one row and a number in the next.
     return wandb.Table(columns=list(columns), data=list(rows), allow_mixed_types=True)
 
 
@@ -78,8 +78,8 @@ def _results(report: Report) -> Iterator[list[Any]]:
     at_best = {_place(entry): entry for entry in best}
     for entry in last:
         other = at_best[_place(entry)]
-        figures = [entry.mean, entry.std, other.mean, other.std, entry.n, entry.published]
-        yield [*_place(entry), *figures, entry.difference, other.difference]
+        values = [entry.mean, entry.std, other.mean, other.std, entry.n, entry.published]
+        yield [*_place(entry), *values, entry.difference, other.difference]
 
 
 def _place(entry: Entry) -> tuple[str, ...]:
@@ -96,21 +96,22 @@ def _cost(report: Report) -> Iterator[list[Any]]:
 
 
 def _unfinished(report: Report) -> Iterator[list[Any]]:
-    for cell in report.unfinished():
-        since = cell.since and cell.since.isoformat()
-        yield [cell.state, cell.name, cell.error, since, cell.host]
-    for missing in report.missing():
-        place = (missing.dataset, missing.setting, missing.table)
-        name = f"{missing.teacher}-{missing.student} · {missing.row}"
+    """Yield a row for each unfinished job and each missing cell."""
+    for job in report.unfinished():
+        since = job.since and job.since.isoformat()
+        yield [job.state, job.name, job.error, since, job.host]
+    for cell in report.missing():
+        place = (cell.dataset, cell.setting, cell.table)
+        name = f"{cell.teacher}-{cell.student} · {cell.row}"
         yield ["missing", " · ".join((*place, name)), None, None, None]
 
 
-def _plots(written: Iterable[Path]) -> dict[str, list[wandb.Image]]:
-    """Return the report's figures as pictures, by kind: gain, curves, losses."""
-    plots: dict[str, list[wandb.Image]] = {}
+def _images(written: Iterable[Path]) -> dict[str, list[wandb.Image]]:
+    """Return the report's figures as images, by kind: gain, curves, losses."""
+    images: dict[str, list[wandb.Image]] = {}
     for path in written:
         if path.suffix == ".png":
             name = path.stem.removeprefix("tables-")
-            picture = wandb.Image(str(path), caption=name)
-            plots.setdefault(name.partition("-")[0], []).append(picture)
-    return plots
+            image = wandb.Image(str(path), caption=name)
+            images.setdefault(name.partition("-")[0], []).append(image)
+    return images

@@ -35,8 +35,7 @@ from sskd.methods.sskd import keep_rows
 from sskd.models import read_checkpoint
 from sskd.overrides import as_override, flatten
 from sskd.report.metrics import EpochLine, read_metrics
-from sskd.report.result import Result
-from sskd.report.results import parse_result
+from sskd.report.results import Result, parse_result
 from sskd.runs.checkpoint_file import load_checkpoint, save_checkpoint
 
 # The same examples each time, as many as a few seconds allow.
@@ -461,7 +460,7 @@ def test_metrics_are_read_or_told_in_a_warning(lines: list[str]) -> None:
         written = path.read_bytes().splitlines()
     assert all(isinstance(line, EpochLine) for line in found)
     assert warnings or len(found) == len(written)
-    assert all(math.isfinite(value) for line in found for value in line.figures.values())
+    assert all(math.isfinite(value) for line in found for value in line.metrics.values())
 
 
 def test_whole_records_are_read() -> None:

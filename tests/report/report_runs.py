@@ -1,10 +1,13 @@
-"""Folders of runs for the report's tests."""
+"""Write folders of runs for the tests of the report."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from sskd.report.tables import Cell, Table
 
 RESULT: dict[str, Any] = {
     "kind": "distill",
@@ -39,13 +42,13 @@ def put_run(root: Path, name: str, top1: list[float] | None = None, **changes: A
 
 
 def put_alone(root: Path, name: str, top1: list[float], **changes: Any) -> Path:
-    """Write a finished run of resnet20 alone."""
+    """Write a finished run of resnet20, trained from scratch."""
     alone = {"kind": "scratch", "teacher": None, "method": "vanilla", "teacher_top1": None}
     return put_run(root, name, top1, **(alone | changes))
 
 
-def epoch_line(stage: str, epoch: int, top1: float | None = None, **figures: Any) -> dict[str, Any]:
-    """Return an epoch's figures as a run writes them; it ends ``epoch`` minutes after 3 o'clock."""
+def epoch_line(stage: str, epoch: int, top1: float | None = None, **metrics: Any) -> dict[str, Any]:
+    """Return a line of ``metrics.jsonl``; the epoch ends ``epoch`` minutes after 3 o'clock."""
     accuracy = {} if top1 is None else {"test/top1": top1}
     return {
         "stage": stage,
@@ -60,7 +63,7 @@ def epoch_line(stage: str, epoch: int, top1: float | None = None, **figures: Any
         "seconds": 40.0,
         "date": f"2026-11-25T03:{epoch:02d}:00+00:00",
         **accuracy,
-        **figures,
+        **metrics,
     }
 
 
@@ -78,6 +81,17 @@ def put_status(folder: Path, state: str, **details: Any) -> Path:
     return folder
 
 
+def texts(table: Table) -> tuple[tuple[str, ...], ...]:
+    """Return the rows of ``table`` as text, without the header."""
+    return table.texts[1:]
+
+
+def text_table(title: str, header: Sequence[str], *rows: Sequence[str], **fields: Any) -> Table:
+    """Return a table whose cells are text."""
+    cells = tuple(tuple(Cell(text) for text in row) for row in rows)
+    return Table(title, tuple(header), cells, labels=1, **fields)
+
+
 def never(text: str) -> None:
-    """Take the warnings of a reader that must not warn."""
+    """Fail: the ``warn`` of a call that must not warn."""
     raise AssertionError(text)

@@ -1,4 +1,4 @@
-"""The workspace and the report in W&B: what their panels show, and of which runs."""
+"""The workspace and the report in W&B: their panels, and the runs that these show."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RUN_FIELDS = {"_step", "state", "jobType"}
 
 @pytest.fixture
 def built(tmp_path: Path) -> Callable[..., tuple[Spec, Spec]]:
-    """Return a function that builds with the command's options: the workspace, the report."""
+    """Return a function from the command's options to the workspace and the report."""
 
     def build(*options: str) -> tuple[Spec, Spec]:
         path = tmp_path / "specs.json"
@@ -72,32 +72,32 @@ def filters(run_set: Spec) -> dict[str, list[str]]:
 
 
 def keys_of_runs(panel: Spec) -> set[str]:
-    """Return the names of the figures that a panel takes from the history and the summary."""
+    """Return the names of the metrics that a panel takes from the history and the summary."""
     config = panel["config"]
     axes = {config[axis].removeprefix("summary:") for axis in ("xAxis", "yAxis") if axis in config}
     return {*config.get("metrics", ()), *axes}
 
 
 def keys_of_report(panel: Spec) -> set[str]:
-    """Return the names of the tables and plots that a panel takes from the report's run."""
+    """Return the names of the tables and figures that a panel takes from the report's run."""
     tables = {node["val"] for node in nodes(panel["config"]) if node.get("nodeType") == "const"}
     return tables | set(panel["config"].get("mediaKeys", ()))
 
 
 def logged(runs: Path) -> tuple[set[str], set[str]]:
-    """Return what runs have logged, by name, and the settings as W&B names them."""
-    figures: set[str] = set()
+    """Return the names of the metrics that runs have logged, and of the settings in W&B."""
+    metrics: set[str] = set()
     settings: set[str] = set()
     for record in (record for path in offline_runs(runs) for record in inspect(path)):
-        figures |= set(record.get("history", {}).get("item", ()))
-        figures |= set(record.get("summary", {}).get("update", ()))
+        metrics |= set(record.get("history", {}).get("item", ()))
+        metrics |= set(record.get("summary", {}).get("update", ()))
         for name, value in record.get("run", {}).get("config", {}).get("update", {}).items():
             inner = value if isinstance(value, dict) else {}
             settings |= {f"{name}.value", *(f"{name}.value.{key}" for key in inner)}
-    return figures, settings
+    return metrics, settings
 
 
-def test_every_key_that_a_panel_shows_is_one_that_runs_log(
+def test_panels_show_only_keys_that_runs_log(
     composed: Compose,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -106,19 +106,23 @@ def test_every_key_that_a_panel_shows_is_one_that_runs_log(
     monkeypatch.setenv("WANDB_MODE", "offline")
     for method in METHODS:
         train(composed(*SMALL, f"method={method}", "schedule.epochs=1"))
-    figures, settings = logged(tmp_path / "runs")
+    metrics, settings = logged(tmp_path / "runs")
     for spec in built():
         shown = set().union(*map(keys_of_runs, all_panels(spec)))
         assert {"test/top1", "distill/weighted/crd", "flow/loss", "kl", "hours"} <= shown
-        assert {"train/loss", "train/loss/ce", "train/top1"} <= shown  # of a network alone
-        assert shown - RUN_FIELDS - figures == set()
+        assert {
+            "train/loss",
+            "train/loss/ce",
+            "train/top1",
+        } <= shown  # from scratch
+        assert shown - RUN_FIELDS - metrics == set()
         grouped = {panel["config"].get("groupBy") for panel in all_panels(spec)}
         fields = {node["key"]["name"] for node in nodes(spec) if node.get("key", {}).get("section")}
         by_table = {key["name"] for node in nodes(spec) for key in node.get("grouping", ())}
         assert (grouped | fields | by_table) - {None, "createdAt"} - RUN_FIELDS - settings == set()
 
 
-def test_what_the_report_must_log_is_all_shown(built: Callable[..., tuple[Spec, Spec]]) -> None:
+def test_panels_show_all_that_the_report_logs(built: Callable[..., tuple[Spec, Spec]]) -> None:
     expected = {"tables/results", "tables/cost", "tables/failed"}
     expected |= {"plots/gain"}
     workspace, report = built()
@@ -134,11 +138,11 @@ def test_what_the_report_must_log_is_all_shown(built: Callable[..., tuple[Spec, 
 
 def test_losses_and_first_phases_follow_the_methods() -> None:
     assert set(panels.first_phases()) == {"boundary", "flow", "paraphraser", "ss_head"}
-    assert {"tf", "ss", "crd", "fitnet"} <= set(panels.own_terms())
-    assert not {"ce", "kd"} & set(panels.own_terms())
+    assert {"tf", "ss", "crd", "fitnet"} <= set(panels.method_terms())
+    assert not {"ce", "kd"} & set(panels.method_terms())
 
 
-def test_the_workspace_begins_with_the_results_and_averages_over_seeds(
+def test_workspace_begins_with_results_and_averages_seeds(
     built: Callable[..., tuple[Spec, Spec]],
 ) -> None:
     workspace, _ = built("--dataset", "cifar10", "--pairs", "vgg13-vgg8", "--entity", "us")
@@ -157,7 +161,7 @@ def test_the_workspace_begins_with_the_results_and_averages_over_seeds(
     assert connectors == [None, "AND", "OR"]
     assert [key["name"] for key in run_set["grouping"]] == ["pair.value", "variant.value"]
     for panel in all_panels(workspace):
-        # A panel's own grouping would average over what the run table keeps apart.
+        # A grouping of the panel would average over runs that the run table separates.
         assert "groupBy" not in panel["config"]
         if panel["viewType"] in ("Run History Line Plot", "Bar Chart"):
             assert panel["config"]["groupAgg"] == "mean"
@@ -165,7 +169,7 @@ def test_the_workspace_begins_with_the_results_and_averages_over_seeds(
             assert panel["config"]["limit"] > 11 * len(METHODS)  # all pairs at once
 
 
-def test_the_report_shows_each_pair_on_its_own(built: Callable[..., tuple[Spec, Spec]]) -> None:
+def test_the_report_has_panels_for_each_pair(built: Callable[..., tuple[Spec, Spec]]) -> None:
     _, report = built("--pairs", "wrn_40_2-wrn_16_2", "vgg13-vgg8")
     curves = [
         (filters(grid["runSets"][0]), panel["config"])
@@ -176,7 +180,7 @@ def test_the_report_shows_each_pair_on_its_own(built: Callable[..., tuple[Spec, 
     assert [runs for runs, _ in curves] == [
         {
             "dataset.value.name": ["cifar100"],
-            "pair.value": [f"{teacher}-{student}", student],  # and the student alone
+            "pair.value": [f"{teacher}-{student}", student],  # and the student trained from scratch
         }
         for teacher, student in (("wrn_40_2", "wrn_16_2"), ("vgg13", "vgg8"))
     ]
@@ -184,7 +188,7 @@ def test_the_report_shows_each_pair_on_its_own(built: Callable[..., tuple[Spec, 
         assert config["groupBy"] == "variant.value"
         assert (config["groupAgg"], config["groupArea"]) == ("mean", "stddev")
         assert config["aggregate"]
-        assert config["xAxis"] == "epoch"  # first phases would shift W&B's own step
+        assert config["xAxis"] == "epoch"  # the steps of W&B include those of first phases
 
 
 def test_the_report_shows_failed_runs_in_a_table(built: Callable[..., tuple[Spec, Spec]]) -> None:
@@ -195,7 +199,7 @@ def test_the_report_shows_failed_runs_in_a_table(built: Callable[..., tuple[Spec
     assert "run:state" in failed["runSets"][0]["runFeed"]["columnOrder"]
 
 
-def test_the_published_figures_stand_in_the_report(
+def test_the_report_has_the_published_values(
     built: Callable[..., tuple[Spec, Spec]],
 ) -> None:
     def published(*options: str) -> list[list[list[str]]]:
@@ -211,7 +215,7 @@ def test_the_published_figures_stand_in_the_report(
     assert similar[0] == ["teacher<br>student", "wrn_40_2<br>wrn_16_2", "vgg13<br>vgg8"]
     assert ["SSKD", "76.04", "75.33"] in similar
     assert ["student", "73.64", "70.68"] in similar
-    # What Yang et al. measured of SSKD (three runs), beneath it.
+    # Beneath it, the values that Yang et al. measured for SSKD (three runs).
     assert similar.index(["SSKD", "76.04", "75.33"]) < similar.index(
         ["SSKD, HSAKD's authors (3), re-run", "76.16 ± 0.17", ""]
     )
@@ -219,11 +223,11 @@ def test_the_published_figures_stand_in_the_report(
     assert published("--dataset", "digits") == []
 
 
-def test_without_saving_it_says_what_was_built(capsys: Any) -> None:
+def test_without_save_it_prints_what_was_built(capsys: Any) -> None:
     assert main(["--pairs", "vgg13-vgg8", "vgg13-MobileNetV2"]) == 0
-    told, errors = capsys.readouterr()
-    assert told.startswith("built a workspace of 29 panels and a report of ")
-    assert told.endswith("in 8 sections; not saved: that takes --save and a login (wandb login)\n")
+    output, errors = capsys.readouterr()
+    assert output.startswith("built a workspace of 29 panels and a report of ")
+    assert output.endswith("in 8 sections; not saved: add --save, with a login (wandb login)\n")
     assert errors == ""
 
 
@@ -233,12 +237,12 @@ def test_without_a_login_nothing_is_saved(monkeypatch: pytest.MonkeyPatch) -> No
     found = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True)
     assert found.returncode == 1
     assert found.stderr.startswith("error: built a workspace of 29 panels")
-    assert found.stderr.endswith("not saved: that needs a login (wandb login)\n")
+    assert found.stderr.endswith("not saved: log in first (wandb login)\n")
     assert (found.stdout, found.stderr.count("\n")) == ("", 1)
 
 
 class Service:
-    """Stands for W&B's server: keeps the views that are saved."""
+    """A substitute for W&B's server, which keeps the saved views."""
 
     app_url = "https://wandb.test"
 
@@ -273,7 +277,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Service:
 
 
 @pytest.mark.parametrize(("options", "entity"), [((), "me"), (("--entity", "us"), "us")])
-def test_with_a_login_both_are_saved_and_their_addresses_told(
+def test_both_are_saved_and_their_addresses_printed(
     service: Service, capsys: Any, options: tuple[str, ...], entity: str
 ) -> None:
     assert main(["--project", "grid", "--pairs", "vgg13-vgg8", "--save", *options]) == 0
@@ -287,32 +291,32 @@ def test_with_a_login_both_are_saved_and_their_addresses_told(
     assert report.startswith(f"report: https://wandb.test/{entity}/grid/reports/Distillation-on-")
 
 
-def test_a_server_that_refuses_is_told_in_one_line(service: Service, capsys: Any) -> None:
+def test_a_refusal_of_the_server_is_one_line(service: Service, capsys: Any) -> None:
     service.failure = wandb.errors.CommError("permission denied\non this project")
     assert main(["--pairs", "vgg13-vgg8", "--save"]) == 1
-    told, errors = capsys.readouterr()
+    output, errors = capsys.readouterr()
     assert errors.splitlines()[-1].endswith("not saved: permission denied on this project")
-    assert told == ""
+    assert output == ""
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (("--pairs", "vgg13-vgg9"), "no network 'vgg9'; did you mean 'vgg"),
-        (("--pairs", "vgg13"), "--pairs vgg13: is not TEACHER-STUDENT"),
+        (("--pairs", "vgg13"), "--pairs vgg13: not TEACHER-STUDENT"),
         (("--pairs", "vgg13-vgg8", "--out", "missing/folder.json"), "cannot be written"),
     ],
 )
-def test_what_a_user_mistypes_is_told_in_one_line(
-    capsys: Any, options: tuple[str, ...], told: str
+def test_a_mistake_in_an_option_is_one_line(
+    capsys: Any, options: tuple[str, ...], message: str
 ) -> None:
     assert main(options) == 1
     output, errors = capsys.readouterr()
     assert (output, errors.count("\n")) == ("", 1)
-    assert told in errors
+    assert message in errors
 
 
-def test_without_the_library_the_extra_is_named(
+def test_a_missing_library_is_an_error_with_the_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     for name in [name for name in sys.modules if name.startswith("wandb_workspaces")]:
@@ -326,7 +330,7 @@ def test_without_the_library_the_extra_is_named(
     )
 
 
-def test_help_loads_nothing_heavy() -> None:
+def test_help_imports_no_large_library() -> None:
     code = (
         "import sys; from sskd.dashboard.__main__ import main\n"
         "try: main(['--help'])\n"

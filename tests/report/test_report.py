@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import RESULT
+from report_runs import RESULT, text_table, texts
 
+from sskd.report.disambiguation import distinct_results
 from sskd.report.groups import Entry
 from sskd.report.render import render_text
-from sskd.report.result import Result
-from sskd.report.results import read_results
+from sskd.report.results import Result, read_results
 from sskd.report.tables import Table, build_tables
 
 PUBLISHED_ORDER = [
@@ -38,13 +38,13 @@ def read(root: Path, *records: dict[str, Any]) -> list[Result]:
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps(values))
     warnings: list[str] = []
-    results = read_results(root, warnings.append)
+    results = distinct_results(read_results(root, warnings.append), warnings.append)
     assert warnings == []
     return results
 
 
 def entries(tables: list[Table]) -> dict[tuple[str, str, str, str], Entry]:
-    """By (table, teacher, student, row)."""
+    """Return the entries by (table, teacher, student, row)."""
     found = [entry for table in tables for entry in table.entries]
     return {(entry.table, entry.teacher, entry.student, entry.row): entry for entry in found}
 
@@ -65,17 +65,17 @@ def test_mean_deviation_and_difference(tmp_path: Path) -> None:
     assert (best.mean, best.std, best.n) == (75.0, 0.0, 3)
 
 
-def test_cells_show_count_published_figure_and_sign(tmp_path: Path) -> None:
+def test_cells_show_count_published_value_and_difference(tmp_path: Path) -> None:
     runs = [record(seed=seed, top1=top1(70.0 + seed, 75.0)) for seed in range(3)]
     single = record(method="sskd", top1=top1(71.489, 72.0))
     table, cost = build_tables(read(tmp_path, *runs, single), "last")
-    cells = {row[0].split("\n")[0]: row[1] for row in table.rows}
+    cells = {row[0].split("\n")[0]: row[1] for row in texts(table)}
     assert cells["KD"] == "71.00 ± 1.00 (3)\n70.66 +0.34"
-    # 71.489 - 71.49 = -0.001, which must not read "-0.00".
+    # 71.489 - 71.49 = -0.001, which must not become "-0.00".
     assert cells["SSKD"] == "71.49 (1)\n71.49 +0.00"
     assert cells["FitNet"] == ""
     assert table.title == "cifar100 · the recipe · similar · last epoch"
-    assert cost.rows[0][:4] == ("resnet56-resnet20", "KD", "71.00", "75.00")
+    assert texts(cost)[0][:4] == ("resnet56-resnet20", "KD", "71.00", "75.00")
 
 
 def test_layout_follows_the_published_order(tmp_path: Path) -> None:
@@ -88,14 +88,14 @@ def test_layout_follows_the_published_order(tmp_path: Path) -> None:
     similar, cross, other, _ = tables
     assert similar.header == ("teacher\nstudent", "wrn_40_2\nwrn_16_2", "vgg13\nvgg8")
     assert cross.header == ("teacher\nstudent", "vgg13\nMobileNetV2")
-    labels = [row[0].split("\n")[0] for row in similar.rows]
+    labels = [row[0].split("\n")[0] for row in texts(similar)]
     assert labels == [*PUBLISHED_ORDER, "SSKD, FN8211/SSKD (1)", "NST", "XYZ"]
-    assert [row[0].split("\n")[0] for row in cross.rows] == PUBLISHED_ORDER
-    assert other.rows == (("KD", "71.00 (1)"),)
+    assert [row[0].split("\n")[0] for row in texts(cross)] == PUBLISHED_ORDER
+    assert texts(other) == (("KD", "71.00 (1)"),)
     assert similar.title.endswith("best epoch on the test set")
 
 
-def test_settings_are_kept_apart_and_variants_have_their_rows(tmp_path: Path) -> None:
+def test_settings_have_tables_and_variants_have_rows(tmp_path: Path) -> None:
     results = read(
         tmp_path,
         record(top1=top1(70.0, 70.0)),
@@ -133,7 +133,7 @@ def test_settings_are_kept_apart_and_variants_have_their_rows(tmp_path: Path) ->
         ({"optimizer.lr": 0.1}, False),
     ],
 )
-def test_published_figures_only_stand_beside_the_same_experiment(
+def test_published_values_need_the_same_experiment(
     tmp_path: Path, setting: dict[str, Any], compared: bool
 ) -> None:
     results = read(
@@ -145,9 +145,9 @@ def test_published_figures_only_stand_beside_the_same_experiment(
     )
     tables = build_tables(results, "last")
     found = [entry for table in tables for entry in table.entries]
-    assert len(found) == 5  # in both sources' tables KD and the student, and a network
+    assert len(found) == 5  # KD and the student in the tables of both sources, and a network
     assert all((entry.published is not None) == compared for entry in found)
-    text = " ".join(cell for table in tables for row in table.rows for cell in row)
+    text = " ".join(cell for table in tables for row in texts(table) for cell in row)
     assert ("published" in text) == compared
     notes = " ".join(note for table in tables for note in table.notes)
     assert ("would mean nothing" in notes) != compared
@@ -155,14 +155,15 @@ def test_published_figures_only_stand_beside_the_same_experiment(
 
 
 def crd(**changes: Any) -> dict[str, Any]:
-    """As the CRD benchmark made it: without KD's term, from the teacher's last epoch."""
+    """Return a run with the settings of the CRD benchmark: no KD term, the teacher's last epoch."""
     weights = {"method.weights.ce": 1.0, "method.weights.kd": 0.0}
     return record(difference={"teacher.epoch": "last"} | weights, **changes)
 
 
-def test_the_crd_benchmark_has_tables_of_its_own(tmp_path: Path) -> None:
+def runs_of_both_sources(root: Path) -> list[Table]:
+    """Return the tables of runs with the settings of SSKD, of the CRD benchmark, and of neither."""
     results = read(
-        tmp_path,
+        root,
         scratch("resnet56", top1=top1(72.0, 73.0)),
         scratch("resnet20", top1=top1(69.0, 70.0)),
         record(method="at", top1=top1(71.0, 71.5)),
@@ -174,46 +175,55 @@ def test_the_crd_benchmark_has_tables_of_its_own(tmp_path: Path) -> None:
         record(method="at", difference={"teacher.epoch": "last"}, top1=top1(60.0, 60.0)),
         crd(method="at", teacher="a", student="b"),
     )
-    tables = build_tables(results, "last")
-    names = [table.title.split(" · ")[2] for table in tables if table.placed]
-    bench = [f"the CRD benchmark, {name}" for name in ("similar", "cross", "other pairs")]
-    assert names == ["similar", *bench]
-    found = entries(tables)
-    here = ("resnet56", "resnet20")
-    similar = bench[0]
-    # Figures of Tian et al., table 1 and of Xu et al., table 1, for this pair.
-    assert found[(similar, *here, "teacher")].published == 72.34
-    assert found[("similar", *here, "teacher")].published == 73.44
-    assert found[(similar, *here, "student")].published == 69.06
-    assert found[("similar", *here, "student")].published == 69.63
-    assert found[(similar, *here, "teacher")].mean == found[("similar", *here, "teacher")].mean
-    assert (found[(similar, *here, "AT")].mean, found[(similar, *here, "AT")].published) == (
-        *(70.0, 70.55),
-    )
-    assert found[("similar", *here, "AT")].published == 71.78
-    assert found[(similar, *here, "CC")].published == 69.63
-    assert found[(similar, *here, "KD")].published == 70.66
-    assert found[similar, "resnet110", "resnet20", "AT"].published == 70.22
-    # An AT from the last epoch with KD's term is nobody's published configuration.
-    assert found[("similar", *here, "AT (teacher.epoch=last)")].published is None
-    # The benchmark has no FSP across styles, nor such a pair.
-    assert found[bench[1], "vgg13", "MobileNetV2", "FSP"].published is None
-    assert found[bench[2], "a", "b", "AT"].published is None
-    (table,) = (table for table in tables if f" {similar} " in table.title)
-    assert [row[0].split("\n")[0] for row in table.rows] == [
+    return build_tables(results, "last")
+
+
+SIMILAR, CROSS, OTHER = (
+    f"the CRD benchmark, {name}" for name in ("similar", "cross", "other pairs")
+)
+
+
+def test_the_crd_benchmark_has_separate_tables(tmp_path: Path) -> None:
+    tables = runs_of_both_sources(tmp_path)
+    names = [table.title.split(" · ")[2] for table in tables if table.epoch]
+    assert names == ["similar", SIMILAR, CROSS, OTHER]
+    (table,) = (table for table in tables if f" {SIMILAR} " in table.title)
+    assert [row[0].split("\n")[0] for row in texts(table)] == [
         *("teacher", "student", "KD", "FitNet", "AT", "SP", "CC", "VID"),
         *("RKD", "PKT", "AB", "FT", "FSP", "NST", "CRD"),
     ]
     assert "compare with the last epoch" in notes_of(tables)
 
 
-def test_one_teacher_from_elsewhere_sets_no_row_apart(tmp_path: Path) -> None:
-    elsewhere = {"teacher.digest": "0123456789abcdef"}
+def test_each_source_has_its_published_values(tmp_path: Path) -> None:
+    found = entries(runs_of_both_sources(tmp_path))
+    here = ("resnet56", "resnet20")
+    # The values of Tian et al., table 1, and of Xu et al., table 1, for this pair.
+    assert found[(SIMILAR, *here, "teacher")].published == 72.34
+    assert found[("similar", *here, "teacher")].published == 73.44
+    assert found[(SIMILAR, *here, "student")].published == 69.06
+    assert found[("similar", *here, "student")].published == 69.63
+    assert found[(SIMILAR, *here, "teacher")].mean == found[("similar", *here, "teacher")].mean
+    at = found[(SIMILAR, *here, "AT")]
+    assert (at.mean, at.published) == (70.0, 70.55)
+    assert found[("similar", *here, "AT")].published == 71.78
+    assert found[(SIMILAR, *here, "CC")].published == 69.63
+    assert found[(SIMILAR, *here, "KD")].published == 70.66
+    assert found[SIMILAR, "resnet110", "resnet20", "AT"].published == 70.22
+    # Nobody has published AT with KD's term and the teacher's last epoch.
+    assert found[("similar", *here, "AT (teacher.epoch=last)")].published is None
+    # The benchmark has neither FSP for two families nor the other pair.
+    assert found[CROSS, "vgg13", "MobileNetV2", "FSP"].published is None
+    assert found[OTHER, "a", "b", "AT"].published is None
+
+
+def test_a_single_teacher_file_makes_no_extra_row(tmp_path: Path) -> None:
+    from_file = {"teacher.digest": "0123456789abcdef"}
     results = read(
         tmp_path,
-        record(top1=top1(70.0, 70.0), difference=elsewhere),
-        record(top1=top1(72.0, 72.0), difference=elsewhere, seed=1),
-        record(top1=top1(50.0, 50.0), difference=elsewhere | {"method.weights.kd": 0.5}),
+        record(top1=top1(70.0, 70.0), difference=from_file),
+        record(top1=top1(72.0, 72.0), difference=from_file, seed=1),
+        record(top1=top1(50.0, 50.0), difference=from_file | {"method.weights.kd": 0.5}),
     )
     entries = [entry for table in build_tables(results, "last") for entry in table.entries]
     assert [(entry.row, entry.mean, entry.n) for entry in entries] == [
@@ -250,11 +260,11 @@ def test_teacher_and_student_rows(tmp_path: Path) -> None:
     assert found["networks", "", "vgg13", "vgg13"].setting == "schedule.epochs=24"
 
 
-def test_networks_alone(tmp_path: Path) -> None:
+def test_networks_trained_from_scratch_have_a_table(tmp_path: Path) -> None:
     runs = [scratch("resnet20", seed=seed, top1=top1(69.0 + seed, 71.0)) for seed in range(2)]
     (table,) = build_tables(read(tmp_path, *runs, scratch("resnet8", parameters=7)), "last")
-    # 69 and 70: deviation sqrt(0.5); the paper's student column has 69.63 for resnet20.
-    assert table.rows == (
+    # 69 and 70: deviation sqrt(0.5). The paper has 69.63 for the student resnet20.
+    assert texts(table) == (
         ("resnet20", "69.50 ± 0.71 (2)", "278,324", "69.63 -0.13"),
         ("resnet8", "70.00 (1)", "7", ""),
     )
@@ -269,27 +279,49 @@ def test_cost_and_agreement_are_means_over_seeds(tmp_path: Path) -> None:
         record(agreement=None, kl=None, method="at"),
     )
     cost = build_tables(results, "last")[-1]
-    assert cost.rows == (
+    assert texts(cost) == (
         ("resnet56-resnet20", "KD", "70.00", "71.00", "81.00", "0.500", "1,500", "300", "0.033"),
         ("", "AT", "70.00", "71.00", "", "", "1,000", "", "0.017"),
     )
 
 
-def test_dataset_without_published_figures(tmp_path: Path) -> None:
+def test_cells_have_the_numbers_that_they_show(tmp_path: Path) -> None:
+    results = read(
+        tmp_path,
+        record(method="sskd", top1=top1(71.489, 72.0), teacher="vgg13", student="vgg8", kl=0.12345),
+        scratch("resnet20", top1=top1(69.126, 71.0), parameters=278324),
+        scratch("resnet20", top1=top1(69.126, 71.0), parameters=7, seed=1),
+    )
+    pairs, cost, networks = build_tables(results, "last")
+    (sskd,) = (row for row in pairs.rows if row[1].entry)
+    assert (sskd[0].value, sskd[1].value, sskd[1].entry) == (None, 71.489, pairs.entries[0])
+    (rerun,) = (row for row in pairs.rows if "re-run" in row[0].text)
+    assert (rerun[1].text, rerun[1].value, rerun[1].entry) == ("\n74.53", 74.53, None)
+    empty = next(row[1] for row in pairs.rows if row[0].text == "KD")
+    assert (empty.text, empty.value) == ("", None)
+    # Rounded as shown, so that rows that look equal keep their order; agreement was not measured.
+    assert [cell.value for cell in cost.rows[0]] == [
+        *(None, None, 71.49, 72.0, None, 0.123, 1000.0, None, 0.017),
+    ]
+    assert [cell.value for cell in networks.rows[0]] == [None, 69.13, 7.0, 69.63]
+
+
+def test_a_dataset_without_published_values(tmp_path: Path) -> None:
     table, cost = build_tables(read(tmp_path, record(dataset="digits", method="sskd")), "last")
     assert table.title == "digits · the recipe · pairs · last epoch"
-    assert table.rows == (("SSKD", "70.00 (1)"),)
+    assert texts(table) == (("SSKD", "70.00 (1)"),)
     assert "CRD" not in notes_of([table, cost])
     cifar100 = build_tables(read(tmp_path / "cifar100", record()), "last")
     assert "digit for digit" in notes_of(cifar100)
-    # Beneath the figures that they are about, not at the end of a page behind the plots.
+    # Each note is beneath the values that it explains, not at the end of the page.
     assert "digit for digit" in " ".join(cifar100[0].notes)
     assert "peak memory" in " ".join(cifar100[1].notes)
 
 
-def test_text_wraps_to_the_width_with_labels_in_every_block() -> None:
+def test_wide_tables_repeat_the_labels_in_each_block() -> None:
     rows = (("KD\n  published", "1.00 (1)\n2.00 -1.00", ""), ("AT", "", "3.00 (1)"))
-    table = Table("title", ("row", "first", "second"), rows, labels=1, align="<", notes=("note",))
+    header = ("row", "first", "second")
+    table = text_table("title", header, *rows, align="<", notes=("note",))
     assert render_text(table, 25) == (
         "title\n=====\n"
         "row          first\n"

@@ -1,4 +1,4 @@
-"""The command ``python -m sskd.report``: what it finds, refuses, prints and writes."""
+"""The command ``python -m sskd.report``: its input, errors, output and files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from sskd.report.__main__ import main
+from sskd.report.disambiguation import distinct_results
 from sskd.report.results import read_results
 
 RESULT = """{
@@ -35,7 +36,8 @@ def put(root: Path, folder: str, text: str = RESULT, **changes: Any) -> Path:
 def read(root: Path) -> tuple[list[int], list[str]]:
     """Return the seeds that were read, and the warnings."""
     warnings: list[str] = []
-    return [result.seed for result in read_results(root, warnings.append)], warnings
+    results = distinct_results(read_results(root, warnings.append), warnings.append)
+    return [result.seed for result in results], warnings
 
 
 def without(key: str) -> str:
@@ -66,7 +68,7 @@ def without(key: str) -> str:
         (RESULT.replace('"difference": {}', '"difference": []'), "'difference'"),
     ],
 )
-def test_a_broken_file_is_named_and_left_out(tmp_path: Path, text: str, reason: str) -> None:
+def test_a_broken_file_is_named_and_skipped(tmp_path: Path, text: str, reason: str) -> None:
     broken = put(tmp_path, "broken", text)
     put(tmp_path, "good", seed=5)
     seeds, warnings = read(tmp_path)
@@ -76,13 +78,13 @@ def test_a_broken_file_is_named_and_left_out(tmp_path: Path, text: str, reason: 
     assert reason in warnings[0]
 
 
-def test_bytes_that_are_no_text_are_left_out(tmp_path: Path) -> None:
+def test_binary_files_are_skipped(tmp_path: Path) -> None:
     put(tmp_path, "binary").write_bytes(b"\xff\xfe\x00{")
     seeds, warnings = read(tmp_path)
     assert (seeds, len(warnings)) == ([], 1)
 
 
-def test_hidden_folders_and_links_are_passed_over(tmp_path: Path) -> None:
+def test_hidden_folders_and_links_are_skipped(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     put(runs, "a/b/c", seed=1)
     put(runs, ".hidden/run", seed=2)
@@ -96,7 +98,7 @@ def test_hidden_folders_and_links_are_passed_over(tmp_path: Path) -> None:
     assert read(runs) == ([1], [])
 
 
-def test_a_hidden_root_itself_is_read(tmp_path: Path) -> None:
+def test_a_hidden_root_is_read(tmp_path: Path) -> None:
     put(tmp_path / ".runs", "run", seed=1)
     assert read(tmp_path / ".runs") == ([1], [])
 
@@ -117,7 +119,7 @@ def test_the_command_prints_the_chosen_epoch(
     last = capsys.readouterr().out
     assert main([str(tmp_path), "--best"]) == 0
     best = capsys.readouterr().out
-    # The paper's KD figure for the pair is 70.66.
+    # The paper has 70.66 for KD and this pair.
     assert "last epoch" in last
     assert "70.66 -0.50" in last
     assert "best epoch on the test set" in best
@@ -125,7 +127,7 @@ def test_the_command_prints_the_chosen_epoch(
 
 
 @pytest.mark.parametrize("folder", ["empty", "missing", "broken"])
-def test_no_runs_is_one_line_of_error(
+def test_without_runs_the_error_is_one_line(
     tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -151,7 +153,7 @@ def test_runs_default_to_the_folder_runs(
     assert "SSKD" in capsys.readouterr().out
 
 
-def test_out_writes_markdown_and_the_figures_of_both_epochs(tmp_path: Path) -> None:
+def test_out_writes_markdown_and_the_values_of_both_epochs(tmp_path: Path) -> None:
     put(tmp_path / "runs", "run0")
     put(tmp_path / "runs", "run1", seed=1, top1={"last": 72.16, "best": 73.0})
     for out in ("made/grid", "grid.md", "grid.csv", "grid.v1"):
@@ -179,22 +181,20 @@ def test_out_writes_markdown_and_the_figures_of_both_epochs(tmp_path: Path) -> N
     ]
 
 
-def test_csv_cells_cannot_become_formulas(tmp_path: Path) -> None:
+def test_names_in_csv_cannot_become_formulas(tmp_path: Path) -> None:
     names = {"dataset": "=1+1", "teacher": "+a", "student": "-b", "method": " @sum(a1)"}
     put(tmp_path, "run", **names, difference={"=key": "value"})
     assert main([str(tmp_path), "--out", str(tmp_path / "grid")]) == 0
     with (tmp_path / "grid.csv").open(encoding="utf-8", newline="") as file:
         line = list(csv.reader(file))[2]
     assert line[:7] == ["'=1+1", "'=key=value", "pairs", "'+a", "'-b", "' @SUM(A1)", "last"]
-    # A negative difference is a number and stays one.
+    # A negative difference is a number and gets no apostrophe.
     put(tmp_path / "numbers", "run")
     assert main([str(tmp_path / "numbers"), "--out", str(tmp_path / "grid")]) == 0
     assert ",70.66,-0.5\n" in (tmp_path / "grid.csv").read_text(encoding="utf-8")
 
 
-def test_out_that_cannot_be_written_is_an_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_out_must_be_writable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("kept")
     put(tmp_path, "run")
     for out in ("", str(tmp_path / "run"), str(tmp_path / "file" / "grid")):
@@ -203,7 +203,7 @@ def test_out_that_cannot_be_written_is_an_error(
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_wrong_arguments_end_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_options_end_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["--bset"])
     assert exit_.value.code == 2
@@ -226,7 +226,7 @@ def test_it_starts_without_torch_and_survives_a_closed_pipe(tmp_path: Path) -> N
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
-        # It prints only after its input has ended, when nobody reads any more.
+        # It prints after its input has ended, when the other end of its output is closed.
         process.stdout.close()
         process.stdin.close()
         assert process.stderr.read() == b""

@@ -1,4 +1,4 @@
-"""The report's figures: what they are drawn from, and the files."""
+"""The report's figures: their data and their files."""
 
 from __future__ import annotations
 
@@ -17,12 +17,20 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from report_runs import epoch_line, never, put_alone, put_metrics, put_run
 
-from sskd.report.figures import as_png, as_svg, draw_figures
-from sskd.report.gains import pair_gains
-from sskd.report.metrics import LOSS, WEIGHTED, loss_curves, read_metrics, top1_curve
-from sskd.report.plots import spread_out
+from sskd.report.figures import (
+    LOSS,
+    WEIGHTED,
+    as_png,
+    as_svg,
+    draw_figures,
+    loss_curves,
+    top1_curve,
+)
+from sskd.report.groups import pair_gains
+from sskd.report.metrics import read_metrics
+from sskd.report.plots import avoid_overlap
+from sskd.report.published import KD, STUDENT
 from sskd.report.report import read_report
-from sskd.report.rows import KD, STUDENT
 
 PAIR = ("resnet56", "resnet20")
 
@@ -38,14 +46,14 @@ def test_gains_and_their_deviation(tmp_path: Path) -> None:
         put_run(tmp_path, f"sskd{seed}", [sskd], seed=seed, method="sskd")
     put_run(tmp_path, "at", [71.0], method="at")
     (group,) = read_report(tmp_path, never).groups()
-    gains = {row[0]: of for row, of in pair_gains(group, "similar", PAIR).items()}
+    gains = {row[0]: gain for row, gain in pair_gains(group, "similar", PAIR).items()}
     # Sample variances: 1/2 alone, 1/2 with KD, 0 with SSKD; a single AT has none.
     assert (gains["KD"][STUDENT].points, gains["KD"][STUDENT].std) == (1.0, 1.0)
     assert gains["SSKD"][STUDENT].points == 2.5
     assert gains["SSKD"][STUDENT].std == pytest.approx(math.sqrt(0.5))
     assert gains["SSKD"][KD].points == 1.5
     assert (gains["AT"][KD].points, gains["AT"][KD].std) == (0.5, None)
-    # Nothing gains over itself, and teacher and student are no methods.
+    # KD has no gain over itself. Teacher and student are not methods.
     assert KD not in gains["KD"]
     assert set(gains) == {"KD", "AT", "SSKD"}
 
@@ -61,8 +69,8 @@ def test_bars_and_error_bars_are_the_gains(tmp_path: Path) -> None:
     bars = [bar for bar in axes.patches if isinstance(bar, Rectangle)]
     assert [bar.get_width() for bar in bars] == [3.0, 2.5, -0.5]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["KD", "AT"]
-    errors = [of for of in axes.collections if isinstance(of, LineCollection)]
-    drawn = [points for of in errors for points in of.get_segments()]
+    errors = [lines for lines in axes.collections if isinstance(lines, LineCollection)]
+    drawn = [points for lines in errors for points in lines.get_segments()]
     # KD: 3 plus and minus sqrt(2 + 2); a single AT has no bar.
     ends = [sorted(x for x, _ in points) for points in drawn if len(points)]
     assert ends == [[pytest.approx(1.0), pytest.approx(5.0)]]
@@ -79,7 +87,7 @@ def test_curves_are_means_over_seeds_by_epoch(tmp_path: Path) -> None:
     assert list(curve.std) == pytest.approx([math.sqrt(50), 0.0, 0.0])
 
 
-def test_loss_terms_go_on_counting_through_the_stages(tmp_path: Path) -> None:
+def test_loss_curves_count_epochs_through_all_phases(tmp_path: Path) -> None:
     lines = [epoch_line("ss_head", epoch) for epoch in (1, 2)]
     for line in lines:
         for key in ("loss/ce", "loss/kd", "weighted/ce", "weighted/kd"):
@@ -108,7 +116,7 @@ def test_loss_terms_go_on_counting_through_the_stages(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_damaged_lines_are_counted_and_left_out(tmp_path: Path, line: str) -> None:
+def test_malformed_lines_are_counted_and_skipped(tmp_path: Path, line: str) -> None:
     good = json.dumps(epoch_line("distill", 1, 50.0))
     (tmp_path / "metrics.jsonl").write_bytes(f"{good}\n{line}\n{good}\n".encode("latin-1"))
     warnings: list[str] = []
@@ -117,37 +125,37 @@ def test_damaged_lines_are_counted_and_left_out(tmp_path: Path, line: str) -> No
     assert "1 of 3 lines" in warnings[0]
 
 
-def test_figures_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
+def test_metrics_that_are_not_finite_numbers_are_skipped(tmp_path: Path) -> None:
     odd: dict[str, Any] = {"a": math.nan, "b": math.inf, "c": "1", "d": True, "e": None, "\x1b": 1}
     put_metrics(tmp_path, [{"stage": "a", "epoch": 1, "good": 1, **odd, "f": 10**400, "g": -1e31}])
     (line,) = read_metrics(tmp_path, never)
-    assert line.figures == {"epoch": 1.0, "good": 1.0}
+    assert line.metrics == {"epoch": 1.0, "good": 1.0}
 
 
 @pytest.mark.parametrize(
     ("places", "gap"),
     [([0.5], 0.1), ([0.0, 0.0, 0.0], 0.1), ([0.9, 0.95, 1.0], 0.2), ([0.1, 0.5, 0.52], 0.05)],
 )
-def test_labels_are_moved_apart_within_the_panel(places: list[float], gap: float) -> None:
-    moved = spread_out(places, gap)
+def test_labels_do_not_overlap_or_leave_the_panel(places: list[float], gap: float) -> None:
+    moved = avoid_overlap(places, gap)
     assert all(b - a >= gap - 1e-9 for a, b in pairwise(moved))
     assert min(moved) >= 0
     assert max(moved) <= 1
-    apart = all(b - a >= gap for a, b in pairwise(places))
-    assert not apart or moved == places
+    overlap = any(b - a < gap for a, b in pairwise(places))
+    assert overlap or moved == places
 
 
-def test_every_pair_has_its_figures_and_rows_keep_their_colours(tmp_path: Path) -> None:
+def test_rows_have_the_same_colours_in_all_figures(tmp_path: Path) -> None:
     put_alone(tmp_path, "alone", [60.0, 65.0])
     put_run(tmp_path, "kd", [60.0, 66.0])
     put_run(tmp_path, "at", [60.0, 67.0], method="at")
-    put_run(tmp_path, "elsewhere", [60.0, 68.0], method="at", teacher="vgg13", student="vgg8")
+    put_run(tmp_path, "other pair", [60.0, 68.0], method="at", teacher="vgg13", student="vgg8")
     found = figures(tmp_path)
     pairs = ("resnet56-resnet20", "vgg13-vgg8")
     assert set(found) == {"gain", *(f"{kind}-{p}" for kind in ("curves", "losses") for p in pairs)}
 
     def colours(name: str) -> dict[float, object]:
-        """By the last accuracy, which tells the rows apart here."""
+        """Return the colours by the last accuracy, which is different in each row."""
         whole, _ = found[name].axes
         return {float(np.asarray(line.get_ydata())[-1]): line.get_color() for line in whole.lines}
 
@@ -157,7 +165,7 @@ def test_every_pair_has_its_figures_and_rows_keep_their_colours(tmp_path: Path) 
     assert second == {68.0: first[67.0]}
 
 
-def test_groups_do_not_share_names_of_figures(tmp_path: Path) -> None:
+def test_each_group_has_other_names_of_figures(tmp_path: Path) -> None:
     put_run(tmp_path, "recipe")
     put_run(tmp_path, "short", difference={"schedule.epochs": 24})
     put_run(tmp_path, "crd", difference={"teacher.epoch": "last"})
@@ -170,7 +178,7 @@ def test_groups_do_not_share_names_of_figures(tmp_path: Path) -> None:
     }
 
 
-def test_large_figures_and_long_names_can_be_drawn(tmp_path: Path) -> None:
+def test_large_values_and_long_names_can_be_drawn(tmp_path: Path) -> None:
     lines = [epoch_line("a", 1, 9e29), epoch_line("a", 999_999, 50.0, **{"loss/vid": -9e29})]
     put_metrics(put_run(tmp_path, "run", student="s" * 500, method="m" * 500), lines)
     put_run(tmp_path, "other", student="s" * 501)
@@ -182,7 +190,7 @@ def test_large_figures_and_long_names_can_be_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("least", [0.5, 1e-2, 3e-4, 1e-6, 1e-9])
-def test_losses_over_any_number_of_decades_have_a_few_labels(tmp_path: Path, least: float) -> None:
+def test_loss_axes_have_a_few_labels_over_any_decades(tmp_path: Path, least: float) -> None:
     lines = [epoch_line("a", e, 50.0, **{"loss/kd": loss}) for e, loss in ((1, 9.0), (2, least))]
     put_metrics(put_run(tmp_path, "run"), lines)
     (axes,) = figures(tmp_path)["losses-resnet56-resnet20"].axes
@@ -190,7 +198,7 @@ def test_losses_over_any_number_of_decades_have_a_few_labels(tmp_path: Path, lea
     assert 2 <= sum(low <= place <= high for place in axes.get_yticks()) <= 7
 
 
-def test_nothing_to_draw_draws_nothing(tmp_path: Path) -> None:
+def test_without_metrics_nothing_is_drawn(tmp_path: Path) -> None:
     folder = put_run(tmp_path, "run")
     (folder / "metrics.jsonl").unlink()
     assert figures(tmp_path) == {}
@@ -217,7 +225,7 @@ def test_any_name_can_be_drawn(tmp_path: Path, name: str, recwarn: pytest.Warnin
     assert [str(warning.message) for warning in recwarn] == []
 
 
-def test_files_are_images_of_the_figures_size_and_the_same_each_time(tmp_path: Path) -> None:
+def test_image_files_are_deterministic_with_the_right_size(tmp_path: Path) -> None:
     put_alone(tmp_path, "alone", [69.0, 70.0])
     put_run(tmp_path, "kd", [69.0, 71.0])
     first, again = figures(tmp_path), figures(tmp_path)

@@ -1,4 +1,4 @@
-"""Names in the report: none becomes markup, a formula, a command, or a sign for the terminal."""
+"""Names in the report become no markup, formula, command or control character."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import never, put_run, put_status
+from report_runs import never, put_run, put_status, text_table
 
 from sskd.errors import mask_unprintable
 from sskd.report.__main__ import main
-from sskd.report.latex import render_latex
-from sskd.report.render import render_csv, render_markdown, render_text
+from sskd.report.render import render_csv, render_latex, render_markdown, render_text
 from sskd.report.report import read_report
 from sskd.report.tables import Table
 
@@ -34,14 +33,14 @@ NAMES = [
 
 
 def as_table(names: list[str]) -> Table:
-    rows = tuple((name, "1.00") for name in names)
+    rows = [(name, "1.00") for name in names]
     notes = tuple(f"Of {name}" for name in names)
-    return Table(" ".join(names), ("row", names[0]), rows, labels=1, align=">", notes=notes)
+    return text_table(" ".join(names), ("row", names[0]), *rows, align=">", notes=notes)
 
 
-def test_markdown_escapes_each_sign_of_markup() -> None:
+def test_markdown_escapes_all_markup_characters() -> None:
     rows = (("a|b\nc", "<img> [x](y) `z` \\|"), ("_x_ ~y~ &amp; $z$", "wrn_40_2 www.x"))
-    table = Table("a *b*", ("row", "top"), rows, labels=1, align=">")
+    table = text_table("a *b*", ("row", "top"), *rows, align=">")
     assert render_markdown(table) == (
         "## a \\*b\\*\n\n"
         "| row | top |\n"
@@ -52,15 +51,15 @@ def test_markdown_escapes_each_sign_of_markup() -> None:
 
 
 @pytest.mark.parametrize("name", [":skull:", "a :+1:", ":flag_de:", ":_x_:", ":x-y:"])
-def test_no_emojis_name_is_left_in_one_piece(name: str) -> None:
-    """GitHub looks for them in the text of the page, in which a backslash has had its effect."""
+def test_names_cannot_become_emojis(name: str) -> None:
+    """GitHub looks for emojis after it has interpreted backslashes."""
     text = render_markdown(as_table([name])).replace("\\", "")
     assert re.search(r":[\w+-]+:", re.sub(r"\n\| :?---.*", "", text)) is None
     assert name in text.replace("<!-- -->", "")
 
 
-@pytest.mark.skipif(shutil.which("cmark-gfm") is None, reason="no cmark-gfm, GitHub's own renderer")
-def test_github_shows_each_name_as_it_is() -> None:
+@pytest.mark.skipif(shutil.which("cmark-gfm") is None, reason="no cmark-gfm, GitHub's renderer")
+def test_github_shows_names_unchanged() -> None:
     extensions = ("table", "autolink", "strikethrough", "footnotes", "tasklist")
     command = ["cmark-gfm", "--unsafe", *(word for name in extensions for word in ("-e", name))]
     markdown = render_markdown(as_table(NAMES))
@@ -90,7 +89,7 @@ def test_github_shows_each_name_as_it_is() -> None:
     ],
 )
 @pytest.mark.parametrize("place", ["dataset", "student", "method", "difference"])
-def test_no_cell_of_csv_begins_as_a_formula(tmp_path: Path, name: str, place: str) -> None:
+def test_no_field_of_csv_is_a_formula(tmp_path: Path, name: str, place: str) -> None:
     changes: dict[str, Any] = {place: {name: name} if place == "difference" else name}
     put_run(tmp_path, "run", **changes)
     entries = [
@@ -101,12 +100,12 @@ def test_no_cell_of_csv_begins_as_a_formula(tmp_path: Path, name: str, place: st
     shown = [
         cell for cell in cells if cell.strip().startswith(tuple("=+-@\uff1d\uff0b\uff0d\uff20"))
     ]
-    # What is left are our own numbers.
+    # The others are numbers of the report.
     assert all(re.fullmatch(r"-?\d+\.\d+", cell) for cell in shown), shown
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_latex_has_no_command_of_a_name(name: str) -> None:
+def test_names_cannot_become_latex_commands(name: str) -> None:
     known = r"(textbackslash|textasciitilde|textasciicircum|textless|textgreater|textbar)\{\}"
     text = render_latex([as_table([f"{name}\\input{{x}}"])])
     (line,) = (line for line in text.splitlines() if line.startswith(r"\noindent"))
@@ -115,7 +114,7 @@ def test_latex_has_no_command_of_a_name(name: str) -> None:
     assert not set(left) & set("\\&%$#_{}~^|<>"), left
 
 
-SIGNS = {
+CONTROL_CHARACTERS = {
     "an escape code": "\x1b[31mred\x1b[0m",
     "a title of the terminal": "\x1b]0;title\x07",
     "a C1 code": "\x9b31m",
@@ -126,31 +125,31 @@ SIGNS = {
 }
 
 
-@pytest.mark.parametrize("kind", SIGNS)
-def test_nothing_that_is_printed_steers_the_terminal(
+@pytest.mark.parametrize("kind", CONTROL_CHARACTERS)
+def test_no_output_controls_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    sign = SIGNS[kind]
-    runs = tmp_path / f"runs {sign}"
-    put_run(runs, f"a {sign}", difference={"key": sign})
-    put_run(runs, f"b {sign}", method=sign)
-    put_run(runs, f"c {sign}", commit=sign, seed=1, difference={"key": sign})
-    put_run(runs, f"d {sign}", recipe=sign)
-    put_run(runs, f"e {sign}", difference={"key": sign})
-    (put_status(runs / f"f {sign}", "x") / "status.json").write_text(json.dumps({"state": sign}))
-    put_status(runs / f"g {sign}", "failed", error=sign, host=sign, command=sign)
-    for arguments in ([], ["--status"], ["--best", "--out", str(tmp_path / f"out {sign}" / "all")]):
+    text = CONTROL_CHARACTERS[kind]
+    runs = tmp_path / f"runs {text}"
+    put_run(runs, f"a {text}", difference={"key": text})
+    put_run(runs, f"b {text}", method=text)
+    put_run(runs, f"c {text}", commit=text, seed=1, difference={"key": text})
+    put_run(runs, f"d {text}", recipe=text)
+    put_run(runs, f"e {text}", difference={"key": text})
+    (put_status(runs / f"f {text}", "x") / "status.json").write_text(json.dumps({"state": text}))
+    put_status(runs / f"g {text}", "failed", error=text, host=text, command=text)
+    for arguments in ([], ["--status"], ["--best", "--out", str(tmp_path / f"out {text}" / "all")]):
         assert main([str(runs), *arguments]) == 0
         out, err = capsys.readouterr()
         for line in (out + err).split("\n"):
             assert line == mask_unprintable(line)
         assert "warning: " in err
-    page = (tmp_path / f"out {sign}" / "all.html").read_text(encoding="utf-8")
-    assert sign not in page
+    page = (tmp_path / f"out {text}" / "all.html").read_text(encoding="utf-8")
+    assert text not in page
 
 
-@pytest.mark.skipif(os.name != "posix", reason="names are text elsewhere")
-def test_a_folder_whose_name_is_no_text_has_its_files(
+@pytest.mark.skipif(os.name != "posix", reason="names are text on other systems")
+def test_folders_may_have_names_that_are_not_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = tmp_path / os.fsdecode(b"runs \xff")
@@ -162,6 +161,6 @@ def test_a_folder_whose_name_is_no_text_has_its_files(
     assert "runs ?" in Path(f"{out}.html").read_text(encoding="utf-8")
 
 
-def test_text_tables_show_names_as_they_are() -> None:
+def test_text_tables_show_names_unchanged() -> None:
     text = render_text(as_table(NAMES), 500)
     assert all(name in text for name in NAMES)

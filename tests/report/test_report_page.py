@@ -1,4 +1,4 @@
-"""The report's files: the page, LaTeX, and what is written where."""
+"""The report's files: the page, CSV, LaTeX, and their names."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import never, put_alone, put_run, put_status
+from report_runs import never, put_alone, put_run, put_status, texts
 
 from sskd.report.__main__ import main
 from sskd.report.figures import as_svg, draw_figures
-from sskd.report.latex import render_latex
 from sskd.report.page import render_page
+from sskd.report.render import render_latex
 from sskd.report.report import Report, read_report
 
 VOID = {"meta", "br", "input", "link", "img", "hr"}
@@ -26,7 +26,7 @@ MADE = datetime(2026, 11, 25, 12, 30, tzinfo=UTC)
 
 
 class Page(HTMLParser):
-    """A page taken apart; its tags must balance."""
+    """The tags and the text of a page; its tags must balance."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Page(HTMLParser):
     def of(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
 
-    def told(self, tag: str) -> str:
+    def text_of(self, tag: str) -> str:
         return " ".join(data for name, data in self.text if name == tag)
 
 
@@ -76,13 +76,13 @@ def some_runs(root: Path) -> Report:
     return read_report(root, never)
 
 
-def test_the_page_has_every_table_and_figure_and_needs_nothing_else(tmp_path: Path) -> None:
+def test_the_page_is_complete_and_self_contained(tmp_path: Path) -> None:
     report = some_runs(tmp_path)
     found = page(report)
-    titles = found.told("h3")
+    titles = found.text_of("h3")
     for table in [*report.tables("last"), *report.tables("best")]:
         assert titles.count(table.title) == 1
-        for row in table.rows:
+        for row in texts(table):
             for cell in row:
                 assert all(
                     line.strip() in " ".join(text for _, text in found.text)
@@ -95,44 +95,44 @@ def test_the_page_has_every_table_and_figure_and_needs_nothing_else(tmp_path: Pa
             assert (attributes.get(key) or "#").startswith("#"), (tag, attributes)
     ids = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
-    # Everything that is referred to within the page is there.
+    # All references within the page have a target.
     whole = json.dumps(found.tags)
     references = {*re.findall(r"url\(#([^)]*)\)", whole), *re.findall(r'href": "#([^"]*)', whole)}
     assert references <= set(ids)
-    styles = found.told("style")
+    styles = found.text_of("style")
     assert not re.search(r"url\(|@import", styles)
     policy = found.of("meta")[2]
     assert policy["http-equiv"] == "Content-Security-Policy"
     assert (policy["content"] or "").startswith("default-src 'none'")
 
 
-def test_the_page_tells_where_it_is_from(tmp_path: Path) -> None:
+def test_the_page_shows_its_folder_and_commits(tmp_path: Path) -> None:
     put_run(tmp_path, "a", commit="abc123")
     put_run(tmp_path, "b", seed=1, commit="abc123")
     put_run(tmp_path, "c", seed=2, commit=None)
     found = page(read_report(tmp_path, never))
-    assert found.told("title") == "Distillation results, 2026-11-25 12:30 UTC"
-    assert str(tmp_path) in found.told("code")
-    text = " ".join(found.told("p").split())
+    assert found.text_of("title") == "Distillation results, 2026-11-25 12:30 UTC"
+    assert str(tmp_path) in found.text_of("code")
+    text = " ".join(found.text_of("p").split())
     assert "3 finished runs" in text
     assert "(2 runs)" in text
-    assert "abc123" in found.told("code")
-    assert "not recorded" in found.told("code")
+    assert "abc123" in found.text_of("code")
+    assert "not recorded" in found.text_of("code")
 
 
 def shades(found: Page) -> dict[float, tuple[str | None, float]]:
-    """The sign and the strength of the colour of each cell, by what it sorts by."""
+    """Return the direction and the strength of each cell's colour by the value of the cell."""
     return {
         float(cell["data-value"] or ""): (
-            cell["data-sign"],
+            cell["data-direction"],
             float((cell["style"] or "").removeprefix("--shade: ")),
         )
         for cell in found.of("td")
-        if "data-sign" in cell
+        if "data-direction" in cell
     }
 
 
-def test_colours_are_the_difference_to_what_is_published(tmp_path: Path) -> None:
+def test_colours_are_differences_from_published_values(tmp_path: Path) -> None:
     put_run(tmp_path, "kd", [71.66])
     put_run(tmp_path, "sskd", [66.49], method="sskd")
     put_run(tmp_path, "nst", [60.0], method="nst")
@@ -141,17 +141,17 @@ def test_colours_are_the_difference_to_what_is_published(tmp_path: Path) -> None
     assert shades(found)[71.66] == ("up", 0.5)
     assert shades(found)[66.49] == ("down", 1.0)
     assert 60.0 not in shades(found)
-    assert "ours - published" in found.told("p")
+    assert "measured - published" in found.text_of("p")
 
 
-def test_colours_are_the_gain_where_nothing_is_published(tmp_path: Path) -> None:
+def test_colours_are_gains_if_nothing_is_published(tmp_path: Path) -> None:
     put_alone(tmp_path, "alone", [50.0], dataset="digits")
     put_run(tmp_path, "kd", [54.0], dataset="digits")
     put_run(tmp_path, "at", [49.0], dataset="digits", method="at")
     found = page(read_report(tmp_path, never))
-    # 4 points are the most, so full; 1 below is a quarter of that.
+    # The largest gain is 4 points: full; a loss of 1 point is a quarter of that.
     assert shades(found) == {54.0: ("up", 1.0), 49.0: ("down", 0.25)}
-    assert "gain over the student alone" in found.told("p")
+    assert "gain over the student alone" in found.text_of("p")
 
 
 def test_tables_can_be_sorted_with_a_keyboard(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_tables_can_be_sorted_with_a_keyboard(tmp_path: Path) -> None:
     buttons = found.of("button")
     assert len(buttons) == len(heads)
     assert all(button["type"] == "button" for button in buttons)
-    script = found.told("script")
+    script = found.text_of("script")
     assert "addEventListener" in script
     assert "aria-sort" in script
     scrolling = [box for box in found.of("div") if box.get("class") == "scroll"]
@@ -170,25 +170,25 @@ def test_tables_can_be_sorted_with_a_keyboard(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="no node to check the script with")
-def test_the_script_is_well_formed(tmp_path: Path) -> None:
-    (tmp_path / "page.js").write_text(page(some_runs(tmp_path)).told("script"))
+def test_the_script_is_valid_javascript(tmp_path: Path) -> None:
+    (tmp_path / "page.js").write_text(page(some_runs(tmp_path)).text_of("script"))
     subprocess.run(["node", "--check", str(tmp_path / "page.js")], check=True)
 
 
-def test_rows_of_a_pair_keep_its_name_when_they_are_sorted(tmp_path: Path) -> None:
+def test_every_row_of_the_cost_table_names_its_pair(tmp_path: Path) -> None:
     report = some_runs(tmp_path)
-    rows = page(report).told("th").count("resnet56-resnet20")
-    costs = [row for table in report.tables("last") if not table.epoch for row in table.rows]
+    rows = page(report).text_of("th").count("resnet56-resnet20")
+    costs = [row for table in report.tables("last") if not table.epoch for row in texts(table)]
     missing = {(c.table, c.setting) for c in report.missing() if c.teacher == "resnet56"}
     assert rows == len(costs) + len(missing)
 
 
 def test_the_page_lists_what_is_unfinished_and_missing(tmp_path: Path) -> None:
     found = page(some_runs(tmp_path))
-    assert "cifar100/distill/vgg13-vgg8/at/seed0" in found.told("th")
-    assert "failed" in found.told("td")
-    assert "it broke" in found.told("td")
-    assert "FitNet, AT, SP, VID" in found.told("td")
+    assert "cifar100/distill/vgg13-vgg8/at/seed0" in found.text_of("th")
+    assert "failed" in found.text_of("td")
+    assert "it broke" in found.text_of("td")
+    assert "FitNet, AT, SP, VID" in found.text_of("td")
 
 
 HOSTILE = '</td><script>alert("x")</script><img src=//e.vil/x onerror=y>&amp;\'{{ 7*7 }}'
@@ -206,8 +206,8 @@ def test_names_cannot_become_markup(tmp_path: Path) -> None:
     assert len(found.of("script")) == 1
     assert found.of("img") == found.of("b") == []
     assert not any(key.startswith("on") for _, attributes in found.tags for key in attributes)
-    assert found.told("td").count(HOSTILE) == 2
-    assert "49" not in found.told("h3")
+    assert found.text_of("td").count(HOSTILE) == 2
+    assert "49" not in found.text_of("h3")
 
 
 def test_out_writes_the_page_the_tables_and_the_plots(tmp_path: Path) -> None:
@@ -233,13 +233,13 @@ def test_files_need_no_torch_and_tables_no_matplotlib(tmp_path: Path) -> None:
     subprocess.run(command, cwd=Path(__file__).parents[2], check=True, capture_output=True)
 
 
-def test_csv_is_the_figures_of_both_epochs(tmp_path: Path) -> None:
+def test_csv_has_the_values_of_both_epochs(tmp_path: Path) -> None:
     lines = some_runs(tmp_path).csv().splitlines()
     assert "cifar100,the recipe,similar,resnet56,resnet20,KD,last,71.66,,1,70.66,1.0" in lines
     assert len(lines) == 1 + 2 * len([line for line in lines if ",last," in line])
 
 
-def test_latex_has_every_figure_and_its_signs_escaped(tmp_path: Path) -> None:
+def test_latex_has_every_value_and_escapes_characters(tmp_path: Path) -> None:
     put_run(tmp_path, "kd", [69.66])
     put_run(tmp_path, "kd1", [71.66], seed=1)
     put_run(tmp_path, "wrn", [70.0], student="wrn_16_2", teacher="wrn_40_2", method="crd")
@@ -247,7 +247,7 @@ def test_latex_has_every_figure_and_its_signs_escaped(tmp_path: Path) -> None:
     assert r"teacher & wrn\_40\_2 & resnet56 \\" in text
     assert r"KD &  & 70.66 $\pm$ 1.41 (2) \\" in text
     assert r"  published &  & 70.66 +0.00 \\" in text
-    # CRD for this pair is 76.04 in the paper.
+    # The paper has 76.04 for CRD and this pair.
     assert r"  published & 76.04 $-$6.04 &  \\" in text
     assert r"\usepackage{booktabs}" in text.splitlines()[1]
     assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 2
@@ -261,7 +261,7 @@ def hostile_latex(root: Path) -> str:
     return render_latex(read_report(root, never).tables("last"))
 
 
-def test_latex_names_cannot_become_commands(tmp_path: Path) -> None:
+def test_no_name_of_a_run_is_a_latex_command(tmp_path: Path) -> None:
     text = hostile_latex(tmp_path)
     assert text.isascii()
     name = (
@@ -269,7 +269,7 @@ def test_latex_names_cannot_become_commands(tmp_path: Path) -> None:
         r"\textless{}l\textgreater{}\textbar{}?-{}-\textbackslash{}input\{/etc/passwd\}"
     )
     assert rf"\caption{{{name} $\cdot$ the recipe" in text
-    # A bracket or a star after a line's end would be an argument of that.
+    # A bracket or a star after a line break would be its argument.
     assert not re.search(r"\\\\\s*[\[*]", text)
 
 

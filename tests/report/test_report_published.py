@@ -1,4 +1,4 @@
-"""The published figures: those of the papers, and what others measured of SSKD."""
+"""The published values of the papers, and the re-runs of SSKD by others."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report_runs import texts
 from test_report import PUBLISHED_ORDER, crd, read, record, scratch, top1
 
 from sskd.report.published import published_for
 from sskd.report.tables import build_tables
 
 
-def test_published_figures_of_the_papers() -> None:
+def test_published_values_of_the_papers() -> None:
     sskd, crd_benchmark = published_for("cifar100")
     assert [len(pairs) for pairs in sskd.tables.values()] == [5, 6]
     assert len(sskd.top1) == 11 * len(PUBLISHED_ORDER)
@@ -25,14 +26,14 @@ def test_published_figures_of_the_papers() -> None:
     assert sskd.top1["ResNet50", "MobileNetV2", "teacher"] == 79.10
     assert sskd.alone["vgg8"] == 70.68
     assert [len(pairs) for pairs in crd_benchmark.tables.values()] == [7, 6]
-    # 15 rows, but for FSP, which has no wrn_40_2-wrn_40_1 and none of the second table.
+    # 15 rows, of which FSP lacks wrn_40_2-wrn_40_1 and the second table.
     assert len(crd_benchmark.top1) == 13 * 15 - 7
     assert crd_benchmark.top1["wrn_40_2", "ShuffleV1", "CRD"] == 76.05
     assert crd_benchmark.top1["resnet110", "resnet32", "KD"] == 73.08
     assert published_for("digits") == ()
 
 
-# Of SSKD's authors and of the CRD benchmark's: the accuracies of the teachers' own releases.
+# The teachers of SSKD and of the CRD benchmark, with the accuracies of their releases.
 TEACHERS = {
     "vgg13": (75.38, 74.64),
     "resnet56": (73.44, 72.34),
@@ -43,34 +44,34 @@ TEACHERS = {
 
 
 @pytest.mark.parametrize("name", TEACHERS)
-def test_both_families_of_teachers_are_named(tmp_path: Path, name: str) -> None:
+def test_the_notes_list_the_teachers_of_both_sources(tmp_path: Path, name: str) -> None:
     for source, published in enumerate(published_for("cifar100")):
         assert published.alone[name] == TEACHERS[name][source]
         assert f"{name} {TEACHERS[name][source]:.2f}" in published.notes[0]
-        assert "teachers of its own" in published.notes[0]
+        assert "authors' teachers" in published.notes[0]
     tables = build_tables(read(tmp_path, record(method="at"), crd(method="at")), "last")
     notes = " ".join(note for table in tables for note in table.notes)
     assert all(f"{name} {top1:.2f}" in notes for top1 in TEACHERS[name])
-    assert "73.6 for KD on vgg13-vgg8, where its table has 72.98" in notes
+    assert "73.6 for KD on vgg13-vgg8, but its table 72.98" in notes
 
 
-def test_reruns_of_sskd_stand_beneath_its_row(tmp_path: Path) -> None:
+def test_reruns_of_sskd_are_beneath_its_row(tmp_path: Path) -> None:
     pairs = [("wrn_40_2", "wrn_16_2"), ("resnet56", "resnet20"), ("vgg13", "vgg8")]
     runs = [record(method="sskd", teacher=teacher, student=student) for teacher, student in pairs]
     runs.append(record(method="kd", teacher="resnet32x4", student="resnet8x4"))
     (table, _) = build_tables(read(tmp_path, *runs), "best")
-    rows = {row[0]: row[1:] for row in table.rows}
+    rows = {row[0]: row[1:] for row in texts(table)}
     assert table.header[1:] == (
         *("wrn_40_2\nwrn_16_2", "resnet56\nresnet20", "resnet32x4\nresnet8x4", "vgg13\nvgg8"),
     )
-    # Yang et al.'s mean and deviation of three runs; nothing where SSKD was not run here.
+    # Mean and deviation of three runs by Yang et al.; empty for a pair without a run of SSKD.
     hsakd = rows["SSKD, HSAKD's authors (3)\n  published re-run"]
     assert hsakd == ("\n76.16 ± 0.17", "\n70.80 ± 0.02", "", "")
     other = rows["SSKD, FN8211/SSKD (1)\n  published re-run"]
     assert other == ("", "\n70.87", "", "\n74.53")
     labels = list(rows)
     assert labels.index("SSKD\n  published") == len(labels) - 3
-    # They are no results of this suite.
+    # Re-runs are not results of this suite.
     assert not any("HSAKD" in entry.row for entry in table.entries)
     assert "HSAKD's authors (Yang et al., IJCAI 2021)" in " ".join(
         note for each in build_tables(read(tmp_path / "more", *runs), "last") for note in each.notes
@@ -81,9 +82,9 @@ FILE = {"teacher.digest": "0123456789abcdef"}
 BENCHMARK = {"weighting": "crd_benchmark", "teacher.epoch": "last"}
 
 
-# resnet56: SSKD's teacher has 73.44, the CRD benchmark's 72.34, and KD's figure is from the latter.
+# resnet56 has 73.44 in SSKD and 72.34 in the CRD benchmark, from which KD's value is copied.
 @pytest.mark.parametrize(
-    ("method", "changes", "teacher_top1", "figure"),
+    ("method", "changes", "teacher_top1", "value"),
     [
         ("fitnet", {}, 73.44, 71.60),
         ("fitnet", {}, 73.40, 71.60),
@@ -101,26 +102,28 @@ BENCHMARK = {"weighting": "crd_benchmark", "teacher.epoch": "last"}
         ("kd", {"teacher.epoch": "last"}, 73.44, None),
     ],
 )
-def test_a_figure_stands_beside_students_of_its_own_teacher(
+def test_published_values_need_the_published_teacher(
     tmp_path: Path,
     method: str,
     changes: dict[str, str],
     teacher_top1: float | None,
-    figure: float | None,
+    value: float | None,
 ) -> None:
     run = record(method=method, difference=FILE | changes, teacher_top1=teacher_top1)
     table, *_ = build_tables(read(tmp_path, run), "last")
     entries = {entry.row.partition(" ")[0]: entry for entry in table.entries}
     (student,) = (entry for name, entry in entries.items() if name != "teacher")
-    assert student.published == figure
-    assert "its accuracy is the published teacher's" in " ".join(table.notes)
-    assert any("re-run" in row[0] for row in table.rows) == (figure == 71.49)
+    assert student.published == value
+    assert "its accuracy equals the published teacher's" in " ".join(table.notes)
+    assert any("re-run" in row[0] for row in texts(table)) == (value == 71.49)
     if teacher_top1 is not None:
-        own = 72.34 if "teacher.epoch" in changes else 73.44
-        assert entries["teacher"].published == (own if abs(teacher_top1 - own) <= 0.1 else None)
+        expected = 72.34 if "teacher.epoch" in changes else 73.44
+        assert entries["teacher"].published == (
+            expected if abs(teacher_top1 - expected) <= 0.1 else None
+        )
 
 
-def test_a_teacher_that_was_trained_here_compares_whatever_it_reached(tmp_path: Path) -> None:
+def test_a_teacher_trained_here_is_always_comparable(tmp_path: Path) -> None:
     alone = scratch("resnet56", top1=top1(71.0, 72.0))
     table, *_ = build_tables(read(tmp_path, alone, record(method="at", teacher_top1=72.0)), "best")
     published = {entry.row: entry.published for entry in table.entries}
@@ -137,9 +140,9 @@ def test_a_teacher_that_was_trained_here_compares_whatever_it_reached(tmp_path: 
         {"method": "kd"},
     ],
 )
-def test_no_rerun_beside_another_experiment(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_reruns_need_the_same_experiment(tmp_path: Path, changes: dict[str, Any]) -> None:
     tables = build_tables(read(tmp_path, record(**{"method": "sskd"} | changes)), "last")
-    assert not any("HSAKD" in row[0] for table in tables for row in table.rows)
+    assert not any("HSAKD" in row[0] for table in tables for row in texts(table))
 
 
 @pytest.mark.skipif("SSKD_REFERENCE" not in os.environ, reason="SSKD_REFERENCE names no folder")
@@ -165,7 +168,7 @@ def test_reruns_equal_the_reference() -> None:
 @pytest.mark.parametrize(
     ("source", "name"), [(0, "published.csv"), (1, "published_crd_benchmark.csv")]
 )
-def test_published_figures_equal_the_reference(source: int, name: str) -> None:
+def test_published_values_equal_the_reference(source: int, name: str) -> None:
     published = published_for("cifar100")[source]
     with Path(os.environ["SSKD_REFERENCE"], name).open(encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
@@ -184,11 +187,11 @@ def readme_rows() -> list[list[str]]:
     return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_the_readme_has_the_published_figures_and_the_reruns() -> None:
+def test_the_readme_has_the_published_values_and_reruns() -> None:
     published, _ = published_for("cifar100")
     pairs: list[tuple[str, str]] = []
     found: dict[tuple[str, str, str], str] = {}
-    for name, *cells in readme_rows()[:-4]:  # the last table is the teachers'
+    for name, *cells in readme_rows()[:-4]:  # the last table has the teachers
         if name == "teacher<br>student":
             pairs = [(first, second) for first, _, second in (c.partition("<br>") for c in cells)]
             continue
@@ -198,12 +201,12 @@ def test_the_readme_has_the_published_figures_and_the_reruns() -> None:
         for rerun in published.reruns
         for pair in rerun.top1
     }
-    figures = {key: f"{top1:.2f}" for key, top1 in published.top1.items()} | reruns
-    assert {key: cell for key, cell in found.items() if "---" not in cell} == figures
+    values = {key: f"{top1:.2f}" for key, top1 in published.top1.items()} | reruns
+    assert {key: cell for key, cell in found.items() if "---" not in cell} == values
 
 
 @pytest.mark.parametrize("source", [0, 1])
-def test_the_readme_names_both_families_of_teachers(source: int) -> None:
+def test_the_readme_lists_the_teachers_of_both_sources(source: int) -> None:
     (header, _, *families) = readme_rows()[-4:]
     row = dict(zip(header, families[source], strict=True))
     assert {name: row[name] for name in TEACHERS} == {

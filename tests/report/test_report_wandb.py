@@ -1,4 +1,4 @@
-"""What W&B gets of the report, read back from an offline run."""
+"""What the report logs to W&B, read from an offline run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def tables_of(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the logged tables by name: a dict a row."""
+    """Return the logged tables by name, each row as a dict."""
     found = {}
     for file in path.parent.rglob("*.table.json"):
         table = json.loads(file.read_text())
@@ -43,7 +43,7 @@ def tables_of(path: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def test_the_tables_the_plots_and_the_files_are_logged(runs: Path) -> None:
+def test_tables_figures_and_files_are_logged(runs: Path) -> None:
     assert main([str(runs), "--wandb", "team/table"]) == 0
     (path,) = offline_runs(runs)
     records = inspect(path)
@@ -59,7 +59,7 @@ def test_the_tables_the_plots_and_the_files_are_logged(runs: Path) -> None:
     assert kd["last - published"] == pytest.approx(69.5 - 70.66)
     assert kd["best - published"] == pytest.approx(72.5 - 70.66)
     assert [row["hours"] for row in tables["cost"]] == [2.0] * 5
-    # A weighting is named wherever its rows must not be taken for the method's own.
+    # Rows of another weighting than the default have its name.
     at = "AT (weighting=common)"
     for name in ("results", "cost"):
         assert {row["row"] for row in tables[name] if row["row"].startswith("AT")} == {at}
@@ -81,14 +81,14 @@ def test_the_tables_the_plots_and_the_files_are_logged(runs: Path) -> None:
     assert names == {".csv", ".html", ".md", ".tex", ".png", ".svg"}
 
 
-def test_a_second_report_is_the_same_run(runs: Path) -> None:
+def test_a_second_report_updates_the_same_run(runs: Path) -> None:
     for _ in range(2):
         log_report(read_report(runs, never), "sskd", None, never)
     ids = {path.stem for path in offline_runs(runs)}
     assert len(ids) == 1
 
 
-def test_a_server_that_does_not_take_the_report_in_time_costs_no_table(
+def test_tables_are_printed_if_the_server_times_out(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def too_late(*_: Any) -> None:
@@ -98,5 +98,4 @@ def test_a_server_that_does_not_take_the_report_in_time_costs_no_table(
     assert main([str(runs), "--wandb"]) == 0
     out, err = capsys.readouterr()
     assert "error" not in err
-    told = out.index("W&B did not answer; `wandb sync ")
-    assert out.index("KD") < told
+    assert out.index("KD") < out.index("W&B did not answer; `wandb sync ")

@@ -1,4 +1,4 @@
-"""The weights of CE and KD in the report: labels, older results, published figures."""
+"""The weights of CE and KD in the report: labels, older results, published values."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 import torch
 import yaml
 from conftest import Compose
-from report_runs import RESULT, never, put_alone, put_run
+from report_runs import RESULT, never, put_alone, put_run, texts
 
 from sskd import CONF
 from sskd import report as report_package
 from sskd.models import build_model
 from sskd.report.groups import Entry
+from sskd.report.published import display_name
 from sskd.report.report import read_report
-from sskd.report.rows import display_name
 from sskd.runs.recipe import diff_from_recipe
 from sskd.runs.weightings import METHODS, RECIPE, WEIGHTINGS, name_weighting
 from sskd.teachers.find import run_location
@@ -28,7 +28,7 @@ FROM_LAST = {"teacher.epoch": "last"}
 BENCHMARK = {"method.weights.ce": 1.0, "method.weights.kd": 0.0}
 COMMON = {"method.weights.ce": 1.0, "method.weights.kd": 1.0}
 # The SSKD paper's competitors (its appendix 6.4) and the further methods of the CRD benchmark:
-# the first recipe trained them as CE + KD + their own term.
+# the first recipe trained them with CE, KD and the method's term.
 COMPETITORS = [
     *("fitnet", "at", "sp", "vid", "rkd", "pkt", "ab", "ft", "crd"),
     *("cc", "nst", "fsp"),
@@ -36,7 +36,8 @@ COMPETITORS = [
 
 
 def every_row(root: Path) -> dict[str, Entry]:
-    entries = [entry for of in read_report(root, never).tables("last") for entry in of.entries]
+    tables = read_report(root, never).tables("last")
+    entries = [entry for table in tables for entry in table.entries]
     return {entry.row: entry for entry in entries}
 
 
@@ -53,7 +54,7 @@ def put(root: Path, method: str, recipe: int | None, **difference: Any) -> None:
     (folder / "result.json").write_text(json.dumps(record))
 
 
-def test_the_weightings_are_those_of_the_configuration(composed: Compose) -> None:
+def test_weightings_equal_the_configuration(composed: Compose) -> None:
     files = {path.stem: yaml.safe_load(path.read_text()) for path in CONF.glob("weighting/*.yaml")}
     assert {name: (values["ce"], values["kd"]) for name, values in files.items()} == WEIGHTINGS
     texts = {path.stem: path.read_text() for path in CONF.glob("method/*.yaml")}
@@ -62,16 +63,16 @@ def test_the_weightings_are_those_of_the_configuration(composed: Compose) -> Non
 
 @pytest.mark.parametrize("method", ["at", "ab", "nst"])
 @pytest.mark.parametrize("weighting", ["sskd", "crd_benchmark", "common"])
-def test_a_label_is_what_composes_the_row(composed: Compose, method: str, weighting: str) -> None:
+def test_a_label_repeats_the_option(composed: Compose, method: str, weighting: str) -> None:
     pair = ("pair=resnet56-resnet20", f"method={method}")
     changed = diff_from_recipe(composed(*pair, f"weighting={weighting}"))
     named = name_weighting(method, RECIPE, {key: str(value) for key, value in changed.items()})
-    # The default has no label; any other has the word of the command line.
+    # The default has no label; the others have the word of the command line.
     assert named == ({} if weighting == "sskd" else {"weighting": weighting})
 
 
 @pytest.mark.parametrize("method", COMPETITORS)
-def test_a_result_of_the_first_recipe_has_another_row(tmp_path: Path, method: str) -> None:
+def test_results_of_the_first_recipe_have_another_row(tmp_path: Path, method: str) -> None:
     put(tmp_path, method, None)
     put(tmp_path, method, None, method__weights__kd=0.0)
     put(tmp_path, method, None, method__weights__ce=0.1, method__weights__kd=0.9)
@@ -88,7 +89,7 @@ def test_a_result_of_the_first_recipe_has_another_row(tmp_path: Path, method: st
     ]
 
 
-def test_both_recipes_meet_in_the_row_of_the_same_weights(tmp_path: Path) -> None:
+def test_both_recipes_share_the_row_of_equal_weights(tmp_path: Path) -> None:
     for recipe, seed, changes in ((None, 0, {}), (1, 1, {}), (2, 2, COMMON), (2, 3, {})):
         record: dict[str, Any] = {"method": "fitnet", "seed": seed, "difference": changes}
         folder = put_run(tmp_path, f"run{seed}", [60.0 + seed], **record, recipe=recipe or 1)
@@ -105,7 +106,7 @@ def test_both_recipes_meet_in_the_row_of_the_same_weights(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("method", ["kd", "sskd", "dist"])
 @pytest.mark.parametrize("recipe", [None, 1, 2])
-def test_methods_with_weights_of_their_own_keep_them(
+def test_methods_outside_the_weightings_keep_their_weights(
     tmp_path: Path, method: str, recipe: int | None
 ) -> None:
     put(tmp_path, method, recipe)
@@ -130,7 +131,7 @@ def test_methods_with_weights_of_their_own_keep_them(
         ({"ce": "nan", "kd": 0.0}, "AT (method.weights.ce=nan, method.weights.kd=0.0)"),
     ],
 )
-def test_only_exactly_a_weighting_has_its_name(
+def test_only_the_exact_weights_have_the_name(
     tmp_path: Path, weights: dict[str, Any], label: str
 ) -> None:
     put(tmp_path, "at", 2, **{f"method__weights__{key}": value for key, value in weights.items()})
@@ -138,7 +139,7 @@ def test_only_exactly_a_weighting_has_its_name(
 
 
 @pytest.mark.parametrize("recipe", [0, 3, "2", None, -1, 2.0])
-def test_a_recipe_that_is_not_known_is_left_out(tmp_path: Path, recipe: object) -> None:
+def test_unknown_recipes_are_skipped(tmp_path: Path, recipe: object) -> None:
     put_run(tmp_path, "run", recipe=recipe)
     warnings: list[str] = []
     assert read_report(tmp_path, warnings.append).results == []
@@ -146,8 +147,8 @@ def test_a_recipe_that_is_not_known_is_left_out(tmp_path: Path, recipe: object) 
     assert "'recipe'" in warnings[0]
 
 
-def figure(row: str, source: int = 0) -> float:
-    """Return a published figure of the pair, from the file itself."""
+def published_top1(row: str, source: int = 0) -> float:
+    """Return a published value of the pair, read from the CSV file."""
     name = ("published.csv", "published_crd_benchmark.csv")[source]
     path = Path(report_package.__file__).with_name(name)
     with path.open(encoding="utf-8") as file:
@@ -169,12 +170,12 @@ def figure(row: str, source: int = 0) -> float:
         (BENCHMARK | FROM_LAST, False, True),
         (FROM_LAST, False, False),
         ({"method.weights.kd": 0.0} | FROM_LAST, False, False),
-        # As earlier versions wrote it, and a teacher from a file without the epoch.
+        # Older results have the epoch in the difference also if the teacher is a file.
         (BENCHMARK | FROM_LAST | {"teacher.digest": "0123456789abcdef"}, False, True),
         (BENCHMARK | {"teacher.digest": "0123456789abcdef"}, False, False),
     ],
 )
-def test_published_figures_stand_beside_their_own_weights_alone(
+def test_published_values_need_the_published_weights(
     tmp_path: Path, changes: dict[str, Any], sskd: bool, benchmark: bool
 ) -> None:
     methods = {"fitnet": "FitNet", "ab": "AB", "crd": "CRD", "nst": "NST", "fsp": "FSP"}
@@ -185,17 +186,17 @@ def test_published_figures_stand_beside_their_own_weights_alone(
     found = {entry.row.partition(" ")[0]: entry for entry in entries}
     for name in methods.values():
         expected = None
-        if sskd and name not in ("NST", "FSP"):  # which that paper has not
-            expected = figure(name)
+        if sskd and name not in ("NST", "FSP"):  # which are not in that paper
+            expected = published_top1(name)
         if benchmark:
-            expected = figure(name, source=1)
+            expected = published_top1(name, source=1)
         assert found[name].published == expected, name
         assert found[name].table == ("the CRD benchmark, similar" if benchmark else "similar")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("elsewhere") / "resnet56.pth"
+    path = tmp_path_factory.mktemp("teachers") / "resnet56.pth"
     torch.save(build_model("resnet56", 100).state_dict(), path)
     return path
 
@@ -214,7 +215,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["method=sskd", "teacher.epoch=last"], None),
     ],
 )
-def test_beside_a_checkpoint_the_epoch_is_the_one_asked_for(
+def test_the_requested_epoch_of_a_teacher_file_counts(
     composed: Compose, tmp_path: Path, checkpoint: Path, words: list[str], source: int | None
 ) -> None:
     config = composed("pair=resnet56-resnet20", f"teacher.checkpoint={checkpoint}", *words)
@@ -222,7 +223,7 @@ def test_beside_a_checkpoint_the_epoch_is_the_one_asked_for(
     assert "teacher.epoch" not in changed
     assert config.teacher
     asked, method = config.teacher.epoch, config.method.name
-    top1 = 73.44 if source == 0 and method != "kd" else 72.34  # SSKD's, the CRD benchmark's
+    top1 = 73.44 if source == 0 and method != "kd" else 72.34  # of SSKD, of the benchmark
     put_run(
         tmp_path,
         "run",
@@ -232,19 +233,19 @@ def test_beside_a_checkpoint_the_epoch_is_the_one_asked_for(
         teacher_top1=top1,
     )
     (found,) = (entry for name, entry in every_row(tmp_path).items() if name != "teacher")
-    expected = None if source is None else figure(display_name(config.method.name), source)
+    expected = None if source is None else published_top1(display_name(config.method.name), source)
     assert found.published == expected
     assert found.table == ("the CRD benchmark, similar" if source == 1 else "similar")
 
 
-def test_a_sweep_of_all_weightings_has_a_row_each(tmp_path: Path) -> None:
+def test_each_weighting_has_a_row(tmp_path: Path) -> None:
     put_alone(tmp_path, "alone", [60.0])
     for number, changes in enumerate(({}, BENCHMARK, COMMON)):
         put_run(tmp_path, f"fitnet{number}", method="fitnet", difference=changes)
         put_run(tmp_path, f"ab{number}", method="ab", difference=changes)
     report = read_report(tmp_path, never)
-    (table,) = (table for table in report.tables("last") if table.placed)
-    filled = [row[0].split("\n")[0] for row in table.rows if any(row[1:])]
+    (table,) = (table for table in report.tables("last") if table.epoch)
+    filled = [row[0].split("\n")[0] for row in texts(table) if any(row[1:])]
     assert filled == [
         *("teacher", "student"),
         *("FitNet", "FitNet (weighting=common)", "FitNet (weighting=crd_benchmark)"),

@@ -1,4 +1,4 @@
-"""The measured figures in the documents, held against the metrics of the runs they come from."""
+"""The measured values in the documents equal the metrics of their runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# A sweep's epochs, and the rows of it that have three seeds.
+# By sweep: the number of epochs, and the rows that have three seeds.
 SWEEPS = {
     "cpu": (16, {"alone", "kd", "fitnet", "at", "nst", "crd", "sskd"}),
     "short": (24, {"alone", "kd", "fitnet", "at", "crd", "sskd"}),
@@ -19,7 +19,7 @@ SWEEPS = {
 
 
 def runs(sweep: str) -> dict[str, list[Path]]:
-    """Return by row the folders of the bf16 runs."""
+    """Return the folders of the bf16 runs by row."""
     found: dict[str, list[Path]] = {}
     for path in sorted((ROOT / "results/runs" / sweep).glob("*/*/*/**/metrics.jsonl")):
         config = path.with_name("config.yaml").read_text(encoding="utf-8")
@@ -31,14 +31,14 @@ def runs(sweep: str) -> dict[str, list[Path]]:
 
 
 def last_top1(folder: Path, epochs: int) -> float:
-    """Return the top-1 of a run's last epoch, read from its metrics alone."""
+    """Return the top-1 of a run's last epoch, read from its metrics."""
     line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["epoch"] == epochs
     return float(line["test/top1"])
 
 
 def curves(sweep: str) -> dict[str, list[float]]:
-    """Return by row the top-1 of each run's last epoch."""
+    """Return the top-1 of each run's last epoch by row."""
     epochs, _ = SWEEPS[sweep]
     return {row: [last_top1(each, epochs) for each in found] for row, found in runs(sweep).items()}
 
@@ -47,8 +47,8 @@ def of_result(folder: Path, key: str) -> Any:
     return json.loads((folder / "result.json").read_text())[key]
 
 
-def figure(values: list[float]) -> str:
-    """Return the mean and, of several values, the sample standard deviation."""
+def mean_std(values: list[float]) -> str:
+    """Return the mean and, for several values, the sample standard deviation as text."""
     if len(values) == 1:
         return f"{values[0]:.2f}"
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
@@ -63,17 +63,17 @@ def table(page: str, heading: str, first: str) -> list[list[str]]:
     return [row for row in rows[start:] if set(row[0]) - set("-: ")]
 
 
-def test_the_front_page_has_what_the_runs_reached() -> None:
+def test_the_front_page_equals_the_metrics() -> None:
     header, cells, *_ = table("README.md", "### Measured so far", "resnet20")
     assert cells[0] == "measured, 24 epochs"
     measured = {name.lower(): cell for name, cell in zip(header[1:], cells[1:], strict=True)}
     reached = curves("short")
     assert set(measured) == set(reached) - {"cc", "fsp", "nst"}
-    assert measured == {name: figure(reached[name]) for name in measured}
+    assert measured == {name: mean_std(reached[name]) for name in measured}
 
 
 @pytest.mark.parametrize("sweep", SWEEPS)
-def test_the_page_of_results_has_what_the_runs_reached(sweep: str) -> None:
+def test_the_page_of_results_equals_the_metrics(sweep: str) -> None:
     _, *rows = table("results/README.md", f"## The `{sweep}` sweep", "resnet20")
     reached = curves(sweep)
     assert {row[0].lower() for row in rows} == set(reached)
@@ -83,7 +83,7 @@ def test_the_page_of_results_has_what_the_runs_reached(sweep: str) -> None:
         if row != "alone":
             agreed = statistics.mean(of_result(each, "agreement") for each in runs(sweep)[row])
             assert agreement == f"{agreed:.2f} %"
-        assert top1 == f"{figure(reached[row])} ({len(reached[row])})"
+        assert top1 == f"{mean_std(reached[row])} ({len(reached[row])})"
         gains = {"alone": over_alone, "kd": over_kd}
         for other, text in gains.items():
             if text:
@@ -92,7 +92,7 @@ def test_the_page_of_results_has_what_the_runs_reached(sweep: str) -> None:
         assert bool(over_kd) == (row not in ("alone", "kd"))
 
 
-def test_the_figures_of_the_other_weighting_are_those_of_its_own_table() -> None:
+def test_common_column_equals_the_table_of_that_weighting() -> None:
     _, *rows = table("results/README.md", "## The `cpu` sweep", "resnet20")
     heading = "## The `cpu` sweep with `weighting=common`"
     _, *common = table("results/README.md", heading, "resnet20")
@@ -103,7 +103,7 @@ def test_the_figures_of_the_other_weighting_are_those_of_its_own_table() -> None
 
 
 @pytest.mark.parametrize("sweep", SWEEPS)
-def test_all_seeds_of_the_first_rows_are_there(sweep: str) -> None:
+def test_the_first_rows_have_all_seeds(sweep: str) -> None:
     several = SWEEPS[sweep][1]
     for row, folders in runs(sweep).items():
         seeds = [of_result(each, "seed") for each in folders]

@@ -959,7 +959,7 @@ def test_the_report_leaves_out_malformed_metrics(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     assert str(folder / "metrics.jsonl") in lines[0]
-    assert " lines are no epoch's figures; left out" in lines[0]
+    assert " lines are malformed; left out" in lines[0]
 
 
 INJECTIONS = (
@@ -1036,8 +1036,8 @@ def test_wrong_options_of_the_report_are_refused(
 HEADER = "table,teacher,student,row,top1"
 LINE = "similar,vgg13,vgg8,KD,72.98"
 PUBLISHED: dict[str, tuple[str | bytes, str]] = {
-    "nothing": ("", "line 0: has no figures"),
-    "no figures": (HEADER, "line 1: has no figures"),
+    "nothing": ("", "line 0: has no values"),
+    "no values": (HEADER, "line 1: has no values"),
     "another header": (f"{HEADER},n\n{LINE},3", f"line 1: should be {HEADER}"),
     "a column missing": (f"{HEADER}\n{LINE}\nsimilar,vgg13,KD,70", "line 3: has 4 columns, not 5"),
     "a column more": (f"{HEADER}\n{LINE},3", "line 2: has 6 columns, not 5"),
@@ -1047,7 +1047,7 @@ PUBLISHED: dict[str, tuple[str | bytes, str]] = {
     "not a number": (f"{HEADER}\nsimilar,a,b,KD,nan", "line 2: top1 is nan, not from 0 to 100"),
     "above 100": (f"{HEADER}\nsimilar,a,b,KD,7298", "line 2: top1 is 7298, not from 0 to 100"),
     "below 0": (f"{HEADER}\nsimilar,a,b,KD,-1", "line 2: top1 is -1, not from 0 to 100"),
-    "twice": (f"{HEADER}\n{LINE}\n{LINE}", "line 3: vgg13, vgg8, KD has a figure already"),
+    "twice": (f"{HEADER}\n{LINE}\n{LINE}", "line 3: vgg13, vgg8, KD has a value already"),
     "a quote left open": (f'{HEADER}\nsimilar,"a,b,KD,70', "unexpected end of data"),
     "no text": (b"\xff\xfe", "'utf-8' codec can't decode"),
 }

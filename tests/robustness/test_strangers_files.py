@@ -23,9 +23,9 @@ import sskd.runs.status
 from sskd.errors import CorruptFileError, UserError
 from sskd.files import read_bounded, read_lines
 from sskd.models import read_checkpoint
-from sskd.report.cells import read_cells
 from sskd.report.metrics import read_metrics
 from sskd.report.results import read_results
+from sskd.report.status import read_jobs
 from sskd.runs.checkpoint_file import load_checkpoint, save_checkpoint
 from sskd.runs.folder import archive_run, read_config_file, read_result
 from sskd.runs.result import RunResult
@@ -101,7 +101,7 @@ def test_endless_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"metrics\.jsonl is corrupt: it has more than"):
             Run(run, {}).metrics.read()
         assert len(run_id(run, "name")) == 16
-        for read in (read_results, read_cells):
+        for read in (read_results, read_jobs):
             warnings: list[str] = []
             read(tmp_path, warnings.append)
             assert all("more than" in line for line in warnings)
@@ -116,7 +116,7 @@ def test_a_report_names_an_endless_file(tmp_path: Path, name: str) -> None:
     warnings: list[str] = []
     with in_time():
         if name == "status.json":
-            assert read_cells(tmp_path, warnings.append) == []
+            assert read_jobs(tmp_path, warnings.append) == []
             assert read_status(tmp_path) == {}
         else:
             assert read_results(tmp_path, warnings.append) == []
@@ -314,7 +314,7 @@ def test_a_run_too_deep_for_the_report_is_one_warning(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         put_run(deepest, name)
         make_deep(deepest / name, 100)
-    for read in (read_results, read_cells):
+    for read in (read_results, read_jobs):
         warnings: list[str] = []
         assert len(read(tmp_path, warnings.append)) == 1
         line = only(warnings)
@@ -345,7 +345,7 @@ def test_an_epoch_of_thousands_of_losses_is_left_out(tmp_path: Path) -> None:
     warnings: list[str] = []
     lines = read_metrics(tmp_path, warnings.append)
     assert [line.epoch for line in lines] == [1, 3, 4]
-    assert "30 of 33 lines are no epoch's figures; left out" in only(warnings)
+    assert "30 of 33 lines are malformed; left out" in only(warnings)
 
 
 def test_a_large_file_that_is_no_checkpoint_is_not_read(tmp_path: Path) -> None:

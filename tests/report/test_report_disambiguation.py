@@ -1,4 +1,4 @@
-"""What the report must not average: one name for other data, teachers, epochs, or a copy."""
+"""Runs of one name that must not be averaged: other data, teachers or epochs, and copies."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from report_runs import never, put_alone, put_run
 from sskd.data import SOURCES
 from sskd.report.figures import draw_figures
 from sskd.report.groups import Entry
-from sskd.report.origin import FIXED, read_origin
 from sskd.report.report import Report, read_report
+from sskd.report.results import FIXED_SOURCES, read_origin
 from sskd.runs.names import CONFIG
 from sskd.train import train
 
@@ -26,7 +26,7 @@ PUBLISHED_KD = 70.66  # resnet56-resnet20, in SSKD's table
 
 
 def entries(report: Report, row: str = "KD") -> dict[str, Entry]:
-    """Return the entries of a row by the name of the dataset."""
+    """Return the entry of a row by the name of the dataset."""
     found = [entry for table in report.tables("last") for entry in table.entries]
     return {entry.dataset: entry for entry in found if entry.row == row}
 
@@ -70,7 +70,7 @@ def data(source: str | None, digest: str | None = None, name: str = "mine") -> d
         ),
     ],
 )
-def test_other_data_of_one_name_is_never_averaged(
+def test_different_data_of_one_name_is_not_averaged(
     tmp_path: Path, one: dict[str, Any], other: dict[str, Any], labels: list[str]
 ) -> None:
     put_run(tmp_path, "a", [0.0], seed=0, **one)
@@ -81,7 +81,7 @@ def test_other_data_of_one_name_is_never_averaged(
         labels[0]: (0.0, 1),
         labels[1]: (100.0, 1),
     }
-    # Both are named: on the terminal, and in every file by the titles of the tables.
+    # Both names are in the warning and in the titles of the tables.
     assert len(warnings) == 1
     assert all(f"'{label}' (1)" in warnings[0] for label in labels)
     titles = [table.title for table in report.tables("last")]
@@ -97,7 +97,7 @@ def test_other_data_of_one_name_is_never_averaged(
         [data("cifar10"), data("cifar10")],
     ],
 )
-def test_the_same_data_is_averaged_without_a_word(
+def test_the_same_data_is_averaged_without_a_warning(
     tmp_path: Path, same: list[dict[str, Any]]
 ) -> None:
     for seed, record in enumerate(same):
@@ -115,7 +115,7 @@ def test_the_same_data_is_averaged_without_a_word(
         (data("folder", None, name="cifar100"), "cifar100 (folder)"),
     ],
 )
-def test_a_borrowed_name_gets_no_published_figure(
+def test_a_borrowed_name_gets_no_published_value(
     tmp_path: Path, record: dict[str, Any], label: str
 ) -> None:
     put_run(tmp_path, "run", **record)
@@ -123,12 +123,12 @@ def test_a_borrowed_name_gets_no_published_figure(
     assert (entry.dataset, entry.published) == (label, None)
 
 
-def test_the_fixed_sources_are_those_of_the_suite() -> None:
+def test_fixed_sources_equal_those_of_the_suite() -> None:
     fixed = {name for name, reader in SOURCES.items() if reader.fingerprint.__name__ == "fixed"}
-    assert fixed == FIXED
+    assert fixed == FIXED_SOURCES
 
 
-def test_a_teacher_stands_with_its_own_data(tmp_path: Path) -> None:
+def test_teachers_are_matched_by_their_data(tmp_path: Path) -> None:
     for number, (digest, top1) in enumerate(((A, 10.0), (B, 90.0))):
         origin = data("folder", digest)
         put_alone(tmp_path, f"teacher{number}", [top1], student="resnet56", **origin)
@@ -137,7 +137,7 @@ def test_a_teacher_stands_with_its_own_data(tmp_path: Path) -> None:
     report, _ = read(tmp_path)
     assert [entry.mean for entry in entries(report, "teacher").values()] == [10.0, 90.0]
     assert [entry.mean for entry in entries(report, "student").values()] == [5.0, 85.0]
-    # Gains, curves and losses too are of one of them each.
+    # Each figure of gains, curves and losses shows one dataset.
     assert len(draw_figures(report, never)) == 6
 
 
@@ -146,7 +146,7 @@ def config_file(folder: Path, dataset: dict[str, Any], teacher: dict[str, Any] |
     (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
 
 
-def test_an_older_result_has_its_data_from_its_configuration(tmp_path: Path) -> None:
+def test_older_results_take_their_data_from_the_config(tmp_path: Path) -> None:
     for number, digest in enumerate((A, B, A)):
         folder = put_run(tmp_path, f"run{number}", [50.0 + number], seed=number, dataset="mine")
         teacher = {"name": "resnet56", "digest": "c" * 64}
@@ -175,7 +175,7 @@ def test_an_older_result_has_its_data_from_its_configuration(tmp_path: Path) -> 
         b"dataset:\n  source: folder\n" + b"#" * 70_000,
     ],
 )
-def test_a_configuration_that_no_run_wrote_tells_nothing(tmp_path: Path, content: bytes) -> None:
+def test_a_malformed_configuration_has_no_origin(tmp_path: Path, content: bytes) -> None:
     (tmp_path / CONFIG).write_bytes(content)
     assert read_origin(tmp_path).source is None
 
@@ -191,7 +191,7 @@ def test_a_configuration_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "key", ["dataset_source", "dataset_digest", "teacher_digest", "teacher_epoch"]
 )
-def test_an_odd_origin_is_named_and_left_out(tmp_path: Path, key: str, value: Any) -> None:
+def test_a_malformed_origin_is_named_and_skipped(tmp_path: Path, key: str, value: Any) -> None:
     put_run(tmp_path, "run", **{key: value})
     report, warnings = read(tmp_path)
     assert report.results == []
@@ -204,7 +204,7 @@ def rows(report: Report) -> dict[str, tuple[float, int]]:
     return {entry.row: (entry.mean, entry.n) for entry in found if entry.row != "teacher"}
 
 
-def test_a_teacher_that_was_trained_again_is_another(tmp_path: Path) -> None:
+def test_a_retrained_teacher_is_another_teacher(tmp_path: Path) -> None:
     for seed, digest in enumerate((A, A, B)):
         put_run(tmp_path, f"kd{seed}", [60.0 + 10 * seed], seed=seed, teacher_digest=digest)
     put_run(tmp_path, "at", [50.0], method="at", teacher_digest=B)
@@ -215,7 +215,7 @@ def test_a_teacher_that_was_trained_again_is_another(tmp_path: Path) -> None:
         "KD (teacher.digest=unknown)": (99.0, 1),
         "AT": (50.0, 1),
     }
-    # What is published stands beside each, and no cell of the pair's KD is missing.
+    # Each has the published value, and no cell of the pair's KD is missing.
     report = read_report(tmp_path, never)
     found = [entry for table in report.tables("last") for entry in table.entries]
     taught = [entry.published for entry in found if entry.row.startswith("KD (teacher.digest=")]
@@ -234,10 +234,10 @@ def test_a_teacher_that_was_trained_again_is_another(tmp_path: Path) -> None:
         (data("folder", A, name="cifar100"), True, None),
     ],
 )
-def test_runs_of_other_numbers_of_epochs_are_apart(
+def test_runs_of_different_lengths_are_shown_separately(
     tmp_path: Path, record: dict[str, Any], marked: bool, published: float | None
 ) -> None:
-    """The published experiment's number is no mark: one stray run must not hide its figures."""
+    """The published number of epochs is not added: one other run must not hide its values."""
     for seed, epochs in enumerate((240, 240, 200)):
         put_run(tmp_path, f"kd{seed}", [60.0 + 10 * seed], seed=seed, epoch=epochs, **record)
     report, warnings = read(tmp_path)
@@ -253,7 +253,7 @@ def test_runs_of_other_numbers_of_epochs_are_apart(
     assert sum("200 or 240 epochs" in line for line in warnings) == 1
 
 
-def test_a_copy_is_found_whatever_was_lost_of_it(tmp_path: Path) -> None:
+def test_copies_are_found_despite_missing_fields(tmp_path: Path) -> None:
     origin = data("cifar100", name="cifar100")
     original = put_run(tmp_path, "a", [70.0], teacher_digest=A, **origin)
     shutil.copytree(original, tmp_path / "copy")
@@ -265,12 +265,12 @@ def test_a_copy_is_found_whatever_was_lost_of_it(tmp_path: Path) -> None:
     assert sorted(run.folder.name for run in report.results) == ["a", "other teacher"]
     assert len(warnings) == 3
     assert all(f"same configuration and seed as {original}" in line for line in warnings)
-    # Two results that differ are said to differ.
-    (told,) = (line for line in warnings if str(again) in line)
-    assert "last top-1 70.00, here 72.00" in told
+    # The warning shows a difference of the results.
+    (warning,) = (line for line in warnings if str(again) in line)
+    assert "last top-1 70.00, here 72.00" in warning
 
 
-def test_a_mean_over_commits_is_said_beneath_it(tmp_path: Path) -> None:
+def test_means_over_several_commits_have_a_note(tmp_path: Path) -> None:
     commits = ["0" * 40, "1" * 40 + "-dirty", None]
     for seed, commit in enumerate(commits):
         put_run(tmp_path, f"kd{seed}", seed=seed, commit=commit)
@@ -283,7 +283,7 @@ def test_a_mean_over_commits_is_said_beneath_it(tmp_path: Path) -> None:
     ]
 
 
-def test_curves_of_lost_epochs_are_said(tmp_path: Path) -> None:
+def test_curves_with_lost_epochs_have_a_warning(tmp_path: Path) -> None:
     put_run(tmp_path, "kd0", [10.0, 20.0, 30.0])
     folder = put_run(tmp_path, "kd1", [10.0, 20.0, 30.0], seed=1)
     put_run(tmp_path, "at", [10.0], method="at")
@@ -321,13 +321,13 @@ def test_a_run_records_its_data_and_its_teacher(composed: Compose, tmp_path: Pat
     assert student["teacher_digest"] == teacher["digest"]["best"]
     assert teacher["teacher_digest"] is None
     assert (student["teacher_epoch"], teacher["teacher_epoch"]) == ("best", None)
-    # An older result has the same from its configuration.
+    # The configuration, from which older results take their origin, records the same.
     report = read_report(tmp_path / "runs", never)
     assert len(report.results) == 3
     assert all(read_origin(run.folder) == run.origin for run in report.results)
 
 
-# ---- a default that was changed in conf, which no difference from it says ----
+# ---- a default that was changed in conf, which the difference from it does not show ----
 
 SETTINGS: dict[str, Any] = {
     "seed": 0,
@@ -341,7 +341,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def named(seed: int = 0, **changes: Any) -> dict[str, Any]:
-    """Return what a result says of its run: SETTINGS, with ``group__key`` changed."""
+    """Return the recorded settings of a run: SETTINGS, with ``group__key`` changed."""
     values = json.loads(json.dumps(SETTINGS | {"seed": seed}))
     for key, value in changes.items():
         *parents, last = key.split("__")
@@ -360,7 +360,7 @@ def named(seed: int = 0, **changes: Any) -> dict[str, Any]:
         ({"student__base_lr": 0.01}, "student.base_lr=0.01"),
     ],
 )
-def test_runs_before_and_after_a_changed_default_are_shown_apart(
+def test_runs_with_a_changed_default_are_shown_separately(
     tmp_path: Path, change: dict[str, Any], label: str
 ) -> None:
     put_run(tmp_path, "seed0", [70.0], **named(0))
@@ -376,7 +376,7 @@ def test_runs_before_and_after_a_changed_default_are_shown_apart(
     assert any(label.partition("=")[0] in line for line in warnings)
 
 
-def test_a_changed_default_of_a_method_has_a_row_of_its_own(tmp_path: Path) -> None:
+def test_a_changed_default_of_a_method_makes_another_row(tmp_path: Path) -> None:
     put_run(tmp_path, "seed0", [70.0], **named(0))
     put_run(tmp_path, "seed1", [50.0], **named(1, method__temperature=2.0))
     put_run(tmp_path, "at", [60.0], method="at", **named(0, method__temperature=1.0))
@@ -393,17 +393,17 @@ def test_a_changed_default_of_a_method_has_a_row_of_its_own(tmp_path: Path) -> N
     "change",
     [{"teacher__digest": B}, {"dataset__digest": B}, {"dataset__name": "other"}],
 )
-def test_what_is_told_apart_otherwise_is_no_setting(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_digests_and_names_are_not_settings(tmp_path: Path, change: dict[str, Any]) -> None:
     put_run(tmp_path, "seed0", [70.0], **named(0))
     put_run(tmp_path, "seed1", [72.0], **named(1, **change))
-    put_run(tmp_path, "older", [74.0], seed=2)  # says nothing of its settings
+    put_run(tmp_path, "older", [74.0], seed=2)  # does not record its settings
     report, warnings = read(tmp_path)
     assert warnings == []
     (entry,) = (e for t in report.tables("last") for e in t.entries if e.row == "KD")
     assert (entry.mean, entry.n) == (72.0, 3)
 
 
-def test_another_students_learning_rate_sets_nothing_apart(tmp_path: Path) -> None:
+def test_students_may_differ_in_their_learning_rates(tmp_path: Path) -> None:
     put_run(tmp_path, "one", [70.0], **named(optimizer__lr=0.05))
     other = named(optimizer__lr=0.01, student__name="ShuffleV1", student__base_lr=0.01)
     put_run(tmp_path, "other", [72.0], student="ShuffleV1", **other)

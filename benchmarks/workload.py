@@ -1,0 +1,142 @@
+"""What the benchmarks run: the training step of a method, on images of noise.
+
+The noise has the number, size and classes of CIFAR-100; pixel values do not affect the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from benchmarks.harness import Pipeline
+from sskd import CONF
+from sskd.config import Config, read_config
+from sskd.data import Batch, Images, Loader, Split
+from sskd.device import to_device
+from sskd.methods import METHODS
+from sskd.optimizers import build_optimizer
+from sskd.teachers.assembly import assemble
+from sskd.teachers.outputs import Layout, Precomputed, can_precompute, layout_of, map_rows
+from sskd.training.acceleration import compile_loss, fold_teacher
+from sskd.training.meter import Meter
+from sskd.training.step import set_trainable, train_step
+
+CLASSES = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A training step to measure: a method, its networks, and the settings that affect its speed.
+
+    ``pair`` is TEACHER-STUDENT, ``batch`` the number of images in a step, ``images`` the number in
+    an epoch, and ``workers`` the number of worker processes of the conventional pipeline.
+    """
+
+    pair: str
+    batch: int
+    images: int
+    device: str
+    compile: str
+    precompute: bool
+    method: str = "kd"
+    precision: str = "fp32"
+    workers: int = 0
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration: the recipe with these settings."""
+        teacher, student = self.pair.split("-")
+        overrides = [
+            f"arch@teacher={teacher}",
+            f"arch@student={student}",
+            f"method={self.method}",
+            f"batch_size={self.batch}",
+            f"precision={self.precision}",
+            f"compile={self.compile}",
+            f"teacher.precompute={self.precompute}",
+        ]
+        with initialize_config_dir(str(CONF), version_base=None):
+            return read_config(compose("student", overrides))
+
+
+def case_of(options: argparse.Namespace, **settings: Any) -> Case:
+    """Return the case of the command line's options, with ``settings`` added or replaced."""
+    given = vars(options) | settings
+    return Case(**{each.name: given[each.name] for each in fields(Case) if each.name in given})
+
+
+def noise(count: int, device: torch.device) -> Images:
+    """Return ``count`` training images of noise in 100 classes, 32x32."""
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+    train = Split(images, torch.arange(count) % CLASSES)
+    names = tuple(f"class {label}" for label in range(CLASSES))
+    test = train.take(torch.arange(1))
+    return Images("noise", names, train, test, None, (0.5,) * 3, (0.25,) * 3).to(device)
+
+
+def loader_of(case: Case, images: Images) -> Loader:
+    """Return the suite's loader of the training images, with the views that the method needs."""
+    views = METHODS[case.method].views
+    return Loader(images.train, images.mean, images.std, case.batch, views)
+
+
+def suite_step(case: Case, images: Images, loader: Loader, phase: str | None = None) -> Pipeline:
+    """Return the suite's training step of a phase, by default the last."""
+    device = images.train.images.device
+    return Pipeline(drawer(loader), trainer(case.config, images, phase), device, case.batch)
+
+
+def drawer(loader: Loader) -> Callable[[], Batch]:
+    """Return a function that draws the next batch, epoch after epoch."""
+
+    def draw() -> Batch:
+        if loader.position == loader.steps:
+            loader.begin_epoch(0)
+        return loader.next_batch()
+
+    return draw
+
+
+def trainer(config: Config, images: Images, name: str | None) -> Callable[[Batch], None]:
+    """Return a function that trains the phase ``name`` on a batch, as the training loop does.
+
+    If ``name`` is None, it is the method's last phase.
+    """
+    device = images.train.images.device
+    method = assemble(config, images)
+    to_device(method, device)
+    fold_teacher(method, device)
+    if config.teacher and config.teacher.precompute and can_precompute(method):
+        method.precomputed = outputs_of_noise(layout_of(method, images, config.precision), images)
+    phases = [phase for phase in method.phases() if name in (None, phase.name)]
+    phase = phases[-1]
+    set_trainable(phase, method)
+    compiled = compile_loss(phase, config)
+    optimizer = build_optimizer(config.optimizer, phase.trains.parameters(), config.optimizer.lr)
+    meter = Meter()
+
+    def train(batch: Batch) -> None:
+        meter.add(train_step(compiled, optimizer, batch, config.precision), len(batch.y))
+
+    return train
+
+
+def outputs_of_noise(layout: Layout, images: Images) -> Precomputed:
+    """Return random outputs of a teacher in a memory-mapped file, from which a run reads them."""
+    count = min(1000, layout.images)
+    part = replace(layout, images=count)
+    rows = torch.randn(part.shape).to(layout.dtype).view(torch.uint8).numpy().tobytes()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "outputs")
+        with path.open("wb") as file:
+            for start in range(0, layout.images, count):
+                file.write(rows[: (layout.images - start) * layout.image_size])
+        mapped = map_rows(path, layout, images.train.images.device)
+    return Precomputed(mapped, layout.widths)
