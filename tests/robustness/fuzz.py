@@ -1,4 +1,4 @@
-"""Damage every kind of file that the suite reads at random; each must be read or refused.
+"""Damage files of every kind that the suite reads, at random; each must be read or refused.
 
     python tests/robustness/fuzz.py --minutes 10
 

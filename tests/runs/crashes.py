@@ -1,4 +1,4 @@
-"""Crashing a run at a training step, as a test's fault."""
+"""Crashing a run at a chosen training step."""
 
 from __future__ import annotations
 

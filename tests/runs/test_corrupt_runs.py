@@ -1,4 +1,4 @@
-"""Files of a run that are corrupt, foreign or links are reported, or not used."""
+"""Corrupt or foreign files in the folder of a run, and links, are reported or not used."""
 
 from __future__ import annotations
 
