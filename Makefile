@@ -49,7 +49,7 @@ fuzz: $(READY)
 
 # Run a sweep of 500 jobs in one process, and one run of 20,000 epochs, to find leaks.
 soak: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/robustness/soak.py cells --cells 500
+	OMP_NUM_THREADS=1 $(BIN)/python tests/robustness/soak.py jobs --jobs 500
 	OMP_NUM_THREADS=1 $(BIN)/python tests/robustness/soak.py epochs --epochs 20000
 
 lint: $(READY)

@@ -1,4 +1,4 @@
-"""What the tests share: real configurations, small data, and where real files may be."""
+"""Fixtures of all tests: real configurations, small data, and folders of real files."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ from sskd.teachers.find import missing_teacher, run_location
 Compose = Callable[..., Config]
 
 few_digits.install()
-# A pool of compilers imports torch in each of its processes, while all cores run tests.
+# More compiler processes would each import torch, while all cores run tests.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 
-@pytest.hookimpl(optionalhook=True)  # of a plugin that may be switched off
+@pytest.hookimpl(optionalhook=True)  # the plugin may be disabled
 def pytest_xdist_auto_num_workers() -> int:
-    """Return one process more than cores: some tests wait for a server or a clock."""
+    """Return one process more than there are cores: some tests wait for a server or a clock."""
     return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(autouse=True)
-def _own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Keep W&B to the disk and away from a login, and what Hydra and sweeps leave to one test."""
+def _isolate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Disable W&B and hide its login; reset the state that Hydra and sweeps leave in a process."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv(SWEEP_VARIABLE, "")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -55,7 +55,7 @@ def _own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
     complain_once.cache_clear()
     yield
     GlobalHydra.instance().clear()
-    HydraConfig.instance().cfg = None  # a later test starts in another folder
+    HydraConfig.instance().cfg = None  # it holds this test's working directory
 
 
 @pytest.fixture
@@ -63,15 +63,15 @@ def composed(tmp_path: Path) -> Compose:
     """Return a function that composes and checks the real configuration."""
 
     def compose_config(*overrides: str, primary: str = "student") -> Config:
-        found = copy.deepcopy(compose_once(primary, *overrides))
+        config = copy.deepcopy(compose_once(primary, *overrides))
         if not any(override.startswith("runs=") for override in overrides):
-            found.runs = str(tmp_path / "runs")
-        return read_config(found)
+            config.runs = str(tmp_path / "runs")
+        return read_config(config)
 
     return compose_config
 
 
-@cache  # Hydra takes a tenth of a second, and many tests have the same words
+@cache  # Hydra takes a tenth of a second, and many tests compose the same overrides
 def compose_once(primary: str, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base=None):
         return compose(primary, list(overrides))
@@ -79,9 +79,9 @@ def compose_once(primary: str, *overrides: str) -> DictConfig:
 
 @pytest.fixture(autouse=True)
 def _no_sync(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not wait for the disk in the tests' own process, which no power failure ends.
+    """Do not wait for the disk in the process of the tests, where no power failure is tested.
 
-    The processes that tests start sync, as test_faults.py does, which tests that they do.
+    The processes that tests start do sync; test_faults.py tests it.
     """
     if request.module.__name__ != "test_storage":
         monkeypatch.setattr(os, "fsync", lambda descriptor: None)
@@ -89,7 +89,7 @@ def _no_sync(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def all_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this process read all test images of the digits: 356 where tests have 30 elsewhere."""
+    """Let this process read all 356 test images of the digits, of which other tests have 30."""
     monkeypatch.setitem(SOURCES, "digits", few_digits.ALL)
 
 
@@ -101,7 +101,7 @@ def plan_of(config: Config, digest: str | None = None) -> RunPlan:
 
 
 def with_rate(config: Config, rate: float) -> Config:
-    """Return ``config`` with a learning rate that may be larger than a user's can be."""
+    """Return ``config`` with a learning rate, which may be larger than the largest allowed one."""
     optimizer = config.optimizer.model_copy(update={"lr": rate})
     return config.model_copy(update={"optimizer": optimizer})
 
@@ -112,10 +112,10 @@ def few_images() -> Images:
     return random_images(40, 20)
 
 
-def folder_named_by(variable: str, what: str) -> Path:
-    """Return the folder that an environment variable names; skip the test where it is not set."""
+def folder_named_by(variable: str, content: str) -> Path:
+    """Return the folder that an environment variable names; skip the test if it is not set."""
     if variable not in os.environ:
-        pytest.skip(f"{variable} is not set: it names a folder that holds {what}")
+        pytest.skip(f"{variable} is not set: it names a folder that holds {content}")
     return Path(os.environ[variable])
 
 
@@ -139,7 +139,7 @@ class Command:
 
     def __call__(self, *arguments: str, script: Any = train_student) -> tuple[int, str, str]:
         argv = [str(script.__file__), *arguments, f"runs={self.runs}"]
-        self._monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # a command before this one has set it
+        self._monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # an earlier command may have set it
         self._monkeypatch.setattr(sys, "argv", argv)
         self._monkeypatch.chdir(CONF.parent)
         try:
@@ -158,14 +158,14 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Com
 class SmallTeacher:
     """The teacher of ``faults.SMALL``, trained once for the tests that are not about it.
 
-    They spend as long on it as on their student.
+    Otherwise they would spend half of their time on their teachers.
     """
 
     def __init__(self, runs: Path) -> None:
         self._runs = runs
 
     def put(self, *folders: Path) -> None:
-        """Copy its finished run into folders of runs; before the test changes how runs train."""
+        """Copy its finished run into folders of runs; call it before a patch of the training."""
         with FileLock(f"{self._runs}.lock"):
             if not self._runs.exists():
                 from faults import SMALL
@@ -182,8 +182,8 @@ class SmallTeacher:
 @pytest.fixture(scope="session")
 def shared_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder that all processes of this session share."""
-    own = tmp_path_factory.getbasetemp()
-    return own.parent if hasattr(request.config, "workerinput") else own
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if hasattr(request.config, "workerinput") else folder
 
 
 @pytest.fixture(scope="session")

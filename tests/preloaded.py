@@ -1,6 +1,6 @@
-"""What the server of tests/starting.py imports, and has done once, before it forks.
+"""What the server of tests/starting.py imports and computes once, before it forks.
 
-The server alone imports it, in the folder of the tests.
+Only the server imports this module, in the folder of the tests.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
-    "pytest",  # the main module of the process that asks for a fork, often
+    "pytest",  # often the main module of the process that starts a command
     "sklearn.datasets",
-    "torch._dynamo",  # an optimizer imports it when it is made
+    "torch._dynamo",  # the first optimizer imports it
     "torchvision.transforms",
     "wandb",
     *(f"sskd.training.{name}" for name in ("acceleration", "trainer", "result")),
@@ -29,14 +29,14 @@ MODULES = (
 
 
 def prepare() -> None:
-    """Import what a command imports, and do what each process of the suite does once."""
+    """Import what a command imports, and fill the caches of the suite."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests/robustness")]
     for name in MODULES:
         import_module(name)
 
     import few_digits
     import torch
-    from faults import CELLS
+    from faults import JOBS
     from hydra import compose, initialize_config_dir
 
     from sskd import CONF
@@ -44,10 +44,10 @@ def prepare() -> None:
     from sskd.models.recognition import recognise
     from sskd.runs.recipe import recipe
 
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: a child would wait for them
+    torch.set_num_threads(1)  # a child would wait for OpenMP threads, which do not survive a fork
     few_digits.install()
     with initialize_config_dir(str(CONF), version_base=None):
-        for words in CELLS.values():
+        for words in JOBS.values():
             config = read_config(compose("student", list(words)))
             recipe(config)
     few_digits.load(config.dataset)
@@ -56,5 +56,5 @@ def prepare() -> None:
 
 prepare()
 gc.collect()
-gc.freeze()  # a collection in a child would copy every page that it looks at
-atexit.register(gc.unfreeze)  # else C++ modules print what they take for leaks
+gc.freeze()  # otherwise a garbage collection in a child copies every page
+atexit.register(gc.unfreeze)  # otherwise C++ modules report leaks at exit

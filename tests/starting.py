@@ -1,24 +1,24 @@
-"""How a test starts a command in a process of its own, at a tenth of the price.
+"""Starting a command in a new process, in a tenth of the usual time.
 
-A new Python that imports torch costs 5 to 9 seconds of a core. Here a server, one of each pytest
-process, has imported all of it and forks; a start costs about 0.1 seconds::
+A new Python process takes 5 to 9 seconds of CPU time to import torch. Here, each pytest process has
+a server that has imported everything and forks, so that a start takes about 0.1 seconds::
 
     done = run("train_student.py", "dataset=digits", "method=vanilla", f"runs={runs}")
     assert done.returncode == 0, done.stderr
 
-    process = Started("-m", "sskd.report", str(runs))     # at work beside the test
+    process = Started("-m", "sskd.report", str(runs))     # runs in the background
     process.send_signal(signal.SIGKILL)
     out, err = process.communicate()
 
-The words are those after ``python``: a script, ``-m MODULE`` or ``-c CODE``, and its arguments.
-Process id, signals, exit status, standard streams, folder and environment are as of
-``subprocess.Popen``, and so are ``wait``, ``poll``, ``communicate`` and the others. Digits have few
-test images, as they do in the tests' own process (few_digits.py).
+The arguments are those of ``python``: a script, ``-m MODULE`` or ``-c CODE``, and its arguments.
+Process id, signals, exit status, standard streams, working directory, environment and methods are
+those of ``subprocess.Popen``. The digits have few test images, as in the process of the tests
+(few_digits.py).
 
-The process is not for what Python itself does at its start and end: which modules a command
-imports, a stream that is closed. Such a test starts ``sys.executable``, and says why. The tests of
-each command keep one such start, so that the real entry is tested. A test that needs no process at
-all is cheaper still: see the fixture ``command`` in conftest.py.
+This does not test what Python itself does at its start and end, such as which modules a command
+imports, or a closed stream. Such a test starts ``sys.executable`` instead, and says why. The tests
+of each command have one such start, so that its real entry point is tested. A test that needs no
+process is cheaper still with the fixture ``command`` (conftest.py).
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ _context.set_forkserver_preload(["preloaded"])
 
 
 def forked(target: Any, *arguments: object) -> Any:
-    """Start a ``multiprocessing.Process`` in which torch and the suite have been imported."""
-    with contextlib.chdir(Path(__file__).parent):  # a server that starts now finds preloaded.py
+    """Start a ``multiprocessing.Process`` that has already imported torch and the suite."""
+    with contextlib.chdir(Path(__file__).parent):  # where the server finds preloaded.py
         forkserver.ensure_running()
     process = _context.Process(target=target, args=arguments)
     process.start()
@@ -57,7 +57,7 @@ def forked(target: Any, *arguments: object) -> Any:
 
 
 class Started:
-    """A command at work in a process of its own, with the interface of ``subprocess.Popen``."""
+    """A command that runs in a new process, with the interface of ``subprocess.Popen``."""
 
     def __init__(
         self,
@@ -71,12 +71,13 @@ class Started:
     ) -> None:
         self.args = [sys.executable, *words]
         self.stdin: IO[str] | None
-        ours, theirs = _streams(stdin, stdout, stderr)
-        self.stdin, self.stdout, self.stderr = ours
+        parent_ends, child_ends = _streams(stdin, stdout, stderr)
+        self.stdin, self.stdout, self.stderr = parent_ends
         environment = dict(os.environ if env is None else env)
-        plan = (words, str(cwd), environment, start_new_session)
-        self._process = forked(_become, *plan, [_Descriptor(number) for number in theirs])
-        for number in set(theirs):
+        settings = (words, str(cwd), environment, start_new_session)
+        descriptors = [_Descriptor(number) for number in child_ends]
+        self._process = forked(_run_command, *settings, descriptors)
+        for number in set(child_ends):
             os.close(number)
 
     @property
@@ -87,7 +88,7 @@ class Started:
 
     @property
     def returncode(self) -> int | None:
-        """Return the exit status, or minus the signal that ended it; None while it is at work."""
+        """Return the exit status, or minus the signal that ended it; None while it runs."""
         status: int | None = self._process.exitcode
         return status
 
@@ -101,7 +102,7 @@ class Started:
         return self.returncode
 
     def send_signal(self, signum: int) -> None:
-        """Send a signal, if there is anyone to get it."""
+        """Send a signal, if the process still runs."""
         if self.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signum)
@@ -115,7 +116,7 @@ class Started:
     def communicate(
         self, input: str | None = None, timeout: float | None = None
     ) -> tuple[str, str]:
-        """Wait for the end; return what was printed, "" for a stream that is no pipe."""
+        """Wait for the end; return output and errors, "" for a stream that is not a pipe."""
         deadline = None if timeout is None else time.monotonic() + timeout
         readers = [_Reader(stream) for stream in (self.stdout, self.stderr)]
         if self.stdin:
@@ -133,7 +134,7 @@ class Started:
 def run(
     *words: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, and return its status and what it printed."""
+    """Run a command to its end; return its status, output and errors."""
     process = Started(*words, cwd=cwd, env=env)
     try:
         out, err = process.communicate(timeout=timeout)
@@ -143,7 +144,7 @@ def run(
 
 
 class _Reader(threading.Thread):
-    """Reads a stream to its end, so that nobody has to wait for its pipe."""
+    """Reads a stream to its end, so that a full pipe blocks no process."""
 
     def __init__(self, stream: IO[str] | None) -> None:
         super().__init__(daemon=True)
@@ -157,7 +158,7 @@ class _Reader(threading.Thread):
 
 
 class _Descriptor:
-    """A file descriptor that another process gets as a number of its own."""
+    """A file descriptor that is duplicated when it is sent to another process."""
 
     def __init__(self, number: int) -> None:
         self._number = number
@@ -166,56 +167,61 @@ class _Descriptor:
         return _detach, (reduction.DupFd(self._number),)
 
 
-def _detach(handed: Any) -> int:
-    number = handed.detach()
+def _detach(duplicate: Any) -> int:
+    number = duplicate.detach()
     assert isinstance(number, int)
     return number
 
 
-def _streams(*asked: int) -> tuple[list[IO[str] | None], list[int]]:
-    """Return our ends of the standard streams, None for one that is no pipe, and the process's."""
-    ours: list[IO[str] | None] = []
-    theirs: list[int] = []
-    for place, kind in enumerate(asked):
-        end, mine = kind, None
+def _streams(*kinds: int) -> tuple[list[IO[str] | None], list[int]]:
+    """Return both ends of the standard streams.
+
+    The parent's end is None for a stream that is not a pipe; the child's end is a descriptor.
+    """
+    parent_ends: list[IO[str] | None] = []
+    child_ends: list[int] = []
+    for index, kind in enumerate(kinds):
+        child_end, parent_end = kind, None
         if kind == PIPE:
             reads, writes = os.pipe()
-            mine = open(writes, "w") if place == 0 else open(reads)  # noqa: PTH123, SIM115
-            end = reads if place == 0 else writes
+            parent_end = open(writes, "w") if index == 0 else open(reads)  # noqa: PTH123, SIM115
+            child_end = reads if index == 0 else writes
         elif kind == DEVNULL:
-            end = os.open(os.devnull, os.O_RDWR)
+            child_end = os.open(os.devnull, os.O_RDWR)
         elif kind == STDOUT:
-            end = theirs[1]
+            child_end = child_ends[1]
         else:
-            end = os.dup(kind)
-        ours.append(mine)
-        theirs.append(end)
-    return ours, theirs
+            child_end = os.dup(kind)
+        parent_ends.append(parent_end)
+        child_ends.append(child_end)
+    return parent_ends, child_ends
 
 
-def _become(
+def _run_command(
     words: tuple[str, ...],
     cwd: str,
     environment: dict[str, str],
     new_session: bool,
     streams: list[int],
 ) -> None:
-    """Be the command, in the forked process, from its first line to its exit status."""
+    """Run the command in the forked process, and end the process with its exit status."""
     import torch
 
     if new_session:
         os.setsid()
     _use_streams(streams, unbuffered=bool(environment.get("PYTHONUNBUFFERED")))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job ignores it
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a background job of a shell ignores it
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
     if threads := environment.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
     if Path(cwd) != ROOT:
-        _forget_the_suite()
+        _unload_suite()
     status = _status(words)
-    if status == -signal.SIGINT:  # as Python ends: by the signal, so that a shell knows
+    if status == -signal.SIGINT:  # Python too ends by the signal, so that a shell notices it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     os._exit(status)
@@ -240,17 +246,17 @@ def _use_streams(streams: list[int], unbuffered: bool) -> None:
         setattr(sys, f"__{name}__", wrapper)
 
 
-def _forget_the_suite() -> None:
-    """Let the suite be imported again, from another folder than the tests' own."""
-    own = {"sskd", "hydra_plugins", "benchmarks", "conftest", "few_digits", "preloaded"}
-    own |= {"train_student", "train_teacher", *(path.stem for path in ROOT.glob("tests/**/*.py"))}
-    for name in [name for name in sys.modules if name.partition(".")[0] in own]:
+def _unload_suite() -> None:
+    """Unload the modules of the suite, so that they are imported from the working directory."""
+    names = {"sskd", "hydra_plugins", "benchmarks", "conftest", "few_digits", "preloaded"}
+    names |= {"train_student", "train_teacher", *(path.stem for path in ROOT.glob("tests/**/*.py"))}
+    for name in [name for name in sys.modules if name.partition(".")[0] in names]:
         del sys.modules[name]
     sys.path[:] = [path for path in sys.path if path != str(ROOT)]
 
 
 def _status(words: tuple[str, ...]) -> int:
-    """Run what the words name, then what Python does at its end; return the exit status."""
+    """Run the command, then what Python does at its end; return the exit status."""
     status = 0
     try:
         _execute(*words)
@@ -272,7 +278,7 @@ def _status(words: tuple[str, ...]) -> int:
 
 
 def _execute(first: str, *rest: str) -> None:
-    """Run a command's words in a main module of its own, which its own processes ask for too."""
+    """Run a command in a new main module, which its own child processes import too."""
     sys.path[:] = [path for path in sys.path if not path.startswith(str(ROOT / "tests"))]
     main = sys.modules["__main__"] = sys.modules["__mp_main__"] = ModuleType("__main__")
     if first == "-m":

@@ -1,4 +1,4 @@
-"""The real CIFAR-100 and a trained teacher, where the environment names them."""
+"""Tests with the real CIFAR-100 and a trained teacher, if the environment names them."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def stated_accuracy(teachers: Path) -> float:
     return float(found[1])
 
 
-def test_the_trained_teacher_reaches_the_accuracy_that_is_stated(
+def test_the_trained_teacher_has_the_stated_accuracy(
     cifar100_root: Path, teachers_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = teachers_root / "resnet56_cifar100.pth"
     assert evaluate.main([str(path), f"dataset.root={cifar100_root}"]) == 0
-    told = capsys.readouterr().out
-    measured = re.search(r"resnet56, cifar100 test set: top-1 ([\d.]+)", told)
-    assert measured is not None, told
+    output = capsys.readouterr().out
+    measured = re.search(r"resnet56, cifar100 test set: top-1 ([\d.]+)", output)
+    assert measured is not None, output
     assert abs(float(measured[1]) - stated_accuracy(teachers_root)) <= 0.02
 
 
 def plain_top1(path: Path, split: Split) -> float:
-    """Return the top-1 of a resnet56 in %, without the suite's evaluation."""
+    """Return the top-1 accuracy in % of a resnet56, without the evaluation of the suite."""
     network = build_model("resnet56", 100).eval()
     load_weights(network, path)
     mean, std = torch.tensor([0.5071, 0.4866, 0.4409]), torch.tensor([0.2675, 0.2565, 0.2761])
@@ -46,16 +46,16 @@ def plain_top1(path: Path, split: Split) -> float:
     return 100 * correct.float().mean().item()
 
 
-def test_a_student_learns_from_it(
+def test_a_student_learns_from_the_trained_teacher(
     composed: Compose, monkeypatch: pytest.MonkeyPatch, cifar100_root: Path, teachers_root: Path,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    """SSKD for two short epochs on a fraction of the images: all terms fall."""
+    """In two short epochs of SSKD on 1 % of the images, all terms become smaller."""
     source = SOURCES["cifar100"]
 
     def load(settings: DatasetSettings) -> Source:
-        read = source.load(settings)
-        return read._replace(test=read.test.take(torch.arange(500)))
+        loaded = source.load(settings)
+        return loaded._replace(test=loaded.test.take(torch.arange(500)))
 
     monkeypatch.setitem(SOURCES, "cifar100", source._replace(load=load))
     config = composed(
@@ -65,8 +65,8 @@ def test_a_student_learns_from_it(
         f"teacher.checkpoint={teachers_root / 'resnet56_cifar100.pth'}", "precision=bf16",
     )  # fmt: skip
     result = train(config)
-    read = load(config.dataset)
-    expected = plain_top1(teachers_root / "resnet56_cifar100.pth", read.test)
+    loaded = load(config.dataset)
+    expected = plain_top1(teachers_root / "resnet56_cifar100.pth", loaded.test)
     assert result.teacher_top1 == pytest.approx(expected, abs=0.02)
     (path,) = (tmp_path / "runs/cifar100/distill").rglob("metrics.jsonl")
     first, last = [json.loads(line) for line in path.open()][-2:]

@@ -16,10 +16,10 @@ import pytest
 import torch
 from breaking import outcome
 from conftest import Command, Compose
+from faults import SMALL
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from starting import DEVNULL, Started, run
-from test_run import SMALL
 
 import sskd.training.trainer
 import train_student

@@ -14,10 +14,10 @@ import pytest
 import torch
 import yaml
 from conftest import Command
+from faults import SMALL
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
-from test_run import SMALL
 
 import sskd.train
 import train_teacher

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from breaking import outcome
 from conftest import Command, Compose
+from crashes import CrashError, at_step, crash
+from faults import SMALL
 from starting import STDOUT, Started
-from test_run import SMALL, CrashError, at_step, crash
 
 import train_student
 import train_teacher

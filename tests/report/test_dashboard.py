@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import wandb
 from conftest import Compose
-from test_run import SMALL
+from faults import SMALL
 from test_tracking import inspect, offline_runs
 
 pytest.importorskip("wandb_workspaces", reason="the extra [dashboard] is not installed")

@@ -1,4 +1,4 @@
-"""What becomes of a cell that is broken, held against one that was left alone."""
+"""Comparing a job that had a fault with an undisturbed one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIMES = {"seconds", "images_per_second", "date", "peak_memory_mib"}
 
 
 def outcome(runs: Path) -> dict[str, Any]:
-    """Return all that must not depend on how often a run was stopped: weights, metrics, results."""
+    """Return what must not depend on faults: weights, metrics and results, without times."""
     found: dict[str, Any] = {}
     for path in sorted(runs.rglob("*")):
         name = str(path.relative_to(runs))
@@ -41,56 +41,56 @@ def without_times(values: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Undisturbed:
-    """Each cell's outcome, moments and seconds, measured once for all processes with this root."""
+    """The outcome, moments and seconds of each job, measured once for all users of ``root``."""
 
     root: Path
     _known: dict[str, tuple[dict[str, Any], int, float]] = field(default_factory=dict)
 
-    def _of(self, cell: str) -> tuple[dict[str, Any], int, float]:
-        if cell not in self._known:
-            runs, facts = self.root / cell, self.root / f"{cell}.json"
-            with FileLock(self.root / f"{cell}.lock"):
+    def _of(self, job: str) -> tuple[dict[str, Any], int, float]:
+        if job not in self._known:
+            runs, facts = self.root / job, self.root / f"{job}.json"
+            with FileLock(self.root / f"{job}.lock"):
                 if not facts.exists():
-                    shutil.rmtree(runs, ignore_errors=True)  # of a process that failed
+                    shutil.rmtree(runs, ignore_errors=True)  # left by a process that failed
                     forked(int).join()  # exclude the server's start, which takes seconds
                     started = time.monotonic()
-                    attempt = Attempt(cell, runs, fault=Fault("undisturbed", 0, runs))
-                    assert attempt.end(after=300) == 0, attempt.told
+                    attempt = Attempt(job, runs, fault=Fault("undisturbed", 0, runs))
+                    assert attempt.end(after=300) == 0, attempt.output
                     seconds = time.monotonic() - started
                     facts.write_text(json.dumps([attempt.moments, seconds]))
-            self._known[cell] = (outcome(runs), *json.loads(facts.read_text()))
-        return self._known[cell]
+            self._known[job] = (outcome(runs), *json.loads(facts.read_text()))
+        return self._known[job]
 
-    def outcome(self, cell: str) -> dict[str, Any]:
-        """Return all that a cell leaves, times aside."""
-        return self._of(cell)[0]
+    def outcome(self, job: str) -> dict[str, Any]:
+        """Return the outcome of ``job``."""
+        return self._of(job)[0]
 
-    def moments(self, cell: str) -> int:
-        """Return at how many moments a cell changes files."""
-        return self._of(cell)[1]
+    def moments(self, job: str) -> int:
+        """Return the number of moments at which ``job`` changes files."""
+        return self._of(job)[1]
 
-    def seconds(self, cell: str) -> float:
-        """Return how long a cell takes."""
-        return self._of(cell)[2]
+    def seconds(self, job: str) -> float:
+        """Return how many seconds ``job`` takes."""
+        return self._of(job)[2]
 
 
-def broken(undisturbed: Undisturbed, cell: str, act: str, number: int, folder: Path) -> Path:
-    """Break ``cell`` at its ``number``-th moment; return its folder of runs as that leaves it."""
+def break_job(undisturbed: Undisturbed, job: str, act: str, number: int, folder: Path) -> Path:
+    """Cause a fault at the ``number``-th moment of ``job``; return its folder of runs."""
     folder.mkdir()
     runs = folder / "runs"
-    attempt = Attempt(cell, runs, fault=Fault(act, number, runs, seed=number))
+    attempt = Attempt(job, runs, fault=Fault(act, number, runs, seed=number))
     status = attempt.end(after=300)
     if act == "disk full":
-        if status != 0:  # at the very end nothing more has to be written
-            assert status == 1, attempt.told
-            assert "No space left on device" in refused(attempt)
+        if status != 0:  # after the last write, a full disk is no error
+            assert status == 1, attempt.output
+            assert "No space left on device" in error_line(attempt)
     else:
-        assert status == (0 if act == "clock jumps" else -9), attempt.told
+        assert status == (0 if act == "clock jumps" else -9), attempt.output
     return runs
 
 
-def saved(runs: Path) -> dict[str, int]:
-    """Return of how many epochs, all stages together, each run's newest whole checkpoint is."""
+def saved_epochs(runs: Path) -> dict[str, int]:
+    """Return the epochs of all phases in the newest intact checkpoint of each run."""
     found: dict[str, int] = {}
     for path in [*runs.rglob("last.pt"), *runs.rglob("previous.pt")]:
         with suppress(CorruptFileError):
@@ -99,58 +99,58 @@ def saved(runs: Path) -> dict[str, int]:
     return found
 
 
-def costs_an_epoch_at_most(cell: str, number: int, after_power: Path, folder: Path) -> None:
-    """Hold what a power failure has left against what a kill at the same moment leaves."""
+def check_costs_at_most_an_epoch(
+    job: str, number: int, after_power_failure: Path, folder: Path
+) -> None:
+    """Compare the checkpoints after a power failure with those after a kill at the same moment."""
     folder.mkdir()
-    killed = Attempt(cell, folder / "runs", fault=Fault("killed", number, folder / "runs"))
-    assert killed.end(after=300) == -9, killed.told
-    left = saved(after_power)
-    for name, epochs in saved(folder / "runs").items():
+    killed = Attempt(job, folder / "runs", fault=Fault("killed", number, folder / "runs"))
+    assert killed.end(after=300) == -9, killed.output
+    left = saved_epochs(after_power_failure)
+    for name, epochs in saved_epochs(folder / "runs").items():
         assert left.get(name, 0) >= epochs - 1, (name, epochs, left)
 
 
-def refused(attempt: Attempt) -> str:
-    """Return the one line with which a process gave up."""
-    told = [line for line in attempt.told if line and not line.startswith("moments ")]
-    assert not any("Traceback" in line for line in told), told
-    (line,) = (line for line in told if line.startswith("error: "))
+def error_line(attempt: Attempt) -> str:
+    """Return the only error line of a process that failed."""
+    output = attempt.output
+    assert not any("Traceback" in line for line in output), output
+    (line,) = (line for line in output if line.startswith("error: "))
     return line
 
 
-def ends_undisturbed(undisturbed: Undisturbed, cell: str, runs: Path) -> None:
-    """Run ``cell`` to its end, and hold what it leaves against the undisturbed one, bit for bit."""
-    attempt = Attempt(cell, runs)
+def check_finishes(undisturbed: Undisturbed, job: str, runs: Path) -> None:
+    """Resume ``job`` and compare its outcome with the undisturbed one, bit for bit."""
+    attempt = Attempt(job, runs)
     status = attempt.end(after=300)
-    assert status == 0, (status, attempt.told)
-    assert outcome(runs) == undisturbed.outcome(cell)
-    # Who is killed when all is done, while telling so, leaves a little text behind.
+    assert status == 0, (status, attempt.output)
+    assert outcome(runs) == undisturbed.outcome(job)
+    # A kill during the last write of a finished job leaves a temporary status.
     assert all(".status.json." in path.name for path in runs.rglob(".*.part"))
 
 
-def survives(undisturbed: Undisturbed, cell: str, act: str, number: int, folder: Path) -> None:
-    """Break ``cell`` at its ``number``-th moment, and see it go on to the end from what is left."""
-    runs = broken(undisturbed, cell, act, number, folder)
+def check_survives(undisturbed: Undisturbed, job: str, act: str, number: int, folder: Path) -> None:
+    """Cause a fault at the ``number``-th moment of ``job``, and check that it then finishes."""
+    runs = break_job(undisturbed, job, act, number, folder)
     if act == "power failure":
-        costs_an_epoch_at_most(cell, number, runs, folder / "killed")
-    ends_undisturbed(undisturbed, cell, runs)
+        check_costs_at_most_an_epoch(job, number, runs, folder / "killed")
+    check_finishes(undisturbed, job, runs)
 
 
-def killed_at_random(
-    undisturbed: Undisturbed, cell: str, kills: int, folder: Path
-) -> tuple[int, int]:
-    """Kill ``cell`` at random moments, ``kills`` times at least, each time starting it again.
+def kill_at_random(undisturbed: Undisturbed, job: str, kills: int, folder: Path) -> tuple[int, int]:
+    """Kill ``job`` at random times, at least ``kills`` times, and restart it each time.
 
-    A run that comes to its end is held against the undisturbed one, and another begins. Returns
-    the kills and the runs.
+    A run that finishes is compared with the undisturbed one, and another starts. Returns the
+    numbers of kills and of finished runs.
     """
-    chance, done, ends = random.Random(cell), 0, 0
+    chance, done, finished = random.Random(job), 0, 0
     while done < kills:
-        runs, status = folder / str(ends), -9
+        runs, status = folder / str(finished), -9
         while status == -9:
-            attempt = Attempt(cell, runs)
-            status = attempt.end(after=chance.uniform(0, undisturbed.seconds(cell)))
+            attempt = Attempt(job, runs)
+            status = attempt.end(after=chance.uniform(0, undisturbed.seconds(job)))
             done += status == -9
-        assert status == 0, attempt.told
-        assert outcome(runs) == undisturbed.outcome(cell)
-        ends += 1
-    return done, ends
+        assert status == 0, attempt.output
+        assert outcome(runs) == undisturbed.outcome(job)
+        finished += 1
+    return done, finished

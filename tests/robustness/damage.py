@@ -1,4 +1,4 @@
-"""Random changes of files, by bytes and by what their format is made of."""
+"""Random changes of files, by their bytes or by the parts of their format."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ LONG = "9" * 5000  # Python converts no number of more than 4300 digits
 
 
 def change_bytes(data: bytes, chance: random.Random) -> bytes:
-    """Change bits or bytes, move, repeat or remove some, or cut the end off."""
-    made = bytearray(data)
+    """Change, move, repeat or remove some bits or bytes, or cut off the end."""
+    changed = bytearray(data)
     for _ in range(chance.choice((1, 1, 2, 4, 16))):
-        at, other = (chance.randrange(len(made) + 1) for _ in range(2))
+        at, other = (chance.randrange(len(changed) + 1) for _ in range(2))
         size = chance.choice((1, 2, 4, 8, 64, 1024))
-        taken = made[other : other + size]
+        taken = changed[other : other + size]
         fill = chance.choice((b"\0", b"\xff", b"[", b"(", b"\n", bytes([chance.randrange(256)])))
         kind = chance.randrange(7)
-        if kind == 0 and at < len(made):
-            made[at] ^= 1 << chance.randrange(8)
+        if kind == 0 and at < len(changed):
+            changed[at] ^= 1 << chance.randrange(8)
         elif kind == 1 and chance.random() < 0.3:
-            del made[at:]
+            del changed[at:]
         elif kind < 4:
-            made[at : at + size] = (chance.randbytes(size), taken, fill * size)[kind - 1]
+            changed[at : at + size] = (chance.randbytes(size), taken, fill * size)[kind - 1]
         else:
-            made[at : at + size * (kind == 6)] = (taken, taken * 100, b"")[kind - 4]
-    return bytes(made)
+            changed[at : at + size * (kind == 6)] = (taken, taken * 100, b"")[kind - 4]
+    return bytes(changed)
 
 
 def change_value(value: Any, chance: random.Random) -> Any:
@@ -50,7 +50,7 @@ def change_value(value: Any, chance: random.Random) -> Any:
 
 
 def change_json(data: bytes, chance: random.Random) -> bytes:
-    """Change values in lines of JSON, sometimes into a number or a depth beyond all bounds."""
+    """Change a value in lines of JSON, sometimes to a huge number or a deep nesting."""
     if chance.random() < 0.02:
         return chance.choice((b"[", b'{"a":', b"- ", b"{a: ")) * chance.choice((900, 100_000))
     try:
@@ -64,26 +64,26 @@ def change_json(data: bytes, chance: random.Random) -> bytes:
 
 
 def change_archive(data: bytes, chance: random.Random) -> bytes:
-    """Change one part of a zip archive, most often the pickle, so that its checksums fit again."""
-    made = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(made, "w") as new:
+    """Change one part of a zip archive, usually the pickle, with checksums that fit."""
+    changed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(changed, "w") as new:
         names = old.namelist()
         chosen = chance.choice([name for name in names if name.endswith("data.pkl")] * 9 + names)
         for name in names:
             part = old.read(name)
             new.writestr(name, change_bytes(part, chance) if name == chosen else part)
-    return made.getvalue()
+    return changed.getvalue()
 
 
 def change_header(data: bytes, chance: random.Random) -> bytes:
-    """Change a safetensors file's header, so that its length fits again."""
+    """Change the header of a safetensors file, with a length that fits."""
     length = int.from_bytes(data[:8], "little")
     header = change_json(data[8 : 8 + length], chance)
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
-def changed(name: str, data: bytes, chance: random.Random) -> bytes:
-    """Return a changed file, half of the time one that is still in its format."""
+def change_file(name: str, data: bytes, chance: random.Random) -> bytes:
+    """Return changed content of the file ``name``, half of the time still in its format."""
     if name == "legacy.pth" or chance.random() < 0.5:
         return change_bytes(data, chance)
     by_suffix = {".pth": change_archive, ".pt": change_archive, ".safetensors": change_header}

@@ -1,7 +1,7 @@
-"""Processes that train a cell and are broken on purpose, at a moment of one's choice.
+"""Processes that train a job and have a fault at a chosen moment.
 
-The server of tests/starting.py forks; so a start takes a fraction of a second, and a cell can be
-broken at each of the moments at which it touches the disk.
+A moment is a change of files. The server of tests/starting.py forks the processes, so that a start
+takes a fraction of a second and a job can have a fault at each of its moments.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from typing import Any
 
 from starting import forked
 
-# 40 images in five batches an epoch: tests train on them some thousand times.
+# Only 40 images, five batches an epoch, because the tests train on them thousands of times.
 SMALL = (
     "dataset=digits", "dataset.fraction=0.03", "teacher.fraction=0.03", "schedule.epochs=3",
     "batch_size=9", "arch@teacher=resnet14", "arch@student=resnet8", "teacher.train=true",
 )  # fmt: skip
-# Every kind of stage: none but the student's, banks in the state, a phase of its own before it,
-# one that is shared by students; the teacher's outputs in a file. The teacher comes with each.
-CELLS = {
+# Every kind of phase: one alone (alone, kd), with banks in its state (crd), after a first one (ab),
+# after a shared one (ft, sskd), with the teacher's outputs in a file (precomputed). Each job but
+# the first trains its teacher too.
+JOBS = {
     "alone": (*SMALL, "method=vanilla"),
     **{name: (*SMALL, f"method={name}") for name in ("kd", "crd", "ab", "ft", "sskd")},
-    # Saved at every chance: how often does not depend on the clock.
+    # Saves after every image, so that the number of saves does not depend on the clock.
     "precomputed": (
         *SMALL, "method=kd", "teacher.precompute=true", "dataset.fraction=0.014",
         "arch@teacher=resnet8", "checkpoint_minutes=1e-9",
@@ -43,11 +44,12 @@ CELLS = {
 
 @dataclass(frozen=True)
 class Fault:
-    """``act``, one of ``ACTS``, happens at a moment at which files under ``root`` change.
+    """What happens at a moment at which files under ``root`` change.
 
-    It is the ``number``-th such moment, from 1.
-
-    ``seed`` decides what a power failure takes.
+    Attributes:
+        act: a key of ``ACTS``.
+        number: the moment, from 1.
+        seed: decides what a power failure loses.
     """
 
     act: str
@@ -59,16 +61,16 @@ class Fault:
 YEAR = 365 * 24 * 3600.0
 
 
-class Torn:
-    """A stream whose every write is told, and is two, with a moment in between."""
+class SplitStream:
+    """A stream that announces each write and splits it in two, with a moment in between."""
 
     def __init__(
-        self, stream: Any, begins: Callable[[], object], moment: Callable[[], None]
+        self, stream: Any, announce: Callable[[], object], moment: Callable[[], None]
     ) -> None:
-        self._stream, self._begins, self._moment = stream, begins, moment
+        self._stream, self._announce, self._moment = stream, announce, moment
 
     def write(self, data: Any) -> int:
-        self._begins()
+        self._announce()
         half = len(data) // 2
         self._stream.write(data[:half])
         self._stream.flush()
@@ -79,7 +81,7 @@ class Torn:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def __enter__(self) -> Torn:
+    def __enter__(self) -> SplitStream:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -88,9 +90,10 @@ class Torn:
 
 @dataclass(frozen=True)
 class Change:
-    """A name that was made, changed or removed in ``folder``, and how a disk forgets that.
+    """A name that was created, replaced or removed in ``folder``.
 
-    ``shadow`` is another name of what stood there before.
+    ``undo`` reverts it, as a power failure may. ``shadow`` is a second name of the old
+    file, if any.
     """
 
     folder: Path
@@ -100,56 +103,56 @@ class Change:
 
 @dataclass
 class Disk:
-    """What this process does to files under a fault's root, moment by moment."""
+    """Counts how this process changes files under the root of ``fault``, and causes the fault."""
 
     fault: Fault
     moments: int = 0
     full: bool = False
     watching: bool = True
-    # How long each file that is not synced was when it last was.
-    written: dict[str, int] = field(default_factory=dict)
-    # What became of names, in its order, that folders not synced since may lose again.
-    names: list[Change] = field(default_factory=list)
+    # The size of each file at its last sync, for files written since.
+    synced_sizes: dict[str, int] = field(default_factory=dict)
+    # In order, the changes of names since the last sync of their folder.
+    changes: list[Change] = field(default_factory=list)
 
     def watch(self) -> None:
-        """Watch everything that this process does from now on."""
+        """Watch the changes of files that this process makes from now on."""
         sys.addaudithook(self._audit)
-        sync, opened = os.fsync, Path.open
+        sync, original_open = os.fsync, Path.open
 
         def fsync(descriptor: int) -> None:
             path = str(Path(f"/proc/self/fd/{descriptor}").readlink())
-            if self._is_ours(path):
+            if self._is_watched(path):
                 self._moment(grows=True)
             sync(descriptor)
-            self._synced(path)  # the folder that holds the root among them
+            self._synced(path)  # also for the root's parent
 
-        def open_torn(path: Path, mode: str = "r", *more: Any, **named: Any) -> Any:
-            stream = opened(path, mode, *more, **named)
-            if mode not in ("wb", "a", "ab") or not self._is_ours(str(path)):
+        def open_split(path: Path, mode: str = "r", *more: Any, **keywords: Any) -> Any:
+            stream = original_open(path, mode, *more, **keywords)
+            if mode not in ("wb", "a", "ab") or not self._is_watched(str(path)):
                 return stream
 
-            def begins() -> None:
-                self.written.setdefault(str(path), path.stat().st_size)
+            def announce() -> None:
+                self.synced_sizes.setdefault(str(path), path.stat().st_size)
 
-            begins()
-            return Torn(stream, begins, lambda: self._moment(grows=True))
+            announce()
+            return SplitStream(stream, announce, lambda: self._moment(grows=True))
 
         os.fsync = fsync  # type: ignore[assignment]
-        Path.open = open_torn  # type: ignore[assignment, method-assign]
+        Path.open = open_split  # type: ignore[assignment, method-assign]
 
-    def _is_ours(self, path: object) -> bool:
+    def _is_watched(self, path: object) -> bool:
         return self.watching and f"{path}/".startswith(f"{self.fault.root}/")
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             path, _, flags = arguments
             creates = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            if creates and self._is_ours(path):
+            if creates and self._is_watched(path):
                 self._moment(grows=True)
-        elif event in REMEMBERED and self._is_ours(arguments[0]):
+        elif event in RECORDERS and self._is_watched(arguments[0]):
             self._moment(grows=event == "os.mkdir")
             with self.not_watching():
-                REMEMBERED[event](self, *map(Path, arguments[: 2 if event == "os.rename" else 1]))
+                RECORDERS[event](self, *map(Path, arguments[: 2 if event == "os.rename" else 1]))
 
     def _moment(self, grows: bool) -> None:
         self.moments += 1
@@ -158,32 +161,32 @@ class Disk:
         if self.full and grows:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def remember_rename(self, source: Path, target: Path) -> None:
-        """Keep what a rename will replace, as a disk does until it has written the new name."""
+    def record_rename(self, source: Path, target: Path) -> None:
+        """Keep the file that a rename will replace, so that a power failure can restore it."""
         shadow = self._shadow(target)
 
         def undo() -> None:
-            if target.exists():  # else it was removed since
+            if target.exists():  # it may have been removed since
                 target.rename(source)
             if shadow:
                 shadow.rename(target)
 
-        self.names.append(Change(target.parent, undo, shadow))
-        self.written.pop(str(target), None)
-        if str(source) in self.written:  # a new name does not bring the bytes to the disk
-            self.written[str(target)] = self.written.pop(str(source))
+        self.changes.append(Change(target.parent, undo, shadow))
+        self.synced_sizes.pop(str(target), None)
+        if str(source) in self.synced_sizes:  # a rename does not sync the content
+            self.synced_sizes[str(target)] = self.synced_sizes.pop(str(source))
 
-    def remember_removal(self, path: Path) -> None:
-        """Keep what is about to be removed."""
+    def record_removal(self, path: Path) -> None:
+        """Keep a file that is about to be removed."""
         shadow = self._shadow(path)
         if shadow:
-            self.names.append(Change(path.parent, lambda: shadow.rename(path), shadow))
+            self.changes.append(Change(path.parent, lambda: shadow.rename(path), shadow))
 
-    def remember_folder(self, path: Path) -> None:
-        """Keep in mind that a folder is about to be made."""
+    def record_folder(self, path: Path) -> None:
+        """Record that a folder is about to be created."""
         if not path.exists():
             undo = partial(shutil.rmtree, path, ignore_errors=True)
-            self.names.append(Change(path.parent, undo, None))
+            self.changes.append(Change(path.parent, undo, None))
 
     def _shadow(self, path: Path) -> Path | None:
         if not path.is_file():
@@ -193,10 +196,10 @@ class Disk:
         return shadow
 
     def _synced(self, path: str) -> None:
-        self.written.pop(path, None)
+        self.synced_sizes.pop(path, None)
         with self.not_watching():
-            for change in [change for change in self.names if change.folder == Path(path)]:
-                self.names.remove(change)
+            for change in [change for change in self.changes if change.folder == Path(path)]:
+                self.changes.remove(change)
                 if change.shadow:
                     change.shadow.unlink()
 
@@ -209,33 +212,33 @@ class Disk:
             self.watching = True
 
     def kill(self) -> None:
-        """End the process here and now."""
+        """Kill the process."""
         self._clear_shadows()
         os.kill(os.getpid(), signal.SIGKILL)
 
     def lose_power(self) -> None:
-        """End the process, and lose what the disk was not asked to keep.
+        """Kill the process, and lose a random part of what was not synced.
 
-        Of what was written since a file's last sync a random beginning stays, of the names made,
-        changed and removed since their folder's last sync the first few.
+        Of the bytes written since a file's last sync, a random number of the first ones stay; of
+        the changes of names since their folder's last sync too.
         """
         chance = random.Random(self.fault.seed)
         self.watching = False
-        for path, synced in self.written.items():
+        for path, synced in self.synced_sizes.items():
             if Path(path).is_file():
                 os.truncate(path, chance.randint(synced, Path(path).stat().st_size))
-        for change in reversed(self.names[chance.randint(0, len(self.names)) :]):
+        for change in reversed(self.changes[chance.randint(0, len(self.changes)) :]):
             change.undo()
         self.kill()
 
     def fill(self) -> None:
-        """Let the disk be full from now on."""
+        """Fill the disk: from now on, each change that needs space fails."""
         self.full = True
 
     def shift_clock(self) -> None:
-        """Let the clock jump by a year, on at odd moments and back at even ones.
+        """Set the clock a year forward at odd moments, a year back at even ones.
 
-        What the lease was stamped with jumps along, as it does when the clock is the server's.
+        The modification times of leases change too, as if they were on the same machine.
         """
         clock, shift = time.time, YEAR if self.fault.number % 2 else -YEAR
         time.time = lambda: clock() + shift
@@ -243,13 +246,13 @@ class Disk:
             for lease in self.fault.root.rglob(".lease"):
                 os.utime(lease, (time.time(),) * 2)
 
-    def stand_still(self) -> None:
-        """Stop until somebody continues the process."""
+    def suspend(self) -> None:
+        """Suspend the process until it gets SIGCONT."""
         self._clear_shadows()
         os.kill(os.getpid(), signal.SIGSTOP)
 
-    def tell(self) -> None:
-        """Do nothing: the moments are only counted."""
+    def only_count(self) -> None:
+        """Do nothing, since the moments are only counted."""
 
     def _clear_shadows(self) -> None:
         self.watching = False
@@ -257,23 +260,23 @@ class Disk:
             shadow.unlink()
 
 
-REMEMBERED: dict[str, Callable[..., None]] = {
-    "os.rename": Disk.remember_rename,
-    "os.remove": Disk.remember_removal,
-    "os.mkdir": Disk.remember_folder,
+RECORDERS: dict[str, Callable[..., None]] = {
+    "os.rename": Disk.record_rename,
+    "os.remove": Disk.record_removal,
+    "os.mkdir": Disk.record_folder,
 }
 ACTS: dict[str, Callable[[Disk], None]] = {
     "killed": Disk.kill,
     "power failure": Disk.lose_power,
     "disk full": Disk.fill,
     "clock jumps": Disk.shift_clock,
-    "stands still": Disk.stand_still,
-    "undisturbed": Disk.tell,
+    "suspended": Disk.suspend,
+    "undisturbed": Disk.only_count,
 }
 
 
-def _train(overrides: tuple[str, ...], fault: Fault | None, told: Any) -> None:
-    """Train a cell, in a process of its own; send what it was told and its moments."""
+def _train(overrides: tuple[str, ...], fault: Fault | None, log: Path) -> None:
+    """Train a job and end this process; write its output and number of moments to ``log``."""
     import torch
 
     import train_student
@@ -283,7 +286,6 @@ def _train(overrides: tuple[str, ...], fault: Fault | None, told: Any) -> None:
     os.environ["WANDB_MODE"] = "disabled"
     os.environ["HYDRA_FULL_ERROR"] = "0"
     sys.argv = [str(train_student.__file__), *overrides]
-    log = Path(told)
     disk = Disk(fault) if fault else None
     with log.open("w") as stream, contextlib.redirect_stdout(stream):
         with contextlib.redirect_stderr(stream):
@@ -295,24 +297,24 @@ def _train(overrides: tuple[str, ...], fault: Fault | None, told: Any) -> None:
                 status = int(stop.code or 0)
             except BaseException:
                 traceback.print_exc()
-                status = 70  # EX_SOFTWARE: a traceback, which no fault may end in
+                status = 70  # EX_SOFTWARE: no fault may cause a traceback
         if disk:
             stream.write(f"\nmoments {disk.moments}\n")
     os._exit(status)
 
 
 class Attempt:
-    """A process that trains ``cell`` under ``runs``, broken by ``fault``."""
+    """A process that trains ``job`` under ``runs``, with ``fault``."""
 
     def __init__(
-        self, cell: str, runs: Path, *more: str, fault: Fault | None = None, log: Path | None = None
+        self, job: str, runs: Path, *more: str, fault: Fault | None = None, log: Path | None = None
     ) -> None:
         self.log = log or runs.with_name(f"{runs.name}.log")
-        overrides = (*CELLS[cell], *more, f"runs={runs}")
-        self._process = forked(_train, overrides, fault, str(self.log))
+        overrides = (*JOBS[job], *more, f"runs={runs}")
+        self._process = forked(_train, overrides, fault, self.log)
 
     def end(self, after: float | None = None) -> int:
-        """Wait for the process, kill it ``after`` seconds if it lives, return its exit status."""
+        """Wait for the process, kill it after ``after`` seconds, and return its exit status."""
         self._process.join(after)
         if self._process.is_alive():
             self._process.kill()
@@ -322,27 +324,27 @@ class Attempt:
         return status
 
     def is_alive(self) -> bool:
-        """Return whether the process is still at work."""
+        """Return whether the process is running."""
         return bool(self._process.is_alive())
 
-    def is_stopped(self) -> bool:
-        """Return whether the process stands still."""
+    def is_suspended(self) -> bool:
+        """Return whether the process is suspended."""
         stat = Path(f"/proc/{self._process.pid}/stat").read_text()
         return stat.rpartition(")")[2].split()[0] == "T"
 
     def send(self, signum: int) -> None:
-        """Send a signal, if there is anyone to get it."""
+        """Send a signal, if the process still exists."""
         pid = self._process.pid
         assert pid is not None
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signum)
 
     @property
-    def told(self) -> list[str]:
-        """What the process printed, line by line."""
+    def output(self) -> list[str]:
+        """The lines that the process printed."""
         return self.log.read_text().splitlines()
 
     @property
     def moments(self) -> int:
-        """At how many moments it changed files."""
-        return int(self.told[-1].removeprefix("moments "))
+        """The number of moments at which it changed files."""
+        return int(self.output[-1].removeprefix("moments "))

@@ -1,13 +1,12 @@
-"""Random damage to every kind of file that the suite reads, to see that each is read or refused.
+"""Damage files of every kind that the suite reads, at random; each must be read or refused.
 
     python tests/robustness/fuzz.py --minutes 10
 
-Whole files (checkpoints in each layout, sealed ones, a run's JSON and YAML) are changed at random
-and given to their readers, in processes with a limit on memory and on the time that one file may
-take. A finding is an exception that is no refusal, a crash, a hang, a changed file that passes for
-sealed, and anything that runs code: a process, a connection, a module that nobody asked for, a
-file written elsewhere. Each finding's file and reason are kept in ``--findings``; the exit status
-is then 1. The last line is a row of figures.
+Valid files (checkpoints in each layout, and the JSON and YAML of a run) are changed at random and
+read, in processes with a limit on their memory and on the time that each file takes. A finding is
+an exception that does not refuse the file, a crash, a hang, or a sign that code was run: a process,
+a connection, an unexpected import, a file written elsewhere. The file and the reason of each
+finding are kept in ``--findings``; the exit status is then 1. The last line is a row of a table.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/robustness")]
 SECONDS_A_FILE, SECONDS_A_PROCESS = 10, 25.0
 MEMORY = 12 << 30  # addresses, not pages: torch alone takes several GiB of them
 READ, REFUSED = "read", "refused"
-# What no reader may cause, by the names of Python's audit events.
+# Python's audit events that no reader may cause.
 FORBIDDEN = (
     *("os.system", "os.exec", "os.fork", "os.spawn", "os.posix_spawn", "os.kill", "os.putenv"),
     *("subprocess.", "socket.", "ctypes.dlopen", "pickle.find_class", "urllib."),
 )
-LAZY = ("torch", "numpy", "omegaconf", "encodings")  # import parts of themselves at first use
+LAZY = ("torch", "numpy", "omegaconf", "encodings")  # import their submodules at first use
 
 
-def whole_files(folder: Path) -> dict[str, bytes]:
-    """Write one of each file into ``folder`` and return them by name."""
+def write_valid_files(folder: Path) -> dict[str, bytes]:
+    """Write one valid file of each kind into ``folder``; return the contents by name."""
     import numpy as np
     import torch
     from report_runs import put_run, put_status
@@ -66,7 +65,7 @@ def whole_files(folder: Path) -> dict[str, bytes]:
 
 
 def read(path: Path) -> str:
-    """Give the file to its readers; return what became of it, or raise what is a finding."""
+    """Let its readers read the file; return ``READ`` or ``REFUSED``; other errors are findings."""
     from sskd.errors import CorruptFileError, UserError
     from sskd.models import read_checkpoint
     from sskd.runs.checkpoint_file import load_checkpoint
@@ -98,20 +97,20 @@ def read_report_of(path: Path) -> None:
     from sskd.report.report import read_report
     from sskd.runs.status import failed_in_this_sweep
 
-    told: list[str] = []
-    report = read_report(path.parent.parent, told.append)
-    read_metrics(path.parent, told.append)
+    warnings: list[str] = []
+    report = read_report(path.parent.parent, warnings.append)
+    read_metrics(path.parent, warnings.append)
     assert report.csv()
     assert all(render_text(table, 80) for table in report.tables("best"))
-    assert len(told) <= 2, "more than a warning a file"
+    assert len(warnings) <= 2, "more than one warning for each file"
     failed_in_this_sweep(path.parent)
 
 
 class Guard:
-    """Notes what a reader causes that it may not."""
+    """Records forbidden audit events."""
 
     def __init__(self, folder: str) -> None:
-        self.noted: list[str] = []
+        self.events: list[str] = []
         self.folder = folder
         homes = [str(sys.modules[name].__file__) for name in ("os", *LAZY) if name in sys.modules]
         self.code = ("<frozen", *(str(Path(home).parent) for home in homes))
@@ -119,21 +118,21 @@ class Guard:
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event.startswith(FORBIDDEN) or self.is_foreign(event, *arguments):
-            self.noted.append(f"{event} {arguments!r}"[:200])
+            self.events.append(f"{event} {arguments!r}"[:200])
 
     def is_foreign(self, event: str, first: Any = None, second: Any = None, *_: object) -> bool:
         if event == "import":
             return first not in sys.modules and not first.startswith(LAZY)
         if event in ("compile", "exec"):
             known = str(getattr(first, "co_filename", second)).startswith(self.code)
-            return not known and not importing()  # whose import is noted itself
+            return not known and not importing()  # the import itself is recorded
         writes = event == "open" and isinstance(first, str) and set(str(second)) & set("wax+")
         changes = event in ("os.remove", "os.rename", "os.mkdir", "os.chmod", "shutil.rmtree")
         return bool(writes or changes) and not str(first).startswith(self.folder)
 
 
 def importing() -> bool:
-    """Return whether it is an import that has led here."""
+    """Return whether an import is on the call stack."""
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
@@ -143,48 +142,48 @@ def importing() -> bool:
 
 
 def child(place: str, seed: int, seconds: float, findings: Path) -> None:
-    """Try files for so many seconds; print what became of how many as JSON."""
+    """Read damaged files for ``seconds``; print the counts of ``READ`` and ``REFUSED`` as JSON."""
     folder, chance = Path(place), random.Random(seed)
     tempfile.tempdir = place  # torch makes a folder there for files of one old layout
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    from damage import changed
+    from damage import change_file
 
-    files = whole_files(folder)
-    for name in files:  # which loads what is loaded at first use
+    files = write_valid_files(folder)
+    for name in files:  # also imports what is imported at first use
         assert read(folder / name) == READ, name
     guard = Guard(place)
     compile("1", "<foreign>", "eval")
-    assert guard.noted, "the guard is asleep"
+    assert guard.events, "the guard records nothing"
     counts: Counter[str] = Counter()
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         name = chance.choice(list(files))
-        data = changed(name, files[name], chance)
+        data = change_file(name, files[name], chance)
         (folder / name).write_bytes(data)
         (folder / "current").write_text(name)
-        guard.noted.clear()
+        guard.events.clear()
         faulthandler.dump_traceback_later(SECONDS_A_FILE, exit=True)
         reasons: list[str] = []
         try:
             counts[read(folder / name)] += 1
         except BaseException as error:
-            reasons = [*guard.noted, *traceback.format_exception(error)]
+            reasons = [*guard.events, *traceback.format_exception(error)]
         faulthandler.cancel_dump_traceback_later()
-        if reasons := reasons or list(guard.noted):
+        if reasons := reasons or list(guard.events):
             keep(findings, name, data, "\n".join(reasons))
         (folder / name).write_bytes(files[name])
     print(json.dumps(counts))
 
 
 def keep(findings: Path, name: str, data: bytes, reason: str) -> None:
-    """Save a file and what it caused."""
+    """Save the file and the reason of a finding."""
     number = len(list(findings.glob("*.txt")))
     (findings / f"{number:03d}-{Path(name).name}").write_bytes(data)
     (findings / f"{number:03d}.txt").write_text(f"{name}\n{reason}\n", errors="replace")
 
 
 def try_files(seed: int, seconds: float, findings: Path) -> Counter[str]:
-    """Run one process over random files; a crash or a hang of it is a finding."""
+    """Run one process on random files; its crash or hang is a finding."""
     with tempfile.TemporaryDirectory() as place:
         words = ["--child", place, "--seed", str(seed), "--seconds", str(seconds)]
         command = [sys.executable, __file__, *words, "--findings", str(findings)]
@@ -203,32 +202,32 @@ def try_files(seed: int, seconds: float, findings: Path) -> Counter[str]:
 
 
 def try_for(minutes: float, seed: int, findings: Path) -> int:
-    """Try files until the time is up; return 1 where something was found."""
-    findings.mkdir(parents=True)  # never into a folder that holds another run's
+    """Read damaged files until the time is up; return 1 if there is a finding."""
+    findings.mkdir(parents=True)  # it must not hold the findings of an earlier run
     started, counts, found = time.monotonic(), Counter[str](), 0
     while (left := 60 * minutes - (time.monotonic() - started)) > 0:
         counts += try_files(seed, min(SECONDS_A_PROCESS, left), findings)
         seed, found = seed + 1, len(list(findings.glob("*.txt")))
         rate = counts.total() / (time.monotonic() - started)
         done = f"{counts.total()} files, {rate:.0f} a second, {counts[REFUSED]} refused"
-        told = f"{done}, {counts[READ]} read, {found} findings"
-        print(f"{told}, {max(left - SECONDS_A_PROCESS, 0) / 60:.1f} min left", flush=True)
-    print(f"| random files | {minutes:g} min | {told} | {findings if found else 'none'} |")
+        summary = f"{done}, {counts[READ]} read, {found} findings"
+        print(f"{summary}, {max(left - SECONDS_A_PROCESS, 0) / 60:.1f} min left", flush=True)
+    print(f"| random files | {minutes:g} min | {summary} | {findings if found else 'none'} |")
     return 1 if found else 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Give damaged files to their readers.")
+    parser = argparse.ArgumentParser(description="Read randomly damaged files.")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--findings", type=Path, help="a folder to be made; default: a temporary one"
+        "--findings", type=Path, help="a folder that does not exist yet; default: a temporary one"
     )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    findings = given.findings or Path(tempfile.mkdtemp(prefix="fuzz-"), "findings")
-    if given.child:
-        child(given.child, given.seed, given.seconds, findings)
+    options = parser.parse_args()
+    findings = options.findings or Path(tempfile.mkdtemp(prefix="fuzz-"), "findings")
+    if options.child:
+        child(options.child, options.seed, options.seconds, findings)
     else:
-        sys.exit(try_for(given.minutes, given.seed, findings))
+        sys.exit(try_for(options.minutes, options.seed, findings))

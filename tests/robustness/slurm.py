@@ -1,7 +1,7 @@
-"""Sweeps on a real SLURM, which this starts on this machine and stops again: `make test-slurm`.
+"""Sweeps on a real SLURM, which the tests start on this machine and stop: `make test-slurm`.
 
-It has two GPUs that are none, so cells are given one and train on the CPU. Debian's packages are
-installed where they are missing; all else, the daemons' state too, lies in a temporary folder.
+Its two GPUs are fake: each job is given one and trains on the CPU. Missing Debian packages are
+installed; everything else, also the state of the daemons, is in a temporary folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from breaking import outcome
-from test_run import SMALL
+from faults import SMALL
 from test_tracking import history, offline_runs
 
 from sskd import CONF
@@ -33,8 +33,8 @@ PROGRAMS = {
 }
 HOST = socket.gethostname().partition(".")[0]
 ALONE = ("-m", *SMALL, "method=vanilla")
-EPOCHS = 40  # long enough to be disturbed in
-DISTURBED = 3  # it is, after so many
+EPOCHS = 40  # enough time to stop the run
+STOPPED_AFTER = 3  # epochs, at least
 
 SLURM_CONF = """
 ClusterName=test
@@ -53,7 +53,7 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
-# The GPUs are to be what cells wait for, not this machine's cores.
+# Jobs must wait for the GPUs, not for the cores of this machine.
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -66,32 +66,32 @@ PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
 
 GRES_CONF = "NodeName={host} Name=gpu File={folder}/gpu[0-1] Flags=nvidia_gpu_env\n"
 
-# Accounting wants a database. What squeue remembers for five minutes is enough for submitit.
+# The real sacct needs a database. squeue keeps jobs for five minutes, which submitit can use.
 SACCT = """#!/bin/sh
 echo 'JobID|State|NodeList'
 exec squeue --states=all --array --noheader --format='%i|%T|%N'
 """
 
 
-def cannot(reason: str) -> None:
+def give_up(reason: str) -> None:
     pytest.exit(f"cannot test on SLURM: {reason}", returncode=1)
 
 
 def install() -> None:
-    """Install what is missing of SLURM, without its services."""
+    """Install the missing packages of SLURM, without their services."""
     if os.geteuid() != 0:
-        cannot("its daemons and stand-in GPUs need root")
+        give_up("its daemons and fake GPUs need root")
     if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None:
-        cannot("there is no launcher for it; pip install '.[cluster]' installs one")
+        give_up("its launcher is missing; pip install '.[cluster]' installs it")
     missing = [package for program, package in PROGRAMS.items() if shutil.which(program) is None]
     if not missing:
         return
     if shutil.which("apt-get") is None:
-        cannot(f"{', '.join(missing)} missing, and there is no apt-get to install them")
+        give_up(f"{', '.join(missing)} missing, and there is no apt-get to install them")
     for command in (["update"], ["install", "--yes", "--no-install-recommends", *missing]):
         done = subprocess.run(["apt-get", *command], capture_output=True, text=True)
         if done.returncode:
-            cannot(f"apt-get {command[0]} failed: {done.stderr.strip()}")
+            give_up(f"apt-get {command[0]} failed: {done.stderr.strip()}")
     if Path("/run/systemd/system").exists():
         subprocess.run(["systemctl", "disable", "--now", "munge", "slurmctld", "slurmd"])
 
@@ -106,10 +106,10 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_for(what: str, reached: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(event: str, reached: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not reached():
-        assert time.monotonic() < deadline, f"no {what} within {seconds} seconds"
+        assert time.monotonic() < deadline, f"no {event} within {seconds} seconds"
         time.sleep(0.2)
 
 
@@ -147,7 +147,7 @@ class Cluster:
         wait_for("munge", (self.folder / "munge.socket").exists)
         self._daemon("slurmctld", "-D")
         self._daemon("slurmd", "-D")
-        ready = f"node (its daemons' logs lie in {self.folder})"
+        ready = f"node (logs of the daemons: {self.folder})"
         wait_for(ready, lambda: self("sinfo", "-h", "-o", "%T", check=False) == "idle")
 
     def _daemon(self, *command: str) -> None:
@@ -158,7 +158,7 @@ class Cluster:
 
     def stop(self) -> None:
         for command in self._commands:
-            if command.poll() is None:  # a test that failed did not wait for it
+            if command.poll() is None:  # a failed test does not wait for it
                 command.kill()
                 command.wait()
         self("scancel", f"--user={os.getuid()}", check=False)
@@ -168,13 +168,13 @@ class Cluster:
             daemon.wait(timeout=60)
 
     def __call__(self, *command: str, check: bool = True) -> str:
-        """Run one of SLURM's commands and return what it prints."""
+        """Run a command of SLURM and return its output."""
         done = subprocess.run(
             command, env=self.environment, capture_output=True, text=True, check=check
         )
         return done.stdout.strip()
 
-    def begin(self, *command: str) -> subprocess.Popen[str]:
+    def start_command(self, *command: str) -> subprocess.Popen[str]:
         """Start a command of the suite, which may launch jobs and wait for them."""
         process = subprocess.Popen(
             command, cwd=CONF.parent, env=self.environment,
@@ -184,10 +184,10 @@ class Cluster:
         return process
 
     def jobs(self, runs: Path, column: str) -> dict[int, str]:
-        """Return a column of squeue's table for each cell of the sweep in ``runs``."""
+        """Return a column of squeue's table for each job of the sweep in ``runs``."""
         (array,) = {path.name.split("_")[0] for path in (runs / ".hydra/slurm").glob("[0-9]*_*")}
         table = self("squeue", "--states=all", "--array", "-h", "-j", array, "-o", f"%K {column}")
-        return {int(number): told for number, told in map(str.split, table.splitlines())}
+        return {int(number): value for number, value in map(str.split, table.splitlines())}
 
 
 @pytest.fixture(scope="module")
@@ -202,69 +202,70 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 class Sweep:
-    """A sweep's command, which waits for its jobs."""
+    """The command of a sweep, which waits for its jobs."""
 
     def __init__(self, cluster: Cluster, runs: Path, *words: str) -> None:
         self.cluster, self.runs = cluster, runs
         self.command = [sys.executable, "train_student.py", *words, "device=cpu", f"runs={runs}"]
-        # Each cell's environment goes to its log.
-        own = ["hydra/launcher=slurm", "hydra.launcher.mem_gb=1", "hydra.launcher.setup=[env]"]
-        self.process = cluster.begin(*self.command, *own, "hydra.launcher.cpus_per_task=1")
+        # ``env`` writes the environment of each job to its log.
+        slurm = ["hydra/launcher=slurm", "hydra.launcher.mem_gb=1", "hydra.launcher.setup=[env]"]
+        self.process = cluster.start_command(
+            *self.command, *slurm, "hydra.launcher.cpus_per_task=1"
+        )
 
     def end(self) -> tuple[int, str, str]:
-        """Wait for the command and return its status and what it has printed."""
+        """Wait for the command; return its status, output and errors."""
         out, err = self.process.communicate(timeout=300)
         return self.process.returncode, out, err
 
-    def again_without_slurm(self) -> tuple[int, str, str]:
+    def rerun_without_slurm(self) -> tuple[int, str, str]:
         command = [word for word in self.command if not word.startswith("hydra.launcher")]
-        self.process = self.cluster.begin(*command)
+        self.process = self.cluster.start_command(*command)
         return self.end()
 
-    def folder(self, cell: int) -> Path:
-        """Return the folder of the cell with this seed."""
-        (folder,) = (self.runs / "digits/scratch/resnet8").glob(f"seed{cell}-*")
+    def folder(self, job: int) -> Path:
+        """Return the folder of the job with this seed."""
+        (folder,) = (self.runs / "digits/scratch/resnet8").glob(f"seed{job}-*")
         return folder
 
-    def lines(self, cell: int) -> int:
-        path = next(self.runs.glob(f"digits/scratch/resnet8/seed{cell}-*/metrics.jsonl"), None)
+    def lines(self, job: int) -> int:
+        path = next(self.runs.glob(f"digits/scratch/resnet8/seed{job}-*/metrics.jsonl"), None)
         return len(path.read_text().splitlines()) if path else 0
 
-    def job(self, cell: int) -> str:
-        (path,) = (self.runs / ".hydra/slurm").glob(f"*_{cell}")
+    def id(self, job: int) -> str:
+        """Return the id that SLURM gave to a job of the sweep."""
+        (path,) = (self.runs / ".hydra/slurm").glob(f"*_{job}")
         return path.name
 
-    def log(self, cell: int, stream: str = "out") -> str:
-        job = self.job(cell)
-        return (self.runs / f".hydra/slurm/{job}/{job}_0_log.{stream}").read_text()
+    def log(self, job: int, stream: str = "out") -> str:
+        number = self.id(job)
+        return (self.runs / f".hydra/slurm/{number}/{number}_0_log.{stream}").read_text()
 
-    def visible_gpus(self, cell: int) -> str:
-        (told,) = {
+    def visible_gpus(self, job: int) -> str:
+        (value,) = {
             line.partition("=")[2]
-            for line in self.log(cell).splitlines()
+            for line in self.log(job).splitlines()
             if line.startswith("CUDA_VISIBLE_DEVICES=")
         } or {""}
-        return told
+        return value
 
 
-def test_cells_have_a_gpu_each_and_one_that_fails_takes_none_with_it(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_each_job_has_a_gpu_and_may_fail_alone(cluster: Cluster, tmp_path: Path) -> None:
     sweep = Sweep(cluster, tmp_path / "runs", *ALONE, "optimizer.weight_decay=5e-4,1e12,1e-4")
     status, out, err = sweep.end()
     assert {sweep.visible_gpus(0), sweep.visible_gpus(1)} == {"0", "1"}
-    begun, ended = cluster.jobs(sweep.runs, "%S"), cluster.jobs(sweep.runs, "%e")
-    assert begun[2] >= min(ended[0], ended[1])  # ISO dates
+    starts, ends = cluster.jobs(sweep.runs, "%S"), cluster.jobs(sweep.runs, "%e")
+    assert starts[2] >= min(ends[0], ends[1])  # ISO dates
     assert status == 1
     assert "2 of 3 jobs have finished" in out
     assert err.count("failed: ") == 1
     assert "the term 'ce' is not finite" in err
-    told = cluster(sys.executable, "-m", "sskd.report", str(sweep.runs), "--status")
-    assert "1 failed" in told
-    assert "2 finished" in told
+    output = cluster(sys.executable, "-m", "sskd.report", str(sweep.runs), "--status")
+    assert "1 failed" in output
+    assert "2 finished" in output
 
 
-def test_cells_wait_for_the_one_that_trains_their_teacher(cluster: Cluster, tmp_path: Path) -> None:
+def test_jobs_wait_for_the_one_that_trains_their_teacher(cluster: Cluster, tmp_path: Path) -> None:
     few = [word for word in SMALL if word.startswith(("dataset.fraction", "teacher.fraction"))]
     smoke = ("-cd", "sweeps", "-cn", "smoke", "method=kd,sskd", *few, "batch_size=16")
     sweep = Sweep(cluster, tmp_path / "runs", *smoke)
@@ -279,7 +280,7 @@ def test_cells_wait_for_the_one_that_trains_their_teacher(cluster: Cluster, tmp_
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Path:
-    """Return the folder of runs, seeds 0 and 1, that nobody has disturbed."""
+    """Return a folder of undisturbed runs with seeds 0 and 1."""
     runs = tmp_path_factory.mktemp("undisturbed")
     command = [sys.executable, "train_student.py", *ALONE, "device=cpu"]
     command += [f"runs={runs}", f"schedule.epochs={EPOCHS}", "seed=0,1"]
@@ -287,37 +288,35 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> P
     return runs
 
 
-def disturbed_sweep(
-    cluster: Cluster, runs: Path, *command: str, more: tuple[str, ...] = ()
-) -> Sweep:
-    """Return a sweep of two cells on whose first a command of SLURM's was run in mid-training."""
+def stopped_sweep(cluster: Cluster, runs: Path, *command: str, more: tuple[str, ...] = ()) -> Sweep:
+    """Return a sweep of two jobs; a command of SLURM has stopped the first one in mid-training."""
     words = (*ALONE, "seed=0,1", f"schedule.epochs={EPOCHS}", "hydra.launcher.gpus_per_node=0")
     sweep = Sweep(cluster, runs, *words, *more)
-    wait_for("training", lambda: sweep.lines(0) >= DISTURBED)
+    wait_for("training", lambda: sweep.lines(0) >= STOPPED_AFTER)
     before = time.time()
-    cluster(*command, sweep.job(0))
+    cluster(*command, sweep.id(0))
     wait_for("end", lambda: cluster.jobs(runs, "%T")[0] not in ("RUNNING", "COMPLETING"))
     assert (sweep.folder(0) / "last.pt").stat().st_mtime > before  # no step was lost
-    assert DISTURBED <= sweep.lines(0) < EPOCHS
+    assert STOPPED_AFTER <= sweep.lines(0) < EPOCHS
     return sweep
 
 
-WARNED = ("scancel", "--signal=USR2")  # before its time is up
-PREEMPTED = ("scontrol", "requeue")  # SIGTERM, and queued again
+WARNED = ("scancel", "--signal=USR2")  # as SLURM warns a job before its time limit
+PREEMPTED = ("scontrol", "requeue")  # SIGTERM, then requeued
 
 
 @pytest.mark.parametrize("command", [WARNED, PREEMPTED], ids=["warned", "preempted"])
-def test_a_cell_comes_back_and_goes_on_where_it_stopped(
+def test_a_requeued_job_resumes_where_it_stopped(
     cluster: Cluster, tmp_path: Path, undisturbed: Path, command: tuple[str, ...]
 ) -> None:
-    sweep = disturbed_sweep(cluster, tmp_path / "runs", *command)
+    sweep = stopped_sweep(cluster, tmp_path / "runs", *command)
     assert cluster.jobs(sweep.runs, "%T")[0] == "PENDING"
     stopped_at, name = sweep.lines(0), (sweep.folder(0) / "wandb_id").read_text()
     assert read_status(sweep.folder(0))["state"] == "stopped"
-    # SLURM waits for minutes; at once, a job that is still ending would break its next start.
+    # SLURM itself would wait for minutes. A job that is still ending would break its next start.
     wait_for("end of its step", lambda: "task 0: " in sweep.log(0, "err"))
     time.sleep(3)
-    cluster("scontrol", "update", f"JobId={sweep.job(0)}", "StartTime=now")
+    cluster("scontrol", "update", f"JobId={sweep.id(0)}", "StartTime=now")
     status, out, err = sweep.end()
     assert (status, err) == (0, ""), err
     assert "2 of 2 jobs have finished" in out
@@ -326,28 +325,28 @@ def test_a_cell_comes_back_and_goes_on_where_it_stopped(
     first, second = offline_runs(sweep.folder(0))
     assert {first.stem, second.stem} == {f"run-{name}"}
     assert [step["_step"] for step in history(second)] == list(range(EPOCHS + 1))
-    assert [sweep.visible_gpus(cell) for cell in (0, 1)] == ["", ""]
+    assert [sweep.visible_gpus(job) for job in (0, 1)] == ["", ""]
 
 
-def test_a_cell_that_is_cancelled_ends_saved(
+def test_a_cancelled_job_saves_its_state(
     cluster: Cluster, tmp_path: Path, undisturbed: Path
 ) -> None:
-    sweep = disturbed_sweep(cluster, tmp_path / "runs", "scancel")
+    sweep = stopped_sweep(cluster, tmp_path / "runs", "scancel")
     status, _, err = sweep.end()
     assert status == 1
     assert "(state: CANCELLED); the other jobs go on" in err
     assert f"{sweep.folder(0)}: stopped; the same command does it" in err
-    wait_for("end of the other cell", lambda: read_status(sweep.folder(1))["state"] == "finished")
-    status, out, _ = sweep.again_without_slurm()
+    wait_for("end of the other job", lambda: read_status(sweep.folder(1))["state"] == "finished")
+    status, out, _ = sweep.rerun_without_slurm()
     assert status == 0
     assert "2 jobs, 1 finished already" in out
     assert "resumes in" in out
     assert outcome(sweep.runs) == outcome(undisturbed)
 
 
-def test_a_cell_that_may_not_come_back_says_so(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_job_that_is_not_requeued_reports_it(cluster: Cluster, tmp_path: Path) -> None:
     short = ("hydra.launcher.timeout_min=5", "hydra.launcher.max_num_timeout=0")
-    sweep = disturbed_sweep(cluster, tmp_path / "runs", *WARNED, more=short)
+    sweep = stopped_sweep(cluster, tmp_path / "runs", *WARNED, more=short)
     status, out, err = sweep.end()
     assert status == 1
     assert "1 of 2 jobs have finished" in out

@@ -1,11 +1,11 @@
-"""Long work in one process, to see that nothing grows with it: memory, files, threads, time.
+"""Train for long in one process, and check that memory, files, threads and time do not grow.
 
-    python tests/robustness/soak.py cells --cells 500
+    python tests/robustness/soak.py jobs --jobs 500
     python tests/robustness/soak.py epochs --epochs 20000
 
-``cells`` is one sweep of tiny cells, ``epochs`` one run of tiny epochs that is stopped halfway and
-goes on. Both are the real command, with W&B offline. A table and a plot go to ``--out``; the exit
-status is 1 where something has not levelled off. Needs Linux's /proc.
+``jobs`` is one sweep of tiny jobs, ``epochs`` one run of tiny epochs that is stopped halfway and
+resumed. Both run the real command, with W&B offline. A table and a plot are written to ``--out``;
+the exit status is 1 if something still grows at the end. Needs Linux's /proc.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from sskd.runs.metrics_log import MetricsLog  # noqa: E402
 
 METHODS = ("vanilla", "kd", "crd", "sskd")
 MIB = 2**20
-Allowed = Callable[[float], float]  # from what a figure was early, by how much it may have grown
+Allowed = Callable[[float], float]  # maps the early value of a measure to its allowed growth
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What stood after ``done`` cells or epochs; seconds are one's, on average since before."""
+    """The state after ``done`` jobs or epochs; seconds are the average of one since the last."""
 
     done: int
     memory: float  # MiB, of this process
-    wandb_memory: float  # MiB, of W&B's own process
+    wandb_memory: float  # MiB, of the process of W&B
     descriptors: int
     threads: int
     seconds: float
@@ -59,7 +59,7 @@ class Sample:
 
 @dataclass
 class Watch:
-    """Counts what is done, samples it 50 times or more, and prints how far it is."""
+    """Counts jobs or epochs, takes at least 50 samples, and prints the progress."""
 
     title: str
     total: int
@@ -67,13 +67,13 @@ class Watch:
     done: int = 0
 
     def __post_init__(self) -> None:
-        self._stdout = sys.stdout  # what is watched prints to a file
+        self._stdout = sys.stdout  # the commands print to a file
         self._every = max(1, min(self.total // 50, 100))
         self._started = self._then = time.monotonic()
         self._cpu = time.process_time()
 
     def count(self) -> None:
-        """Count one more, and sample if it is time to."""
+        """Count one more, and take a sample if one is due."""
         self.done += 1
         if self.done % self._every:
             return
@@ -82,38 +82,38 @@ class Watch:
         last = Sample(self.done, *levels(), *each)
         self.samples.append(last)
         rate = self.done / (now - self._started)
-        told = f"{self.title} {self.done}/{self.total}, {rate:.2f}/s, {last.memory:.0f} MiB"
+        done = f"{self.title} {self.done}/{self.total}, {rate:.2f}/s, {last.memory:.0f} MiB"
         left = f"{(self.total - self.done) / rate / 60:.1f} min left"
-        print(f"{told}, {last.descriptors} files, {left}", file=self._stdout, flush=True)
+        print(f"{done}, {last.descriptors} files, {left}", file=self._stdout, flush=True)
         self._then, self._cpu = time.monotonic(), time.process_time()
 
 
 def levels() -> tuple[float, float, int, int]:
-    """Return the memory of this process and of those that it started, its files and threads."""
+    """Return the memory of this process and of its children, its open files and threads."""
     gc.collect()
-    started = 0.0
+    children = 0.0
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if int((process / "stat").read_text().rpartition(")")[2].split()[1]) == os.getpid():
-                started += memory(process)
+                children += memory(process)
         except OSError:  # it has ended meanwhile
             continue
     files, threads = (len(list(Path(f"/proc/self/{name}").iterdir())) for name in ("fd", "task"))
-    return memory(Path("/proc/self")), started, files, threads
+    return memory(Path("/proc/self")), children, files, threads
 
 
 def memory(process: Path) -> float:
     return int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB
 
 
-def memory_allowed(before: float) -> float:
+def allowed_memory(before: float) -> float:
     return max(30, 0.05 * before)
 
 
-def what_grows(samples: Sequence[Sample], allowed: Mapping[str, Allowed]) -> bool:
-    """Tell of each figure whether it has levelled off; return whether one has not.
+def anything_grows(samples: Sequence[Sample], allowed: Mapping[str, Allowed]) -> bool:
+    """Print for each measure whether it grows; return whether one does.
 
-    The median over the last fifth of the samples is held against that over the second.
+    The median of the last fifth of the samples is compared with the median of the second fifth.
     """
     grows, fifth = False, max(1, len(samples) // 5)
     for name, most in allowed.items():
@@ -131,17 +131,17 @@ def command(*words: str) -> int:
         return run_command(train_student.main)
 
 
-def soak_cells(count: int, out: Path) -> bool:
-    """Run a sweep of ``count`` cells; return whether something grows."""
-    watch, train = Watch("cells", count), sskd.commands.job._train
-    runs = tempfile.mkdtemp(prefix="cells-", dir=out)
+def soak_jobs(count: int, out: Path) -> bool:
+    """Run a sweep of ``count`` jobs; return whether anything grows."""
+    watch, train = Watch("jobs", count), sskd.commands.job._train
+    runs = tempfile.mkdtemp(prefix="jobs-", dir=out)
 
     def counted(composed: Any) -> None:
         train(composed)
         watch.count()
 
     with (
-        (out / "cells.log").open("w") as log,
+        (out / "jobs.log").open("w") as log,
         redirect_stdout(log),
         patch.object(sskd.commands.job, "_train", counted),
     ):
@@ -151,31 +151,31 @@ def soak_cells(count: int, out: Path) -> bool:
             "arch@teacher=resnet8", "arch@student=resnet8", f"runs={runs}",
             f"seed=range({count // len(METHODS)})", f"method={','.join(METHODS)}",
         )  # fmt: skip
-    assert status == 0, f"the sweep has failed, see {out / 'cells.log'}"
-    write(watch.samples, out / "cells", [count // 10, count // 5, count // 2, count])
+    assert status == 0, f"the sweep has failed, see {out / 'jobs.log'}"
+    write(watch.samples, out / "jobs", [count // 10, count // 5, count // 2, count])
     level: Allowed = lambda before: 0  # noqa: E731
-    memories = dict.fromkeys(("memory", "wandb_memory"), memory_allowed)
-    return what_grows(watch.samples, {**memories, "descriptors": level, "threads": level})
+    memories = dict.fromkeys(("memory", "wandb_memory"), allowed_memory)
+    return anything_grows(watch.samples, {**memories, "descriptors": level, "threads": level})
 
 
 def soak_epochs(count: int, out: Path) -> bool:
-    """Run ``count`` epochs, stopped halfway; return whether something grows."""
+    """Run ``count`` epochs, stopped halfway and resumed; return whether anything grows."""
     watch, log_epoch, half = Watch("epochs", count), MetricsLog.log, count // 2
     folder = Path(tempfile.mkdtemp(prefix="epochs-", dir=out))
-    draw_few(folder / "images")
+    write_digits(folder / "images")
     words = (
         "dataset=folder", f"dataset.root={folder / 'images'}", "batch_size=10", "method=kd",
         "arch@teacher=resnet8", "arch@student=resnet8", "teacher.train=true", "teacher.epochs=1",
         f"schedule.epochs={count}", "wandb.mode=offline", f"runs={folder / 'runs'}",
     )  # fmt: skip
-    moments: list[float] = []  # of the second start, and of the end of its first epoch
+    times: list[float] = []  # of the second start, and of the end of its first epoch
 
     def counted(log: MetricsLog, metrics: dict[str, Any]) -> None:
         log_epoch(log, metrics)
         if metrics["stage"] != "distill":  # the teacher's only epoch
             return
         if watch.done == half:
-            moments.append(time.monotonic())
+            times.append(time.monotonic())
         watch.count()
         if watch.done == half:
             signal.raise_signal(signal.SIGTERM)
@@ -186,19 +186,19 @@ def soak_epochs(count: int, out: Path) -> bool:
         patch.object(MetricsLog, "log", counted),
     ):
         stopped = command(*words)
-        moments.append(time.monotonic())
+        times.append(time.monotonic())
         finished = command(*words)
     assert (stopped, finished) == (128 + signal.SIGTERM, 0), f"see {out / 'epochs.log'}"
-    print(f"to go on after {half} epochs took {moments[1] - moments[0]:.1f} s")
+    print(f"resuming after {half} epochs took {times[1] - times[0]:.1f} s")
     write(watch.samples, out / "epochs", [count // 20, count // 4, half, count])
     read_back(folder / "runs", out)
     slower: Allowed = lambda before: 0.2 * before  # noqa: E731
-    # Other work on the machine moves the seconds of a clock far more than those of a processor.
-    return what_grows(watch.samples, {"memory": memory_allowed, "cpu_seconds": slower})
+    # CPU time depends less on other work on the machine than wall-clock time.
+    return anything_grows(watch.samples, {"memory": allowed_memory, "cpu_seconds": slower})
 
 
-def draw_few(root: Path) -> None:
-    """Draw a training and a test image of each digit: an epoch of them is as short as can be."""
+def write_digits(root: Path) -> None:
+    """Write one training and one test image of each digit, for the shortest epochs."""
     digits = load_digits()
     for digit in range(10):
         few = digits.images[digits.target == digit][:2]
@@ -209,7 +209,7 @@ def draw_few(root: Path) -> None:
 
 
 def read_back(runs: Path, out: Path) -> None:
-    """Let the report and W&B's own reader read the long run; tell how large it is."""
+    """Time the report and W&B's reader on the long run; print the sizes of its files."""
     report = [sys.executable, "-m", "sskd.report", str(runs)]
     inspect = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--summary"]
     commands = {"report": report, "report --out": [*report, "--out", str(out / "report" / "long")]}
@@ -224,7 +224,7 @@ def read_back(runs: Path, out: Path) -> None:
 
 
 def write(samples: Sequence[Sample], path: Path, rows: Sequence[int]) -> None:
-    """Write and print a table of some samples, and draw all of them."""
+    """Write and print a table of some samples, and plot all of them."""
     names = [column.name for column in fields(Sample)]
     lines = ["| " + " | ".join(names) + " |", "|" + " ---: |" * len(names)]
     for row in rows:
@@ -241,16 +241,16 @@ def write(samples: Sequence[Sample], path: Path, rows: Sequence[int]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("work", choices=["cells", "epochs"])
-    parser.add_argument("--cells", type=int, default=500)
+    parser.add_argument("work", choices=["jobs", "epochs"])
+    parser.add_argument("--jobs", type=int, default=500)
     parser.add_argument("--epochs", type=int, default=20_000)
     parser.add_argument("--out", type=Path, default=Path("soak"))
-    given = parser.parse_args()
-    out = given.out.resolve()
+    options = parser.parse_args()
+    out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    soak = {"cells": soak_cells, "epochs": soak_epochs}[given.work]
-    return int(soak(getattr(given, given.work), out))
+    soak = {"jobs": soak_jobs, "epochs": soak_epochs}[options.work]
+    return int(soak(getattr(options, options.work), out))
 
 
 if __name__ == "__main__":

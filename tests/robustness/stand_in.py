@@ -1,4 +1,4 @@
-"""A server on loopback in the place of W&B's: it answers well, or fails in one way or another."""
+"""A server on loopback that simulates W&B's server and its failures."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 from starting import STDOUT, Started
 
-HANGS = 600.0  # seconds without an answer
-EPOCHS = 6  # of a run that reports to it
+HANGS = 600.0  # seconds without a response
+EPOCHS = 6  # of ``reporting_run``
 KEY = "0" * 40
 
 BUCKET: dict[str, Any] = {
@@ -37,7 +37,7 @@ ANSWERS: dict[str, Any] = {
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers as its server's ``fault`` says."""
+    """Responds as its server's ``fault`` demands."""
 
     protocol_version = "HTTP/1.1"
     server: StandIn
@@ -85,13 +85,16 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(text)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 class StandIn(ThreadingHTTPServer):
-    """Serves while it is entered; ``fault`` may change meanwhile.
+    """Serves inside of its ``with`` block.
 
-    ``lines`` counts what it was sent of each of a run's files, ``requests`` what was asked of it.
+    Attributes:
+        fault: how it fails; may be changed at any time.
+        lines: how many lines it has received of each file of a run.
+        requests: how many requests it has received for each path.
     """
 
     daemon_threads = True
@@ -109,14 +112,14 @@ class StandIn(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, *_: object) -> None:
-        """Say nothing of a client that has gone."""
+        """Print nothing about a client that disconnected."""
 
     def __enter__(self) -> StandIn:
         self._thread.start()
         return self
 
     def close(self) -> None:
-        """Be gone: connections are refused from now on."""
+        """Stop the server, so that connections are refused."""
         self.closing.set()
         self.shutdown()
         self.server_close()
@@ -135,12 +138,12 @@ def wait_until(condition: Any, seconds: float = 30.0) -> None:
 
 
 def reporting_run(url: str, runs: Path, *more: str) -> Started:
-    """Start a run that is to report to the server at ``url``."""
+    """Start a run that reports to the server at ``url``."""
     environment = os.environ | {
         "WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online",
         "WANDB_INIT_TIMEOUT": "5", "WANDB_FINISH_TIMEOUT": "5",
     }  # fmt: skip
-    environment.pop("WANDB_SERVICE", None)  # of a test that was W&B's client in this process
+    environment.pop("WANDB_SERVICE", None)  # set if a test in this process used W&B
     words = ["train_teacher.py", "arch=resnet8", "dataset=digits", "dataset.fraction=0.05"]
     words += [f"schedule.epochs={EPOCHS}", f"runs={runs}", *more]
     return Started(*words, env=environment, stderr=STDOUT)

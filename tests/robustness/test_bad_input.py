@@ -1,6 +1,6 @@
-"""Bad input of every kind but the command line's own (test_commands.py): refused in one line.
+"""Bad input in files of every kind is refused in one line; test_commands.py has the command line.
 
-The line says what is wrong and where; nothing is run, written or overwritten, and nothing hangs.
+The line says what is wrong and where. No code is run, no file is changed, and nothing hangs.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Compose
+from faults import SMALL
+from image_folders import write_images
 from PIL import Image
 from report_runs import RESULT, put_run, put_status
 from test_commands import MISTAKES
 from test_data_cifar import cached_cifar, load_again, small_cifar  # noqa: F401  # fixtures
 from test_data_folder import load, make_folder, refused, settings
-from test_run import SMALL, photos
 
 import sskd.data
 from sskd.data import Images
@@ -44,12 +45,12 @@ from sskd.report.__main__ import main as report_main
 from sskd.report.results import read_results
 from sskd.train import train
 
-SECONDS = 60  # what none of these may take; a device or a pipe would never end
+SECONDS = 60  # more than any of these takes; reading a device or a pipe would never end
 
 
 @contextmanager
 def in_time() -> Iterator[None]:
-    """Raise an error, with the line at which it hung, where the body takes too long."""
+    """Raise an error in the line that hangs if the body takes too long."""
 
     def give_up(signum: int, frame: FrameType | None) -> None:
         raise AssertionError("it hung")
@@ -64,19 +65,19 @@ def in_time() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _no_word_of_closed_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hydra leaves log handlers behind that write to the streams of earlier tests."""
+def _ignore_closed_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ignore the log handlers of Hydra that write to the closed streams of earlier tests."""
     monkeypatch.setattr(logging, "raiseExceptions", False)
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Return what stands in every file below ``folder``."""
+    """Return the content of every file below ``folder``."""
     files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 class Code:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder if it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -85,7 +86,7 @@ class Code:
         return os.mkdir, (str(self.canary),)
 
 
-# ---- the files of sweeps ----
+# ---- sweep files ----
 
 STUDENT = "defaults:\n  - student\n  - _self_\n"
 MULTIRUN = f"{STUDENT}hydra:\n  mode: MULTIRUN\n"
@@ -95,7 +96,7 @@ YAML: dict[str, tuple[str | bytes, str]] = {
     "a key twice": (f"{STUDENT}seed: 1\nseed: 2\n", "found duplicate key seed"),
     "a key that is a list": (f"{STUDENT}? [a, b]\n: 3\n", "found unhashable key"),
     "a key that is a number": (f"{STUDENT}1: 3\n", "1: no such setting"),
-    "an alias of nothing": (f"{STUDENT}seed: *nowhere\n", "found undefined alias"),
+    "an alias of nothing": (f"{STUDENT}seed: *missing\n", "found undefined alias"),
     "two documents": (f"{STUDENT}---\nseed: 3\n", "expected a single document"),
     "code": (f"{STUDENT}seed: !!python/object/apply:os.mkdir [CANARY]\n", "python/object/apply:os"),
     "a module": (f"{STUDENT}seed: !!python/module:antigravity\n", "python/module:antigravity"),
@@ -111,7 +112,7 @@ YAML: dict[str, tuple[str | bytes, str]] = {
     "a mapping for a list": (f"{STUDENT}wandb:\n  tags: {{a: b}}\n", "Cannot merge"),
     "not a number": (f"{STUDENT}seed: .nan\n", "seed: should be a valid integer (got nan)"),
     "a date": (f"{STUDENT}runs: 2024-01-01\nseed: 1e400\n", "seed: should be a valid integer"),
-    "a variable": (f"{STUDENT}batch_size: ${{nowhere}}\n", "Interpolation key 'nowhere' not found"),
+    "a variable": (f"{STUDENT}batch_size: ${{missing}}\n", "Interpolation key 'missing' not found"),
     "a circle": (f"{STUDENT}seed: ${{seed}}\n", "seed"),
     "a choice": ("defaults:\n  - student\n  - override method: kdd\n", "did you mean 'kd'?"),
     "a group": ("defaults:\n  - student\n  - override methd: kd\n", "methd"),
@@ -133,7 +134,7 @@ YAML: dict[str, tuple[str | bytes, str]] = {
         f"{MULTIRUN}  sweeper:\n    params:\n      methd: kd,at\n",
         "methd: no such setting; did you mean 'method'?",
     ),
-    "a cell that is wrong": (
+    "a job that is wrong": (
         f"{MULTIRUN}  sweeper:\n    params:\n      seed: 0,-1\n",
         "seed: should be greater than or equal to 0 (got -1)",
     ),
@@ -141,17 +142,17 @@ YAML: dict[str, tuple[str | bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", YAML)
-def test_the_file_of_a_sweep(command: Command, tmp_path: Path, kind: str) -> None:
-    text, told = YAML[kind]
+def test_a_sweep_file_is_refused(command: Command, tmp_path: Path, kind: str) -> None:
+    text, message = YAML[kind]
     folder, canary = tmp_path / "sweeps", tmp_path / "canary"
     folder.mkdir()
-    whole = text if isinstance(text, bytes) else text.replace("CANARY", str(canary)).encode()
-    (folder / "bad.yaml").write_bytes(whole)
+    data = text if isinstance(text, bytes) else text.replace("CANARY", str(canary)).encode()
+    (folder / "bad.yaml").write_bytes(data)
     with in_time():
         status, out, err = command("-cd", str(folder), "-cn", "bad", "dataset=digits")
     assert (status, out, err.count("\n")) == (1, "", 1), err
     assert err.startswith("error: ")
-    assert told in err.replace('"', "'")
+    assert message in err.replace('"', "'")
     assert not command.runs.exists()
     assert not canary.exists()
 
@@ -160,7 +161,7 @@ def test_the_file_of_a_sweep(command: Command, tmp_path: Path, kind: str) -> Non
 
 
 class Crash:
-    """A type of NumPy's with a state that ends the interpreter, if NumPy sees it."""
+    """A NumPy type whose state crashes the interpreter if NumPy unpickles it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return np.dtype, ("f4", False, True), (3, "<", None, -1, -1, 0)
@@ -169,14 +170,14 @@ class Crash:
 Maker = Callable[[Path], object]
 
 
-def saved(value: object, **how: Any) -> bytes:
+def saved(value: object, **options: Any) -> bytes:
     stream = io.BytesIO()
-    torch.save(value, stream, **how)
+    torch.save(value, stream, **options)
     return stream.getvalue()
 
 
 def network(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the teacher's weights, with changes; ``fc_bias`` stands for ``fc.bias``."""
+    """Return a teacher's weights, some of them changed; ``fc_bias`` changes ``fc.bias``."""
     torch.manual_seed(0)
     changed = {name.replace("_", ".", 1): tensor for name, tensor in changes.items()}
     return {**build_model("resnet14", 10).state_dict(), **changed}
@@ -187,7 +188,7 @@ def biased(value: float) -> dict[str, torch.Tensor]:
 
 
 def packed(**parts: bytes) -> bytes:
-    """Return a compressed zip archive of ``data_pkl`` and so on, as torch lays them out."""
+    """Return a compressed zip archive with torch's names; ``data_pkl`` is ``net/data.pkl``."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, part in parts.items():
@@ -196,7 +197,7 @@ def packed(**parts: bytes) -> bytes:
 
 
 def tensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
-    """Return a safetensors file; its header may be anything, and so may its length."""
+    """Return a safetensors file, whose header and length of the header can be wrong."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
@@ -213,7 +214,7 @@ KNOWS_FOUR_BITS = tuple(map(int, version("safetensors").split(".")[:2])) >= (0, 
 CUT = "cannot be read as a checkpoint; it was probably cut short"
 NO_STATE = "holds no state dict"
 CODE = "asks to run code, which weights do not need: "
-# The name of the file, what makes it where it lies, and what is told.
+# The name of the file, what makes its content from the path of the canary, and the error.
 CHECKPOINTS: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
     "empty": ("net.pth", lambda _: b"", CUT),
     "text": ("net.pth", lambda _: b"<html>404</html>", CUT),
@@ -339,25 +340,25 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
 }
 
 
-def refuses_teacher(command: Command, path: Path | str, told: str) -> None:
-    """Give ``path`` as the teacher of a student; it must be refused in one line."""
+def check_teacher_is_refused(command: Command, path: Path | str, message: str) -> None:
+    """Use ``path`` as the teacher of a student; it must be refused in one line."""
     arguments = [item for item in SMALL if not item.startswith("teacher.train")]
     with in_time():
         status, out, err = command(*arguments, "method=kd", f"teacher.checkpoint='{path}'")
     assert (status, out, err.count("\n")) == (1, "", 1), err
     assert err.startswith("error: ")
-    assert told in err
+    assert message in err
     assert not command.runs.exists()
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_a_checkpoint(command: Command, tmp_path: Path, kind: str) -> None:
-    name, make, told = CHECKPOINTS[kind]
+def test_a_checkpoint_is_refused(command: Command, tmp_path: Path, kind: str) -> None:
+    name, make, message = CHECKPOINTS[kind]
     path, canary = tmp_path / name, tmp_path / "canary"
-    whole = make(canary)
-    path.write_bytes(whole)
-    refuses_teacher(command, path, told)
-    assert path.read_bytes() == whole
+    data = make(canary)
+    path.write_bytes(data)
+    check_teacher_is_refused(command, path, message)
+    assert path.read_bytes() == data
     assert not canary.exists()
 
 
@@ -370,7 +371,7 @@ def without_permission(path: Path) -> None:
     path.write_bytes(saved(network()))
     path.chmod(0)
     if os.access(path, os.R_OK):
-        pytest.skip("this user, root it seems, may read any file")
+        pytest.skip("this user, probably root, may read any file")
 
 
 PLACES: dict[str, tuple[str, Maker, str]] = {
@@ -392,31 +393,33 @@ PLACES: dict[str, tuple[str, Maker, str]] = {
 
 
 @pytest.mark.parametrize("kind", PLACES)
-def test_a_place_of_a_checkpoint(command: Command, tmp_path: Path, kind: str) -> None:
-    name, make, told = PLACES[kind]
+def test_a_file_that_is_no_checkpoint_is_refused(
+    command: Command, tmp_path: Path, kind: str
+) -> None:
+    name, make, message = PLACES[kind]
     (tmp_path / "place").mkdir()
     path = tmp_path / "place" / name
     make(path)
-    refuses_teacher(command, path, told)
+    check_teacher_is_refused(command, path, message)
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "message"),
     [
         ("/dev/zero", "no checkpoint at /dev/zero"),
         ("~nobody-of-this-name/net.pth", "~nobody-of-this-name has no home folder"),
         ("a\nb.pth", "no checkpoint at a?b.pth"),
     ],
 )
-def test_a_path_of_a_checkpoint(command: Command, path: str, told: str) -> None:
-    refuses_teacher(command, path, told)
+def test_a_path_without_a_checkpoint_is_refused(command: Command, path: str, message: str) -> None:
+    check_teacher_is_refused(command, path, message)
 
 
-def test_a_plain_checkpoint_is_taken(tmp_path: Path) -> None:
-    """Half precision, double precision and a file that was packed again are no mistakes."""
-    wanted = network()
+def test_checkpoints_in_other_precisions_are_loaded(tmp_path: Path) -> None:
+    """Weights in half or double precision are no mistakes."""
+    weights = network()
     for dtype in (torch.float16, torch.float64):
-        changed = {k: v.to(dtype) if v.is_floating_point() else v for k, v in wanted.items()}
+        changed = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
         path = tmp_path / "net.pth"
         torch.save(changed, path)
         load_weights(build_model("resnet14", 10), path)
@@ -425,12 +428,12 @@ def test_a_plain_checkpoint_is_taken(tmp_path: Path) -> None:
 # ---- folders of images ----
 
 
-def put(image: Image.Image, name: str = "b.png", **how: Any) -> Maker:
-    """Return what puts ``image`` in the place of the training image of dogs."""
+def put(image: Image.Image, name: str = "b.png", **options: Any) -> Maker:
+    """Return a function that replaces the training image of dogs by ``image``."""
 
     def change(root: Path) -> None:
         (root / "train" / "dog" / "b.png").unlink()
-        image.save(root / "train" / "dog" / name, **how)
+        image.save(root / "train" / "dog" / name, **options)
 
     return change
 
@@ -455,7 +458,7 @@ def unreadable_image(root: Path) -> None:
     path = root / "train" / "dog" / "b.png"
     path.chmod(0)
     if os.access(path, os.R_OK):
-        pytest.skip("this user, root it seems, may read any file")
+        pytest.skip("this user, probably root, may read any file")
 
 
 def no_classes(root: Path) -> None:
@@ -475,7 +478,7 @@ def linked_to_each_other(root: Path) -> None:
 
 
 def tree_of_links(root: Path) -> None:
-    """Folders each of which has two names in the one above: a million ways to the last."""
+    """Create folders with two links to each from its parent: a million paths to the last."""
     for number in range(20):
         (root / f"tree/{number}").mkdir(parents=True)
         for name in "ab":
@@ -485,7 +488,7 @@ def tree_of_links(root: Path) -> None:
 
 
 def moving(name: str) -> Maker:
-    """Return what puts a red frame and a blue one in the place of the training image of dogs."""
+    """Return a function that replaces the training image of dogs by a red and a blue frame."""
     frames = [Image.new("RGB", (40, 40), colour) for colour in ((255, 0, 0), (0, 0, 255))]
     return put(frames[0], name, save_all=True, append_images=frames[1:])
 
@@ -510,7 +513,7 @@ FOLDERS: dict[str, tuple[Maker, str]] = {
     "floats": (put(Image.new("F", (32, 32)), "b.tiff"), "more than 8 bits a channel"),
     "a bomb": (put(Image.new("1", (20_000, 20_000))), f"{IMAGE}Image size (400000000 pixels)"),
     "a link to nothing": (
-        lambda root: (root / "train/dog/c.png").symlink_to("nowhere.png"),
+        lambda root: (root / "train/dog/c.png").symlink_to("missing.png"),
         "c.png cannot be read as an image: ",
     ),
     "a link to its folder": (
@@ -532,15 +535,15 @@ FOLDERS: dict[str, tuple[Maker, str]] = {
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_a_folder_of_images(tmp_path: Path, kind: str) -> None:
-    change, told = FOLDERS[kind]
+def test_a_folder_of_images_is_refused(tmp_path: Path, kind: str) -> None:
+    change, message = FOLDERS[kind]
     root = make_folder(tmp_path / "photos")
     change(root)
     with in_time():
         line = refused(root)
-        with suppress(UserError, OSError):  # it comes before the images are looked at
+        with suppress(UserError, OSError):  # it runs before the images are read
             folder_fingerprint(settings(root))
-    assert told in line
+    assert message in line
     assert str(root) in line
 
 
@@ -576,17 +579,17 @@ def test_an_odd_image_is_read(tmp_path: Path, kind: str) -> None:
 # ---- CIFAR's files ----
 
 
-def changed_byte(path: Path) -> None:
-    whole = bytearray(path.read_bytes())
-    whole[len(whole) // 2] ^= 1
-    path.write_bytes(whole)
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
-def hostile(path: Path) -> None:
+def insert_code(path: Path) -> None:
     path.write_bytes(pickle.dumps(Code(path.parent / "canary")))
 
 
-def folder_for_file(path: Path) -> None:
+def replace_by_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
 
@@ -594,10 +597,10 @@ def folder_for_file(path: Path) -> None:
 @pytest.mark.parametrize("name", ["train", "test", "meta"])
 @pytest.mark.parametrize(
     "damage",
-    [lambda path: path.write_bytes(b""), changed_byte, hostile, folder_for_file],
+    [lambda path: path.write_bytes(b""), flip_bit, insert_code, replace_by_folder],
     ids=["empty", "changed", "code", "folder"],
 )
-def test_a_file_of_cifar(
+def test_a_file_of_cifar_is_refused(
     command: Command,
     small_cifar: Path,  # noqa: F811
     damage: Maker,
@@ -606,41 +609,41 @@ def test_a_file_of_cifar(
     folder = small_cifar / "cifar-100-python"
     damage(folder / name)
     before = content(small_cifar)
-    where = [f"dataset.root={small_cifar}", "dataset.download=false"]
-    status, out, err = command("method=vanilla", *where)
+    words = [f"dataset.root={small_cifar}", "dataset.download=false"]
+    status, out, err = command("method=vanilla", *words)
     assert (status, out, err.count("\n")) == (1, "", 1), err
     assert str(folder / name) in err
     assert content(small_cifar) == before
     assert not (folder / "canary").exists()
 
 
-def test_a_cache_with_a_label_out_of_range_is_made_anew(
+def test_a_cache_with_a_label_out_of_range_is_replaced(
     cached_cifar: tuple[Images, Path],  # noqa: F811
 ) -> None:
-    """Even one whose digest fits, so that it is no damage."""
+    """The digest of the cache fits, so only the label shows the error."""
     from sskd.data.cache import read_cache, write_cache
 
     images, cache = cached_cifar
-    whole = cache.read_bytes()
+    original = cache.read_bytes()
     labels = images.train.labels.clone()
     for wrong in (2, -1, 2**40):
         labels[0] = wrong
         source = Source(images.classes, replace(images.train, labels=labels), images.test)
         write_cache(cache, {"train": "digest"}, source)
-        assert cache.read_bytes() != whole
+        assert cache.read_bytes() != original
         assert read_cache(cache, {"train": "digest"}) is None
     assert torch.equal(load_again(cache).train.labels, images.train.labels)
 
 
-# ---- a tiny run of odd data ----
+# ---- tiny runs on odd data ----
 
 TINY = ("schedule.epochs=1", "arch@student=resnet8", "arch@teacher=resnet8", "teacher.train=true")
 
 
-@pytest.mark.parametrize(("label", "told"), [(10, "class 10"), (-1, "class -1")])
+@pytest.mark.parametrize(("label", "message"), [(10, "class 10"), (-1, "class -1")])
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_a_label_out_of_range(
-    composed: Compose, monkeypatch: pytest.MonkeyPatch, part: str, label: int, told: str
+def test_a_label_out_of_range_is_refused(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, part: str, label: int, message: str
 ) -> None:
     reader = sskd.data.SOURCES["digits"]
 
@@ -652,13 +655,13 @@ def test_a_label_out_of_range(
         return source._replace(**{part: replace(split, labels=labels)})
 
     monkeypatch.setitem(sskd.data.SOURCES, "digits", reader._replace(load=wrong))
-    with pytest.raises(UserError, match=f"dataset=digits.*{told}, and 10 classes") as error:
+    with pytest.raises(UserError, match=f"dataset=digits.*{message}, and 10 classes") as error:
         train(composed(*SMALL, "method=vanilla"))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_a_source_without_images(
+def test_a_dataset_without_images_is_refused(
     composed: Compose, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     reader = sskd.data.SOURCES["digits"]
@@ -676,16 +679,16 @@ def test_a_source_without_images(
 def test_fewer_images_than_a_batch_are_trained_on(
     composed: Compose, tmp_path: Path, method: str
 ) -> None:
-    root = photos(tmp_path, 0, count=1)
+    root = write_images(tmp_path, 0, count=1)
     words = ("dataset=folder", f"dataset.root={root}", "batch_size=64", f"method={method}")
     result = train(composed(*TINY, *words))
     assert result.top1.last is not None
 
 
 @pytest.mark.parametrize("method", ["kd", "crd"])
-def test_a_single_class(composed: Compose, tmp_path: Path, method: str) -> None:
-    """It is a trivial task, and one in which no image is another class's negative."""
-    root = photos(tmp_path, 0)
+def test_crd_needs_a_second_class(composed: Compose, tmp_path: Path, method: str) -> None:
+    """With a single class, KD is trivial and CRD has no negatives."""
+    root = write_images(tmp_path, 0)
     for part in ("train", "test"):
         shutil.rmtree(root / part / "light")
     config = composed(*TINY, "dataset=folder", f"dataset.root={root}", f"method={method}")
@@ -696,8 +699,8 @@ def test_a_single_class(composed: Compose, tmp_path: Path, method: str) -> None:
         train(config)
 
 
-def test_wrong_labels_of_a_single_class(composed: Compose, tmp_path: Path) -> None:
-    root = photos(tmp_path, 0)
+def test_label_noise_needs_a_second_class(composed: Compose, tmp_path: Path) -> None:
+    root = write_images(tmp_path, 0)
     for part in ("train", "test"):
         shutil.rmtree(root / part / "light")
     words = ("dataset=folder", f"dataset.root={root}", "dataset.label_noise=0.5")
@@ -709,7 +712,7 @@ def test_wrong_labels_of_a_single_class(composed: Compose, tmp_path: Path) -> No
 
 
 def damage(name: str, text: str | bytes | None) -> Maker:
-    """Return what writes ``text`` into the file ``name`` of a run's folder, or removes it."""
+    """Return a function that writes ``text`` to a file of a run, or removes it if it is None."""
 
     def change(folder: Path) -> None:
         if text is None:
@@ -805,7 +808,7 @@ RUNS: dict[str, tuple[Maker, str]] = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return runs with one that has finished, a teacher."""
+    """Return a folder of runs with one finished run, which can be a teacher."""
     from hydra import compose, initialize_config_dir
 
     from sskd import CONF
@@ -821,7 +824,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 FEW = ("dataset=digits", "dataset.fraction=0.05", "schedule.epochs=1", "arch@student=resnet8")
 ALONE = (*FEW, "method=vanilla")
-TAUGHT = (*FEW, "method=kd", "arch@teacher=resnet8", "teacher.fraction=0.05")
+STUDENT_OF_RUN = (*FEW, "method=kd", "arch@teacher=resnet8", "teacher.fraction=0.05")
 
 
 def copied(finished: Path, runs: Path) -> Path:
@@ -831,10 +834,10 @@ def copied(finished: Path, runs: Path) -> Path:
     return result.parent
 
 
-def is_refused(
-    command: Command, finished: Path, words: tuple[str, ...], change: Maker, told: str
+def check_run_is_refused(
+    command: Command, finished: Path, words: tuple[str, ...], change: Maker, message: str
 ) -> None:
-    """Run a command on a changed copy of the finished run; it says one line and leaves all."""
+    """Run a command on a changed copy of the finished run; it may only print one line."""
     folder = copied(finished, command.runs)
     change(folder)
     before = content(command.runs)
@@ -842,13 +845,13 @@ def is_refused(
         status, out, err = command(*words)
     assert (status, out, err.count("\n")) == (1, "", 1), err
     assert str(folder) in err
-    assert told in err
+    assert message in err
     assert content(command.runs) == before
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_the_folder_of_a_run(command: Command, finished: Path, kind: str) -> None:
-    is_refused(command, finished, ALONE, *RUNS[kind])
+def test_a_changed_run_is_refused(command: Command, finished: Path, kind: str) -> None:
+    check_run_is_refused(command, finished, ALONE, *RUNS[kind])
     assert not list(command.runs.rglob("canary"))
 
 
@@ -873,11 +876,11 @@ TEACHERS: dict[str, tuple[Maker, str]] = {
 
 
 @pytest.mark.parametrize("kind", TEACHERS)
-def test_the_folder_of_a_teacher(command: Command, finished: Path, kind: str) -> None:
-    is_refused(command, finished, TAUGHT, *TEACHERS[kind])
+def test_a_changed_teacher_is_refused(command: Command, finished: Path, kind: str) -> None:
+    check_run_is_refused(command, finished, STUDENT_OF_RUN, *TEACHERS[kind])
 
 
-def test_a_status_that_is_garbage_stops_nothing(command: Command, finished: Path) -> None:
+def test_a_malformed_status_does_not_stop_a_run(command: Command, finished: Path) -> None:
     for text in ("[" * 10**5, "{", "[1]", '{"state": []}'):
         folder = copied(finished, command.runs)
         (folder / "result.json").unlink()
@@ -919,10 +922,10 @@ RECORDS: dict[str, tuple[str | bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", RECORDS)
-def test_a_result_that_the_report_reads(
+def test_the_report_leaves_out_a_malformed_result(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    text, told = RECORDS[kind]
+    text, message = RECORDS[kind]
     path = tmp_path / "bad" / "result.json"
     path.parent.mkdir()
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -932,7 +935,7 @@ def test_a_result_that_the_report_reads(
     err = capsys.readouterr().err
     assert err.count("\n") == 1, err
     assert err.startswith(f"warning: {path}: ")
-    assert told in err
+    assert message in err
     assert err.endswith("; left out\n")
 
 
@@ -946,7 +949,7 @@ METRICS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("kind", METRICS)
-def test_metrics_that_the_report_reads(
+def test_the_report_leaves_out_malformed_metrics(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     folder = put_run(tmp_path / "runs", "run")
@@ -974,7 +977,7 @@ INJECTIONS = (
 
 
 @pytest.mark.parametrize("name", INJECTIONS)
-def test_no_name_is_run_or_leaves_the_reports_files(
+def test_names_are_escaped_in_the_reports_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     runs, out = tmp_path / "runs", tmp_path / "out"
@@ -985,7 +988,7 @@ def test_no_name_is_run_or_leaves_the_reports_files(
     assert report_main([str(runs), "--out", str(out / "grid")]) == 0
     assert capsys.readouterr().err == ""
     assert {path.name.split(".")[0].split("-")[0] for path in out.iterdir()} == {"grid"}
-    # Matplotlib may begin its own folders, as in a new home.
+    # Matplotlib may create its own folders in a new home.
     shown = (path.name for path in tmp_path.iterdir() if path.name not in (".cache", ".config"))
     assert sorted(shown) == ["out", "runs"]
     page = (out / "grid.html").read_text(encoding="utf-8")
@@ -1006,7 +1009,7 @@ OPTIONS: dict[str, tuple[list[str], int, str]] = {
     "a time of no number": (["--watch", "soon"], 2, "should be a number of seconds (got 'soon')"),
     "no time": (["--watch", "0"], 2, "must be more than 0"),
     "nothing to write to": (["--out"], 2, "expected one argument"),
-    "no such folder": (["nowhere"], 1, "no readable result.json under 'nowhere'"),
+    "no such folder": (["missing"], 1, "no readable result.json under 'missing'"),
     "a name of two lines": (["no\nwhere"], 1, "no readable result.json under 'no?where'"),
     "a name of a zero": (["no\0where"], 1, "no readable result.json under 'no?where'"),
     "a long name": (["x" * 5000], 1, "File name too long"),
@@ -1014,8 +1017,10 @@ OPTIONS: dict[str, tuple[list[str], int, str]] = {
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_the_command_of_the_report(capsys: pytest.CaptureFixture[str], kind: str) -> None:
-    arguments, status, told = OPTIONS[kind]
+def test_wrong_options_of_the_report_are_refused(
+    capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    arguments, status, message = OPTIONS[kind]
     try:
         found: object = report_main(arguments)
     except SystemExit as stop:
@@ -1023,16 +1028,16 @@ def test_the_command_of_the_report(capsys: pytest.CaptureFixture[str], kind: str
     out, err = capsys.readouterr()
     assert (found, out) == (status, "")
     *usage, last = err.splitlines()
-    assert told in last
+    assert message in last
     assert (status == 2) == bool(usage)  # argparse's own errors come with the usage
     assert "error: " in last
 
 
 HEADER = "table,teacher,student,row,top1"
 LINE = "similar,vgg13,vgg8,KD,72.98"
-FIGURES: dict[str, tuple[str | bytes, str]] = {
+PUBLISHED: dict[str, tuple[str | bytes, str]] = {
     "nothing": ("", "line 0: has no values"),
-    "no figures": (HEADER, "line 1: has no values"),
+    "no values": (HEADER, "line 1: has no values"),
     "another header": (f"{HEADER},n\n{LINE},3", f"line 1: should be {HEADER}"),
     "a column missing": (f"{HEADER}\n{LINE}\nsimilar,vgg13,KD,70", "line 3: has 4 columns, not 5"),
     "a column more": (f"{HEADER}\n{LINE},3", "line 2: has 6 columns, not 5"),
@@ -1048,14 +1053,14 @@ FIGURES: dict[str, tuple[str | bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", FIGURES)
-def test_the_published_figures(
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_malformed_published_values_are_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     kind: str,
 ) -> None:
-    text, told = FIGURES[kind]
+    text, message = PUBLISHED[kind]
     path = tmp_path / "bad.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     monkeypatch.setattr(published, "SOURCES", {"cifar100": (published.Source(str(path), "", ()),)})
@@ -1068,23 +1073,23 @@ def test_the_published_figures(
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith(f"error: {path}, line ")
-    assert told in err
+    assert message in err
 
 
-def test_there_are_at_least_eighty_kinds() -> None:
+def test_at_least_eighty_kinds_are_tested() -> None:
     tables: list[Any] = [YAML, CHECKPOINTS, PLACES, FOLDERS, RUNS, TEACHERS, RECORDS, METRICS]
-    tables += [INJECTIONS, OPTIONS, FIGURES]
+    tables += [INJECTIONS, OPTIONS, PUBLISHED]
     inputs = {repr(mistake) for mistake, _ in MISTAKES}
     assert len(inputs) == len(MISTAKES)
     assert len(inputs) + sum(map(len, tables)) >= 80
 
 
-def test_a_result_of_a_gigabyte_of_digits_is_not_converted(tmp_path: Path) -> None:
-    """Python refuses numbers of more than 4300 digits, whose conversion takes their square."""
+def test_a_number_of_a_million_digits_is_not_converted(tmp_path: Path) -> None:
+    """Python refuses more than 4300 digits, since the conversion takes quadratic time."""
     path = tmp_path / "run" / "result.json"
     path.parent.mkdir()
     path.write_text('{"seed": ' + "9" * 10**6 + "}")
-    told: list[str] = []
+    warnings: list[str] = []
     with in_time():
-        assert read_results(tmp_path, told.append) == []
-    assert len(told) == 1
+        assert read_results(tmp_path, warnings.append) == []
+    assert len(warnings) == 1

@@ -1,4 +1,4 @@
-"""A process that stood still while another took its run's folder changes nothing there."""
+"""A process that was suspended while another took its run's folder changes nothing there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from breaking import Undisturbed, ends_undisturbed, outcome
+from breaking import Undisturbed, check_finishes, outcome
 from faults import Attempt, Fault
 from filelock import SoftFileLease
 from stand_in import wait_until
@@ -33,22 +33,22 @@ def line(number: int, holder: str) -> dict[str, Any]:
 
 
 def network(value: float) -> nn.Module:
-    made = nn.Linear(1, 1)
-    nn.init.constant_(made.weight, value)
-    return made
+    layer = nn.Linear(1, 1)
+    nn.init.constant_(layer.weight, value)
+    return layer
 
 
-def opened(folder: Path) -> Run:
+def open_run(folder: Path) -> Run:
     run = Run(folder, CONFIG).open()
     run.checkpoints.load(["train"])
     return run
 
 
-def taken_over(folder: Path, runs: list[Run]) -> None:
-    """Do what another process does that takes the folder, and works in it."""
+def take_over(folder: Path, runs: list[Run]) -> None:
+    """Take the folder as another process does, and train in it; append the run to ``runs``."""
     lease = SoftFileLease(folder / ".lease", lease_duration=sskd.runs.lock.DURATION)
     lease.force_break()
-    run = opened(folder)
+    run = open_run(folder)
     runs.append(run)
     if run.finished(RunResult):
         run.close()
@@ -79,25 +79,26 @@ WRITES: dict[str, Callable[[Run], object]] = {
 
 @pytest.fixture
 def moments(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
-    """Return a function: do an action before the n-th access to the disk from now, or check."""
-    left, action, busy = 0, lambda: None, False
+    """Return a function that schedules an action before the n-th disk access or check from now."""
+    left, action, is_running = 0, lambda: None, False
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*given: Any, **named: Any) -> Any:
-            nonlocal left, busy
-            if not busy and getattr(given[0], "name", "") != ".lease":  # filelock's own
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal left, is_running
+            # filelock's accesses to its own file do not count.
+            if not is_running and getattr(arguments[0], "name", "") != ".lease":
                 left -= 1
                 if left == 0:
-                    busy = True
+                    is_running = True
                     action()
-                    busy = False
-            return function(*given, **named)
+                    is_running = False
+            return function(*arguments, **keywords)
 
         return call
 
-    def at(number: int, what: Callable[[], None]) -> None:
+    def at(number: int, scheduled: Callable[[], None]) -> None:
         nonlocal left, action
-        left, action = number, what
+        left, action = number, scheduled
 
     for owner, name in (
         (Path, "open"), (Path, "replace"), (Path, "unlink"), (os, "fsync"), (FolderLock, "check"),
@@ -107,21 +108,21 @@ def moments(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_what_comes_late_does_not_get_in(tmp_path: Path, moments: Any, name: str) -> None:
-    """Whatever the process was about to do when it stood still: each moment of each write."""
-    number, refused, ended = 0, 0, False
-    while not ended:
+def test_a_late_write_changes_nothing(tmp_path: Path, moments: Any, name: str) -> None:
+    """The process is suspended at each moment of each kind of write."""
+    number, refused, is_done = 0, 0, False
+    while not is_done:
         number += 1
         folder = tmp_path / str(number)
         runs: list[Run] = []
-        old = opened(folder)
+        old = open_run(folder)
         old.metrics.log(line(1, "old"))
         old.checkpoints.save({"stage": "train", "holder": "old"})
-        found: dict[str, bytes] = {}
+        expected: dict[str, bytes] = {}
 
-        def take(folder: Path = folder, runs: list[Run] = runs, found: Any = found) -> None:
-            taken_over(folder, runs)
-            found.update(content(folder))
+        def take(folder: Path = folder, runs: list[Run] = runs, expected: Any = expected) -> None:
+            take_over(folder, runs)
+            expected.update(content(folder))
 
         moments(number, take)
         try:
@@ -129,27 +130,27 @@ def test_what_comes_late_does_not_get_in(tmp_path: Path, moments: Any, name: str
         except BusyError:
             refused += 1
         moments(0, lambda: None)
-        ended = not runs  # the write has fewer moments
-        if not ended:
-            kept = content(folder)
-            if "result.json" in kept:  # before the other one came
-                assert json.loads(kept["result.json"])["holder"] == LATE
+        is_done = not runs  # the write has fewer moments
+        if not is_done:
+            left = content(folder)
+            if "result.json" in left:  # written before the other process took the folder
+                assert json.loads(left["result.json"])["stage"] == LATE
                 continue
-            # Its state may move to previous.pt, where the new holder finds it again.
-            if "last.pt" not in kept:
-                kept["last.pt"] = kept["previous.pt"]
-                kept["previous.pt"] = found["previous.pt"]
-            assert kept == found, number
-            goes_on(runs[0])
+            # last.pt may have become previous.pt, from which the new holder can resume.
+            if "last.pt" not in left:
+                left["last.pt"] = left["previous.pt"]
+                left["previous.pt"] = expected["previous.pt"]
+            assert left == expected, number
+            finish_as_third(runs[0])
         old.close()
         for run in runs:
             run.close()
     assert number > 3
-    assert refused or name == "failure"  # whose own error counts
+    assert refused or name == "failure"  # that reports the error it was given
 
 
-def goes_on(run: Run) -> None:
-    """Let the new holder go on, stop, and be followed by a third."""
+def finish_as_third(run: Run) -> None:
+    """Log another epoch as the new holder, close the run, and finish it as a third process."""
     run.metrics.log(line(4, "new"))
     run.checkpoints.save({"stage": "train", "holder": "new"})
     run.close()
@@ -157,7 +158,7 @@ def goes_on(run: Run) -> None:
     state = third.checkpoints.load(["train"])
     assert state is not None
     assert state["holder"] == "new"
-    assert [figures["epoch"] for figures in third.metrics.lines] == [1, 2, 3, 4]
+    assert [metrics["epoch"] for metrics in third.metrics.lines] == [1, 2, 3, 4]
     third.finish(None, SharedResult(stage="train"))
     assert json.loads((run.folder / "result.json").read_text()) == {
         "kind": "phase",
@@ -169,10 +170,10 @@ def goes_on(run: Run) -> None:
     third.close()
 
 
-def test_two_nodes_prepare_no_file_of_one_name(
+def test_temporary_files_of_two_nodes_differ_in_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Processes of two containers often have one number."""
+    """Processes in two containers often have the same process id."""
     names = set()
 
     def write(stream: Any) -> None:
@@ -184,27 +185,27 @@ def test_two_nodes_prepare_no_file_of_one_name(
     assert len(names) == 5
 
 
-def test_a_process_that_was_stopped_ends_busy(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """Stopped at moments at which it changes files, and continued when its cell is finished."""
+def test_a_suspended_process_ends_busy(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """Suspended at a change of files, and continued after another process finished its job."""
     last, statuses = undisturbed.moments("alone"), set()
     for part in (1, 2):
         runs = tmp_path / str(part)
-        fault = Fault("stands still", round(last * part / 3), runs)
-        stopped = Attempt("alone", runs, fault=fault, log=tmp_path / "stopped.log")
-        wait_until(stopped.is_stopped)
+        fault = Fault("suspended", round(last * part / 3), runs)
+        suspended = Attempt("alone", runs, fault=fault, log=tmp_path / "suspended.log")
+        wait_until(suspended.is_suspended)
         for lease in runs.rglob(".lease"):
             lease.unlink()
-        ends_undisturbed(undisturbed, "alone", runs)
-        stopped.send(signal.SIGCONT)
-        statuses.add(stopped.end(after=60))
-        assert not any("Traceback" in told for told in stopped.told), stopped.told
+        check_finishes(undisturbed, "alone", runs)
+        suspended.send(signal.SIGCONT)
+        statuses.add(suspended.end(after=60))
+        assert not any("Traceback" in text for text in suspended.output), suspended.output
         assert outcome(runs) == undisturbed.outcome("alone")
     assert statuses <= {0, 75}
     assert 75 in statuses
 
 
-def test_a_checkpoint_names_its_run_for_any_reader(tmp_path: Path) -> None:
-    with opened(tmp_path) as run:
+def test_any_reader_of_torch_files_finds_the_run(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
         run.checkpoints.save({"stage": "train"})
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert state["run"] == CONFIG

@@ -1,4 +1,4 @@
-"""Files that somebody else put into a folder of runs: bounds, and one line for what is too much."""
+"""Untrusted files in a folder of runs: limits, and one line about what exceeds them."""
 
 from __future__ import annotations
 
@@ -33,17 +33,18 @@ from sskd.runs.run import Run
 from sskd.runs.status import read_status, write_failure
 from sskd.tracking.session import run_id
 
-SECONDS = 5.0  # with room for a slow machine
+SECONDS = 5.0  # enough for a slow machine
 
 
 def sparse(path: Path, size: int = 60 << 30) -> Path:
-    """Make a file that has ``size`` bytes and takes none of the disk."""
+    """Create a file of ``size`` bytes that uses no space on the disk."""
     path.touch()
     os.truncate(path, size)
     return path
 
 
-def told(warnings: list[str]) -> str:
+def only(warnings: list[str]) -> str:
+    """Return the only warning, which is one line."""
     (line,) = warnings
     assert "\n" not in line
     return line
@@ -51,9 +52,10 @@ def told(warnings: list[str]) -> str:
 
 @contextlib.contextmanager
 def in_time() -> Iterator[None]:
-    """Let a reader take ``SECONDS`` of the processor; no import, command or training belongs here.
+    """Assert that the body takes less than ``SECONDS`` of CPU time.
 
-    Without bounds most of these readers take minutes, or the memory.
+    Without limits, most readers here would take minutes or exhaust the memory. Imports, commands
+    and training do not belong into the body.
     """
     started = time.process_time()
     yield
@@ -73,21 +75,21 @@ YAML = {
 def test_a_large_configuration_is_refused_at_once(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(YAML[kind])
-    refused = r"config\.yaml: cannot be read \(it has more than 65536"
-    with in_time(), pytest.raises(UserError, match=refused):
+    message = r"config\.yaml: cannot be read \(it has more than 65536"
+    with in_time(), pytest.raises(UserError, match=message):
         read_config_file(path)
 
 
 @pytest.mark.parametrize("kind", YAML)
-def test_the_largest_configuration_takes_a_moment(tmp_path: Path, kind: str) -> None:
-    """Of the size that is let in, whatever fills it."""
+def test_the_largest_configuration_is_read_quickly(tmp_path: Path, kind: str) -> None:
+    """A file of the largest size that is read, with any content."""
     path = tmp_path / "config.yaml"
     path.write_text(YAML[kind][: sskd.runs.names.MOST_CONFIG])
-    with in_time(), contextlib.suppress(UserError):  # cut in the middle, some are no YAML
+    with in_time(), contextlib.suppress(UserError):  # some are not YAML after the cut
         read_config_file(path)
 
 
-def test_files_without_end_are_named(tmp_path: Path) -> None:
+def test_endless_files_are_named(tmp_path: Path) -> None:
     run = put_run(tmp_path, "a")
     for name in ("result.json", "metrics.jsonl", "config.yaml", "wandb_id"):
         sparse(run / name)
@@ -105,11 +107,11 @@ def test_files_without_end_are_named(tmp_path: Path) -> None:
             assert all("more than" in line for line in warnings)
         warnings = []
         assert read_metrics(run, warnings.append) == []
-    assert "it has more than" in told(warnings)
+    assert "it has more than" in only(warnings)
 
 
 @pytest.mark.parametrize("name", ["status.json", "result.json"])
-def test_a_report_names_a_file_without_end(tmp_path: Path, name: str) -> None:
+def test_a_report_names_an_endless_file(tmp_path: Path, name: str) -> None:
     sparse(tmp_path / name)
     warnings: list[str] = []
     with in_time():
@@ -118,12 +120,12 @@ def test_a_report_names_a_file_without_end(tmp_path: Path, name: str) -> None:
             assert read_status(tmp_path) == {}
         else:
             assert read_results(tmp_path, warnings.append) == []
-    assert f"{tmp_path / name}: it has more than" in told(warnings)
+    assert f"{tmp_path / name}: it has more than" in only(warnings)
 
 
 @pytest.mark.parametrize("name", ["last.pt", "best.pt", "previous.pt"])
 @pytest.mark.parametrize("end", [b"", b"PK\5\6" + bytes(18)])
-def test_a_checkpoint_without_end_is_damaged(tmp_path: Path, name: str, end: bytes) -> None:
+def test_an_endless_checkpoint_is_corrupt(tmp_path: Path, name: str, end: bytes) -> None:
     with sparse(tmp_path / name).open("ab") as stream:
         stream.write(end)
     with in_time(), pytest.raises(CorruptFileError, match=r"bytes, the limit|cannot be read"):
@@ -136,7 +138,7 @@ def test_a_checkpoint_without_end_is_damaged(tmp_path: Path, name: str, end: byt
             run.checkpoints.load(["train"])
 
 
-def test_line_ends_alone_do_not_fill_the_memory(
+def test_a_file_of_line_ends_does_not_fill_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -146,7 +148,7 @@ def test_line_ends_alone_do_not_fill_the_memory(
     monkeypatch.setattr(sskd.report.metrics, "MOST_EPOCHS", 1000)
     warnings: list[str] = []
     assert read_metrics(tmp_path, warnings.append) == []
-    assert "more than 1000 lines" in told(warnings)
+    assert "more than 1000 lines" in only(warnings)
 
 
 @pytest.mark.parametrize(
@@ -160,33 +162,35 @@ def test_line_ends_alone_do_not_fill_the_memory(
         (lambda path: path.write_bytes(bytes(11)), ValueError),
     ],
 )
-def test_only_a_plain_file_is_read(tmp_path: Path, make: Callable[[Path], Any], error: Any) -> None:
+def test_only_a_regular_file_is_read(
+    tmp_path: Path, make: Callable[[Path], Any], error: Any
+) -> None:
     make(tmp_path / "file")
     with in_time(), pytest.raises(error):
         read_bounded(tmp_path / "file", 10)
 
 
 @pytest.mark.parametrize("follow", [False, True])
-def test_a_file_that_grows_is_read_as_it_was(
+def test_a_file_that_grows_is_read_up_to_its_old_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, follow: bool
 ) -> None:
     path, status_of = tmp_path / "file", os.fstat
     path.write_bytes(b"0123456789")
 
-    def grows(descriptor: int) -> os.stat_result:
+    def grow(descriptor: int) -> os.stat_result:
         status = status_of(descriptor)
         with path.open("ab") as stream:
             stream.write(b"more" * 1000)
         return status
 
-    monkeypatch.setattr(sskd.files.os, "fstat", grows)
+    monkeypatch.setattr(sskd.files.os, "fstat", grow)
     assert read_bounded(path, 10, follow=follow) == b"0123456789"
     monkeypatch.undo()
     with pytest.raises(ValueError, match="more than 10 bytes, the limit for such a file"):
         read_bounded(path, 10, follow=follow)
 
 
-def test_a_link_is_followed_on_request_alone(tmp_path: Path) -> None:
+def test_a_link_is_followed_only_on_request(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"01")
     (tmp_path / "link").symlink_to("file")
     assert read_bounded(tmp_path / "link", 10, follow=True) == b"01"
@@ -197,13 +201,13 @@ def test_a_link_is_followed_on_request_alone(tmp_path: Path) -> None:
         read_bounded(tmp_path / "zero", 10, follow=True)
 
 
-def test_a_file_of_the_bound_is_read(tmp_path: Path) -> None:
+def test_a_file_of_the_largest_size_is_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"0123456789")
     assert read_bounded(tmp_path / "file", 10) == b"0123456789"
 
 
-def test_a_runs_own_files_stay_below_the_bounds(tmp_path: Path) -> None:
-    """An error can be as long as a network has tensors, and is kept with its traceback."""
+def test_the_suite_writes_no_status_above_the_limit(tmp_path: Path) -> None:
+    """An error can list all tensors of a network, and its traceback is kept too."""
     try:
         raise ValueError("x" * 10**6) from RuntimeError("\u4e2d" * 10**6)
     except ValueError as error:
@@ -212,7 +216,7 @@ def test_a_runs_own_files_stay_below_the_bounds(tmp_path: Path) -> None:
     assert read_status(tmp_path)["state"] == "failed"
 
 
-def test_a_phase_of_another_size_is_damaged(tmp_path: Path) -> None:
+def test_the_weights_of_another_size_are_corrupt(tmp_path: Path) -> None:
     import sskd.teachers.phases
 
     sparse(tmp_path / "model.safetensors")
@@ -223,8 +227,8 @@ def test_a_phase_of_another_size_is_damaged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "odd", ["\u00b2", "\u2460", "1\u00b3", "\u0be7", "-1", "1.5", "0x1", "1e3", "", " 1", "one"]
 )
-def test_what_looks_like_a_number_does_not_end_force(tmp_path: Path, odd: str) -> None:
-    """Digits that are raised, circled or of other scripts among the runs that were put aside."""
+def test_odd_digits_in_archived_names_do_not_break_force(tmp_path: Path, odd: str) -> None:
+    """Archived runs may have superscript, circled or non-Latin digits in their names."""
     folder = tmp_path / "seed0"
     folder.mkdir()
     save_checkpoint(folder / "last.pt", {"stage": "train"})
@@ -246,7 +250,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_options_that_exclude_each_other_are_one_line(
+def test_options_that_exclude_each_other_are_an_error(
     command: Command, options: tuple[str, ...]
 ) -> None:
     status, out, err = command(*options)
@@ -268,7 +272,9 @@ VALUES = [
 
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("key", ["seed", "optimizer.lr"])
-def test_a_grid_takes_values_that_can_be_counted(command: Command, key: str, value: str) -> None:
+def test_a_grid_refuses_values_that_cannot_be_counted(
+    command: Command, key: str, value: str
+) -> None:
     status, out, err = command("-m", "dataset=digits", "method=vanilla", f"{key}={value}")
     assert (status, out) == (1, "")
     assert err == (
@@ -287,7 +293,7 @@ def test_a_grid_takes_values_that_can_be_counted(command: Command, key: str, val
         (["seed=range(1000)", "batch_size=range(1,1000)"], "(1000 of seed x 999 of batch_size)"),
     ],
 )
-def test_a_grid_of_no_cells_or_endless_ones(
+def test_an_empty_or_endless_grid_is_refused(
     command: Command, words: list[str], message: str
 ) -> None:
     status, out, err = command("-m", "dataset=digits", *words)
@@ -296,7 +302,7 @@ def test_a_grid_of_no_cells_or_endless_ones(
 
 
 def make_deep(top: Path, levels: int) -> Path:
-    """Make folders in folders, without end for a reader that calls itself for each."""
+    """Create ``levels`` nested folders, too many for a recursive reader; return the deepest."""
     path = top.joinpath(*["d"] * levels)
     path.mkdir(parents=True)
     return path
@@ -304,20 +310,20 @@ def make_deep(top: Path, levels: int) -> Path:
 
 def test_a_run_too_deep_for_the_report_is_one_warning(tmp_path: Path) -> None:
     deepest = make_deep(tmp_path, 64)
-    put_run(deepest.parent, "last that is read")
+    put_run(deepest.parent, "at the limit")
     for name in ("a", "b", "c"):
         put_run(deepest, name)
         make_deep(deepest / name, 100)
     for read in (read_results, read_jobs):
         warnings: list[str] = []
         assert len(read(tmp_path, warnings.append)) == 1
-        line = told(warnings)
+        line = only(warnings)
         assert " and 2 more: more than 64 folders below " in line
         assert len(line) < 400
 
 
-def test_a_tree_too_deep_for_the_stack_ends_no_report(tmp_path: Path) -> None:
-    """Without a bound ``os.walk`` needs a frame for each of its levels."""
+def test_a_tree_too_deep_for_the_stack_breaks_no_report(tmp_path: Path) -> None:
+    """Without a limit, ``os.walk`` needs a stack frame for each level."""
     make_deep(tmp_path, 400)
     put_run(tmp_path, "run")
     warnings: list[str] = []
@@ -327,22 +333,22 @@ def test_a_tree_too_deep_for_the_stack_ends_no_report(tmp_path: Path) -> None:
         assert len(read_results(tmp_path, warnings.append)) == 1
     finally:
         sys.setrecursionlimit(limit)
-    assert "left out" in told(warnings)
+    assert "left out" in only(warnings)
 
 
-def test_losses_without_end_get_no_curves(tmp_path: Path) -> None:
-    """A curve and a line of the legend for each of thousands took the report minutes."""
+def test_an_epoch_of_thousands_of_losses_is_left_out(tmp_path: Path) -> None:
+    """A curve and a legend entry for each loss would take the report minutes."""
     few, many = ({f"loss/t{number}": 1.0 for number in range(most)} for most in (50, 4000))
     others = [{f"loss/{line}/{number}": 1.0 for number in range(100)} for line in range(30)]
-    figures = [few, many, few, *others]
-    put_metrics(tmp_path, [epoch_line("distill", k, **more) for k, more in enumerate(figures, 1)])
+    epochs = [few, many, few, *others]
+    put_metrics(tmp_path, [epoch_line("distill", k, **more) for k, more in enumerate(epochs, 1)])
     warnings: list[str] = []
     lines = read_metrics(tmp_path, warnings.append)
     assert [line.epoch for line in lines] == [1, 3, 4]
-    assert "30 of 33 lines are malformed; left out" in told(warnings)
+    assert "30 of 33 lines are malformed; left out" in only(warnings)
 
 
-def test_a_large_file_is_no_checkpoint_and_is_not_read_whole(tmp_path: Path) -> None:
+def test_a_large_file_that_is_no_checkpoint_is_not_read(tmp_path: Path) -> None:
     path = sparse(tmp_path / "x.pth", 3 << 29)
     tracemalloc.start()
     try:

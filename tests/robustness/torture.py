@@ -1,6 +1,7 @@
-"""Cells broken at every moment, in every way: `make torture`; test_faults.py has a share.
+"""Jobs with every kind of fault at many moments: `make torture`.
 
-Each test prints what it did, how often and what was lost, as a row of the table in results/.
+Each test prints a row of the table in results/robustness.md: what it did, how often, what was lost.
+test_faults.py has a few of these faults.
 """
 
 from __future__ import annotations
@@ -12,67 +13,68 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from breaking import Undisturbed, killed_at_random, outcome, survives
-from faults import CELLS, Attempt
+from breaking import Undisturbed, check_survives, kill_at_random, outcome
+from faults import JOBS, Attempt
 from stand_in import StandIn, reporting_run, wait_until
 
 PAIRS = 5  # of a run that reports to W&B and one that does not
-SLOWDOWN = 1.05  # at most
-RANDOM_KILLS = 40  # of each cell
+MAX_SLOWDOWN = 1.05
+RANDOM_KILLS = 40  # of each job
 MOMENTS = 8
 WORKERS = 3
 
 
 @pytest.fixture
-def tell(capsys: pytest.CaptureFixture[str]) -> Iterator[list[str]]:
-    """Collect what was done; print it as a row at the end."""
-    told: list[str] = []
+def row(capsys: pytest.CaptureFixture[str]) -> Iterator[list[str]]:
+    """Return a list for the cells of a table row, which is printed at the end of the test."""
+    cells: list[str] = []
     started = time.monotonic()
-    yield told
+    yield cells
     with capsys.disabled():
-        print(f"\n| {' | '.join(told)} | {time.monotonic() - started:.0f} s |")
+        print(f"\n| {' | '.join(cells)} | {time.monotonic() - started:.0f} s |")
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("act", ["killed", "power failure", "disk full", "clock jumps"])
-def test_moments_at_which_files_change(
-    undisturbed: Undisturbed, tmp_path: Path, cell: str, act: str, tell: list[str]
+def test_faults_at_changes_of_files(
+    undisturbed: Undisturbed, tmp_path: Path, job: str, act: str, row: list[str]
 ) -> None:
-    """Before a file is made, in mid-write, before its sync, before and after the renames."""
-    last = undisturbed.moments(cell)
+    """The moments are before and during a write, and before a sync, a rename or a removal."""
+    last = undisturbed.moments(job)
     chosen = sorted({round(1 + (last - 1) * part / MOMENTS) for part in range(MOMENTS + 1)})
     for number in chosen:
-        survives(undisturbed, cell, act, number, tmp_path / str(number))
-    told = f"{act} at {len(chosen)} of its {last} changes of files"
-    tell += [cell, told, f"{len(chosen)} times", "nothing"]
+        check_survives(undisturbed, job, act, number, tmp_path / str(number))
+    row += [job, f"{act} at {len(chosen)} of {last} file changes", f"{len(chosen)}", "nothing"]
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_random_kills(undisturbed: Undisturbed, tmp_path: Path, cell: str, tell: list[str]) -> None:
-    kills, ends = killed_at_random(undisturbed, cell, RANDOM_KILLS, tmp_path)
-    tell += [cell, "SIGKILL at random moments", f"{kills} times, {ends} runs", "nothing"]
-
-
-def test_processes_that_share_all_cells_and_are_killed(
-    undisturbed: Undisturbed, tmp_path: Path, tell: list[str]
+@pytest.mark.parametrize("job", JOBS)
+def test_kills_at_random_times(
+    undisturbed: Undisturbed, tmp_path: Path, job: str, row: list[str]
 ) -> None:
-    """They meet on cells, the teacher and the shared phases; a killed one is followed by a new."""
+    kills, runs = kill_at_random(undisturbed, job, RANDOM_KILLS, tmp_path)
+    row += [job, "SIGKILL at random moments", f"{kills}, in {runs} runs", "nothing"]
+
+
+def test_processes_that_share_all_jobs_and_are_killed(
+    undisturbed: Undisturbed, tmp_path: Path, row: list[str]
+) -> None:
+    """They meet at jobs, teachers and shared phases; a killed process is started again."""
     chance, kills, rounds = random.Random(3), 0, 0
     while kills < RANDOM_KILLS:
         runs = tmp_path / str(rounds)
         kills += _share(runs, chance)
         rounds += 1
         found = outcome(runs)
-        for cell in CELLS:
-            assert undisturbed.outcome(cell).items() <= found.items()
-    told = f"SIGKILL of {WORKERS} processes that share them"
-    tell += [f"all {len(CELLS)}", told, f"{kills} times, {rounds} times all", "nothing"]
+        for job in JOBS:
+            assert undisturbed.outcome(job).items() <= found.items()
+    test = f"SIGKILL of {WORKERS} processes that share all jobs"
+    row += [f"all {len(JOBS)}", test, f"{kills}, in {rounds} rounds", "nothing"]
 
 
 def _share(runs: Path, chance: random.Random) -> int:
-    """Let workers do all cells, each in an order of its own; return how often one was killed."""
+    """Run all jobs in each of the workers, in a random order; return the number of kills."""
     kills = 0
-    todo = {worker: chance.sample(list(CELLS), len(CELLS)) for worker in range(WORKERS)}
+    todo = {worker: chance.sample(list(JOBS), len(JOBS)) for worker in range(WORKERS)}
     attempts: dict[int, Attempt] = {}
     ends: dict[int, float] = {}
     while any(todo.values()):
@@ -85,29 +87,28 @@ def _share(runs: Path, chance: random.Random) -> int:
                 continue
             status = attempt.end(after=0)
             del attempts[worker]
-            assert status in (0, 75, -9), attempt.told
+            assert status in (0, 75, -9), attempt.output
             kills += status == -9
             if status == 0:
                 todo[worker].pop(0)
-            elif status == 75:  # another's: later
+            elif status == 75:  # another worker has it: try it later
                 todo[worker].append(todo[worker].pop(0))
         time.sleep(0.02)
     return kills
 
 
 @pytest.mark.parametrize("fault", ["none", "answers 500", "hangs", "closed"])
-def test_training_keeps_its_pace_whatever_wandb_does(
-    tmp_path: Path, fault: str, tell: list[str]
-) -> None:
-    """The server fails after the first epoch, for good; an epoch takes one or two seconds."""
+def test_wandb_does_not_slow_training(tmp_path: Path, fault: str, row: list[str]) -> None:
+    """The server fails from the end of the first epoch; an epoch takes one or two seconds."""
     ratios = []
     for pair in range(PAIRS):
         modes = ["online", "disabled"] if pair % 2 else ["disabled", "online"]
         seconds = {mode: _seconds(tmp_path / f"{pair} {mode}", mode, fault) for mode in modes}
         ratios.append(seconds["online"] / seconds["disabled"])
-    told = ", ".join(f"{ratio:.3f}" for ratio in sorted(ratios))
-    tell += ["a run of resnet8", f"W&B: {fault}", f"{PAIRS} pairs, time by time without: {told}"]
-    assert statistics.median(ratios) <= SLOWDOWN, told
+    listed = ", ".join(f"{ratio:.3f}" for ratio in sorted(ratios))
+    measured = f"ratio of the time with W&B to the time without: {listed}"
+    row += ["a run of resnet8", f"W&B: {fault}", f"{PAIRS} pairs", measured]
+    assert statistics.median(ratios) <= MAX_SLOWDOWN, listed
 
 
 def _seconds(runs: Path, mode: str, fault: str) -> float:

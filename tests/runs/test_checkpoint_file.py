@@ -28,15 +28,15 @@ def saved(content: object) -> bytes:
     return archive.getvalue()
 
 
-def with_changed_weight() -> bytes:
-    """Return a torch file in which one byte of a tensor is another."""
+def with_flipped_bit() -> bytes:
+    """Return a torch file in which one bit of a tensor was flipped."""
     data = bytearray(saved({"weights": torch.full((64,), 0.7)}))
     data[data.index(torch.full((64,), 0.7).numpy().tobytes())] ^= 1
     return bytes(data)
 
 
 def bomb() -> bytes:
-    """Return a file of 100 KB that would unpack to 100 MB."""
+    """Return an archive of 100 KB that would unpack to 100 MB."""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("bomb/data.pkl", bytes(10**8))
@@ -52,7 +52,7 @@ def calling_a_long_text() -> bytes:
     return archive.getvalue()
 
 
-def test_every_reader_of_torch_files_reads_it(tmp_path: Path) -> None:
+def test_torch_reads_a_checkpoint_too(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     save_checkpoint(path, {"weights": torch.arange(3.0), "epoch": 2})
     for content in (load_checkpoint(path), torch.load(path, weights_only=True)):
@@ -61,30 +61,32 @@ def test_every_reader_of_torch_files_reads_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "how"),
+    ("make", "message"),
     [
         (lambda: saved({"a": Foreign()}), r"cannot be read \(UnpicklingError\)"),
         (lambda: saved([1]), "it is not a run's checkpoint"),
         (calling_a_long_text, "a string of 20000 characters and calls an object"),
         (bomb, "would unpack to 95 MiB"),
-        (with_changed_weight, r"the checksum of '\S+/data/0' differs"),
+        (with_flipped_bit, r"the checksum of '\S+/data/0' differs"),
         (lambda: saved({"a": 1})[:300], r"cannot be read \(BadZipFile\)"),
     ],
 )
-def test_corruption_is_named(tmp_path: Path, make: Callable[[], bytes], how: str) -> None:
+def test_the_error_says_how_the_file_is_corrupt(
+    tmp_path: Path, make: Callable[[], bytes], message: str
+) -> None:
     path = tmp_path / "last.pt"
     path.write_bytes(make())
-    with pytest.raises(CorruptFileError, match=rf"^last\.pt is corrupt: .*{how}"):
+    with pytest.raises(CorruptFileError, match=rf"^last\.pt is corrupt: .*{message}"):
         load_checkpoint(path)
 
 
 def test_no_flipped_bit_changes_the_content(tmp_path: Path) -> None:
-    """Each byte in turn: the file is refused, or the content is the same."""
+    """One bit of each byte in turn is flipped: the file is refused, or has the same content."""
     path = tmp_path / "last.pt"
     weights = torch.arange(3.0)
-    whole, refused = saved({"weights": weights, "epoch": 2, "name": "resnet8"}), 0
-    for position in range(len(whole)):
-        damaged = bytearray(whole)
+    original, refused = saved({"weights": weights, "epoch": 2, "name": "resnet8"}), 0
+    for position in range(len(original)):
+        damaged = bytearray(original)
         damaged[position] ^= 1 << position % 8
         path.write_bytes(damaged)
         try:
@@ -94,7 +96,7 @@ def test_no_flipped_bit_changes_the_content(tmp_path: Path) -> None:
             continue
         assert torch.equal(found.pop("weights"), weights)
         assert found == {"epoch": 2, "name": "resnet8"}
-    assert refused > len(whole) / 4
+    assert refused > len(original) / 4
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error")])
@@ -114,8 +116,8 @@ def test_an_unreadable_file_is_not_called_corrupt(
         load_checkpoint(path)
 
 
-def test_a_large_file_is_in_memory_once(tmp_path: Path) -> None:
-    """Apart from the tensors, which are not in Python's memory."""
+def test_loading_keeps_one_copy_of_the_file_in_memory(tmp_path: Path) -> None:
+    """Tensors are not counted, since tracemalloc sees only Python's memory."""
     path = tmp_path / "last.pt"
     save_checkpoint(path, {"state": [torch.zeros(2**15) for _ in range(200)]})
     load_checkpoint(path)  # torch imports modules the first time

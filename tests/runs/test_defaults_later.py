@@ -1,4 +1,4 @@
-"""A setting that a later version adds: runs made before it stay what they are."""
+"""A setting that a later version adds does not change what earlier runs are."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class ArchConfig(Config):
     teacher: LaterTeacher | None
 
 
-# What is added, and where: how the later version differs, a setting of it, its default, another.
+# By what is added: a function that adds it, the setting's name, its default and another value.
 Later = Callable[[pytest.MonkeyPatch], None]
 LATER: dict[str, tuple[Later, str, Any, Any]] = {
     "a keyword of a method": (
@@ -114,13 +114,13 @@ LATER: dict[str, tuple[Later, str, Any, Any]] = {
 
 @pytest.fixture
 def upgrade(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Return a function that makes this process the later version that ``LATER`` names."""
+    """Return a function that adds the setting that ``LATER`` has under a name."""
 
-    def become(kind: str) -> None:
+    def add_setting(kind: str) -> None:
         LATER[kind][0](monkeypatch)
         sskd.runs.recipe.defaults_of.cache_clear()
 
-    yield become
+    yield add_setting
     monkeypatch.undo()
     sskd.runs.recipe.defaults_of.cache_clear()
 
@@ -133,8 +133,8 @@ def folder_of(config: Config) -> Path:
     return run_folder(config, diff_from_recipe(config))
 
 
-def leave(config: Config, name: str, text: str) -> None:
-    """Leave what an earlier version has of the run of ``config``, beside a file."""
+def write_run(config: Config, name: str, text: str) -> None:
+    """Write the run folder of ``config`` as an earlier version does, with one file in it."""
     folder = folder_of(config)
     folder.mkdir(parents=True)
     OmegaConf.save(OmegaConf.create(full_config(config)), folder / "config.yaml")
@@ -149,7 +149,7 @@ def setting(config: Config, path: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", LATER)
-def test_its_default_holds_where_the_yaml_lacks_it(
+def test_a_default_in_python_is_enough(
     composed: Compose, upgrade: Callable[[str], None], kind: str
 ) -> None:
     _, path, default, other = LATER[kind]
@@ -165,7 +165,7 @@ def test_a_finished_run_is_found_in_its_folder(
     composed: Compose, upgrade: Callable[[str], None], kind: str, extra: tuple[str, ...]
 ) -> None:
     before = composed(*words_of(kind), *extra)
-    leave(before, "result.json", '{"top1": {"last": 50.0}}')
+    write_run(before, "result.json", '{"top1": {"last": 50.0}}')
     upgrade(kind)
     after = composed(*words_of(kind), *extra)
     assert folder_of(after) == folder_of(before)
@@ -175,10 +175,10 @@ def test_a_finished_run_is_found_in_its_folder(
 
 
 @pytest.mark.parametrize("kind", LATER)
-def test_a_run_that_was_stopped_is_resumed(
+def test_a_stopped_run_is_resumed(
     composed: Compose, upgrade: Callable[[str], None], kind: str
 ) -> None:
-    leave(composed(*words_of(kind)), "last.pt", "a checkpoint")
+    write_run(composed(*words_of(kind)), "last.pt", "a checkpoint")
     upgrade(kind)
     config = composed(*words_of(kind))
     with Run(folder_of(config), full_config(config)).open():
@@ -191,7 +191,7 @@ def test_another_value_is_another_configuration(
 ) -> None:
     _, path, default, other = LATER[kind]
     old = composed(*words_of(kind))
-    leave(old, "result.json", "{}")
+    write_run(old, "result.json", "{}")
     upgrade(kind)
     changed = composed(*words_of(kind), f"+{path}={json.dumps(other)}")
     assert folder_of(changed) != folder_of(old)
@@ -203,7 +203,7 @@ def test_another_value_is_another_configuration(
 def test_a_student_finds_its_teacher(
     composed: Compose, upgrade: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    leave(teacher_config(composed(*words_of(kind))), "result.json", '{"digest": {"best": "0"}}')
+    write_run(teacher_config(composed(*words_of(kind))), "result.json", '{"digest": {"best": "0"}}')
     upgrade(kind)
     monkeypatch.setitem(METHODS, "vanilla", LaterVanilla)
     sskd.runs.recipe.defaults_of.cache_clear()
@@ -255,16 +255,16 @@ def test_a_default_out_of_its_own_range_is_refused(
         composed(*RUN, "method=kd")
 
 
-def test_a_setting_of_the_recipe_alone_counts_as_the_recipes(
+def test_a_missing_setting_counts_as_the_recipes_value(
     composed: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is in the YAML, without a default in Python."""
+    """The setting has a value in the YAML files and no default in Python."""
 
     class Required(Config):
         ema: Share
 
     old = composed(*RUN, "method=kd")
-    leave(old, "result.json", "{}")
+    write_run(old, "result.json", "{}")
     original = sskd.runs.recipe._compose
 
     def with_ema(*words: str) -> Any:
@@ -280,26 +280,26 @@ def test_a_setting_of_the_recipe_alone_counts_as_the_recipes(
     sskd.runs.recipe.defaults_of.cache_clear()
 
 
-@pytest.mark.parametrize("lost", ["method.name", "student.name", "seed", "method.weights.kd"])
-def test_what_every_version_has_written_is_never_assumed(composed: Compose, lost: str) -> None:
+@pytest.mark.parametrize("missing", ["method.name", "student.name", "seed", "method.weights.kd"])
+def test_no_default_is_assumed_for_what_was_always_written(composed: Compose, missing: str) -> None:
     config = composed(*RUN, "method=kd")
-    leave(config, "result.json", "{}")
+    write_run(config, "result.json", "{}")
     path = folder_of(config) / "config.yaml"
-    kept = OmegaConf.load(path)
-    *parents, last = lost.split(".")
-    node: Any = kept
+    content = OmegaConf.load(path)
+    *parents, last = missing.split(".")
+    node: Any = content
     for parent in parents:
         node = node[parent]
     del node[last]
-    OmegaConf.save(kept, path)
-    with pytest.raises(UserError, match=rf"{lost} \(None there"):
+    OmegaConf.save(content, path)
+    with pytest.raises(UserError, match=rf"{missing} \(None there"):
         Run(folder_of(config), full_config(config)).finished(RunResult)
 
 
-def test_a_real_run_is_finished_in_the_later_version(
+def test_a_later_version_trains_no_finished_run_again(
     composed: Compose, upgrade: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With its teacher, trained on the way; a sweep asks the same of each of its cells."""
+    """The run has trained its teacher. A sweep checks each of its jobs in the same way."""
     tiny = ("dataset.fraction=0.05", "teacher.fraction=0.05", "schedule.epochs=1")
     words = (*words_of("a setting of all runs"), *tiny, "teacher.train=true")
     result = train(composed(*words))

@@ -1,4 +1,4 @@
-"""A run that the first version of the suite left in mid-epoch goes on in this one."""
+"""A run that was stopped in mid-epoch by the first version of the suite is resumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ARCHIVE = Path(__file__).parent / "first_version" / "stopped.tar.xz"
 SETTINGS = ("dataset=digits", "dataset.fraction=0.05", "schedule.epochs=4", "batch_size=16")
 
 
-def test_a_run_of_the_first_version_goes_on_and_serves(
+def test_a_run_of_the_first_version_resumes(
     composed: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = composed(*SETTINGS, "arch=resnet8", primary="teacher")
@@ -30,7 +30,7 @@ def test_a_run_of_the_first_version_goes_on_and_serves(
     train(config)
     assert "resumes in" in capsys.readouterr().out
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open()]
-    # What the first version itself made of it.
+    # The first version itself had these losses.
     assert losses == pytest.approx([2.37721, 2.33152, 2.29741, 2.24246], rel=1e-3)
 
     networks = ("arch@teacher=resnet8", "arch@student=resnet8", f"teacher.checkpoint={folder}")

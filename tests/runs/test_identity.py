@@ -1,4 +1,4 @@
-"""What makes a run another run, and what is only said in another way."""
+"""Which settings make another run, and which are only another way to write the same run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Compose, SmallTeacher
+from crashes import CrashError, at_step, crash
 from faults import SMALL
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from test_run import CrashError, at_step, crash
 
 from sskd import CONF
 from sskd.commands.sweep import Sweep
@@ -27,7 +27,7 @@ from sskd.teachers.find import missing_teacher, run_location
 from sskd.train import train
 from sskd.training.result import _circumstances
 
-OWN_TEACHER = [item for item in SMALL if not item.startswith("teacher.train")]
+WITHOUT_TEACHER_RUN = [item for item in SMALL if not item.startswith("teacher.train")]
 
 
 def folder_of(config: Config) -> Path:
@@ -35,7 +35,7 @@ def folder_of(config: Config) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "setting"),
     [
         (["schedule=paper"], "teacher.epochs=240"),
         (["schedule=short"], "teacher.epochs=24"),
@@ -47,10 +47,10 @@ def folder_of(config: Config) -> Path:
         (["dataset.fraction=0.5"], "teacher.fraction=1.0"),
     ],
 )
-def test_a_default_that_is_given_is_no_variant(
-    composed: Compose, words: list[str], said: str
+def test_a_default_that_is_typed_changes_nothing(
+    composed: Compose, words: list[str], setting: str
 ) -> None:
-    without, given = composed(*words), composed(*words, said)
+    without, given = composed(*words), composed(*words, setting)
     assert diff_from_recipe(given) == diff_from_recipe(without)
     assert folder_of(given) == folder_of(without)
     one, other = missing_teacher(given), missing_teacher(without)
@@ -60,16 +60,16 @@ def test_a_default_that_is_given_is_no_variant(
 
 
 @pytest.mark.parametrize(
-    "said",
+    "setting",
     ["teacher.epochs=24", "teacher.precision=bf16", "teacher.epoch=last", "teacher.seed=1",
      "teacher.fraction=0.5", "teacher.label_noise=0.1", "teacher.base_lr=0.1"],
 )  # fmt: skip
-def test_another_teacher_of_the_suite_is_a_variant(composed: Compose, said: str) -> None:
-    key, _, value = said.partition("=")
-    changed = diff_from_recipe(composed(said))
+def test_another_teacher_run_makes_another_student_run(composed: Compose, setting: str) -> None:
+    key, _, value = setting.partition("=")
+    changed = diff_from_recipe(composed(setting))
     assert list(changed) == [key]
     assert str(changed[key]) == value
-    assert earlier_diffs_from_recipe(composed(said)) == [changed]
+    assert earlier_diffs_from_recipe(composed(setting)) == [changed]
 
 
 @pytest.fixture
@@ -83,45 +83,45 @@ def checkpoint(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "setting",
     ["teacher.epoch=last", "teacher.epochs=5", "teacher.precision=bf16", "teacher.seed=3",
      "teacher.fraction=0.5", "teacher.label_noise=0.1", "teacher.base_lr=0.3"],
 )  # fmt: skip
-def test_settings_beside_a_file_make_no_variant(
-    composed: Compose, checkpoint: str, said: str
+def test_teacher_settings_beside_a_file_do_not_count(
+    composed: Compose, checkpoint: str, setting: str
 ) -> None:
-    words = [*OWN_TEACHER, "method=kd", f"teacher.checkpoint={checkpoint}"]
-    assert run_location(composed(*words, said)) == run_location(composed(*words))
+    words = [*WITHOUT_TEACHER_RUN, "method=kd", f"teacher.checkpoint={checkpoint}"]
+    assert run_location(composed(*words, setting)) == run_location(composed(*words))
     assert list(run_location(composed(*words))[1])[-1] == "teacher.digest"
 
 
-def test_beside_a_folder_the_epoch_chooses_the_file(composed: Compose, checkpoint: str) -> None:
-    words = [*OWN_TEACHER, "method=kd", f"teacher.checkpoint={Path(checkpoint).parent}"]
+def test_the_epoch_chooses_the_file_in_a_teacher_folder(composed: Compose, checkpoint: str) -> None:
+    words = [*WITHOUT_TEACHER_RUN, "method=kd", f"teacher.checkpoint={Path(checkpoint).parent}"]
     best, last = (
         run_location(composed(*words, f"teacher.epoch={epoch}")) for epoch in ("best", "last")
     )
     assert best != last
     assert best[1].keys() == last[1].keys()
-    file = [*OWN_TEACHER, "method=kd", f"teacher.checkpoint={checkpoint}"]
-    assert run_location(composed(*file)) == best
+    of_file = [*WITHOUT_TEACHER_RUN, "method=kd", f"teacher.checkpoint={checkpoint}"]
+    assert run_location(composed(*of_file)) == best
 
 
 # ``seed0-`` and 8 hex digits of {"teacher.epochs": 240}, as earlier versions named the folder.
 EARLIER = "seed0-575746df"
 
 
-def put_aside_as(folder: Path, config: Config) -> None:
-    """Leave what a run of ``config`` writes first in ``folder``."""
+def write_config(folder: Path, config: Config) -> None:
+    """Write ``config.yaml`` into ``folder``, as a run of ``config`` does when it starts."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(full_config(config, "0" * 64)))
 
 
-def test_a_run_that_an_earlier_version_named_is_found(
+def test_a_folder_that_an_earlier_version_named_is_found(
     composed: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = composed("teacher.epochs=240")
     earlier = folder_of(config).parent / EARLIER
-    put_aside_as(earlier, config)
+    write_config(earlier, config)
     assert folder_of(config) == earlier
     folder_of(composed("seed=1")).parent.joinpath("seed0").mkdir()
     assert folder_of(config).name == "seed0"
@@ -144,7 +144,7 @@ def test_a_run_that_an_earlier_version_named_is_found(
 BENCHMARK = ("weighting=crd_benchmark", "teacher.epoch=last")
 
 
-# Beside it, the difference from CE + KD (1, 1) after which earlier versions named the folder.
+# The difference from CE + KD (1, 1), of whose hash earlier versions made the folder's name.
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -164,27 +164,27 @@ def test_a_run_of_the_first_recipe_is_found(
     digits = f"-{hashlib.sha256(named.encode()).hexdigest()[:8]}" if named else ""
     older = today.parent / f"seed0{digits}"
     assert older != today
-    put_aside_as(older, config)
+    write_config(older, config)
     assert run_location(config) == (older, diff_from_recipe(config))
     today.mkdir()
     assert folder_of(config) == today
 
 
 @pytest.mark.parametrize("content", ["weighting=sskd", "method.weights.fitnet=50", "{", ""])
-def test_a_folder_of_that_name_may_hold_another_run(composed: Compose, content: str) -> None:
+def test_an_earlier_name_may_belong_to_another_run(composed: Compose, content: str) -> None:
     config = composed("method=fitnet", "weighting=common")
     today = folder_of(config)
     older = today.parent / "seed0"
-    put_aside_as(older, composed("method=fitnet", content) if "=" in content else config)
+    write_config(older, composed("method=fitnet", content) if "=" in content else config)
     if "=" not in content:
         (older / "config.yaml").write_text(content)
     assert folder_of(config) == today
 
 
-def test_a_link_of_that_name_is_passed_over(composed: Compose, tmp_path: Path) -> None:
+def test_a_link_with_an_earlier_name_is_ignored(composed: Compose, tmp_path: Path) -> None:
     config = composed("method=fitnet", "weighting=common")
     today = folder_of(config)
-    put_aside_as(tmp_path / "elsewhere", config)
+    write_config(tmp_path / "elsewhere", config)
     today.parent.mkdir(parents=True)
     (today.parent / "seed0").symlink_to(tmp_path / "elsewhere")
     assert folder_of(config) == today
@@ -207,9 +207,9 @@ def test_a_run_of_the_first_recipe_is_not_trained_again(
         with pytest.raises(CrashError) if stopped else nullcontext():
             train(config)
     today = folder_of(config)
-    # By default, CE + KD (1, 1) was no difference.
-    weightless = {k: v for k, v in diff_from_recipe(config).items() if "weights" not in k}
-    older = today.rename(run_folder(config, weightless))
+    # In the first recipe, CE + KD (1, 1) was the default.
+    without_weights = {k: v for k, v in diff_from_recipe(config).items() if "weights" not in k}
+    older = today.rename(run_folder(config, without_weights))
     capsys.readouterr()
     train(config)
     out = capsys.readouterr().out
@@ -219,18 +219,18 @@ def test_a_run_of_the_first_recipe_is_not_trained_again(
 
 
 @pytest.mark.parametrize("order", [("sskd", "common"), ("common", "sskd")])
-def test_a_sweep_of_both_weightings_keeps_both_cells(
+def test_a_sweep_of_both_weightings_keeps_both_jobs(
     composed: Compose, tmp_path: Path, order: tuple[str, str]
 ) -> None:
     config = composed("method=fitnet", "weighting=common")
-    put_aside_as(folder_of(config).parent / "seed0", config)
+    write_config(folder_of(config).parent / "seed0", config)
     with initialize_config_dir(str(CONF), version_base=None):
         words = [f"runs={tmp_path / 'runs'}", "method=fitnet"]
-        cells = Sweep(
+        jobs = Sweep(
             [[f"weighting={name}"] for name in order],
-            lambda own: compose("student", [*words, *own], return_hydra_config=True),
+            lambda overrides: compose("student", [*words, *overrides], return_hydra_config=True),
         ).jobs
-    assert [cell.config.model_dump()["method"]["weights"]["kd"] for cell in cells] == [
+    assert [job.config.model_dump()["method"]["weights"]["kd"] for job in jobs] == [
         {"sskd": 0.9, "common": 1.0}[name] for name in order
     ]
 
@@ -254,13 +254,13 @@ def test_the_number_of_threads_is_in_the_result(few_images: Images, more: int) -
         {f"k{number}": 1 for number in range(10_000)},
     ],
 )
-def test_what_differs_is_a_short_line(found: dict[str, object]) -> None:
-    told = explain_difference(found, {"batch_size": 64})
-    assert "batch_size (" in told
-    assert len(told) < 1000
+def test_a_long_difference_is_shortened(found: dict[str, object]) -> None:
+    message = explain_difference(found, {"batch_size": 64})
+    assert "batch_size (" in message
+    assert len(message) < 1000
 
 
-def test_a_digest_that_differs_is_told_whole() -> None:
+def test_a_digest_that_differs_is_not_shortened() -> None:
     one, other = (hashlib.sha256(text).hexdigest() for text in (b"one", b"other"))
-    told = explain_difference({"dataset": {"digest": one}}, {"dataset": {"digest": other}})
-    assert told == f"dataset.digest ('{one}' there, '{other}' here)"
+    message = explain_difference({"dataset": {"digest": one}}, {"dataset": {"digest": other}})
+    assert message == f"dataset.digest ('{one}' there, '{other}' here)"

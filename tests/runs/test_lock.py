@@ -1,4 +1,4 @@
-"""The lease on a run's folder: one holder, and none that is dead."""
+"""The lease on a run's folder: one holder at a time, and no dead one."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.wait()
 
 
-def from_another_node(folder: Path, heard_of: float) -> str:
-    """Make the lock of ``folder`` look like one of another node, ``heard_of`` seconds ago."""
+def move_to_another_node(folder: Path, age: float) -> str:
+    """Make the lock of ``folder`` one of another node, renewed ``age`` seconds ago."""
     path = folder / ".lease"
     text = path.read_text()
     assert socket.gethostname() in text
     path.write_text(text.replace(socket.gethostname(), "elsewhere"))
-    moment = time.time() - heard_of
+    moment = time.time() - age
     os.utime(path, (moment, moment))
     return path.read_text()
 
@@ -60,7 +60,7 @@ def test_a_folder_has_one_holder(tmp_path: Path, holder: subprocess.Popen[str]) 
         FolderLock(tmp_path).acquire()
 
 
-def test_a_holder_that_was_killed_is_followed_at_once(
+def test_the_lock_of_a_killed_holder_is_free_at_once(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
     holder.send_signal(signal.SIGKILL)
@@ -74,11 +74,11 @@ def test_a_holder_that_was_killed_is_followed_at_once(
     assert not is_held(tmp_path)
 
 
-def test_a_holder_on_another_node_is_left_alone_while_it_is_heard_of(
+def test_a_live_holder_on_another_node_keeps_the_lock(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
     holder.send_signal(signal.SIGSTOP)
-    from_another_node(tmp_path, heard_of=1)
+    move_to_another_node(tmp_path, age=1)
     started = time.monotonic()
     with pytest.raises(BusyError, match="on elsewhere"):
         FolderLock(tmp_path).acquire()
@@ -86,25 +86,25 @@ def test_a_holder_on_another_node_is_left_alone_while_it_is_heard_of(
     assert is_held(tmp_path)
 
 
-@pytest.mark.parametrize("heard_of", [1000, -1000])  # where clocks differ, in the future
-def test_a_node_that_died_is_followed_after_the_lease(
-    tmp_path: Path, holder: subprocess.Popen[str], heard_of: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("age", [1000, -1000])  # in the future if the clocks differ
+def test_the_lock_of_a_dead_node_is_free_after_the_lease(
+    tmp_path: Path, holder: subprocess.Popen[str], age: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    text = from_another_node(tmp_path, heard_of)
+    text = move_to_another_node(tmp_path, age)
     (tmp_path / ".lease").write_text(text.replace("120.0", "2.0"))
-    os.utime(tmp_path / ".lease", (time.time() - heard_of,) * 2)
+    os.utime(tmp_path / ".lease", (time.time() - age,) * 2)
     monkeypatch.setattr(sskd.runs.lock, "DURATION", 2.0)
     monkeypatch.setattr(sskd.runs.lock, "HEARTBEAT", 0.5)
-    assert is_held(tmp_path) == (heard_of < 0)
+    assert is_held(tmp_path) == (age < 0)
     lock, started = FolderLock(tmp_path), time.monotonic()
     lock.acquire()
-    assert time.monotonic() - started >= 2  # a clock says nothing; it was watched
+    assert time.monotonic() - started >= 2  # it watched the file, and did not trust the clocks
     lock.release()
 
 
-def test_a_holder_whose_lock_was_removed_knows(tmp_path: Path) -> None:
+def test_a_holder_notices_that_its_lock_was_removed(tmp_path: Path) -> None:
     lock = FolderLock(tmp_path)
     lock.acquire()
     (tmp_path / ".lease").unlink()
@@ -113,7 +113,7 @@ def test_a_holder_whose_lock_was_removed_knows(tmp_path: Path) -> None:
     lock.release()
 
 
-def test_what_is_no_lock_of_this_version_is_told(tmp_path: Path) -> None:
+def test_a_lock_of_another_version_is_reported(tmp_path: Path) -> None:
     lock = FolderLock(tmp_path)
     lock.acquire()
     text = (tmp_path / ".lease").read_text()
@@ -123,10 +123,10 @@ def test_what_is_no_lock_of_this_version_is_told(tmp_path: Path) -> None:
         FolderLock(tmp_path).acquire()
 
 
-def test_a_process_of_another_container_is_not_looked_for_here(
+def test_a_process_id_of_another_container_is_not_checked(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
-    """Its number is another process's here, or none's."""
+    """The same number here can be another process, or no process."""
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert not is_held(tmp_path)
@@ -137,18 +137,18 @@ def test_a_process_of_another_container_is_not_looked_for_here(
     assert is_held(tmp_path)
 
 
-def test_a_silent_holder_is_not_watched_where_others_would_wait_for_it(
+def test_without_watch_a_silent_holder_keeps_the_lock(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
     holder.send_signal(signal.SIGSTOP)
-    from_another_node(tmp_path, heard_of=100)
+    move_to_another_node(tmp_path, age=100)
     started = time.monotonic()
     with pytest.raises(BusyError, match="on elsewhere"):
         FolderLock(tmp_path).acquire(watch=False)
     assert time.monotonic() - started < 5
 
 
-def test_a_holder_that_lost_its_folder_knows(tmp_path: Path) -> None:
+def test_a_holder_notices_that_it_lost_the_folder(tmp_path: Path) -> None:
     lock = FolderLock(tmp_path)
     lock.acquire()
     lock.check()
@@ -158,5 +158,5 @@ def test_a_holder_that_lost_its_folder_knows(tmp_path: Path) -> None:
     with pytest.raises(BusyError, match="was taken by another process"):
         lock.check()
     lock.release()
-    other.check()  # what was lost is not released
+    other.check()  # the release of a lost lock does not free it
     other.release()

@@ -1,4 +1,4 @@
-"""A path on the command line starts from the folder in which the command was started."""
+"""A path on the command line is relative to the folder in which the command was started."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import SMALL
 from hydra.core.hydra_config import HydraConfig
 from PIL import Image
-from test_run import SMALL
 
 import train_student
 from sskd.commands.process import run_command
@@ -23,7 +23,7 @@ CHDIR = "hydra.job.chdir=true"
 
 
 class FromFolder:
-    """Runs a command in this process, started in ``folder``, with relative paths as they are."""
+    """Runs a command in this process as if it was started in ``folder``."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: Any, folder: Path) -> None:
         self._monkeypatch, self._capsys, self.folder = monkeypatch, capsys, folder
@@ -59,7 +59,7 @@ def results(folder: Path) -> list[Path]:
     ],
     ids=["chdir", "chdir to folders of the user", "folders of the user"],
 )
-def test_a_sweep_finds_its_cells(started: FromFolder, tmp_path: Path, hydra: list[str]) -> None:
+def test_a_sweep_finds_its_runs(started: FromFolder, tmp_path: Path, hydra: list[str]) -> None:
     words = ["-m", *ONE_EPOCH, "method=vanilla", "seed=0,1", "runs=results", *hydra]
     status, out, err = started(*words)
     assert (status, err) == (0, "")
@@ -67,7 +67,7 @@ def test_a_sweep_finds_its_cells(started: FromFolder, tmp_path: Path, hydra: lis
     assert len(results(tmp_path)) == len(results(tmp_path / "results" / "digits")) == 2
     status, out, _ = started(*words)
     assert (status, out) == (0, "2 jobs, 2 finished already\n2 of 2 jobs have finished\n")
-    # The same run, whatever Hydra does with folders.
+    # Hydra's own folders do not change which run it is.
     status, out, _ = started(*words[: -len(hydra)])
     assert (status, out) == (0, "2 jobs, 2 finished already\n2 of 2 jobs have finished\n")
 
@@ -77,12 +77,10 @@ def test_a_single_run_writes_where_it_was_started(started: FromFolder, tmp_path:
     assert started(*words, CHDIR, "hydra.run.dir=elsewhere/${seed}")[0] == 0
     assert (tmp_path / "elsewhere" / "0").is_dir()
     assert len(results(tmp_path)) == len(results(tmp_path / "results" / "digits")) == 2
-    assert "finished already" in started(*words)[1]
+    assert "already finished" in started(*words)[1]
 
 
-def test_images_and_a_checkpoint_are_found_where_it_was_started(
-    started: FromFolder, tmp_path: Path
-) -> None:
+def test_paths_of_images_and_checkpoints_are_found(started: FromFolder, tmp_path: Path) -> None:
     for part in ("train", "test"):
         for label in range(2):
             folder = tmp_path / "pets" / part / str(label)
@@ -98,15 +96,15 @@ def test_images_and_a_checkpoint_are_found_where_it_was_started(
     (result,) = results(tmp_path)
     assert json.loads(result.read_text())["dataset"] == "pets"
     assert result.parents[3] == tmp_path / "runs" / "pets" / "distill"
-    assert "finished already" in started(*words)[1]
-    # Nothing in the run's identity depends on how it was started.
+    assert "already finished" in started(*words)[1]
+    # The run's identity does not depend on where Hydra ran the job.
     shutil.rmtree(result.parent)
     assert started(*words)[0] == 0
     assert results(tmp_path) == [result]
 
 
 @pytest.mark.parametrize("path", ["runs", "a/b", "../beside", ".", "/an/absolute", "~/below"])
-def test_a_path_of_a_job_that_changed_its_folder(
+def test_a_path_is_the_same_after_a_change_of_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str
 ) -> None:
     from hydra import compose, initialize_config_dir
@@ -114,11 +112,11 @@ def test_a_path_of_a_job_that_changed_its_folder(
     from sskd import CONF
 
     monkeypatch.chdir(tmp_path)
-    here = expanded(path).absolute()
+    expected = expanded(path).absolute()
     with initialize_config_dir(str(CONF), version_base=None):
         composed = compose("student", return_hydra_config=True)
     composed.hydra.runtime.cwd = str(tmp_path)
     monkeypatch.setattr(HydraConfig.instance(), "cfg", composed)
     (tmp_path / "job").mkdir()
     monkeypatch.chdir(tmp_path / "job")
-    assert expanded(path) == here
+    assert expanded(path) == expected

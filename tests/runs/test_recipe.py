@@ -22,7 +22,7 @@ OPTIONS = [
     f"{group}={path.stem}"
     for group in ("arch@student", "arch@teacher", "method", "dataset")
     for path in sorted((CONF / group.partition("@")[0]).glob("*.yaml"))
-    if path.stem != "folder"  # its name is by default that of its folder, in the path of a run
+    if path.stem != "folder"  # its name is by default the name of its folder
 ]
 
 
@@ -32,7 +32,7 @@ def folder_of(config: Config) -> Path:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_the_recipe_has_the_defaults_of_every_option(composed: Compose, option: str) -> None:
-    """A default that is changed on purpose makes an exception here."""
+    """If a default is changed on purpose, exclude its option here."""
     default = default_config(composed(option))
     assert recipe(default).items() >= flatten(identity(default.model_dump())).items()
     assert not diff_from_recipe(default)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written atomically."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from sskd.files import make_durable_folder, stale_temporaries, write_atomically, write_text
 
 
-def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     write_text(path, "old")
 
@@ -31,13 +31,13 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path) -> None:
     assert path.read_text() == "new"
 
 
-def test_what_a_killed_process_left_is_found_and_nothing_else(tmp_path: Path) -> None:
+def test_only_temporary_files_are_stale(tmp_path: Path) -> None:
     for name in (".last.pt.123.part", "last.pt", ".lock", "views.part"):
         (tmp_path / name).write_text("")
     assert [path.name for path in stale_temporaries(tmp_path)] == [".last.pt.123.part"]
 
 
-def test_what_was_there_before_can_be_kept(tmp_path: Path) -> None:
+def test_the_old_content_can_be_kept(tmp_path: Path) -> None:
     path, kept = tmp_path / "last.pt", tmp_path / "previous.pt"
     for content in (b"one", b"two", b"three"):
         write_atomically(path, methodcaller("write", content), keep=kept)
@@ -45,10 +45,10 @@ def test_what_was_there_before_can_be_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_the_disk_has_a_file_before_its_name(
+def test_a_file_is_synced_before_it_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool
 ) -> None:
-    """A power failure would else leave an empty file in the place of a whole one."""
+    """Otherwise a power failure could leave an empty file in the place of the old one."""
     path = tmp_path / "last.pt"
     path.write_bytes(b"old")
     steps: list[tuple[str, int, int]] = []
@@ -78,7 +78,7 @@ def test_the_disk_has_a_file_before_its_name(
     ]
 
 
-def test_a_folder_is_made_with_those_above_it(tmp_path: Path) -> None:
+def test_a_folder_is_created_with_its_parents(tmp_path: Path) -> None:
     for _ in range(2):
         make_durable_folder(tmp_path / "a" / "b" / "c")
         assert (tmp_path / "a" / "b" / "c").is_dir()

@@ -1,4 +1,4 @@
-"""A teacher's outputs from a file: its own, found again, and never taken where they are damaged."""
+"""Outputs of a teacher that are computed once, kept in a file, and refused if it is corrupt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from breaking import Undisturbed, outcome, survives
+from breaking import Undisturbed, check_survives, outcome
 from conftest import Compose, random_images
 from faults import SMALL, Attempt
 from torch import Tensor
@@ -43,14 +43,14 @@ TEACHERS = [
     "resnet14", "resnet32x4", "wrn_40_2", "vgg13", "ResNet50", "MobileNetV2", "ShuffleV1",
     "ShuffleV2",
 ]  # fmt: skip
-FITTING = sorted(
+PRECOMPUTABLE = sorted(
     name for name, kind in METHODS.items() if kind.needs_teacher and can_precompute(kind)
 )
-DIGEST = TeacherWeights(Path("nowhere"), "0" * 64)
+TEACHER = TeacherWeights(Path("unused"), "0" * 64)
 
 
-def made(config: Config, images: Images) -> Method:
-    """Return the method with a teacher whose BatchNorms have seen images."""
+def build(config: Config, images: Images) -> Method:
+    """Return the method, with statistics of ``images`` in the teacher's BatchNorms."""
     method = assemble(config, images)
     loader = Loader(images.train, images.mean, images.std, len(images.train), method.views)
     method.teacher.train()
@@ -63,7 +63,7 @@ def made(config: Config, images: Images) -> Method:
 
 
 class Spy:
-    """Features that remember which of them were read."""
+    """Features that record which of them are read."""
 
     def __init__(self, features: Features, read: set[str]) -> None:
         self._features, self._read = features, read
@@ -74,7 +74,7 @@ class Spy:
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_a_method_reads_of_its_teacher_what_it_declares(composed: Compose, name: str) -> None:
+def test_a_method_declares_the_teacher_outputs_it_reads(composed: Compose, name: str) -> None:
     if not METHODS[name].needs_teacher:
         pytest.skip("it has no teacher")
     images = random_images(8, 4)
@@ -86,27 +86,27 @@ def test_a_method_reads_of_its_teacher_what_it_declares(composed: Compose, name:
         return Spy(method.teacher(batch.x), read)
 
     method.precomputed = spied
-    for stage in method.phases():
-        set_trainable(stage, method)
-        loader = Loader(images.train, images.mean, images.std, 8, stage.views)
-        stage.loss(loader.next_batch())
+    for phase in method.phases():
+        set_trainable(phase, method)
+        loader = Loader(images.train, images.mean, images.std, 8, phase.views)
+        phase.loss(loader.next_batch())
     assert read == set(method.teacher_outputs)
 
 
-def test_the_methods_that_look_at_vectors_alone() -> None:
-    assert FITTING == ["ab", "cc", "crd", "fsp", "kd", "pkt", "rkd", "sskd"]
+def test_methods_that_read_only_vectors_can_precompute() -> None:
+    assert PRECOMPUTABLE == ["ab", "cc", "crd", "fsp", "kd", "pkt", "rkd", "sskd"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("teacher", TEACHERS)
-def test_rows_are_what_the_teacher_computes(
+def test_rows_equal_what_the_teacher_computes(
     composed: Compose, teacher: str, precision: str
 ) -> None:
     images = random_images(1, 4)
     pair = (f"arch@teacher={teacher}", "arch@student=resnet8")
     config = composed("method=rkd", *pair, f"precision={precision}", "dataset=digits")
-    method = made(config, images)
-    load_teacher_outputs(method, images, planned(config))
+    method = build(config, images)
+    load_teacher_outputs(method, images, plan_of(config))
     found = method.precomputed
     assert found is not None
     method.precomputed = None
@@ -115,58 +115,58 @@ def test_rows_are_what_the_teacher_computes(
         for seed in range(3):
             loader.begin_epoch(seed)
             batch = loader.next_batch()
-            own, kept = method.teacher_features(batch), found(batch)
-            # Other images in the batch round otherwise: by a bit or two of the type.
-            close = 1e-4 if precision == "fp32" else 0.05
+            computed, read = method.teacher_features(batch), found(batch)
+            # The batch size changes the rounding by a bit or two of the type.
+            tolerance = 1e-4 if precision == "fp32" else 0.05
             for name in ("logits", "pooled"):
-                wanted, given = getattr(own, name), getattr(kept, name)
-                assert given.dtype == wanted.dtype
-                torch.testing.assert_close(given, wanted, rtol=close, atol=close)
-            assert [len(kept.stem), kept.stages, kept.preacts] == [0, (), ()]
+                expected, row = getattr(computed, name), getattr(read, name)
+                assert row.dtype == expected.dtype
+                torch.testing.assert_close(row, expected, rtol=tolerance, atol=tolerance)
+            assert [len(read.stem), read.stages, read.preacts] == [0, (), ()]
 
 
-@pytest.mark.parametrize("name", FITTING)
-def test_losses_are_those_of_the_teacher_itself(composed: Compose, name: str) -> None:
+@pytest.mark.parametrize("name", PRECOMPUTABLE)
+def test_losses_equal_those_with_the_teacher_itself(composed: Compose, name: str) -> None:
     images = random_images(8, 4)
     pair = ("arch@teacher=resnet14", "arch@student=resnet8")
     config = composed(f"method={name}", *pair, "dataset=digits")
-    method = made(config, images)
-    load_teacher_outputs(method, images, planned(config))
-    looked_up = method.precomputed
-    stages = list(method.phases())
-    asked: list[object] = []
-    method.teacher.register_forward_pre_hook(lambda *given: asked.append(given))
-    for stage in stages:
-        set_trainable(stage, method)
-        loader = Loader(images.train, images.mean, images.std, 8, stage.views)
+    method = build(config, images)
+    load_teacher_outputs(method, images, plan_of(config))
+    precomputed = method.precomputed
+    phases = list(method.phases())
+    calls: list[object] = []
+    method.teacher.register_forward_pre_hook(lambda *inputs: calls.append(inputs))
+    for phase in phases:
+        set_trainable(phase, method)
+        loader = Loader(images.train, images.mean, images.std, 8, phase.views)
         batch = loader.next_batch()
         state = {key: value.clone() for key, value in method.state_dict().items()}
         losses = []
-        for source in (None, looked_up):
-            asked.clear()
+        for source in (None, precomputed):
+            calls.clear()
             method.precomputed = source
             torch.manual_seed(1)  # CRD draws its negatives
-            losses.append(stage.loss(batch).terms)
+            losses.append(phase.loss(batch).terms)
             method.load_state_dict(state)
         assert losses[0].keys() == losses[1].keys()
         for term, value in losses[0].items():
             torch.testing.assert_close(losses[1][term], value, rtol=1e-4, atol=1e-5)
-    assert not asked, "the last stage, looked up, needs no teacher"
+    assert not calls, "the last phase does not call the teacher"
 
 
-def planned(config: Config) -> RunPlan:
-    """Return the plan of a run with a teacher of any weights."""
-    return RunPlan(config, Path(config.runs, "run"), {}, DIGEST, {})
+def plan_of(config: Config) -> RunPlan:
+    """Return the plan of a run of ``config``; the digest of its teacher is made up."""
+    return RunPlan(config, Path(config.runs, "run"), {}, TEACHER, {})
 
 
-def cell(runs: Path, *more: str) -> list[str]:
-    """Return the words of a run on ten images, one of each class."""
+def overrides(runs: Path, *more: str) -> list[str]:
+    """Return the overrides of a run on ten images, one of each class."""
     small = (*SMALL, "arch@teacher=resnet8", "dataset.fraction=0.007")
     return [f"runs={runs}", *small, "teacher.precompute=true", *more]
 
 
 def kd(runs: Path, *more: str) -> list[str]:
-    return cell(runs, "method=kd", "schedule.epochs=1", "teacher.epochs=1", *more)
+    return overrides(runs, "method=kd", "schedule.epochs=1", "teacher.epochs=1", *more)
 
 
 def outputs(runs: Path) -> Path:
@@ -182,13 +182,15 @@ def losses(runs: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("name", ["ab", "crd", "sskd"])
-def test_a_run_learns_what_it_does_without(composed: Compose, tmp_path: Path, name: str) -> None:
-    words = cell(tmp_path, f"method={name}", "schedule.epochs=1")
-    for runs, chosen in (("with", "true"), ("without", "false")):
-        own = [f"runs={tmp_path / runs}", f"teacher.precompute={chosen}"]
-        sskd.train.train(composed(*words, *own))
-    (ours,), (theirs,) = losses(tmp_path / "with")[-1:], losses(tmp_path / "without")[-1:]
-    assert ours == pytest.approx(theirs, rel=1e-3)
+def test_a_run_has_the_losses_of_one_without_the_file(
+    composed: Compose, tmp_path: Path, name: str
+) -> None:
+    words = overrides(tmp_path, f"method={name}", "schedule.epochs=1")
+    for runs, precompute in (("with", "true"), ("without", "false")):
+        more = [f"runs={tmp_path / runs}", f"teacher.precompute={precompute}"]
+        sskd.train.train(composed(*words, *more))
+    found, expected = losses(tmp_path / "with")[-1], losses(tmp_path / "without")[-1]
+    assert found == pytest.approx(expected, rel=1e-3)
     folders = [
         {path.parent.relative_to(runs) for path in runs.rglob("result.json")}
         for runs in (tmp_path / "with", tmp_path / "without")
@@ -196,7 +198,7 @@ def test_a_run_learns_what_it_does_without(composed: Compose, tmp_path: Path, na
     assert {path.parts[3] for path in folders[0] - folders[1]} == {PHASE}
 
 
-def test_the_next_run_of_the_teacher_finds_them(
+def test_other_students_of_the_teacher_reuse_the_file(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -211,7 +213,7 @@ def test_the_next_run_of_the_teacher_finds_them(
     assert outputs(tmp_path).read_bytes() == before
 
 
-def test_what_they_depend_on_makes_others(composed: Compose, tmp_path: Path) -> None:
+def test_each_setting_of_the_outputs_makes_another_file(composed: Compose, tmp_path: Path) -> None:
     words = kd(tmp_path)
     others = (
         (),
@@ -227,10 +229,10 @@ def test_what_they_depend_on_makes_others(composed: Compose, tmp_path: Path) -> 
         assert len(list(tmp_path.rglob("outputs.bin"))) == number, other
 
 
-def test_a_method_that_reads_maps_asks_the_teacher(
+def test_a_method_that_reads_maps_precomputes_nothing(
     composed: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = cell(tmp_path, "method=fitnet", "schedule.epochs=1", "teacher.epochs=1")
+    words = overrides(tmp_path, "method=fitnet", "schedule.epochs=1", "teacher.epochs=1")
     sskd.train.train(composed(*words))
     assert (
         "teacher.precompute: method=fitnet reads more of the teacher than its logits and its "
@@ -239,30 +241,30 @@ def test_a_method_that_reads_maps_asks_the_teacher(
     assert not list(tmp_path.rglob("outputs.bin"))
 
 
-def flip(path: Path) -> None:
+def flip_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 4
     path.write_bytes(content)
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "a bit": flip,
+    "a bit": flip_bit,
     "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"0"),
-    "gone": Path.unlink,
+    "missing": Path.unlink,
 }
 
 
-def test_a_damaged_file_is_named(composed: Compose, tmp_path: Path) -> None:
+def test_the_error_names_a_corrupt_file(composed: Compose, tmp_path: Path) -> None:
     words = kd(tmp_path)
     sskd.train.train(composed(*words))
     path = outputs(tmp_path)
     content = path.read_bytes()
     for damage in DAMAGES.values():
         damage(path)
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as error:
             sskd.train.train(composed(*words, "seed=1"))
-        assert str(told.value) == (
+        assert str(error.value) == (
             f"{path}: is corrupt; delete the folder {path.parent} and rerun the same command"
         )
         path.write_bytes(content)
@@ -271,11 +273,11 @@ def test_a_damaged_file_is_named(composed: Compose, tmp_path: Path) -> None:
     assert outputs(tmp_path).read_bytes() == content
 
 
-def test_a_small_disk_is_told_before_anything_is_computed(
+def test_too_small_a_disk_is_reported_at_the_start(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
-    words = cell(tmp_path, "method=sskd", "schedule.epochs=1", "teacher.epochs=1")
+    words = overrides(tmp_path, "method=sskd", "schedule.epochs=1", "teacher.epochs=1")
     with pytest.raises(
         UserError,
         match=r"bin: the teacher's outputs need 0\.00179 GiB more, but only 0\.0009",
@@ -283,28 +285,30 @@ def test_a_small_disk_is_told_before_anything_is_computed(
         sskd.train.train(composed(*words))
 
 
-@pytest.mark.parametrize("told", ["CUDA out of memory.", "MPS backend out of memory"])
-def test_a_device_that_is_too_small_is_told(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
+@pytest.mark.parametrize("message", ["CUDA out of memory.", "MPS backend out of memory"])
+def test_too_small_a_device_is_reported(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str
 ) -> None:
     def full(*_: object) -> None:
-        raise RuntimeError(told)
+        raise RuntimeError(message)
 
     monkeypatch.setattr(sskd.teachers.outputs, "map_rows", full)
     with pytest.raises(UserError, match=r"outputs, 0\.\d+ GiB, do not fit into the memory of cpu"):
         sskd.train.train(
-            composed(*cell(tmp_path, "method=kd", "schedule.epochs=1", "dataset.fraction=0.02"))
+            composed(
+                *overrides(tmp_path, "method=kd", "schedule.epochs=1", "dataset.fraction=0.02")
+            )
         )
 
 
-def test_labels_make_no_others(composed: Compose, tmp_path: Path) -> None:
+def test_labels_do_not_change_the_outputs(composed: Compose, tmp_path: Path) -> None:
     words = kd(tmp_path)
     for noise in (0.0, 0.3, 0.5):
         sskd.train.train(composed(*words, f"dataset.label_noise={noise}"))
     assert outputs(tmp_path)
 
 
-def test_held_out_images_have_none(composed: Compose, tmp_path: Path) -> None:
+def test_held_out_images_have_no_outputs(composed: Compose, tmp_path: Path) -> None:
     words = kd(tmp_path)
     sskd.train.train(composed(*words, "dataset.fraction=0.05", "dataset.holdout=0.5"))
     assert outputs(tmp_path).stat().st_size == 40 * 162 * 10 * 4
@@ -326,41 +330,41 @@ OTHER_STATES: tuple[dict[str, Any], ...] = (
 )
 
 
-def interrupted(patch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """Let ``act`` happen when the outputs of the sixth image are computed, and not yet written."""
+def before_sixth_write(patch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    """Call ``action`` when the outputs of the sixth image are computed and not yet written."""
     compute = sskd.teachers.precompute._outputs
 
-    def with_act(*arguments: Any) -> Iterator[Tensor]:
+    def with_action(*arguments: Any) -> Iterator[Tensor]:
         for number, rows in enumerate(compute(*arguments)):
             if number == 5:
-                act()
+                action()
             yield rows
 
-    patch.setattr(sskd.teachers.precompute, "_outputs", with_act)
+    patch.setattr(sskd.teachers.precompute, "_outputs", with_action)
 
 
-def stopped(words: list[str], composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+def stop(words: list[str], composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute the outputs of the first six images, then stop by SIGTERM."""
     with monkeypatch.context() as patch:
-        interrupted(patch, lambda: signal.raise_signal(signal.SIGTERM))
+        before_sixth_write(patch, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Interrupted):
             sskd.train.train(composed(*words))
 
 
-def test_a_process_that_has_lost_the_folder_writes_no_more(
+def test_a_process_that_lost_the_folder_stops_writing(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lose() -> None:
+    def lose_lease() -> None:
         (lease,) = outputs(tmp_path).parent.glob(".lease")
         lease.unlink()
 
-    interrupted(monkeypatch, lose)
+    before_sixth_write(monkeypatch, lose_lease)
     with pytest.raises(BusyError):
         sskd.train.train(composed(*kd(tmp_path)))
     assert outputs(tmp_path).stat().st_size == 5 * 162 * 10 * 4
 
 
-def test_a_signal_saves_and_the_next_start_goes_on(
+def test_a_stopped_computation_resumes(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -368,21 +372,21 @@ def test_a_signal_saves_and_the_next_start_goes_on(
     sskd.train.train(composed(*words))
     undisturbed = outputs(tmp_path).read_bytes()
     shutil.rmtree(outputs(tmp_path).parent)
-    stopped([*words, "seed=1"], composed, monkeypatch)
+    stop([*words, "seed=1"], composed, monkeypatch)
     capsys.readouterr()
     sskd.train.train(composed(*words, "seed=1"))
     assert "; 6/10 images are done\n" in capsys.readouterr().out
     assert outputs(tmp_path).read_bytes() == undisturbed
 
 
-def test_a_part_that_is_damaged_is_not_gone_on_from(
+def test_a_corrupt_partial_file_is_refused(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = kd(tmp_path)
-    stopped(words, composed, monkeypatch)
+    stop(words, composed, monkeypatch)
     path = outputs(tmp_path)
     content = path.read_bytes()
-    for name in ("a bit", "cut", "gone"):
+    for name in ("a bit", "cut", "missing"):
         DAMAGES[name](path)
         with pytest.raises(UserError, match=r"outputs\.bin: is corrupt; delete the folder"):
             sskd.train.train(composed(*words))
@@ -390,22 +394,22 @@ def test_a_part_that_is_damaged_is_not_gone_on_from(
     sskd.train.train(composed(*words))
 
 
-def test_a_checkpoint_of_something_else_is_damaged(
+def test_a_foreign_checkpoint_is_corrupt(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = kd(tmp_path)
-    stopped(words, composed, monkeypatch)
+    stop(words, composed, monkeypatch)
     path = outputs(tmp_path).with_name("last.pt")
-    whole, content = load_checkpoint(path), outputs(tmp_path).read_bytes()
-    shared = {name: whole[name] for name in ("stage", "lines", "metrics_digest")}
+    original, content = load_checkpoint(path), outputs(tmp_path).read_bytes()
+    common = {name: original[name] for name in ("stage", "lines", "metrics_digest")}
     for state in OTHER_STATES:
-        save_checkpoint(path, {**(whole if state else shared), **state})
+        save_checkpoint(path, {**(original if state else common), **state})
         with pytest.raises(UserError, match=r"(last\.pt|bin): is corrupt; delete the folder"):
             sskd.train.train(composed(*words))
         outputs(tmp_path).write_bytes(content)
 
 
-def test_what_may_not_be_read_is_not_called_damaged(
+def test_an_unreadable_file_is_not_called_corrupt(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = kd(tmp_path)
@@ -419,45 +423,45 @@ def test_what_may_not_be_read_is_not_called_damaged(
         sskd.train.train(composed(*words, "seed=1"))
 
 
-def test_a_cell_has_let_go_of_its_own_when_the_next_takes_its(
+def test_a_job_frees_its_outputs_before_the_next_loads_them(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken: list[weakref.ref[Tensor]] = []
-    take = sskd.teachers.outputs.map_rows
+    loaded: list[weakref.ref[Tensor]] = []
+    map_rows = sskd.teachers.outputs.map_rows
 
     def watched(*arguments: Any) -> Tensor:
-        assert [rows() for rows in taken] == [None] * len(taken)
-        rows = take(*arguments)
-        taken.append(weakref.ref(rows))
+        assert [rows() for rows in loaded] == [None] * len(loaded)
+        rows = map_rows(*arguments)
+        loaded.append(weakref.ref(rows))
         return rows
 
     monkeypatch.setattr(sskd.teachers.outputs, "map_rows", watched)
     for seed in range(3):
         words = kd(tmp_path)
         sskd.train.train(composed(*words, f"seed={seed}"))
-    assert len(taken) == 3
+    assert len(loaded) == 3
 
 
-def test_processes_that_need_the_same_compute_them_once(
+def test_processes_that_need_the_same_file_compute_it_once(
     undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     runs = tmp_path / "runs"
-    ours = [
+    attempts = [
         Attempt("precomputed", runs, f"seed={seed}", log=tmp_path / f"{seed}.log")
         for seed in (0, 1)
     ]
-    for attempt in ours:
-        assert attempt.end(after=300) == 0, attempt.told
-    told = [line for attempt in ours for line in attempt.told]
-    assert sum(f"{PHASE}: computes" in line for line in told) == 1
+    for attempt in attempts:
+        assert attempt.end(after=300) == 0, attempt.output
+    output = [line for attempt in attempts for line in attempt.output]
+    assert sum(f"{PHASE}: computes" in line for line in output) == 1
     assert undisturbed.outcome("precomputed").items() <= outcome(runs).items()
 
 
 @pytest.mark.parametrize("act", ["killed", "power failure", "disk full"])
-def test_broken_anywhere_they_end_as_undisturbed(
+def test_a_broken_computation_ends_like_an_undisturbed_one(
     undisturbed: Undisturbed, tmp_path: Path, act: str
 ) -> None:
     last = undisturbed.moments("precomputed")
-    middle = range(last // 3, 2 * last // 3)  # before them the teacher is trained
+    middle = range(last // 3, 2 * last // 3)  # the teacher is trained before
     for number in random.Random(act).sample(middle, 2):
-        survives(undisturbed, "precomputed", act, number, tmp_path / str(number))
+        check_survives(undisturbed, "precomputed", act, number, tmp_path / str(number))

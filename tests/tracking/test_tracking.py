@@ -1,4 +1,4 @@
-"""What W&B gets, read back from an offline run."""
+"""What W&B receives, read back from an offline run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import wandb
 from conftest import Compose, plan_of
+from crashes import CrashError, at_step, crash
+from faults import SMALL
 from PIL import Image
-from test_run import SMALL, CrashError, at_step, crash
 
 import sskd.tracking.session
 import sskd.tracking.tracker
@@ -32,7 +33,7 @@ from sskd.training.signals import Interrupted
 
 
 def inspect(path: Path, *options: str) -> list[dict[str, Any]]:
-    """Return the JSON objects that W&B's own reader prints of an offline run."""
+    """Return the JSON objects that ``wandb leet inspect`` prints of an offline run."""
     program = Path(sys.executable).with_name("wandb")
     found = subprocess.run(
         [program, "leet", "inspect", "--json", *options, path],
@@ -52,12 +53,12 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def history(path: Path) -> list[dict[str, Any]]:
-    """Return the logged steps in order, each with its figures by name."""
+    """Return the logged steps in order, each with its metrics by name."""
     return [record["history"]["item"] for record in inspect(path) if record["type"] == "history"]
 
 
 @pytest.mark.usefixtures("offline")
-def test_a_run_without_a_login_is_kept_whole_on_disk(
+def test_a_run_without_a_login_is_complete_on_disk(
     composed: Compose, tmp_path: Path, capsys: Any
 ) -> None:
     arguments = [item for item in SMALL if not item.startswith("arch@student")]
@@ -96,8 +97,8 @@ def test_a_run_without_a_login_is_kept_whole_on_disk(
     assert list(student.parent.rglob("*.png"))
 
 
-def described(config: Config, digest: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what W&B is told of a run of ``config``, and the configuration on disk."""
+def reported(config: Config, digest: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what W&B receives of a run of ``config``, and the configuration on disk."""
     plan = plan_of(config, digest)
     run = Run(plan.folder, plan.full_config)
     with run.open(), Tracker(run, plan):
@@ -108,25 +109,25 @@ def described(config: Config, digest: str | None = None) -> tuple[dict[str, Any]
 
 
 @pytest.mark.usefixtures("offline")
-def test_seeds_share_what_wandb_averages_over_and_nothing_else_does(composed: Compose) -> None:
-    def places(*overrides: str, digest: str | None = None) -> tuple[str, str, str]:
-        about, _ = described(composed("arch@teacher=vgg13", *overrides), digest)
-        given = about["config"]["update"]
-        return about["run_group"], given["pair"], given["variant"]
+def test_only_seeds_share_a_group_and_a_variant(composed: Compose) -> None:
+    def names(*overrides: str, digest: str | None = None) -> tuple[str, str, str]:
+        about, _ = reported(composed("arch@teacher=vgg13", *overrides), digest)
+        config = about["config"]["update"]
+        return about["run_group"], config["pair"], config["variant"]
 
     vgg8 = "arch@student=vgg8"
-    plain = places(vgg8, "method=kd")
+    plain = names(vgg8, "method=kd")
     assert plain == ("vgg13-vgg8/kd", "vgg13-vgg8", "kd")
-    assert places(vgg8, "method=kd", "seed=1") == plain
-    warmer = places(vgg8, "method=kd", "method.temperature=2")
+    assert names(vgg8, "method=kd", "seed=1") == plain
+    warmer = names(vgg8, "method=kd", "method.temperature=2")
     assert warmer == (*plain[:2], "kd (method.temperature=2.0)")
-    elsewhere = places(vgg8, "method=kd", "teacher.checkpoint=FILE", digest="0123456789abcdef")
+    elsewhere = names(vgg8, "method=kd", "teacher.checkpoint=FILE", digest="0123456789abcdef")
     assert elsewhere == (*plain[:2], "kd (teacher.digest='01234567')")
-    assert places(vgg8, "method=vanilla") == ("vgg8/vanilla", "vgg8", "vanilla")
+    assert names(vgg8, "method=vanilla") == ("vgg8/vanilla", "vgg8", "vanilla")
 
 
 def variant(config: Config) -> tuple[str, str]:
-    """Return the variant, and the digest of the data, as a run that W&B does not wait for."""
+    """Return the variant and the digest of the data that W&B receives, without starting W&B."""
     plan = plan_of(config)
     return sskd.tracking.tracker._variant(plan), plan.data_digest or ""
 
@@ -148,12 +149,14 @@ def variant(config: Config) -> tuple[str, str]:
         (["method=sskd"], "sskd"),
     ],
 )
-def test_wandb_names_a_weighting(composed: Compose, overrides: list[str], expected: str) -> None:
+def test_the_variant_names_the_weighting(
+    composed: Compose, overrides: list[str], expected: str
+) -> None:
     config = composed("arch@teacher=vgg13", "arch@student=vgg8", "method=at", *overrides)
     assert variant(config)[0] == expected
 
 
-def test_two_datasets_of_one_name_are_not_one_to_wandb(composed: Compose, tmp_path: Path) -> None:
+def test_datasets_of_the_same_name_are_two_variants(composed: Compose, tmp_path: Path) -> None:
     variants = set()
     for number in range(2):
         root = tmp_path / str(number) / "mine"
@@ -169,8 +172,8 @@ def test_two_datasets_of_one_name_are_not_one_to_wandb(composed: Compose, tmp_pa
 
 
 @pytest.mark.usefixtures("offline")
-def test_what_wandb_is_told_beside_the_configuration_is_not_part_of_it(composed: Compose) -> None:
-    about, on_disk = described(composed("method=vanilla"))
+def test_wandb_receives_three_values_beside_config_yaml(composed: Compose) -> None:
+    about, on_disk = reported(composed("method=vanilla"))
     assert about["config"]["update"].keys() - on_disk.keys() == {
         *("_wandb", "pair", "variant", "recipe"),
     }
@@ -179,7 +182,7 @@ def test_what_wandb_is_told_beside_the_configuration_is_not_part_of_it(composed:
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("stopped", [True, False])
-def test_only_a_run_that_was_stopped_is_told_to_come_back(
+def test_only_a_stopped_run_is_marked_as_preempting(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
 ) -> None:
     at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM) if stopped else crash())
@@ -192,7 +195,7 @@ def test_only_a_run_that_was_stopped_is_told_to_come_back(
 
 
 @pytest.mark.usefixtures("offline")
-def test_a_run_that_comes_back_keeps_its_id(
+def test_a_resumed_run_keeps_its_id(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = composed(*SMALL, "method=vanilla", "checkpoint_minutes=1e-9")
@@ -207,10 +210,10 @@ def test_a_run_that_comes_back_keeps_its_id(
 
 
 @pytest.mark.usefixtures("offline")
-def test_a_run_that_was_stopped_together_with_wandb_is_whole_when_it_comes_back(
+def test_a_run_that_stopped_with_wandb_resumes_complete(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SLURM sends SIGTERM to all processes of a job, W&B's own among them."""
+    """SLURM sends SIGTERM to all processes of a job, also to the one of W&B."""
 
     def stop_all() -> None:
         subprocess.run(["pkill", "-P", str(os.getpid()), "wandb-core"], check=True)
@@ -219,14 +222,14 @@ def test_a_run_that_was_stopped_together_with_wandb_is_whole_when_it_comes_back(
     config = composed(*SMALL, "method=vanilla")
     steps_an_epoch = 5  # 40 images in batches of 9
     with monkeypatch.context() as patch:
-        at_step(patch, 2 * steps_an_epoch, stop_all)  # the second epoch's figures come after it
+        at_step(patch, 2 * steps_an_epoch, stop_all)  # before the metrics of the second epoch
         with pytest.raises(Interrupted):
             train(config)
     (metrics,) = (tmp_path / "runs").rglob("metrics.jsonl")
     assert len(metrics.read_text().splitlines()) == 2
     train(config)
-    whole = offline_runs(tmp_path / "runs")[-1]
-    assert [step["_step"] for step in history(whole)] == [0, 1, 2, 3]
+    resumed = offline_runs(tmp_path / "runs")[-1]
+    assert [step["_step"] for step in history(resumed)] == [0, 1, 2, 3]
 
 
 def test_ids_belong_to_their_folder(tmp_path: Path) -> None:
@@ -238,21 +241,21 @@ def test_ids_belong_to_their_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"../../elsewhere", b"", b"\xff", b"0123456789abcdef\n/x"])
-def test_an_id_that_is_not_ours_is_replaced(tmp_path: Path, content: bytes) -> None:
+def test_a_malformed_id_is_replaced(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "wandb_id").write_bytes(content)
-    made = run_id(tmp_path, "cifar100/scratch/vgg8/seed0")
-    assert re.fullmatch("[0-9a-f]{16}", made)
-    assert (tmp_path / "wandb_id").read_text() == made
+    created = run_id(tmp_path, "cifar100/scratch/vgg8/seed0")
+    assert re.fullmatch("[0-9a-f]{16}", created)
+    assert (tmp_path / "wandb_id").read_text() == created
 
 
-def test_the_mode_is_the_users_then_the_environments_then_the_logins(
+def test_the_mode_is_from_settings_environment_or_login(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[bool] = []
+    prompts: list[bool] = []
     answers: list[bool] = []
 
     def login(prompt: bool, verify: bool = True) -> bool:
-        asked.append(prompt)
+        prompts.append(prompt)
         return answers[-1]
 
     monkeypatch.setattr(wandb, "login", login)
@@ -267,11 +270,11 @@ def test_the_mode_is_the_users_then_the_environments_then_the_logins(
         assert choose_mode("online") == mode
         monkeypatch.delenv("WANDB_MODE")
         assert choose_mode("auto") == mode
-    assert asked
-    assert not any(asked)  # it never asks a question
+    assert prompts
+    assert not any(prompts)  # W&B must never prompt the user
 
 
-def test_a_key_that_does_not_serve_leaves_the_run_offline(tmp_path: Path) -> None:
+def test_with_an_invalid_key_the_run_is_offline(tmp_path: Path) -> None:
     environment = os.environ | {"WANDB_API_KEY": "abc", "WANDB_MODE": "online"}
     command = [sys.executable, "train_teacher.py", "arch=resnet8", "dataset=digits"]
     command += ["dataset.fraction=0.05", "schedule.epochs=1", f"runs={tmp_path / 'runs'}"]
@@ -283,7 +286,7 @@ def test_a_key_that_does_not_serve_leaves_the_run_offline(tmp_path: Path) -> Non
     assert len(offline_runs(tmp_path / "runs")) == 1
 
 
-def test_a_run_that_cannot_reach_wandb_goes_on_offline(
+def test_without_a_connection_the_run_is_offline(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     original = wandb.init
@@ -301,32 +304,32 @@ def test_a_run_that_cannot_reach_wandb_goes_on_offline(
     assert len(offline_runs(tmp_path / "runs")) == 1
 
 
-def test_a_finished_run_that_wandb_cannot_keep_is_a_finished_run(
+def test_a_failure_of_wandb_does_not_fail_the_run(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """Its process dies, and cannot be started again."""
+    """The process of W&B dies and cannot be started again."""
     monkeypatch.delenv("WANDB_MODE")
-    opened = sskd.tracking.tracker.open_run
+    open_run = sskd.tracking.tracker.open_run
 
-    def lost(*_: Any, **__: Any) -> None:
-        raise ConnectionResetError("gone")
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionResetError("closed")
 
-    def once(mode: str, *arguments: Any, **named: Any) -> wandb.Run:
-        run = opened(mode, *arguments, **named)
-        monkeypatch.setattr(run, "log", lost)
-        monkeypatch.setattr(sskd.tracking.tracker, "open_run", lost)
+    def open_once(mode: str, *arguments: Any, **keywords: Any) -> wandb.Run:
+        run = open_run(mode, *arguments, **keywords)
+        monkeypatch.setattr(run, "log", fail)
+        monkeypatch.setattr(sskd.tracking.tracker, "open_run", fail)
         return run
 
-    monkeypatch.setattr(sskd.tracking.tracker, "open_run", once)
+    monkeypatch.setattr(sskd.tracking.tracker, "open_run", open_once)
     train(composed(*SMALL, "method=vanilla"))
-    told = capsys.readouterr().out
-    assert told.count("W&B has stopped (ConnectionResetError)") == 2
-    assert "W&B: this run is not kept for it" in told
+    output = capsys.readouterr().out
+    assert output.count("W&B has stopped (ConnectionResetError)") == 2
+    assert "W&B: this run is not kept for it" in output
     (folder,) = (path.parent for path in (tmp_path / "runs").rglob("result.json"))
     assert read_status(folder)["state"] == "finished"
 
 
-def test_a_time_that_is_no_number_is_told(composed: Compose, monkeypatch: Any) -> None:
+def test_a_timeout_that_is_not_a_number_is_reported(composed: Compose, monkeypatch: Any) -> None:
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "soon")
     with pytest.raises(UserError, match="WANDB_FINISH_TIMEOUT=soon: should be a number of sec"):

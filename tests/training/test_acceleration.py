@@ -1,4 +1,4 @@
-"""What makes a step faster changes nothing of what it computes, but for rounding."""
+"""Folding, chunks and compilation change what a step computes by rounding alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Compose, random_images
-from test_run import SMALL
+from faults import SMALL
 from torch import Tensor, nn
 
 from sskd.data import Batch, Loader
@@ -28,12 +28,12 @@ from sskd.training.evaluation import predict
 from sskd.training.step import set_trainable, train_step
 
 CPU = torch.device("cpu")
-# wide ResNets keep the BatchNorms that a sum or the returned stem stands in front of
+# BatchNorms that stay: those of wide ResNets whose input is a sum or the returned stem.
 KEPT = {"wrn_16_1": 7, "wrn_16_2": 7, "wrn_40_1": 19, "wrn_40_2": 19}
 
 
 def with_statistics(network: nn.Module) -> nn.Module:
-    """Give BatchNorms what training would: statistics, scales and shifts that matter."""
+    """Give each BatchNorm the random statistics, scale and shift that training could give it."""
     generator = torch.Generator().manual_seed(3)
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -54,10 +54,11 @@ def batch_norms(network: nn.Module) -> int:
     return sum(isinstance(layer, nn.BatchNorm2d) for layer in network.modules())
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Compare to ``tolerance`` of the largest entry: small ones are differences of large ones.
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Assert that the difference is at most ``tolerance`` times the largest expected entry.
 
-    What is below 1e-9 throughout, as the gradient of a bias in front of a BatchNorm, is zero.
+    Small entries are differences of large ones, so their relative errors are larger. A tensor whose
+    entries are all below 1e-9, such as the gradient of a bias before a BatchNorm, counts as zero.
     """
     scale = expected.abs().max().clamp(min=1e-9)
     torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=tolerance)
@@ -74,13 +75,13 @@ def test_a_folded_network_has_the_same_features(name: str) -> None:
         for images in (torch.randn(3, 3, 32, 32), torch.randn(2, 3, 64, 64)):
             found, expected = folded(images), network(images)
             assert isinstance(found, Features)
-            for ours, plain in zip(tensors(found), tensors(expected), strict=True):
-                close(ours, plain, 1e-5)
+            for one, other in zip(tensors(found), tensors(expected), strict=True):
+                assert_close(one, other, 1e-5)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
 class Odd(nn.Module):
-    """Convolutions that must stay as they are beside one that need not."""
+    """Two convolutions that must stay as they are, and one that can be folded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,30 +96,30 @@ class Odd(nn.Module):
         return self.norms[3](self.free(self.norms[2](seen) * seen))
 
 
-def test_a_large_batch_is_asked_in_parts_where_only_vectors_are_read() -> None:
+def test_a_large_batch_is_computed_in_chunks() -> None:
     network = build_model("resnet8", 5).eval()
     sizes: list[int] = []
-    network.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     x = torch.randn(130, 3, 32, 32)
     with torch.no_grad():
-        whole, parts = network(x), forward_in_chunks(network, x, ("logits", "pooled"))
+        expected, parts = network(x), forward_in_chunks(network, x, ("logits", "pooled"))
         maps = forward_in_chunks(network, x, ("logits", "stages"))
         forward_in_chunks(network, x[:64], ("logits",))
     assert sizes == [130, 44, 44, 42, 130, 64]
-    close(parts.logits, whole.logits, 1e-5)
-    close(parts.pooled, whole.pooled, 1e-5)
-    close(maps.stages[-1], whole.stages[-1], 1e-5)
+    assert_close(parts.logits, expected.logits, 1e-5)
+    assert_close(parts.pooled, expected.pooled, 1e-5)
+    assert_close(maps.stages[-1], expected.stages[-1], 1e-5)
     assert parts.stages == ()
 
 
-def test_only_what_nothing_else_sees_is_folded() -> None:
+def test_only_a_convolution_with_one_reader_is_folded() -> None:
     torch.manual_seed(0)
     network = with_statistics(Odd())
     folded = fold_batch_norms(network)
     assert batch_norms(folded) == 3
     x = torch.randn(2, 3, 4, 4)
     with torch.no_grad():
-        close(folded(x), network(x), 1e-5)
+        assert_close(folded(x), network(x), 1e-5)
 
 
 class Chooses(nn.Module):
@@ -131,7 +132,7 @@ def test_a_network_that_cannot_be_traced_stays_as_it_is() -> None:
     assert fold_batch_norms(network) is network
 
 
-def test_predictions_are_the_plain_networks() -> None:
+def test_predictions_equal_the_plain_networks() -> None:
     images = random_images(4, 30)
     torch.manual_seed(0)
     network = with_statistics(build_model("resnet14", 5)).train()
@@ -139,10 +140,10 @@ def test_predictions_are_the_plain_networks() -> None:
     mean, std = (torch.tensor(each)[:, None, None] for each in (images.mean, images.std))
     with torch.no_grad():
         expected = network.eval()((images.test.images / 255 - mean) / std).logits
-    close(found, expected, 1e-5)
+    assert_close(found, expected, 1e-5)
 
 
-def made(composed: Compose, method: str, pair: str) -> tuple[Method, list[Phase], Batch]:
+def build(composed: Compose, method: str, pair: str) -> tuple[Method, list[Phase], Batch]:
     images = random_images(12, 4)
     teacher, student = pair.split("-")
     words = [f"arch@teacher={teacher}", f"arch@student={student}", f"method={method}"]
@@ -154,14 +155,14 @@ def made(composed: Compose, method: str, pair: str) -> tuple[Method, list[Phase]
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_losses_and_gradients_are_those_of_the_plain_path(composed: Compose, method: str) -> None:
+def test_losses_and_gradients_equal_the_plain_path(composed: Compose, method: str) -> None:
     """The plain path: channels first, every BatchNorm computed, an optimizer without fusion.
 
-    The networks compute in float64, in which a ReLU's input does not change its sign by rounding;
-    the losses are float32 as always.
+    The networks compute in float64, so that rounding changes the sign of no input of a ReLU. The
+    losses are float32 as always.
     """
-    plain, plain_stages, batch = made(composed, method, "wrn_16_2-wrn_16_2")
-    fast, fast_stages, _ = made(composed, method, "wrn_16_2-wrn_16_2")
+    plain, plain_phases, batch = build(composed, method, "wrn_16_2-wrn_16_2")
+    fast, fast_phases, _ = build(composed, method, "wrn_16_2-wrn_16_2")
     fast.load_state_dict(plain.state_dict())
     batch = batch._replace(x=batch.x.double())
     plain_batch = batch._replace(x=batch.x.contiguous(memory_format=torch.contiguous_format))
@@ -171,25 +172,27 @@ def test_losses_and_gradients_are_those_of_the_plain_path(composed: Compose, met
         before = batch_norms(fast.teacher)
         fold_teacher(fast, CPU)
         assert batch_norms(fast.teacher) < before
-    for ours, theirs in zip(fast_stages, plain_stages, strict=True):
-        figures = []
-        for stage, owner, given, fused in (
-            (ours, fast, batch, True), (theirs, plain, plain_batch, False),
+    for fast_phase, plain_phase in zip(fast_phases, plain_phases, strict=True):
+        metrics = []
+        for phase, module, images, fused in (
+            (fast_phase, fast, batch, True), (plain_phase, plain, plain_batch, False),
         ):  # fmt: skip
-            set_trainable(stage, owner)
+            set_trainable(phase, module)
             optimizer = torch.optim.SGD(
-                stage.trains.parameters(), 0.05, 0.9, weight_decay=5e-4, fused=fused
+                phase.trains.parameters(), 0.05, 0.9, weight_decay=5e-4, fused=fused
             )
             torch.manual_seed(1)
-            figures.append(train_step(stage, optimizer, given, "fp32"))
-        for name, value in figures[1].items():
-            torch.testing.assert_close(figures[0][name], value, rtol=1e-5, atol=1e-6)
-        pairs = zip(ours.trains.named_parameters(), theirs.trains.parameters(), strict=True)
-        for (name, found), expected in pairs:
+            metrics.append(train_step(phase, optimizer, images, "fp32"))
+        for name, value in metrics[1].items():
+            torch.testing.assert_close(metrics[0][name], value, rtol=1e-5, atol=1e-6)
+        parameters = zip(
+            fast_phase.trains.named_parameters(), plain_phase.trains.parameters(), strict=True
+        )
+        for (name, found), expected in parameters:
             assert found.grad is not None, name
             assert expected.grad is not None, name
-            close(found.grad, expected.grad, 1e-4)
-            close(found, expected, 1e-5)
+            assert_close(found.grad, expected.grad, 1e-4)
+            assert_close(found, expected, 1e-5)
 
 
 NEEDS_A_COMPILER = pytest.mark.skipif(
@@ -199,7 +202,7 @@ COMPILE = torch.compile
 
 
 def trace(loss: Callable[[Batch], LossOutput], **_: object) -> Callable[[Batch], LossOutput]:
-    """Do what ``torch.compile`` does before it makes machine code, in a fifth of the time."""
+    """Do what ``torch.compile`` does before it generates machine code, in a fifth of the time."""
     return COMPILE(loss, dynamic=False, backend="aot_eager")
 
 
@@ -210,16 +213,16 @@ def trace(loss: Callable[[Batch], LossOutput], **_: object) -> Callable[[Batch],
 def test_a_compiled_loss_is_the_same(
     composed: Compose, monkeypatch: pytest.MonkeyPatch, method: str, compiler: Any
 ) -> None:
-    """CRD's loss draws random numbers and changes its banks.
+    """CRD is compiled because its loss draws random numbers and changes its banks.
 
-    SSKD's is only traced: its machine code, which takes a minute to make, is not tested.
+    SSKD is only traced, because its machine code takes a minute to generate.
     """
     monkeypatch.setattr(torch, "compile", compiler)
-    built, stages, batch = made(composed, method, "resnet8-resnet8")
+    built, phases, batch = build(composed, method, "resnet8-resnet8")
     config = composed("compile=default", "batch_size=8")
     built.double()
     batch = batch._replace(x=batch.x.double())
-    set_trainable(stages[-1], built)
+    set_trainable(phases[-1], built)
     state = copy.deepcopy(built.state_dict())
 
     def gradients(loss: Callable[[Batch], LossOutput]) -> list[Tensor]:
@@ -227,65 +230,65 @@ def test_a_compiled_loss_is_the_same(
         built.zero_grad()
         torch.manual_seed(1)
         terms, _ = loss(batch)
-        torch.stack(list(stages[-1].weigh(terms).values())).sum().backward()
-        return [p.grad for p in stages[-1].trains.parameters() if p.grad is not None]
+        torch.stack(list(phases[-1].weigh(terms).values())).sum().backward()
+        return [p.grad for p in phases[-1].trains.parameters() if p.grad is not None]
 
-    compiled = compile_loss(stages[-1], config)
-    assert compiled.loss is not stages[-1].loss
-    found, expected = gradients(compiled.loss), gradients(stages[-1].loss)
-    for ours, plain in zip(found, expected, strict=True):
-        close(ours, plain, 1e-4)
+    compiled = compile_loss(phases[-1], config)
+    assert compiled.loss is not phases[-1].loss
+    found, expected = gradients(compiled.loss), gradients(phases[-1].loss)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, 1e-4)
 
 
 def test_only_full_batches_are_compiled(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, stages, batch = made(composed, "kd", "resnet8-resnet8")
+    _, phases, batch = build(composed, "kd", "resnet8-resnet8")
     compiled: list[int] = []
 
     def compiler(loss: Callable[[Batch], object], **_: object) -> Callable[[Batch], object]:
-        def run(given: Batch) -> object:
-            compiled.append(len(given.y))
-            return loss(given)
+        def run(batch: Batch) -> object:
+            compiled.append(len(batch.y))
+            return loss(batch)
 
         return run
 
     monkeypatch.setattr(torch, "compile", compiler)
-    stage = compile_loss(stages[-1], composed("compile=default", "batch_size=8"))
+    phase = compile_loss(phases[-1], composed("compile=default", "batch_size=8"))
     for size in (8, 3):
-        stage.loss(Batch(*(values[:size] for values in batch)))
+        phase.loss(Batch(*(values[:size] for values in batch)))
     assert compiled == [8]
     for choice in ("auto", "off"):
-        assert compile_loss(stages[-1], composed(f"compile={choice}")) is stages[-1]
+        assert compile_loss(phases[-1], composed(f"compile={choice}")) is phases[-1]
 
 
 @NEEDS_A_COMPILER
-def test_a_compiled_run_learns_what_a_plain_one_does(composed: Compose, tmp_path: Path) -> None:
+def test_a_compiled_run_has_the_losses_of_a_plain_one(composed: Compose, tmp_path: Path) -> None:
     small = [item for item in SMALL if not item.startswith("schedule")]
     words = [*small, "schedule.epochs=1", "method=kd", "arch@teacher=resnet8", "precision=bf16"]
     losses: list[float] = []
     for choice in ("off", "default"):
         runs = tmp_path / choice
-        if losses:  # the same teacher: how it was compiled is no part of what a run is
+        if losses:  # reuse the teacher: compile= is not part of a run's identity
             shutil.copytree(tmp_path / "off/digits/scratch", runs / "digits/scratch")
         result = train(composed(*words, f"compile={choice}", f"runs={runs}"))
         assert result.compile == choice
         (path,) = (runs / "digits/distill").rglob("metrics.jsonl")
         losses.append(json.loads(path.read_text())["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
-    assert losses[1] != losses[0]  # rounded otherwise, so it was compiled
+    assert losses[1] != losses[0]  # rounded differently, so it was compiled
 
 
-def test_a_loss_that_cannot_be_compiled_is_told_in_a_line(
+def test_a_loss_that_cannot_be_compiled_is_a_short_error(
     composed: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, stages, batch = made(composed, "kd", "resnet8-resnet8")
+    _, phases, batch = build(composed, "kd", "resnet8-resnet8")
 
     def refuse(_: Batch) -> LossOutput:
         raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nwas found")
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: refuse)
-    stage = compile_loss(stages[-1], composed("compile=default", "batch_size=8"))
-    told = (
+    phase = compile_loss(phases[-1], composed("compile=default", "batch_size=8"))
+    message = (
         r"compile=default: phase distill cannot .* \(no C\+\+ compiler was found\); use compile=off"
     )
-    with pytest.raises(UserError, match=told):
-        stage.loss(batch)
+    with pytest.raises(UserError, match=message):
+        phase.loss(batch)

@@ -1,4 +1,4 @@
-"""The device that a run takes, and the memory that it has taken there."""
+"""The device that a run uses, and its peak memory there."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from starting import PIPE, Started
 
 from sskd.device import best_precision, peak_memory, reset_peak_memory
 
-# A process that sees three GPUs, tells which it chooses, and then lives until it is told to end.
-CHOOSES = """
+# A process that sees three GPUs, prints which one it chooses, and waits for a line to end.
+CHOOSE_GPU = """
 from types import SimpleNamespace
 import torch
 torch.cuda.device_count = lambda: 3
@@ -27,8 +27,8 @@ input()
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells")
-def test_the_peak_on_a_cpu_is_that_since_the_reset() -> None:
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux reports it")
+def test_the_peak_on_a_cpu_is_since_the_reset() -> None:
     device = torch.device("cpu")
     size = 512 * 2**20
 
@@ -48,10 +48,10 @@ LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @pytest.mark.skipif(
-    not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="there are none"
+    not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="large pages are off"
 )
-def test_tensors_on_a_cpu_stand_on_large_pages() -> None:
-    """Also after the memory of an earlier run was given back."""
+def test_tensors_on_a_cpu_use_large_pages() -> None:
+    """So do tensors that are allocated after the memory of an earlier run was released."""
     program = """
 import re, torch
 from pathlib import Path
@@ -61,8 +61,8 @@ tune_device(device)
 for _ in range(2):
     reset_peak_memory(device)
     tensor = torch.ones(2**27)
-    told = Path("/proc/self/smaps_rollup").read_text()
-    print(re.search(r"AnonHugePages: +([0-9]+) kB", told)[1])
+    text = Path("/proc/self/smaps_rollup").read_text()
+    print(re.search(r"AnonHugePages: +([0-9]+) kB", text)[1])
     del tensor
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -74,7 +74,7 @@ def test_processes_spread_over_the_gpus(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("TMPDIR", str(tmp_path))
 
     def start() -> Started:
-        return Started("-c", CHOOSES, stdin=PIPE)
+        return Started("-c", CHOOSE_GPU, stdin=PIPE)
 
     def choice(process: Started) -> int:
         assert process.stdout is not None
@@ -88,14 +88,14 @@ def test_processes_spread_over_the_gpus(tmp_path: Path, monkeypatch: pytest.Monk
     killed.kill()
     killed.wait()
     processes.append(start())
-    assert choice(processes[-1]) == alone  # its place is free again
+    assert choice(processes[-1]) == alone  # the killed process no longer counts
     for process in processes:
         process.kill()
         process.wait()
 
 
-# Page faults of a tensor of 64 MiB that is made and freed, again and again.
-FAULTS = """
+# Page faults of a tensor of 64 MiB that is allocated and freed repeatedly.
+COUNT_FAULTS = """
 import resource, sys, torch
 from sskd.device import tune_device
 def faults():
@@ -113,19 +113,19 @@ print(usual, faults())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
 def test_freed_memory_is_used_again() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
+        [sys.executable, "-c", COUNT_FAULTS], capture_output=True, text=True, check=True
     )
     usual, kept = map(float, done.stdout.split())
-    assert kept < usual / 10  # usual are 16,384 pages of 4 KiB, fewer where they are larger
+    assert kept < usual / 10  # usually 16,384 faults with pages of 4 KiB, fewer with larger pages
 
 
-def test_the_best_precision_is_what_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_precision_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for capabilities, expected in (({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "fp32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c, raising=False)
         assert best_precision("cpu") == best_precision("auto") == expected
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for has, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has, **_: has)
+    for has_bf16, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_bf16, **_: has)
         assert best_precision("cuda:1") == best_precision("auto") == expected
     assert best_precision("mps") == "fp32"

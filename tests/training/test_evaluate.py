@@ -1,4 +1,4 @@
-"""The evaluation command on runs and on files from elsewhere."""
+"""The evaluation command on runs and on other files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import Compose
-from test_run import SMALL
+from faults import SMALL
 
 import sskd.data.cifar
 from sskd import evaluate
@@ -34,9 +34,9 @@ def test_a_runs_folder_is_evaluated_on_its_own_dataset(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
-        (["nowhere.pth"], "no checkpoint at nowhere.pth"),
+        (["missing.pth"], "no checkpoint at missing.pth"),
         (["FILE", "--arch", "resnet20"], "holds a resnet8 with 10 classes, not a resnet20"),
         (["OTHER"], "is no architecture of this suite; name it with --arch NAME"),
         (["FILE", "--arch", "resnet9"], "did you mean 'resnet8'"),
@@ -46,21 +46,21 @@ def test_a_runs_folder_is_evaluated_on_its_own_dataset(
     ],
 )
 def test_mistakes_are_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     path = tmp_path / "net.pth"
     torch.save({"state_dict": build_model("resnet8", 10).state_dict(), "acc": 1.0}, path)
     torch.save({"state_dict": torch.nn.Linear(2, 2).state_dict()}, tmp_path / "other.pth")
     files = {"FILE": str(path), "OTHER": str(tmp_path / "other.pth")}
-    given = [files.get(item, item) for item in arguments]
-    if not any(item.startswith("dataset=") for item in given):
-        given.append("dataset=digits")
-    assert evaluate.main(given) == 1
+    words = [files.get(item, item) for item in arguments]
+    if not any(item.startswith("dataset=") for item in words):
+        words.append("dataset=digits")
+    assert evaluate.main(words) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
-    assert told in captured.err
+    assert message in captured.err
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
@@ -68,33 +68,36 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "an interpolation in a list": ({"mean": ["${seed}", 0, 0]}, "dataset.mean is not a setting"),
     "bytes": ({"name": b"data"}, "dataset.name is not a setting of a run's"),
     "a mapping": ({"name": {"a": 1}}, "dataset.name is not a setting of a run's"),
-    "signs of a terminal": ({"\x1b[2Jname": 1}, "dataset.?[2Jname is not a setting of a run's"),
+    "terminal control characters": (
+        {"\x1b[2Jname": 1},
+        "dataset.?[2Jname is not a setting of a run's",
+    ),
     "no such dataset": ({"source": "digits,dataset.root=x"}, "names no dataset"),
     "a list for a dataset": ({"source": ["digits"]}, "names no dataset"),
-    "a name that leads elsewhere": ({"name": "../up"}, "dataset.name: may have letters"),
+    "a name with a path": ({"name": "../up"}, "dataset.name: may have letters"),
     "words of a command line": ({"name": "x' runs=y"}, "dataset.name: may have letters"),
 }
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_strangers_configuration_is_read_as_data(
+def test_an_untrusted_configuration_is_read_as_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    changes, told = CONFIGS[kind]
+    changes, message = CONFIGS[kind]
     torch.save({"state_dict": build_model("resnet8", 10).state_dict()}, tmp_path / "best.pt")
     dataset = {"source": "digits", **changes}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"dataset": dataset}))
     assert evaluate.main([str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert told in err
+    assert message in err
 
 
-def test_a_strangers_configuration_downloads_nothing(
+def test_an_untrusted_configuration_downloads_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def download(*_: object, **__: object) -> None:
-        raise AssertionError("nothing may be downloaded here")
+        raise AssertionError("this test must not download")
 
     monkeypatch.setattr(sskd.data.cifar, "download_and_extract_archive", download)
     torch.save({"state_dict": build_model("resnet8", 100).state_dict()}, tmp_path / "best.pt")

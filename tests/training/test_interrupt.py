@@ -1,4 +1,4 @@
-"""Stopping on a scheduler's warning, whose handler comes after the run is saved and closed."""
+"""A scheduler's warning stops the run; the scheduler's handler runs after the run is closed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 import torch
 from breaking import outcome
 from conftest import Compose
-from test_run import SMALL, at_step
+from crashes import at_step
+from faults import SMALL
 
 from sskd.errors import UserError
 from sskd.runs.folder import read_config_file
@@ -47,15 +48,15 @@ class Scheduler:
     def requeue(self, signum: int, frame: FrameType | None) -> None:
         (saved,) = self._folder.rglob("last.pt")
         config = read_config_file(saved.with_name(CONFIG))
-        with Run(saved.parent, config).open():  # a process that comes back could take it up
+        with Run(saved.parent, config).open():  # a requeued process could open it
             state = torch.load(saved, weights_only=True)
         self.requeued_at.append(state["loader"]["position"])
-        os.kill(os.getpid(), signal.SIGTERM)  # SLURM's, at once
+        os.kill(os.getpid(), signal.SIGTERM)  # SLURM sends it immediately
         raise SystemExit(255)
 
 
 @pytest.fixture(autouse=True)
-def _handlers_as_before() -> Iterator[None]:
+def _restore_handlers() -> Iterator[None]:
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
     yield
     for signum, handler in before.items():
@@ -63,10 +64,10 @@ def _handlers_as_before() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("warning", [signal.SIGUSR1, signal.SIGUSR2])
-def test_a_warning_reaches_the_scheduler_when_the_run_is_saved_and_closed(
+def test_a_warning_reaches_the_scheduler_after_the_save(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warning: signal.Signals
 ) -> None:
-    train(composed(*SMALL, "method=vanilla", f"runs={tmp_path / 'whole'}"))
+    train(composed(*SMALL, "method=vanilla", f"runs={tmp_path / 'undisturbed'}"))
     stopped = composed(*SMALL, "method=vanilla", f"runs={tmp_path / 'stopped'}")
     scheduler = Scheduler(warning, tmp_path / "stopped")
     with monkeypatch.context() as patch:
@@ -76,11 +77,11 @@ def test_a_warning_reaches_the_scheduler_when_the_run_is_saved_and_closed(
     assert scheduler.requeued_at == [3]
     assert scheduler.bypassed == [signal.SIGTERM]
     train(stopped)
-    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")
 
 
 def receive(*signums: int) -> None:
-    """Receive signals during a step of training, and come to its end."""
+    """Receive signals during a training step, and finish the step."""
     with forward_scheduler_signal(), StopSignals() as signals:
         for signum in signums:
             signal.raise_signal(signum)
@@ -88,8 +89,8 @@ def receive(*signums: int) -> None:
 
 
 @pytest.mark.parametrize("before", [signal.SIGCONT, signal.SIGUSR2])
-def test_sigterm_stops_a_run_for_good(tmp_path: Path, before: signal.Signals) -> None:
-    """SLURM sends SIGCONT before it; whoever sends SIGTERM after a warning has decided."""
+def test_sigterm_after_a_warning_requeues_nothing(tmp_path: Path, before: signal.Signals) -> None:
+    """SLURM sends SIGCONT before SIGTERM. A SIGTERM after a warning cancels the job."""
     scheduler = Scheduler(signal.SIGUSR2, tmp_path)
     with pytest.raises(Interrupted) as stop:
         receive(before, signal.SIGTERM)
@@ -104,19 +105,19 @@ def test_sigcont_stops_nothing(tmp_path: Path) -> None:
     assert scheduler.bypassed == [signal.SIGCONT]
 
 
-def test_a_scheduler_that_does_not_take_the_job_back_is_told_in_one_line() -> None:
+def test_a_job_that_is_not_requeued_is_reported() -> None:
     def refuse(signum: int, frame: FrameType | None) -> None:
         raise RuntimeError("Job not requeued because: timed-out too many times.")
 
     signal.signal(signal.SIGUSR2, refuse)
-    told = (
+    message = (
         "stopped by SIGUSR2 and saved, but could not be requeued: Job not requeued because: timed"
     )
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         receive(signal.SIGUSR2)
 
 
-def test_a_warning_that_nobody_handles_is_left_alone() -> None:
+def test_a_warning_without_a_handler_is_ignored() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     with StopSignals() as signals:
         assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
@@ -125,12 +126,12 @@ def test_a_warning_that_nobody_handles_is_left_alone() -> None:
         assert signals.received is None
 
 
-def test_a_stop_can_be_handed_from_process_to_process() -> None:
+def test_interrupted_can_be_pickled() -> None:
     stop = pickle.loads(pickle.dumps(Interrupted(signal.SIGTERM)))
     assert (stop.signum, str(stop)) == (signal.SIGTERM, "stopped by SIGTERM")
 
 
-def test_a_launcher_hears_of_sigterm() -> None:
+def test_sigterm_raises_in_a_launcher() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted) as stop, raise_on_sigterm():
         signal.raise_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""What is not finite: the first term that was lost is named, and no accuracy comes of it."""
+"""Values that are not finite: the error names the first such term, and no accuracy is reported."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ TINY = (
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> list[str]:
-    """Return settings of a run of two steps, whose teacher is not trained."""
+    """Return the settings of a run of two steps with an untrained teacher."""
     torch.manual_seed(3)
-    torch.save(build_model("resnet8", 10).state_dict(), tmp_path / "sound.pth")
-    return [*TINY, f"teacher.checkpoint={tmp_path / 'sound.pth'}"]
+    torch.save(build_model("resnet8", 10).state_dict(), tmp_path / "finite.pth")
+    return [*TINY, f"teacher.checkpoint={tmp_path / 'finite.pth'}"]
 
 
-def figures(**terms: float) -> dict[str, Tensor]:
+def step_metrics(**terms: float) -> dict[str, Tensor]:
+    """Return the metrics of a step with these ``terms``, each of weight 1."""
     both = {
         f"{kind}/{k}": torch.tensor(v) for kind in ("loss", "weighted") for k, v in terms.items()
     }
@@ -75,68 +76,68 @@ STEPS: dict[str, tuple[list[dict[str, float]], str]] = {
 
 
 @pytest.mark.parametrize("kind", STEPS)
-def test_the_first_term_lost_in_the_first_step(kind: str) -> None:
-    steps, told = STEPS[kind]
+def test_the_error_names_the_first_term_and_step(kind: str) -> None:
+    steps, message = STEPS[kind]
     meter = Meter()
     for terms in steps:
-        meter.add(figures(**terms), 1)
+        meter.add(step_metrics(**terms), 1)
     found, _ = first_lost(meter, meter.read(), 10 + len(steps))
-    assert found.startswith(told)
-    assert bool(found) == bool(told)
+    assert found.startswith(message)
+    assert bool(found) == bool(message)
 
 
-def test_what_was_loaded_counts_as_sound() -> None:
+def test_metrics_from_a_checkpoint_count_as_finite() -> None:
     before, meter = Meter(), Meter()
-    before.add(figures(ce=1, kd=1), 4)
+    before.add(step_metrics(ce=1, kd=1), 4)
     meter.load_state_dict(before.state_dict(), torch.device("cpu"))
     assert first_lost(meter, meter.read(), 1) == ("", [])
-    meter.add(figures(ce=1, kd=1), 4)
-    meter.add(figures(ce=1, kd=NAN), 4)
+    meter.add(step_metrics(ce=1, kd=1), 4)
+    meter.add(step_metrics(ce=1, kd=NAN), 4)
     found = first_lost(meter, meter.read(), 3)
     assert found == ("the term 'kd' is not finite, in step 3", ["kd"])
 
 
-def built(composed: Compose, *words: str) -> tuple[Method, Images, list[Phase]]:
+def build(composed: Compose, *words: str) -> tuple[Method, Images, list[Phase]]:
     images = random_images(16, 4)
     networks = ("arch@teacher=resnet8", "arch@student=resnet8")
     method = assemble(composed(*networks, *words), images)
     return method, images, list(method.phases())
 
 
-def lose_kd(monkeypatch: pytest.MonkeyPatch, value: float, after: int = 0) -> None:
-    """Let KD's term be ``value``, and its gradient too, after so many steps."""
+def spoil_kd(monkeypatch: pytest.MonkeyPatch, value: float, after: int = 0) -> None:
+    """Multiply the term of KD, and so its gradient, by ``value`` after ``after`` steps."""
     original, calls = sskd.methods.kd.kd_loss, 0
 
-    def lost(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    def spoilt(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         nonlocal calls
         calls += 1
-        right = original(student, teacher, temperature)
-        return right * value if calls > after else right
+        loss = original(student, teacher, temperature)
+        return loss * value if calls > after else loss
 
-    monkeypatch.setattr(sskd.methods.kd, "kd_loss", lost)
+    monkeypatch.setattr(sskd.methods.kd, "kd_loss", spoilt)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("method", ["kd", "at", "rkd", "vid"])
-def test_a_term_without_weight_poisons_nothing(
+def test_a_term_of_weight_0_does_not_spoil_the_others(
     composed: Compose, monkeypatch: pytest.MonkeyPatch, method: str, value: float
 ) -> None:
-    own, images, (*_, stage) = built(composed, f"method={method}", "method.weights.kd=0")
-    lose_kd(monkeypatch, value)
+    built, images, (*_, phase) = build(composed, f"method={method}", "method.weights.kd=0")
+    spoil_kd(monkeypatch, value)
     batch = Loader(images.train, images.mean, images.std, 16, 1).next_batch()
-    set_trainable(stage, own)
-    optimizer = torch.optim.SGD(stage.trains.parameters(), 0.01)
-    found = train_step(stage, optimizer, batch, "fp32")
+    set_trainable(phase, built)
+    optimizer = torch.optim.SGD(phase.trains.parameters(), 0.01)
+    found = train_step(phase, optimizer, batch, "fp32")
     assert found["loss"].isfinite()
     assert found["loss/kd"].item() != found["loss/kd"].item() or found["loss/kd"].isinf()
     assert found["weighted/kd"] == 0
-    assert all_finite(own.student)
+    assert all_finite(built.student)
 
 
-def test_a_term_without_weight_is_logged_and_has_no_gradient(composed: Compose) -> None:
-    _, images, (*_, stage) = built(composed, "method=kd", "method.weights.kd=0")
+def test_a_term_of_weight_0_is_logged_without_gradient(composed: Compose) -> None:
+    _, images, (*_, phase) = build(composed, "method=kd", "method.weights.kd=0")
     batch = Loader(images.train, images.mean, images.std, 16, 1).next_batch()
-    terms, _ = stage.losses(batch)
+    terms, _ = phase.losses(batch)
     assert terms["kd"] > 0
     assert not terms["kd"].requires_grad
     assert terms["ce"].requires_grad
@@ -146,13 +147,13 @@ def test_a_term_without_weight_is_logged_and_has_no_gradient(composed: Compose) 
 def test_weights_that_are_all_zero_are_refused(composed: Compose, method: str) -> None:
     words = [f"method.weights.{term}=0" for term in METHODS[method].terms]
     with pytest.raises(UserError, match="weights are all 0, so that nothing would be learnt"):
-        built(composed, f"method={method}", *words)
+        build(composed, f"method={method}", *words)
 
 
-def test_a_run_goes_on_without_a_term_of_no_weight(
+def test_a_run_ignores_a_term_of_weight_0(
     composed: Compose, monkeypatch: pytest.MonkeyPatch, tiny: list[str]
 ) -> None:
-    lose_kd(monkeypatch, NAN)
+    spoil_kd(monkeypatch, NAN)
     result = train(composed(*tiny, "method=kd", "method.weights.kd=0"))
     assert result.accuracy is not None
     with pytest.raises(UserError, match=r"epoch 1: the term 'kd' is not finite, in step 1; try"):
@@ -164,14 +165,14 @@ ADVICE: dict[str, tuple[list[str], int, list[str], str]] = {
         ["method=kd"], -1, ["kd"],
         "try a smaller optimizer.lr, or a smaller method.weights.kd",
     ),
-    "of several terms": (["method=kd"], -1, ["ce", "kd"], "try a smaller optimizer.lr"),
+    "several terms": (["method=kd"], -1, ["ce", "kd"], "try a smaller optimizer.lr"),
     "bf16": (
         ["method=at", "precision=bf16"], -1, ["at"],
         "try a smaller optimizer.lr, or a smaller method.weights.at, or precision=fp32",
     ),
-    "alone": (["method=vanilla"], -1, ["ce"], "try a smaller optimizer.lr"),
+    "without a teacher": (["method=vanilla"], -1, ["ce"], "try a smaller optimizer.lr"),
     "a phase": (["method=ab"], 0, ["ab"], "try a smaller optimizer.lr"),
-    "a phase of its own rate": (
+    "a phase with its own rate": (
         ["method=sskd"], 0, ["contrast"], "try a smaller method.ss_head.lr",
     ),
     "FT's phase": (
@@ -182,15 +183,15 @@ ADVICE: dict[str, tuple[list[str], int, list[str], str]] = {
 
 
 @pytest.mark.parametrize("kind", ADVICE)
-def test_the_advice_fits(composed: Compose, kind: str) -> None:
-    words, number, terms, told = ADVICE[kind]
+def test_the_advice_fits_the_run(composed: Compose, kind: str) -> None:
+    words, number, terms, message = ADVICE[kind]
     config = composed("arch@teacher=resnet8", "arch@student=resnet8", *words)
-    stages = list(assemble(config, random_images(16, 4)).phases())
-    assert advise(config, stages[number], terms) == told
+    phases = list(assemble(config, random_images(16, 4)).phases())
+    assert advise(config, phases[number], terms) == message
 
 
 @pytest.mark.parametrize(
-    ("method", "stage", "term"),
+    ("method", "phase", "term"),
     [("ab", "boundary", "ab"), ("fsp", "flow", "fsp"), ("ft", "paraphraser", "reconstruction"),
      ("sskd", "ss_head", "contrast")],
 )  # fmt: skip
@@ -199,30 +200,30 @@ def test_a_first_phase_names_its_term(
     monkeypatch: pytest.MonkeyPatch,
     tiny: list[str],
     method: str,
-    stage: str,
+    phase: str,
     term: str,
 ) -> None:
     kind = METHODS[method]
     original = kind.phases
 
-    def stages(self: Method) -> Iterator[Phase]:
+    def phases(self: Method) -> Iterator[Phase]:
         first, *rest = original(self)
 
-        def lost(batch: Any, loss: Callable[..., LossOutput] = first.loss) -> LossOutput:
+        def spoilt(batch: Any, loss: Callable[..., LossOutput] = first.loss) -> LossOutput:
             terms, metrics = loss(batch)
             return LossOutput({name: value * NAN for name, value in terms.items()}, metrics)
 
-        yield replace(first, loss=lost)
+        yield replace(first, loss=spoilt)
         yield from rest
 
-    monkeypatch.setattr(kind, "phases", stages)
+    monkeypatch.setattr(kind, "phases", phases)
     with pytest.raises(
-        UserError, match=rf"phase {stage}.*the term '{term}' is not finite, in step 1"
+        UserError, match=rf"phase {phase}.*the term '{term}' is not finite, in step 1"
     ):
         train(composed(*tiny, f"method={method}"))
 
 
-def test_statistics_count_as_weights() -> None:
+def test_batch_norm_statistics_count_as_weights() -> None:
     layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     assert all_finite(layers)
     statistics = layers[1].running_var
@@ -244,8 +245,8 @@ def overflowing(classes: int = 10) -> nn.Module:
     return network
 
 
-class Lost(nn.Module):
-    """Gives logits that are ``value`` for bright images."""
+class Spoilt(nn.Module):
+    """Returns logits that are ``value`` for bright images."""
 
     def __init__(self, value: float) -> None:
         super().__init__()
@@ -258,18 +259,18 @@ class Lost(nn.Module):
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_the_first_wrong_image_is_named(value: float) -> None:
+def test_the_error_names_the_first_image(value: float) -> None:
     images = random_images(8, 10)
     bright = [each.float().mean().item() > 0.4 * 255 for each in images.test.images]
     first, others = bright.index(True), sum(bright) - 1
     message = f"the net: the logits of image {first} of 10 .*and those of {others} other images"
     with pytest.raises(NotFiniteError, match=message):
-        predict(Lost(value), images.test, images, "the net")
-    assert predict(Lost(1.0), images.test, images).isfinite().all()
+        predict(Spoilt(value), images.test, images, "the net")
+    assert predict(Spoilt(1.0), images.test, images).isfinite().all()
 
 
 @pytest.mark.parametrize(
-    ("lost", "end"),
+    ("count", "end"),
     [
         (1, "not finite"),
         (2, "not finite, and those of 1 other image"),
@@ -277,17 +278,17 @@ def test_the_first_wrong_image_is_named(value: float) -> None:
         (10, "not finite, and those of 9 other images"),
     ],
 )
-def test_how_many_images_are_lost(lost: int, end: str) -> None:
+def test_the_error_counts_the_other_images(count: int, end: str) -> None:
     images = random_images(8, 10)
     pixels = torch.zeros_like(images.test.images)
-    pixels[:lost] = 255
+    pixels[:count] = 255
     test = Split(pixels, images.test.labels)
     with pytest.raises(NotFiniteError, match=rf"image 0 of 10 \(the first is 0\) are {end}$"):
-        predict(Lost(NAN), test, images)
+        predict(Spoilt(NAN), test, images)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".th"])
-def test_no_accuracy_is_told_of_lost_logits(
+def test_logits_that_are_not_finite_have_no_accuracy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
 ) -> None:
     path = tmp_path / f"net{suffix}"
@@ -300,7 +301,9 @@ def test_no_accuracy_is_told_of_lost_logits(
 
 
 @pytest.mark.parametrize("words", [[], ["teacher.precompute=true"]])
-def test_a_lost_teacher_is_named(composed: Compose, tmp_path: Path, words: list[str]) -> None:
+def test_a_teacher_that_is_not_finite_is_an_error(
+    composed: Compose, tmp_path: Path, words: list[str]
+) -> None:
     path = tmp_path / "teacher.pth"
     torch.save(overflowing().state_dict(), path)
     config = composed(*TINY, "method=kd", f"teacher.checkpoint={path}", *words)
@@ -309,9 +312,7 @@ def test_a_lost_teacher_is_named(composed: Compose, tmp_path: Path, words: list[
     assert not list((tmp_path / "runs").rglob("distill/**/result.json"))
 
 
-def test_a_student_of_no_term_of_a_lost_teacher_has_no_figures_of_it(
-    composed: Compose, tmp_path: Path
-) -> None:
+def test_a_teacher_of_weight_0_must_be_finite_too(composed: Compose, tmp_path: Path) -> None:
     path = tmp_path / "teacher.pth"
     torch.save(overflowing().state_dict(), path)
     words = ["method=kd", "method.weights.kd=0", f"teacher.checkpoint={path}"]

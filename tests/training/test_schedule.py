@@ -1,4 +1,4 @@
-"""Schedules: the published ones, and their shares of shorter ones."""
+"""Schedules: the published ones, and shorter ones in the same proportions."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sskd.training.trainer import phase_schedule
 def published(composed: Compose, *overrides: str) -> tuple[Schedule, Schedule]:
     """Return the schedules of SSKD's student and of its head phase."""
     config = composed("method=sskd", *overrides)
-    stage: dict[str, Any] = {"trains": None, "loss": None, "weights": {}}
-    head = Phase("ss_head", schedule=config.method.ss_head, **stage)
-    return phase_schedule(Phase("distill", **stage), config), phase_schedule(head, config)
+    unused: dict[str, Any] = {"trains": None, "loss": None, "weights": {}}
+    head = Phase("ss_head", schedule=config.method.ss_head, **unused)
+    return phase_schedule(Phase("distill", **unused), config), phase_schedule(head, config)
 
 
-def test_the_published_schedule(composed: Compose) -> None:
+def test_the_published_schedule_is_the_default(composed: Compose) -> None:
     student, head = published(composed)
     rates = [student.lr_at(epoch) for epoch in range(student.epochs)]
     expected = [0.05] * 150 + [0.005] * 30 + [0.0005] * 30 + [0.00005] * 30
@@ -29,7 +29,7 @@ def test_the_published_schedule(composed: Compose) -> None:
     assert rates == pytest.approx([0.05] * 30 + [0.005] * 15 + [0.0005] * 15)
 
 
-def test_a_tenth_of_it(composed: Compose) -> None:
+def test_the_short_schedule_is_a_tenth_of_it(composed: Compose) -> None:
     student, head = published(composed, "schedule=short")
     rates = [student.lr_at(epoch) for epoch in range(student.epochs)]
     assert rates == pytest.approx([0.05] * 15 + [0.005] * 3 + [0.0005] * 3 + [0.00005] * 3)
@@ -37,13 +37,13 @@ def test_a_tenth_of_it(composed: Compose) -> None:
     assert [head.lr_at(epoch) for epoch in (2, 3, 5)] == pytest.approx([0.05, 0.005, 0.0005])
 
 
-def test_a_phase_has_an_epoch_at_least_and_may_take_the_runs_rate() -> None:
+def test_a_phase_has_at_least_one_epoch() -> None:
     run = Schedule.from_shares(1, 0.01, [0.5], 0.1)
     phase = run.phase(PhaseSettings(lr=None, epochs=0.125, milestones=[]))
     assert (phase.epochs, phase.lr, phase.lr_at(0)) == (1, 0.01, 0.01)
 
 
-def test_the_networks_learning_rate_is_the_architectures(composed: Compose) -> None:
+def test_the_architecture_decides_the_learning_rate(composed: Compose) -> None:
     slow = {"MobileNetV2", "ShuffleV1", "ShuffleV2"}
     for student in ("resnet8x4", "vgg8", "wrn_40_1", *sorted(slow)):
         lr = composed(f"arch@student={student}").optimizer.lr

@@ -1,4 +1,4 @@
-"""A checkpoint names its run, and another run's is not taken for it."""
+"""A checkpoint or a result names its run, and no other run accepts it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SAME = ["device=cpu", "compile=off", "checkpoint_minutes=1", "wandb.project=b", 
 
 
 def stopped(folder: Path, config: dict[str, Any]) -> Path:
-    """Leave a run that was stopped in its first epoch, before it had written a line."""
+    """Write a run that was stopped in its first epoch, without metrics; return its folder."""
     with Run(folder, config).open() as run:
         run.checkpoints.load(["train"])
         run.checkpoints.save({"stage": "train"})
@@ -42,8 +42,8 @@ def stopped(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-def put(folder: Path, name: str, other: Path) -> None:
-    """Put a checkpoint of another run in the place of this one's."""
+def replace(folder: Path, name: str, other: Path) -> None:
+    """Replace the checkpoint ``name`` in ``folder`` by the one of another run."""
     if name == "previous.pt":
         (folder / "last.pt").write_bytes(b"PK")
         shutil.copy(other / "last.pt", folder / name)
@@ -61,19 +61,19 @@ def resumed(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
 def test_another_runs_checkpoint_is_refused(
     composed: Compose, tmp_path: Path, name: str, key: str
 ) -> None:
-    own = full_config(composed(*STUDENT), "digest")
-    folder = stopped(tmp_path / "own", own)
-    put(
+    config = full_config(composed(*STUDENT), "digest")
+    folder = stopped(tmp_path / "own", config)
+    replace(
         folder,
         name,
         stopped(tmp_path / "other", full_config(composed(*STUDENT, OTHERS[key]), "digest")),
     )
     with pytest.raises(UserError) as error:
-        resumed(folder, own)
-    told = str(error.value)
-    assert told.startswith(f"{folder / name}: is a checkpoint of another run: ")
-    assert f"{key} (" in told
-    assert "\n" not in told
+        resumed(folder, config)
+    message = str(error.value)
+    assert message.startswith(f"{folder / name}: is a checkpoint of another run: ")
+    assert f"{key} (" in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("digest", ["another", None])
@@ -82,24 +82,24 @@ def test_a_checkpoint_of_another_teacher_is_refused(
 ) -> None:
     config = composed(*STUDENT)
     folder = stopped(tmp_path / "own", full_config(config, "digest"))
-    put(folder, "last.pt", stopped(tmp_path / "other", full_config(config, digest)))
+    replace(folder, "last.pt", stopped(tmp_path / "other", full_config(config, digest)))
     with pytest.raises(UserError, match=r"another run: teacher\.digest \("):
         resumed(folder, full_config(config, "digest"))
 
 
 @pytest.mark.parametrize("key", ["seed", "teacher", "views", "schedule"])
-def test_a_shared_phases_checkpoint_is_its_own(tmp_path: Path, key: str) -> None:
+def test_another_shared_phases_checkpoint_is_refused(tmp_path: Path, key: str) -> None:
     settings = {"phase": "ss_head", "seed": 0, "views": 4, "teacher": {"name": "a", "digest": "b"}}
     settings |= {"schedule": {"epochs": 60, "milestones": [30]}}
     other = settings | {key: {"digest": "c"} if key == "teacher" else 7}
     folder = stopped(tmp_path / "own", settings)
-    put(folder, "last.pt", stopped(tmp_path / "other", other))
+    replace(folder, "last.pt", stopped(tmp_path / "other", other))
     with pytest.raises(UserError, match=f"another run: .*{key}"):
         resumed(folder, settings)
 
 
 @pytest.mark.parametrize("word", SAME)
-def test_what_does_not_decide_the_result_does_not_count(
+def test_settings_that_keep_the_result_do_not_count(
     composed: Compose, tmp_path: Path, word: str
 ) -> None:
     folder = stopped(tmp_path / "own", full_config(composed(*STUDENT)))
@@ -107,36 +107,40 @@ def test_what_does_not_decide_the_result_does_not_count(
 
 
 @pytest.mark.parametrize("name", ["last.pt", "previous.pt"])
-def test_a_checkpoint_of_a_version_without_names_resumes(
+def test_a_checkpoint_that_names_no_run_resumes(
     composed: Compose, tmp_path: Path, name: str
 ) -> None:
-    own = full_config(composed(*STUDENT))
-    folder = stopped(tmp_path, own)
+    config = full_config(composed(*STUDENT))
+    folder = stopped(tmp_path, config)
     state = load_checkpoint(folder / "last.pt")
     del state["run"]
     (folder / "last.pt").unlink()
     save_checkpoint(folder / name, state)
-    assert resumed(folder, own)
+    assert resumed(folder, config)
 
 
-def test_another_runs_best_epoch_is_not_taken(
+def test_another_runs_best_weights_are_not_used(
     composed: Compose, tmp_path: Path, capsys: Any
 ) -> None:
-    own = full_config(composed(*STUDENT))
-    folder = stopped(tmp_path / "own", own)
-    assert Run(folder, own).checkpoints.load_best(1) is not None
-    put(folder, "best.pt", stopped(tmp_path / "other", full_config(composed(*STUDENT, "seed=1"))))
-    assert Run(folder, own).checkpoints.load_best(1) is None
+    config = full_config(composed(*STUDENT))
+    folder = stopped(tmp_path / "own", config)
+    assert Run(folder, config).checkpoints.load_best(1) is not None
+    replace(
+        folder, "best.pt", stopped(tmp_path / "other", full_config(composed(*STUDENT, "seed=1")))
+    )
+    assert Run(folder, config).checkpoints.load_best(1) is None
     assert (
         "best.pt is corrupt: it is of another run: seed (1 there, 0 here)"
         in capsys.readouterr().err
     )
 
 
-@pytest.mark.parametrize("odd", [3, [1], "name", None, nn.Linear(1, 1).weight.data, {"a": {1: []}}])
-def test_an_odd_name_is_damage_or_another_run(tmp_path: Path, odd: Any) -> None:
+@pytest.mark.parametrize(
+    "named", [3, [1], "name", None, nn.Linear(1, 1).weight.data, {"a": {1: []}}]
+)
+def test_a_malformed_run_in_a_checkpoint_is_refused(tmp_path: Path, named: Any) -> None:
     folder = stopped(tmp_path, {"seed": 1})
-    save_checkpoint(folder / "last.pt", {**load_checkpoint(folder / "last.pt"), "run": odd})
+    save_checkpoint(folder / "last.pt", {**load_checkpoint(folder / "last.pt"), "run": named})
     with pytest.raises(UserError, match=r"it names no run|another run"):
         resumed(folder, {"seed": 1})
 
@@ -154,41 +158,39 @@ def finished(folder: Path, config: dict[str, Any]) -> Path:
 
 @pytest.mark.parametrize("key", OTHERS)
 def test_another_runs_result_is_refused(composed: Compose, tmp_path: Path, key: str) -> None:
-    own = full_config(composed(*STUDENT), "digest")
-    folder = finished(tmp_path / "own", own)
+    config = full_config(composed(*STUDENT), "digest")
+    folder = finished(tmp_path / "own", config)
     other = finished(tmp_path / "other", full_config(composed(*STUDENT, OTHERS[key]), "digest"))
-    found = Run(folder, own).finished(RunResult)
+    found = Run(folder, config).finished(RunResult)
     assert found is not None
     assert found.top1.last == 70.0
     for name in ("result.json", "model.safetensors"):
         shutil.copy(other / name, folder / name)
     with pytest.raises(UserError, match=rf"result of another run: .*{key} \(") as caught:
-        Run(folder, own).finished(RunResult)
+        Run(folder, config).finished(RunResult)
     assert str(caught.value).startswith(f"{folder / 'result.json'}: ")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("word", SAME)
-def test_the_result_of_the_same_run_elsewhere_is_taken(
+def test_a_result_from_other_circumstances_is_used(
     composed: Compose, tmp_path: Path, word: str
 ) -> None:
     folder = finished(tmp_path, full_config(composed(*STUDENT), "digest"))
     assert Run(folder, full_config(composed(*STUDENT, word), "digest")).finished(RunResult)
 
 
-def test_a_result_of_a_version_that_named_no_run_is_taken(
-    composed: Compose, tmp_path: Path
-) -> None:
-    own = full_config(composed(*STUDENT), "digest")
-    folder = finished(tmp_path, own)
+def test_a_result_that_names_no_run_is_used(composed: Compose, tmp_path: Path) -> None:
+    config = full_config(composed(*STUDENT), "digest")
+    folder = finished(tmp_path, config)
     (folder / "result.json").write_text(json.dumps(RESULT.to_json()))
-    assert Run(folder, own).finished(RunResult) == RESULT
+    assert Run(folder, config).finished(RunResult) == RESULT
     (folder / "result.json").write_text(json.dumps(RESULT.to_json() | {"run": "resnet8"}))
     with pytest.raises(UserError, match="it names no run"):
-        Run(folder, own).finished(RunResult)
+        Run(folder, config).finished(RunResult)
 
 
-def test_another_runs_result_and_weights_are_no_teacher(composed: Compose, tmp_path: Path) -> None:
+def test_a_teacher_with_another_runs_result_is_refused(composed: Compose, tmp_path: Path) -> None:
     words = ("dataset=digits", "dataset.fraction=0.05", "schedule.epochs=1", "device=cpu")
     folders = []
     for more in ((), ("seed=1",)):
