@@ -82,7 +82,7 @@ def evaluate(
     # Importing torch takes seconds, which --help should not.
     from sskd.config import read_config
     from sskd.data import load_images
-    from sskd.device import choose_device, to_device
+    from sskd.device import choose_device, to_device, tune_device
     from sskd.models import build_model, find_checkpoint, load_weights
     from sskd.training.evaluation import accuracy, predict
 
@@ -91,12 +91,10 @@ def evaluate(
     choices = ["method=vanilla", *_dataset_of_run(path), *overrides]
     folders = [] if config_dir is None else [Path(config_dir)]
     config = read_config(compose_config("student", choices, folders))
-    images = load_images(config.dataset).to(choose_device(device))
-    if _digest_of_run(path) not in (None, images.digest):
-        complain(
-            f"warning: {path}: the images in {config.dataset.root} may differ from those of its "
-            "run: config.yaml has another dataset.digest"
-        )
+    chosen = choose_device(device)
+    tune_device(chosen)
+    images = load_images(config.dataset).to(chosen)
+    _warn_of_other_images(path, config.dataset.root, images.digest)
     network = build_model(arch, images.num_classes)
     stated = load_weights(network, path).accuracy
     to_device(network, images.test.images.device)
@@ -141,6 +139,15 @@ def _dataset_of_run(checkpoint: Path) -> list[str]:
             raise UserError(f"{path}: dataset.{key} is not a setting of a run's dataset")
     values = [as_override(f"dataset.{key}", value) for key, value in settings.items()]
     return [f"dataset={dataset['source']}", "dataset.download=false", *values]
+
+
+def _warn_of_other_images(checkpoint: Path, root: str, digest: str | None) -> None:
+    """Warn if the run of ``checkpoint`` recorded another ``digest`` of the images in ``root``."""
+    if _digest_of_run(checkpoint) not in (None, digest):
+        complain(
+            f"warning: {checkpoint}: the images in {root} may differ from those of its run: "
+            "config.yaml has another dataset.digest"
+        )
 
 
 def _digest_of_run(checkpoint: Path) -> object:

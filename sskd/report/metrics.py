@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sskd.errors import shortened
 from sskd.files import is_regular_file, read_lines
-from sskd.report import fields
+from sskd.runs import fields
 from sskd.runs.names import METRICS, MOST_EPOCHS, MOST_METRICS
 
 LARGEST = 1e30  # a larger value breaks the scale of a plot

@@ -13,8 +13,9 @@ from typing import Literal
 from sskd.errors import shortened
 from sskd.files import MOST_DEPTH, is_regular_file, is_too_deep, read_bounded_text
 from sskd.overrides import flatten
-from sskd.report import fields
+from sskd.runs import fields
 from sskd.runs.names import CONFIG, MOST_CONFIG, MOST_RESULT, NAME, RESULT
+from sskd.runs.result import RunResult
 from sskd.runs.weightings import RECIPE, WEIGHTING, name_weighting
 
 Epoch = Literal["last", "best"]
@@ -167,37 +168,39 @@ def parse_result(text: str, folder: Path) -> Result | None:
     Raises:
         ValueError: a field is missing or malformed; the message names it.
     """
-    record = {"peak_memory_mib": None} | fields.parse_object(text)  # older results lack it
-    kind = _kind(record)
-    if kind == "phase":
+    record = fields.parse_object(text)
+    if _kind(record) == "phase":
         return None
+    result = RunResult.from_json(record)
+    for key in ("teacher_top1", "agreement", "kl"):  # null without a teacher, but never missing
+        fields.get(record, key)
     top1 = fields.mapping(record, "top1")
     method = fields.text(record, "method")
     return Result(
-        kind=kind,
+        kind=fields.text(record, "kind"),
         dataset=fields.text(record, "dataset"),
-        teacher=fields.text(record, "teacher") if kind == "distill" else None,
+        teacher=result.teacher,
         student=fields.text(record, "student"),
         method=method,
         seed=fields.integer(record, "seed"),
-        difference=_difference(record, method),
+        difference=_difference(
+            fields.mapping(record, "difference"),
+            fields.integer({"recipe": 1, **record}, "recipe"),
+            method,
+        ),
         last=fields.number(top1, "last", high=100),
         best=fields.number(top1, "best", high=100),
-        teacher_epoch=fields.text_or_none(record, "teacher_epoch"),
-        teacher_top1=fields.number_or_none(record, "teacher_top1", high=100),
-        agreement=fields.number_or_none(record, "agreement", high=100),
-        # Rounding can make the divergence of two equal distributions slightly negative.
-        kl=fields.number_or_none(record, "kl", low=-1e-3),
+        teacher_epoch=result.teacher_epoch,
+        teacher_top1=result.teacher_top1,
+        agreement=result.agreement,
+        kl=result.kl,
         seconds=fields.number(record, "seconds"),
         images_per_second=fields.number(record, "images_per_second"),
         parameters=fields.integer(record, "parameters"),
-        # Older results lack this field.
-        peak_memory_mib=fields.number_or_none(
-            {"peak_memory_mib": None} | record, "peak_memory_mib"
-        ),
-        commit=fields.optional_text(record, "commit"),
-        epochs=fields.integer(record, "epoch") if "epoch" in record else None,
-        origin=_origin(record),
+        peak_memory_mib=result.peak_memory_mib,
+        commit=result.commit,
+        epochs=result.epoch,
+        origin=Origin(result.dataset_source, result.dataset_digest, result.teacher_digest),
         folder=folder,
         settings=_settings(record),
     )
@@ -207,15 +210,11 @@ def _kind(record: fields.Record) -> str:
     kind = fields.text(record, "kind")
     if kind not in ("scratch", "distill", "phase"):
         raise ValueError(f"'kind' is {shortened(kind)}, neither 'scratch' nor 'distill'")
-    if kind == "scratch" and fields.get(record, "teacher") is not None:
+    if kind == "scratch" and record.get("teacher") is not None:
         raise ValueError("'teacher' is not null in a run from scratch")
+    if kind == "distill":
+        fields.text(record, "teacher")
     return kind
-
-
-def _origin(record: fields.Record) -> Origin:
-    """Return the recorded origin; older results record none."""
-    keys = ("dataset_source", "dataset_digest", "teacher_digest")
-    return Origin(*(fields.text_or_none(record, key) for key in keys))
 
 
 def read_origin(folder: Path) -> Origin:
@@ -253,22 +252,16 @@ def _settings(record: fields.Record) -> Settings:
     return tuple(sorted((k, _as_text(v)) for k, v in flat.items() if k not in NOT_SETTINGS))
 
 
-def _recipe(record: fields.Record) -> int:
-    """Return the version of the recipe that the result's ``difference`` refers to."""
-    recipe = fields.integer({"recipe": 1} | record, "recipe")
+def _difference(recorded: fields.Record, recipe: int, method: str) -> Settings:
+    """Return the difference from today's recipe of a run that recorded one from ``recipe``."""
     if not 1 <= recipe <= RECIPE:
         raise ValueError(
             f"'recipe' is {shortened(recipe)}, but this version of sskd knows 1 to {RECIPE}"
         )
-    return recipe
-
-
-def _difference(record: fields.Record, method: str) -> Settings:
-    value = fields.mapping(record, "difference")
-    if not all(key and key.isprintable() for key in value):
+    if not all(key and key.isprintable() for key in recorded):
         raise ValueError("'difference' has a key that is not a name")
-    texts = {key: _as_text(item) for key, item in value.items()}
-    return tuple(sorted(name_weighting(method, _recipe(record), texts).items()))
+    texts = {key: _as_text(item) for key, item in recorded.items()}
+    return tuple(sorted(name_weighting(method, recipe, texts).items()))
 
 
 def _as_text(value: object) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from sskd.errors import mask_unprintable, shortened
 from sskd.files import is_regular_file, read_bounded_text
-from sskd.report import fields
 from sskd.report.metrics import EpochLine, read_metrics
 from sskd.report.results import find_files
+from sskd.runs import fields
 from sskd.runs.lock import is_held
 from sskd.runs.names import LAST, MOST_EPOCHS, RESULT
 from sskd.runs.status import MOST, STATUS

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, Self
 
-from sskd.runs.untrusted import Record
+from sskd.runs import fields
 
 
 class Result(Protocol):
@@ -97,47 +97,60 @@ class RunResult:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Return the result with these fields; raise ValueError if one has a wrong type."""
-        record = Record(values)
-        texts = (
-            *("kind", "dataset", "dataset_source", "dataset_digest", "teacher", "student"),
-            *("method", "teacher_digest", "teacher_epoch", "precision", "compile", "device"),
-            *("commit", "date"),
-        )
-        integers = ("seed", "recipe", "epoch", "parameters", "threads")
-        percentages = ("teacher_top1", "agreement", "accuracy")
-        numbers = ("kl", "seconds", "images_per_second", "peak_memory_mib")
-        fields: dict[str, Any] = {name: record.text(name) for name in texts}
-        fields |= {name: record.integer(name) for name in integers}
-        fields |= {name: record.percent(name) for name in percentages}
-        fields |= {name: record.number(name) for name in numbers}
+        found: dict[str, Any] = {name: fields.text_or_none(values, name) for name in _TEXTS}
+        found |= {name: fields.integer_or_none(values, name) for name in _INTEGERS}
+        found |= {name: _percent(values, name) for name in _PERCENTAGES}
+        found |= {name: fields.number_or_none(values, name) for name in _NUMBERS}
         return cls(
-            **fields,
-            difference=record.mapping("difference") or {},
-            versions=record.mapping("versions") or {},
-            precomputed=record.flag("precomputed"),
-            top1=_top1(record.record("top1")),
-            holdout_top1=_holdout_top1(record.record("holdout_top1")),
-            digest=_digests(record.record("digest")),
+            **found,
+            # Rounding can make the divergence of two equal distributions slightly negative.
+            kl=fields.number_or_none(values, "kl", low=-1e-3),
+            difference=fields.mapping_or_none(values, "difference") or {},
+            versions=fields.mapping_or_none(values, "versions") or {},
+            commit=fields.optional_text(values, "commit"),
+            precomputed=fields.flag_or_none(values, "precomputed"),
+            top1=_top1(fields.mapping_or_none(values, "top1")),
+            holdout_top1=_holdout_top1(fields.mapping_or_none(values, "holdout_top1")),
+            digest=_digests(fields.mapping_or_none(values, "digest")),
         )
 
 
-def _top1(record: Record | None) -> Top1:
+_TEXTS = (
+    *("kind", "dataset", "dataset_source", "dataset_digest", "teacher", "student", "method"),
+    *("teacher_digest", "teacher_epoch", "precision", "compile", "device", "date"),
+)
+_INTEGERS = ("seed", "recipe", "epoch", "parameters", "threads")
+_PERCENTAGES = ("teacher_top1", "agreement", "accuracy")
+_NUMBERS = ("seconds", "images_per_second", "peak_memory_mib")
+
+
+def _percent(record: fields.Record, key: str) -> float | None:
+    return fields.number_or_none(record, key, high=100)
+
+
+def _top1(record: fields.Record | None) -> Top1:
     if record is None:
         return Top1()
-    return Top1(record.percent("last"), record.percent("best"), record.integer("best_epoch"))
+    best_epoch = fields.integer_or_none(record, "best_epoch")
+    return Top1(_percent(record, "last"), _percent(record, "best"), best_epoch)
 
 
-def _holdout_top1(record: Record | None) -> HoldoutTop1 | None:
+def _holdout_top1(record: fields.Record | None) -> HoldoutTop1 | None:
     if record is None:
         return None
-    best_epoch, at_best = record.integer("best_epoch"), record.percent("test_top1_at_best")
-    return HoldoutTop1(record.percent("last"), record.percent("best"), best_epoch, at_best)
+    return HoldoutTop1(
+        last=_percent(record, "last"),
+        best=_percent(record, "best"),
+        best_epoch=fields.integer_or_none(record, "best_epoch"),
+        test_top1_at_best=_percent(record, "test_top1_at_best"),
+    )
 
 
-def _digests(record: Record | None) -> WeightsDigests:
+def _digests(record: fields.Record | None) -> WeightsDigests:
     if record is None:
         return WeightsDigests()
-    return WeightsDigests(record.text("last"), record.text("best"))
+    last, best = (fields.text_or_none(record, key) for key in ("last", "best"))
+    return WeightsDigests(last, best)
 
 
 @dataclass(frozen=True)
@@ -159,6 +172,9 @@ class SharedResult:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Return the result with these fields; raise ValueError if one has a wrong type."""
-        record = Record(values)
-        kind = record.text("kind") or "phase"
-        return cls(kind, record.text("stage"), record.number("seconds"), record.text("digest"))
+        return cls(
+            kind=fields.text_or_none(values, "kind") or "phase",
+            stage=fields.text_or_none(values, "stage"),
+            seconds=fields.number_or_none(values, "seconds"),
+            digest=fields.text_or_none(values, "digest"),
+        )

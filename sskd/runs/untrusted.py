@@ -6,8 +6,6 @@ Nothing here needs PyTorch, so that the report and the command line can use it.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sskd.errors import UserError, shortened
+from sskd.errors import UserError
 from sskd.files import is_regular_file, read_bounded_text
 
 _DEEPEST = 50  # levels; a configuration has five
@@ -87,60 +85,3 @@ def refuse_odd_entries(folder: Path) -> None:
                 f"{path}: is a {kind}, but a run keeps its files in its own folder; "
                 "put the file itself there"
             )
-
-
-class Record:
-    """Typed access to the fields of a JSON object; a missing field reads as None.
-
-    Each method raises ValueError, with the field's name, if the value has another type.
-    """
-
-    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
-        self._values, self._prefix = values, prefix
-
-    def text(self, key: str) -> str | None:
-        """Return a string."""
-        return self._typed(key, str, "a string")
-
-    def integer(self, key: str) -> int | None:
-        """Return a whole number, 0 or more."""
-        value: int | None = self._typed(key, int, "a whole number")
-        if value is not None and value < 0:
-            raise ValueError(f"'{self._prefix}{key}' is negative")
-        return value
-
-    def number(self, key: str, high: float = sys.float_info.max) -> float | None:
-        """Return a finite number of at most ``high``."""
-        value: float | None = self._typed(key, (int, float), "a number")
-        if value is not None and not -sys.float_info.max <= value <= high:
-            raise ValueError(f"'{self._prefix}{key}' is {shortened(value)}, out of range")
-        return value
-
-    def percent(self, key: str) -> float | None:
-        """Return a number from 0 to 100."""
-        value = self.number(key, 100)
-        if value is not None and value < 0:
-            raise ValueError(f"'{self._prefix}{key}' is {shortened(value)}, out of range")
-        return value
-
-    def flag(self, key: str) -> bool | None:
-        """Return true or false."""
-        value: bool | None = self._values.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise ValueError(f"'{self._prefix}{key}' is not true or false")
-        return value
-
-    def mapping(self, key: str) -> dict[str, Any] | None:
-        """Return an object."""
-        return self._typed(key, dict, "an object")
-
-    def record(self, key: str) -> Record | None:
-        """Return the fields of an object."""
-        values = self.mapping(key)
-        return None if values is None else Record(values, f"{self._prefix}{key}.")
-
-    def _typed(self, key: str, kind: Any, name: str) -> Any:
-        value = self._values.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-            raise ValueError(f"'{self._prefix}{key}' is not {name}")
-        return value

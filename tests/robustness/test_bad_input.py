@@ -797,7 +797,7 @@ RUNS: dict[str, tuple[Maker, str]] = {
     ),
     "a result of a text for a figure": (
         edit("result.json", top1={"last": "high"}),
-        "result.json: is not a result ('top1.last' is not a number)",
+        "result.json: is not a result ('last' is not a number)",
     ),
     "a number of 5000 digits": (
         damage("result.json", '{"top1": ' + "1" * 5000 + "}"),
@@ -859,7 +859,7 @@ TEACHERS: dict[str, tuple[Maker, str]] = {
     "no digest": (edit("result.json", digest=None), "result.json has no digest of the best"),
     "a digest of a number": (
         edit("result.json", digest={"best": 3}),
-        "result.json: is not a result ('digest.best' is not a string)",
+        "result.json: is not a result ('best' is not a name)",
     ),
     "another digest": (
         edit("result.json", digest={"best": "0" * 64}),

@@ -18,6 +18,7 @@ from report_runs import epoch_line, put_metrics, put_run
 from torch import nn
 
 import sskd.files
+import sskd.report.metrics
 import sskd.runs.names
 import sskd.runs.status
 from sskd.errors import CorruptFileError, UserError

@@ -1,4 +1,4 @@
-"""Read the fields of a JSON object that anyone may have written.
+"""Read the fields of a JSON object that anybody may have written.
 
 Each function returns a value of its type or raises ValueError with the reason.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from sskd.errors import mask_unprintable, shortened
 
-Record = dict[str, object]
+Record = Mapping[str, object]
 
 
 def parse_object(text: str) -> Record:
@@ -63,6 +64,11 @@ def integer(record: Record, key: str) -> int:
     return value
 
 
+def integer_or_none(record: Record, key: str) -> int | None:
+    """Return ``integer``, or None if it is null or missing."""
+    return None if record.get(key) is None else integer(record, key)
+
+
 def number(record: Record, key: str, low: float = 0.0, high: float = sys.float_info.max) -> float:
     """Return a finite number from ``low`` to ``high``."""
     value = get(record, key)
@@ -77,8 +83,21 @@ def number(record: Record, key: str, low: float = 0.0, high: float = sys.float_i
 def number_or_none(
     record: Record, key: str, low: float = 0.0, high: float = sys.float_info.max
 ) -> float | None:
-    """Return ``number``, or None if it is null."""
-    return None if get(record, key) is None else number(record, key, low, high)
+    """Return ``number``, or None if it is null or missing."""
+    return None if record.get(key) is None else number(record, key, low, high)
+
+
+def flag_or_none(record: Record, key: str) -> bool | None:
+    """Return true or false, or None if it is null or missing."""
+    value = record.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"'{key}' is not true or false")
+    return value
+
+
+def mapping_or_none(record: Record, key: str) -> Record | None:
+    """Return a nested JSON object, or None if it is null or missing."""
+    return None if record.get(key) is None else mapping(record, key)
 
 
 def optional_text(record: Record, key: str) -> str | None:
