@@ -16,13 +16,13 @@ PLACES = (
     *("README.md", "CONTRIBUTING.md", "SECURITY.md"),
 )
 SUFFIXES = {".py", ".yaml", ".md", ".html", ".css", ".js"}
-# What to write instead: report, state; resume, continue; again, from scratch; expected; student and
-# teacher; if anyone; started; archive; combine; character.
+# Write instead: report, state; resume, continue; again, from scratch; expected; archive; combine;
+# student and teacher.
 WORDS = (
-    *("told", r"tells?", "telling", r"go(?:es)? on", "going on", "went on", "gone on"),
-    *("anew", "afresh", "wanted", "ours", "theirs", "whoever", "begun", "thereof", "likewise"),
-    *("put aside", r"puts? together", "made whole", "gone astray", "of so many", "in the meantime"),
-    *("of its own accord", "those of another", "what is trained", "no epoch's", "wants a"),
+    *("told", "tells?", "telling", "go(?:es)? on", "going on", "went on", "gone on"),
+    *("anew", "afresh", "wanted", "wants a", "ours", "theirs", "whoever", "thereof"),
+    *("put aside", "puts? together", "made whole", "gone astray", "of so many", "no epoch's"),
+    *("of its own accord",),
 )
 # A word may be a part of a name: ``plain_ours``.
 FORBIDDEN = re.compile(rf"(?<![a-z])(?:{'|'.join(WORDS)})(?![a-z])", re.IGNORECASE)
@@ -62,7 +62,7 @@ def test_code_and_pages_use_the_words_of_the_glossary() -> None:
     assert not found
 
 
-@pytest.mark.parametrize("text", ["It Goes on.", "def f(plain_ours)", "a: told", "begun_at = 1"])
+@pytest.mark.parametrize("text", ["It Goes on.", "def f(plain_ours)", "a: told", "told_at = 1"])
 def test_a_forbidden_word_is_found(text: str) -> None:
     assert forbidden_words(text)
 

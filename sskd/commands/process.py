@@ -6,8 +6,12 @@ Importing this takes no time: the commands answer ``--help`` before torch is loa
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 from omegaconf import OmegaConf
@@ -36,7 +40,7 @@ def run_command(main: Callable[[], object]) -> int:
     sys.argv = [sys.argv[0], *with_packaged_sweeps(sys.argv[1:])]
     shows_traceback = os.environ.get(_FULL_ERROR) == "1"
     os.environ[_FULL_ERROR] = "1"  # Hydra then raises, instead of printing several lines
-    with steady_output():
+    with steady_output(), _noted_interrupts() as interrupts:
         try:
             refuse_missing_keys(sys.argv[1:])
             refuse_odd_choices(sys.argv[1:])
@@ -45,11 +49,9 @@ def run_command(main: Callable[[], object]) -> int:
             complain(f"{stop}: the state is saved, {rerun_hint()} resumes")
             return 128 + stop.signum
         except KeyboardInterrupt:
-            if "wandb" in sys.modules:
-                _end_at_once(130)  # else W&B might wait for its server
-            return 130
+            return _end_interrupted()
         except Exception as error:
-            return _report(error, shows_traceback)
+            return _end_interrupted() if interrupts else _report(error, shows_traceback)
     return 0
 
 
@@ -67,6 +69,37 @@ def _report(error: Exception, shows_traceback: bool) -> int:
         raise error
     complain(f"error: {line}")
     return exit_status(error)
+
+
+@contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """Yield a list that gets an entry for each SIGINT that raises KeyboardInterrupt.
+
+    A library can turn that exception into an error: if it stops OmegaConf inside of a list, the
+    cleanup of OmegaConf raises AttributeError.
+    """
+    interrupts: list[int] = []
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    # A background job of a shell ignores SIGINT, and must not handle it.
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield interrupts
+        return
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        interrupts.append(signum)
+        signal.default_int_handler(signum, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end_interrupted() -> int:
+    if "wandb" in sys.modules:
+        _end_at_once(130)  # else W&B might wait for its server
+    return 130
 
 
 def _end_at_once(status: int) -> NoReturn:

@@ -26,7 +26,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/robustness")]
+sys.path[:0] = [
+    str(ROOT),
+    *(str(ROOT / f"tests{folder}") for folder in ("", "/report", "/robustness")),
+]
 SECONDS_A_FILE, SECONDS_A_PROCESS = 10, 25.0
 MEMORY = 12 << 30  # addresses, not pages: torch alone takes several GiB of them
 READ, REFUSED = "read", "refused"

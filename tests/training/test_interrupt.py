@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -16,6 +17,7 @@ from conftest import Compose
 from crashes import at_step
 from faults import SMALL
 
+from sskd.commands.process import run_command
 from sskd.errors import UserError
 from sskd.runs.folder import read_config_file
 from sskd.runs.names import CONFIG
@@ -137,3 +139,22 @@ def test_sigterm_raises_in_a_launcher() -> None:
         signal.raise_signal(signal.SIGTERM)
     assert stop.value.signum == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_interrupt_that_becomes_an_error_is_an_interrupt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """OmegaConf raises AttributeError if Ctrl-C stops it inside of a list."""
+
+    def main() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            raise AttributeError("a value is missing")
+
+    monkeypatch.setattr(sys, "argv", ["train_student.py"])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)  # else the process ends
+    handler = signal.getsignal(signal.SIGINT)
+    assert run_command(main) == 130
+    assert capsys.readouterr().err == ""
+    assert signal.getsignal(signal.SIGINT) is handler
