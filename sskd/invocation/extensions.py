@@ -145,7 +145,8 @@ def _place(error: BaseException, path: Path | None) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename != __file__ and not frame.filename.startswith("<frozen")
+        if frame.filename not in (__file__, importlib.__file__)
+        and not frame.filename.startswith("<frozen")
     ]
     inside = [frame for frame in frames if path and frame.filename == str(path)]
     last = (inside or frames)[-1:]
