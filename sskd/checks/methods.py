@@ -33,6 +33,12 @@ def check_phases(method: Method, images: Images) -> None:
     The batch is all of the training ``images``. Its loss is finite, each of its terms has a weight,
     and the leaves of its autograd graph are exactly the parameters of ``phase.trains``.
     """
+    *first, last = method.phases()
+    named = [phase.name for phase in first if phase.name == method.evaluated_phase]
+    require(
+        last.name == method.evaluated_phase and not named,
+        f"evaluated_phase is '{method.evaluated_phase}', but the last phase is '{last.name}'",
+    )
     saved = {id(parameter) for parameter in method.parameters()}
     for phase in method.phases():
         set_trainable(phase, method)

@@ -24,7 +24,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from hydra.core.hydra_config import HydraConfig
+
 from sskd.errors import UserError
+from sskd.files import expanded
 
 VARIABLE = "SSKD_EXTENSIONS"
 GROUP = "sskd.extensions"
@@ -50,12 +53,22 @@ def load_extensions() -> None:
         UserError: one cannot be imported, or registers a name that is taken or a value of a wrong
             type.
     """
+    _refuse_setting()
     installed = [entry.module for entry in entry_points(group=GROUP)]
     named = [name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]
     for name in [*installed, *named]:
         if name not in _loaded:
             _load(name)
             _loaded.append(name)
+
+
+def _refuse_setting() -> None:
+    """Raise UserError if a configuration sets the variable, which would let it run code."""
+    if HydraConfig.initialized() and VARIABLE in (HydraConfig.get().job.env_set or {}):
+        raise UserError(
+            f"hydra.job.env_set.{VARIABLE}: a configuration cannot load code; set the variable in "
+            "the environment of the command"
+        )
 
 
 def extension_names(group: str) -> list[str]:
@@ -122,7 +135,7 @@ def _check(extension: str, table: _Table, before: dict[str, Any]) -> None:
 
 def _import(name: str) -> ModuleType:
     is_file = name.endswith(".py") or os.sep in name
-    path = Path(name).expanduser().absolute() if is_file else None
+    path = expanded(name).absolute() if is_file else None
     if path and not path.is_file():
         raise UserError(f"{VARIABLE}: {path}: there is no such file")
     try:
