@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Compose
@@ -75,7 +76,7 @@ def test_an_option_without_an_entry_has_its_own_defaults(
     composed: Compose, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """As the network, the method and the dataset of an extension."""
-    frozen = OmegaConf.load(str(FROZEN))
+    frozen: Any = OmegaConf.load(str(FROZEN))
     for group, name in (("arch", "resnet8"), ("arch", "vgg8"), ("method", "ft")):
         del frozen[group][name]
     OmegaConf.save(frozen, tmp_path / "recipe.yaml")
