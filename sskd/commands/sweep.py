@@ -58,7 +58,7 @@ class Job:
     folder: Path
 
     def has_finished(self) -> bool:
-        """Return whether the run has a result; if that is unclear, it has to run to say why."""
+        """Return whether the run has a result; false if that cannot be determined."""
         try:
             if read_result(self.folder, RunResult) is None:
                 return False
@@ -95,7 +95,7 @@ class Job:
 
 
 class Sweep:
-    """The jobs of one command; jobs that are the same run are one.
+    """The jobs of one command; jobs of the same run are merged.
 
     Two pairs with one student, for example, have one run of the student alone.
 

@@ -31,7 +31,7 @@ class Top1:
 
 @dataclass(frozen=True)
 class HoldoutTop1:
-    """Top-1 accuracies on held-out images in percent, and the best epoch's on the test set."""
+    """Top-1 accuracies on held-out images in percent, and the test accuracy of the best epoch."""
 
     last: float | None = None
     best: float | None = None
@@ -158,7 +158,7 @@ def _digests(record: fields.Record | None) -> WeightsDigests:
 
 @dataclass(frozen=True)
 class SharedResult:
-    """What a phase that several runs share left: the SHA-256 of its result, and its seconds.
+    """The result of a shared phase: the SHA-256 of its content, and its seconds.
 
     ``stage`` is the phase's name, under the key of every version.
     """

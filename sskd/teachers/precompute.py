@@ -170,8 +170,8 @@ def _refuse_lost(rows: Tensor, first: int, folder: Path) -> None:
     if lost.any():
         image = first + int(lost.int().argmax())
         raise UserError(
-            f"{folder}: the teacher's outputs for training image {image} (the first is 0) are not "
-            "finite; take another teacher"
+            f"{folder}: the teacher's outputs for training image {image} (counting from 0) are not "
+            "finite; use another teacher"
         )
 
 

@@ -93,7 +93,7 @@ def last_top1(result: RunResult, folder: Path) -> float:
 
 
 def _holdout(run: Run) -> HoldoutTop1 | None:
-    """Return the accuracies on held-out images, and that on the test set at their best."""
+    """Return the held-out accuracies, and the test accuracy of the best held-out epoch."""
     scored = [line for line in run.metrics.lines if "holdout/top1" in line]
     if not scored:
         return None
