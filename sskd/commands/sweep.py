@@ -131,7 +131,8 @@ class Sweep:
             with suppress(UserError):  # another process has it, or the job itself reports why
                 write_queued(job.folder, command=job.command)
         done = len(self.jobs) - len(pending)
-        say(f"{len(self.jobs)} jobs, {done} finished already")
+        jobs = "job" if len(self.jobs) == 1 else "jobs"
+        say(f"{len(self.jobs)} {jobs}, {done} finished already")
         return [job.overrides for job in pending]
 
     def launch(
@@ -192,7 +193,8 @@ class Sweep:
         """
         pending = [job for job in self.jobs if job.is_pending()]
         done = len(self.jobs) - len(pending)
-        say(f"{done} of {len(self.jobs)} jobs have finished")
+        verb = "job has" if len(self.jobs) == 1 else "jobs have"
+        say(f"{done} of {len(self.jobs)} {verb} finished")
         busy = [job for job in pending if is_held(job.folder)]
         for job in pending:
             complain(f"  {job.folder}: {job.reason()}")

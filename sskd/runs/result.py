@@ -54,7 +54,8 @@ class RunResult:
     Accuracies and ``agreement`` are percentages, ``kl`` is in nats, ``peak_memory_mib`` in MiB.
     ``kind`` is ``scratch`` or ``distill``. ``difference`` holds the settings that differ from
     version ``recipe`` of the recipe, by dotted key. ``epoch`` and ``accuracy`` are those of the
-    last epoch, under the names that published checkpoints have.
+    last epoch, under the names that published checkpoints have. ``extensions`` has the SHA-256 of
+    the files of the user's code.
     """
 
     kind: str | None = None
@@ -83,6 +84,7 @@ class RunResult:
     precision: str | None = None
     compile: str | None = None
     precomputed: bool | None = None
+    extensions: Mapping[str, Any] = field(default_factory=dict)
     device: str | None = None
     threads: int | None = None
     peak_memory_mib: float | None = None
@@ -107,6 +109,7 @@ class RunResult:
             kl=fields.number_or_none(values, "kl", low=-1e-3),
             difference=fields.mapping_or_none(values, "difference") or {},
             versions=fields.mapping_or_none(values, "versions") or {},
+            extensions=fields.mapping_or_none(values, "extensions") or {},
             commit=fields.optional_text(values, "commit"),
             precomputed=fields.flag_or_none(values, "precomputed"),
             top1=_top1(fields.mapping_or_none(values, "top1")),

@@ -137,6 +137,7 @@ class Trainer:
         self.run.metrics.log(line)
         self.checkpoint.save()
         self.checkpoint.save_if_best()
+        self.run.metrics.notify(line)
         self.progress.epoch(state.epoch, line)
 
     def _evaluate(self, network: nn.Module) -> dict[str, float]:
