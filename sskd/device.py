@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from sskd.allocator import ask_for_large_pages, keep_freed_memory, trim_heap
 from sskd.errors import UserError
 
-# Images that a network without a backward pass gets at once: sized so that feature maps fit a
-# CPU's caches; enough to keep a GPU busy.
+# Batch sizes of forward passes without gradients: on a CPU the feature maps fit the caches, on a
+# GPU the batch keeps it busy.
 _INFERENCE_BATCH_SIZE = {"cpu": 64}
 _GPU_BATCH_SIZE = 500
 

@@ -43,7 +43,7 @@ class BusyError(UserError):
 
 
 class CorruptFileError(Exception):
-    """The file ``name`` does not have the content that was written; ``how`` says how that shows."""
+    """The file ``name`` lacks the content that was written; ``how`` describes the damage."""
 
     def __init__(self, name: str, how: str) -> None:
         super().__init__(f"{name} is corrupt: {how}")

@@ -110,7 +110,7 @@ def _recognised_arch(path: Path) -> str:
 
     recognised = recognise(read_checkpoint(path).state)
     if recognised is None:
-        raise UserError(f"{path}: is no architecture of this suite; name it with --arch NAME")
+        raise UserError(f"{path}: has no architecture of this suite; name it with --arch NAME")
     return recognised[0]
 
 

@@ -100,7 +100,7 @@ class SteadyStream:
     def _give_up(self, error: OSError | ValueError) -> None:
         self.lost = error
         if self._stream in (sys.__stdout__, sys.__stderr__):
-            # Else Python fails when it flushes the buffer at its end, and other libraries and
+            # Otherwise Python fails when it flushes the buffer at its end, and other libraries and
             # processes that share the stream fail too.
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
@@ -151,8 +151,8 @@ def output_status() -> int:
 def _open_closed_streams() -> None:
     """Open on the null device each standard stream that was closed at the start (``>&-``).
 
-    Else the next file that is opened, perhaps a checkpoint, becomes the standard output of every
-    library and of every process that this one starts.
+    Otherwise the next file that is opened, perhaps a checkpoint, becomes the standard output of
+    every library and of every process that this one starts.
     """
     for number in range(3):
         try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from sskd.config import Config
 from sskd.data import Images, load_images, refuse_missing
 from sskd.device import choose_device, reset_peak_memory, to_device, tune_device
+from sskd.invocation.extensions import extension_digests
 from sskd.methods import Method
-from sskd.output import say
+from sskd.output import complain, say
 from sskd.runs.folder import archive_run
 from sskd.runs.plan import RunPlan
 from sskd.runs.result import RunResult
@@ -14,8 +15,8 @@ from sskd.runs.run import Run
 from sskd.runs.status import forced_in_this_sweep
 from sskd.teachers.assembly import assemble, check_compatible
 from sskd.teachers.find import missing_teacher, resolve_plan
-from sskd.teachers.phases import load_shared_phase
-from sskd.teachers.precompute import load_teacher_outputs
+from sskd.teachers.phases import find_or_train_phase
+from sskd.teachers.precompute import find_or_compute_outputs
 from sskd.tracking.environment import check_environment, is_agents
 from sskd.tracking.tracker import Tracker, report_finished
 from sskd.training.acceleration import fold_teacher
@@ -47,8 +48,11 @@ def carry_out(
     plan = resolve_plan(config)
     run = Run(plan.folder, plan.full_config)
     force = config.force and not forced_in_this_sweep(plan.folder)  # a requeued job resumes
-    if not force and (result := _finished(run, plan, agents=agents)):
+    if not force and (result := run.finished(RunResult)):
         say(f"{plan.folder}: already finished, last top-1 {last_top1(result, plan.folder):.2f}")
+        _warn_of_changed_code(plan, result)
+        if agents:
+            report_finished(run, plan, result)
         return plan, result
 
     # ---- data, networks, method ----
@@ -63,7 +67,9 @@ def carry_out(
     if force:
         archive_run(plan.folder)
     with run.open(wait=wait):
-        if result := _finished(run, plan, agents=agents):  # another process was faster
+        if result := run.finished(RunResult):  # another process was faster
+            if agents:
+                report_finished(run, plan, result)
             return plan, result
         result = _train_phases(run, plan, method, images, agents=agents)
     say(f"{plan.folder}: last top-1 {result.top1.last:.2f}, best {result.top1.best:.2f}")
@@ -75,18 +81,21 @@ def _train_missing_teacher(config: Config) -> None:
     missing = missing_teacher(config)
     if missing is None:
         return
-    refuse_missing(config.dataset)  # otherwise the teacher would be reported before the data
-    check_compatible(config)  # before anyone trains a teacher for an impossible pair
+    refuse_missing(config.dataset)  # report missing data first
+    check_compatible(config)  # before training a teacher for an incompatible pair
     if config.teacher and config.teacher.train:
         carry_out(missing, wait=True, from_command_line=False)
 
 
-def _finished(run: Run, plan: RunPlan, *, agents: bool) -> RunResult | None:
-    """Return the result of a finished run, after a report to the W&B run of an agent."""
-    result = run.finished(RunResult)
-    if result is not None and agents:
-        report_finished(run, plan, result)
-    return result
+def _warn_of_changed_code(plan: RunPlan, result: RunResult) -> None:
+    """Warn if the user's own code has changed since the run, because it is not in the identity."""
+    now = extension_digests()
+    for name in sorted(now.keys() & result.extensions.keys()):
+        if now[name] != result.extensions[name]:
+            complain(
+                f"warning: {plan.folder}: {name} has changed since this run was trained; "
+                "force=true trains it again"
+            )
 
 
 def _train_phases(
@@ -102,11 +111,12 @@ def _train_phases(
         tracker.picture("views", save_views(plan.folder, images, config, method.views))
         run.metrics.subscribe(tracker.log)
         if config.teacher and config.teacher.precompute:
-            load_teacher_outputs(method, images, plan)
+            find_or_compute_outputs(method, images, plan)
         for phase in phases[list(epochs).index(current) :]:
             if phase.teacher_only and plan.teacher:
-                for line in load_shared_phase(phase, method, images, plan):
+                for line in find_or_train_phase(phase, method, images, plan):
                     run.metrics.log(line)
+                    run.metrics.notify(line)
                 continue
             trainer = Trainer(
                 phase=phase,
@@ -115,7 +125,7 @@ def _train_phases(
                 images=images,
                 run=run,
                 config=config,
-                eval_model=method.student if phase.name == method.evaluated_phase else None,
+                eval_model=method.student if phase is phases[-1] else None,
             )
             state = trainer.train(checkpoint if checkpoint and phase.name == current else None)
         result = measure_result(run, plan, images, method, state)

@@ -19,7 +19,7 @@ from sskd.methods import (
     load_state_without_teacher,
     state_without_teacher,
 )
-from sskd.models import partial_features
+from sskd.models import Features
 from sskd.seeding import generator_states, restore_generator_states
 from sskd.training.step import set_trainable
 
@@ -33,6 +33,12 @@ def check_phases(method: Method, images: Images) -> None:
     The batch is all of the training ``images``. Its loss is finite, each of its terms has a weight,
     and the leaves of its autograd graph are exactly the parameters of ``phase.trains``.
     """
+    *first, last = method.phases()
+    named = [phase.name for phase in first if phase.name == method.evaluated_phase]
+    require(
+        last.name == method.evaluated_phase and not named,
+        f"evaluated_phase is '{method.evaluated_phase}', but the last phase is '{last.name}'",
+    )
     saved = {id(parameter) for parameter in method.parameters()}
     for phase in method.phases():
         set_trainable(phase, method)
@@ -135,16 +141,32 @@ def check_teacher_outputs(method: Method, images: Images) -> None:
     set_trainable(phase, method)
     batch = first_batch(images, phase, 4)
     with torch.no_grad():
-        teacher = method.teacher(batch.x)
-    fields = {name: getattr(teacher, name) for name in method.teacher_outputs}
-    method.precomputed = lambda _: partial_features(fields)
+        features = _WatchedFeatures(method.teacher(batch.x))
+    method.precomputed = lambda _: features
     try:
         phase.loss(batch)
-    except (TypeError, AttributeError) as error:
-        named = ", ".join(method.teacher_outputs)
-        require(False, f"reads more of the teacher than its teacher_outputs ({named}): {error}")
     finally:
         method.precomputed = None
+    undeclared = sorted(features.read - set(method.teacher_outputs))
+    require(
+        not undeclared,
+        f"the loss reads {', '.join(undeclared)} of the teacher, which teacher_outputs "
+        f"({', '.join(method.teacher_outputs)}) does not name",
+    )
+
+
+class _WatchedFeatures(Features):
+    """Features that record the fields that are read of them."""
+
+    def __new__(cls, features: Features) -> _WatchedFeatures:
+        watched = super().__new__(cls, *features)
+        object.__setattr__(watched, "read", set())
+        return watched
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in Features._fields:
+            object.__getattribute__(self, "read").add(name)
+        return super().__getattribute__(name)
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -44,7 +44,7 @@ def user_message(error: Exception) -> str:
 
 
 def crash_message(error: Exception) -> str | None:
-    """Return the line about an exception that is no ``USER_ERRORS`` but the user's mistake.
+    """Return the line about another exception that a user's mistake caused.
 
     None if ``error`` is a fault of the suite.
     """

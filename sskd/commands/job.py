@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sskd.commands.hydra_errors import USER_ERRORS, user_message
-from sskd.errors import BusyError, JobError, UserError, exit_status
+from sskd.errors import BusyError, JobError, exit_status
 from sskd.output import complain, steady_output
 from sskd.training.signals import forward_scheduler_signal, raise_on_sigterm
 
@@ -76,7 +76,7 @@ def _keep_failure(composed: DictConfig, error: Exception) -> None:
     from sskd.teachers.find import run_location
 
     # The error may be that there is no folder for the run.
-    with contextlib.suppress(UserError, OSError):
+    with contextlib.suppress(*USER_ERRORS):
         folder, _ = run_location(read_config(composed))
         if folder.is_dir():
             lock = FolderLock(folder)

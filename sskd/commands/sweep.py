@@ -58,7 +58,7 @@ class Job:
     folder: Path
 
     def has_finished(self) -> bool:
-        """Return whether the run has a result; if that is unclear, it has to run to say why."""
+        """Return whether the run has a result; false if that cannot be determined."""
         try:
             if read_result(self.folder, RunResult) is None:
                 return False
@@ -95,7 +95,7 @@ class Job:
 
 
 class Sweep:
-    """The jobs of one command; jobs that are the same run are one.
+    """The jobs of one command; jobs of the same run are merged.
 
     Two pairs with one student, for example, have one run of the student alone.
 
@@ -131,7 +131,8 @@ class Sweep:
             with suppress(UserError):  # another process has it, or the job itself reports why
                 write_queued(job.folder, command=job.command)
         done = len(self.jobs) - len(pending)
-        say(f"{len(self.jobs)} jobs, {done} finished already")
+        jobs = "job" if len(self.jobs) == 1 else "jobs"
+        say(f"{len(self.jobs)} {jobs}, {done} finished already")
         return [job.overrides for job in pending]
 
     def launch(
@@ -192,7 +193,8 @@ class Sweep:
         """
         pending = [job for job in self.jobs if job.is_pending()]
         done = len(self.jobs) - len(pending)
-        say(f"{done} of {len(self.jobs)} jobs have finished")
+        verb = "job has" if len(self.jobs) == 1 else "jobs have"
+        say(f"{done} of {len(self.jobs)} {verb} finished")
         busy = [job for job in pending if is_held(job.folder)]
         for job in pending:
             complain(f"  {job.folder}: {job.reason()}")

@@ -53,7 +53,7 @@ def load_images(settings: DatasetSettings, digest: str | None = None) -> Images:
     if digest is not None and digest != found:
         raise UserError(
             f"dataset={settings.source}, {settings.root}: its files changed while the command "
-            "started; use the same command again when no other process writes there"
+            "started; rerun the command when no other process is writing there"
         )
     if problem := find_problem(source):
         raise UserError(

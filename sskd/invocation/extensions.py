@@ -11,6 +11,7 @@ not run code. The commands import the extensions before they read the configurat
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -23,13 +24,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from hydra.core.hydra_config import HydraConfig
+
 from sskd.errors import UserError
+from sskd.files import expanded
 
 VARIABLE = "SSKD_EXTENSIONS"
 GROUP = "sskd.extensions"
 
 _loaded: list[str] = []
 _added: dict[str, list[str]] = {}
+_digests: dict[str, str] = {}
 
 
 class _Table(NamedTuple):
@@ -48,6 +53,7 @@ def load_extensions() -> None:
         UserError: one cannot be imported, or registers a name that is taken or a value of a wrong
             type.
     """
+    _refuse_setting()
     installed = [entry.module for entry in entry_points(group=GROUP)]
     named = [name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]
     for name in [*installed, *named]:
@@ -56,16 +62,30 @@ def load_extensions() -> None:
             _loaded.append(name)
 
 
+def _refuse_setting() -> None:
+    """Raise UserError if a configuration sets the variable, which would let it run code."""
+    if HydraConfig.initialized() and VARIABLE in (HydraConfig.get().job.env_set or {}):
+        raise UserError(
+            f"hydra.job.env_set.{VARIABLE}: a configuration cannot load code; set the variable in "
+            "the environment of the command"
+        )
+
+
 def extension_names(group: str) -> list[str]:
     """Return the names that the loaded extensions have added to ``group``, such as ``method``."""
     return _added.get(group, [])
+
+
+def extension_digests() -> dict[str, str]:
+    """Return the SHA-256 of the file of each loaded extension, by the extension's name."""
+    return dict(_digests)
 
 
 def _load(name: str) -> None:
     tables = _tables()
     before = [dict(table.entries) for table in tables]
     try:
-        _import(name)
+        module = _import(name)
         for table, entries in zip(tables, before, strict=True):
             _check(name, table, entries)
     except UserError:
@@ -73,6 +93,8 @@ def _load(name: str) -> None:
             table.entries.clear()
             table.entries.update(entries)
         raise
+    if module.__file__ is not None:
+        _digests[name] = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
     for table, entries in zip(tables, before, strict=True):
         _added.setdefault(table.group, []).extend(table.entries.keys() - entries.keys())
 
@@ -111,13 +133,13 @@ def _check(extension: str, table: _Table, before: dict[str, Any]) -> None:
             raise UserError(f"{extension}: {table.group} '{name}' should be {table.expected}")
 
 
-def _import(name: str) -> None:
+def _import(name: str) -> ModuleType:
     is_file = name.endswith(".py") or os.sep in name
-    path = Path(name).expanduser().absolute() if is_file else None
+    path = expanded(name).absolute() if is_file else None
     if path and not path.is_file():
         raise UserError(f"{VARIABLE}: {path}: there is no such file")
     try:
-        importlib.import_module(name) if path is None else _run_file(path)
+        return importlib.import_module(name) if path is None else _run_file(path)
     except (Exception, SystemExit) as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{_place(error, path) or name}: cannot be imported ({cause})") from error

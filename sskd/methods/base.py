@@ -115,7 +115,7 @@ class Method(nn.Module, ABC):
     def __init__(self, networks: Networks, *, weights: Mapping[str, float]) -> None:
         super().__init__()
         if not any(weights.values()):
-            raise UserError("method.weights are all 0, so that nothing would be learnt")
+            raise UserError("all method.weights are 0; set one of them above 0")
         self.student = networks.student
         self.weights = dict(weights)
         self.adapters: tuple[nn.Module, ...] = ()

@@ -17,7 +17,7 @@ from sskd.overrides import flatten
 from sskd.runs.folder import read_result_record
 from sskd.runs.identity import identity, without_digests
 from sskd.runs.names import NAME, RESULT
-from sskd.runs.recipe import defaults_of
+from sskd.runs.recipe import defaults_of, frozen_defaults
 
 _DIGEST = "dataset.digest"
 # Limits of an error about two runs that differ: settings, and characters of each value.
@@ -109,13 +109,10 @@ def _defaults_of(values: Mapping[str, Any]) -> dict[str, Any]:
     if "student" not in values:  # a shared phase
         return {}
     student, teacher, method = (values[key] for key in ("student", "teacher", "method"))
-    defaults = defaults_of(
-        student["name"],
-        teacher["name"] if teacher else None,
-        method["name"],
-        values["dataset"]["source"],
-    )
-    found = flatten(defaults.model_dump()) | declared_defaults(config_model(values))
+    teacher_name = teacher["name"] if teacher else None
+    names = (student["name"], teacher_name, method["name"], values["dataset"]["source"])
+    found = flatten(defaults_of(*names).model_dump()) | frozen_defaults(*names)
+    found |= declared_defaults(config_model(values))
     return {k: v for k, v in found.items() if not _NEVER_ASSUMED.fullmatch(k)}
 
 
@@ -134,7 +131,7 @@ def _is_earlier_digest(found: Mapping[str, Any], expected: Mapping[str, Any]) ->
     student, method, seed = (_short_text(str(found.get(name))) for name in names)
     complain_once(
         f"warning: the run of {student} ({method}, seed {seed}) was made by a version that "
-        f"recorded the names and sizes of the files in {settings.root}: these are the same, but "
-        "whether the images are cannot be checked; force=true trains it again"
+        f"recorded only names and sizes of the files in {settings.root}; they are unchanged, but "
+        "the contents cannot be verified; force=true trains it again"
     )
     return True

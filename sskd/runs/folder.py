@@ -55,10 +55,6 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """
     try:
         return read_yaml(path, MOST_CONFIG)
-    except TypeError:
-        raise UserError(
-            f"{path}: is not a run's configuration; start from scratch with force=true"
-        ) from None
     except ValueError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 

@@ -5,6 +5,7 @@ Entries that the file has are kept, because finished runs are named after them.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def _section(group: str, frozen: dict[str, Any], primary: str, override: str) ->
 
 def main() -> None:
     """Update the recipe's file."""
+    argparse.ArgumentParser(prog="python -m sskd.runs.freeze", description=__doc__).parse_args()
     path = Path(str(FROZEN))
     known: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
     frozen = freeze(known)

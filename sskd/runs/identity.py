@@ -23,7 +23,7 @@ _IRRELEVANT_TO_RESULT = (
     ("teacher", "train"),
     ("teacher", "precompute"),
     ("teacher", "checkpoint"),
-    # They are the defaults of settings of the method, which count.
+    # They only set defaults of method settings, which are part of the identity.
     ("teacher", "paraphraser_lr"),
     ("student", "paraphraser_lr"),
 )

@@ -22,7 +22,7 @@ class MetricsLog:
     """The metrics of a run's epochs, in memory and on disk.
 
     Attributes:
-        lines: the metrics so far, an epoch each.
+        lines: the metrics so far, one line per epoch.
     """
 
     def __init__(self, folder: Path, lock: FolderLock) -> None:
@@ -33,20 +33,23 @@ class MetricsLog:
         self._subscribers: list[Callable[[Metrics], object]] = []
 
     def subscribe(self, subscriber: Callable[[Metrics], object]) -> None:
-        """Call ``subscriber`` with each line so far, and with each later one when it is logged."""
+        """Call ``subscriber`` with each line so far, and in each later ``notify``."""
         for line in self.lines:
             subscriber(line)
         self._subscribers.append(subscriber)
 
     def log(self, metrics: Metrics) -> None:
-        """Append one line, an epoch's metrics, and notify the subscribers."""
+        """Append one line, an epoch's metrics."""
         line = json.dumps(metrics)
         with self._lock.writing() as still_ours:
             append_line(self._path, line, still_ours=still_ours)
         self._digest.update(f"{line}\n".encode())
         self.lines.append(metrics)
-        for notify in self._subscribers:
-            notify(metrics)
+
+    def notify(self, metrics: Metrics) -> None:
+        """Pass a line to the subscribers, after the checkpoint that covers it."""
+        for subscriber in self._subscribers:
+            subscriber(metrics)
 
     def position(self) -> dict[str, Any]:
         """Return the number of lines and their SHA-256, as a checkpoint keeps them."""

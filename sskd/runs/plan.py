@@ -1,4 +1,4 @@
-"""What a run is, resolved once: every later step takes the plan and derives nothing again."""
+"""A run, resolved once; later steps read the plan."""
 
 from __future__ import annotations
 

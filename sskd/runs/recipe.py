@@ -59,23 +59,33 @@ def _compose(primary: str, *overrides: str) -> DictConfig:
 def recipe(config: Config) -> dict[str, Any]:
     """Return the default settings of ``config``'s names by dotted key, as the recipe froze them."""
     teacher = config.teacher.name if config.teacher else None
-    frozen = _frozen(config.student.name, teacher, config.method.name, config.dataset.source)
-    return flatten(identity(default_config(config).model_dump())) | frozen
+    names = (config.student.name, teacher, config.method.name, config.dataset.source)
+    return flatten(identity(default_config(config).model_dump())) | frozen_defaults(*names)
 
 
 @cache
-def _frozen(student: str, teacher: str | None, method: str, source: str) -> dict[str, Any]:
-    """Return the frozen settings of these names by dotted key."""
+def frozen_defaults(student: str, teacher: str | None, method: str, source: str) -> dict[str, Any]:
+    """Return the settings of these names that the recipe froze, by dotted key.
+
+    The settings of a network that it lacks, from which others derive theirs, are today's.
+    """
     frozen: Any = OmegaConf.create(FROZEN.read_text(encoding="utf-8"))
+    today = defaults_of(student, teacher, method, source)
+    values = {**frozen.common, "student": frozen.arch.get(student) or today.student.model_dump()}
     if teacher is None:
-        frozen.common.pop("teacher")
-    sections = {"student": frozen.arch.get(student), "method": frozen.method.get(method)}
-    sections["dataset"] = frozen.dataset.get(source)
-    if teacher is not None:
-        sections["teacher"] = {**frozen.common.teacher, **(frozen.arch.get(teacher) or {})}
-    merged = OmegaConf.create({**frozen.common, **{k: v for k, v in sections.items() if v}})
-    values: Any = OmegaConf.to_container(merged, resolve=True)
-    return flatten(values)
+        del values["teacher"]
+    else:
+        assert today.teacher is not None
+        arch = {key: getattr(today.teacher, key) for key in ArchSettings.model_fields}
+        values["teacher"] = {**frozen.common.teacher, **(frozen.arch.get(teacher) or arch)}
+    for group, entry in (
+        ("method", frozen.method.get(method)),
+        ("dataset", frozen.dataset.get(source)),
+    ):
+        if entry is not None:
+            values[group] = entry
+    resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+    return flatten(resolved)
 
 
 def diff_from_recipe(config: Config) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Top1:
 
 @dataclass(frozen=True)
 class HoldoutTop1:
-    """Top-1 accuracies on held-out images in percent, and the best epoch's on the test set."""
+    """Top-1 accuracies on held-out images in percent, and the test accuracy of the best epoch."""
 
     last: float | None = None
     best: float | None = None
@@ -54,7 +54,8 @@ class RunResult:
     Accuracies and ``agreement`` are percentages, ``kl`` is in nats, ``peak_memory_mib`` in MiB.
     ``kind`` is ``scratch`` or ``distill``. ``difference`` holds the settings that differ from
     version ``recipe`` of the recipe, by dotted key. ``epoch`` and ``accuracy`` are those of the
-    last epoch, under the names that published checkpoints have.
+    last epoch, under the names that published checkpoints have. ``extensions`` has the SHA-256 of
+    the files of the user's code.
     """
 
     kind: str | None = None
@@ -83,6 +84,7 @@ class RunResult:
     precision: str | None = None
     compile: str | None = None
     precomputed: bool | None = None
+    extensions: Mapping[str, Any] = field(default_factory=dict)
     device: str | None = None
     threads: int | None = None
     peak_memory_mib: float | None = None
@@ -107,6 +109,7 @@ class RunResult:
             kl=fields.number_or_none(values, "kl", low=-1e-3),
             difference=fields.mapping_or_none(values, "difference") or {},
             versions=fields.mapping_or_none(values, "versions") or {},
+            extensions=fields.mapping_or_none(values, "extensions") or {},
             commit=fields.optional_text(values, "commit"),
             precomputed=fields.flag_or_none(values, "precomputed"),
             top1=_top1(fields.mapping_or_none(values, "top1")),
@@ -155,7 +158,7 @@ def _digests(record: fields.Record | None) -> WeightsDigests:
 
 @dataclass(frozen=True)
 class SharedResult:
-    """What a phase that several runs share left: the SHA-256 of its result, and its seconds.
+    """The result of a shared phase: the SHA-256 of its content, and its seconds.
 
     ``stage`` is the phase's name, under the key of every version.
     """

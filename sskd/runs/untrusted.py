@@ -35,7 +35,7 @@ def read_yaml(path: Path, most: int) -> dict[str, Any]:
     except (OSError, OmegaConfBaseException, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from None
     if not isinstance(content, dict):
-        raise TypeError("it is not a mapping")
+        raise ValueError("it is not a mapping")
     return {str(key): value for key, value in content.items()}
 
 

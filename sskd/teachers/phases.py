@@ -25,7 +25,7 @@ from sskd.teachers.shared import corrupt_file_error, find_or_compute
 from sskd.training.trainer import Trainer, phase_schedule
 
 
-def load_shared_phase(
+def find_or_train_phase(
     phase: Phase, method: nn.Module, images: Images, plan: RunPlan
 ) -> list[dict[str, Any]]:
     """Load the result of a teacher-only ``phase`` into ``phase.trains``; return its metrics.

@@ -61,7 +61,7 @@ class ResumePoint:
     digest: str = hashlib.sha256().hexdigest()
 
 
-def load_teacher_outputs(method: Method, images: Images, plan: RunPlan) -> None:
+def find_or_compute_outputs(method: Method, images: Images, plan: RunPlan) -> None:
     """Let ``method`` look up its teacher's outputs, which are computed if no run has done so.
 
     A line reports that nothing was precomputed if the method reads more of the teacher.
@@ -118,9 +118,9 @@ def _fill(run: Run, *, teacher: nn.Module, images: Images, config: Config, layou
         with StopSignals() as signals:
             for rows in _outputs(teacher, images, config.precision, layout, done):
                 save = writer.is_due(config.checkpoint_minutes) or signals.received is not None
-                writer.write(rows, save=save)
+                saved_now = writer.write(rows, save=save)
                 progress.advance(len(rows))
-                if save:
+                if saved_now:
                     signals.raise_if_received()
     finally:
         progress.close()
@@ -143,8 +143,11 @@ class _Writer:
         """Return whether the last checkpoint is more than ``minutes`` old."""
         return time.monotonic() - self._last_save_time > 60 * minutes
 
-    def write(self, rows: Tensor, *, save: bool) -> None:
-        """Write the ``rows`` [k, crops, numbers] of the next k images; ``save`` also saves."""
+    def write(self, rows: Tensor, *, save: bool) -> bool:
+        """Write the ``rows`` [k, crops, numbers] of the next k images; return whether it saved.
+
+        It does if ``save`` is true, and after the last image.
+        """
         first = self.point.images
         _refuse_lost(rows, first, self._run.folder)
         data = rows.cpu().view(torch.uint8).numpy().tobytes()
@@ -159,6 +162,7 @@ class _Writer:
         if save:
             self._run.checkpoints.save({"stage": PHASE, **vars(self.point)})
             self._last_save_time = time.monotonic()
+        return save
 
 
 def _refuse_lost(rows: Tensor, first: int, folder: Path) -> None:
@@ -166,8 +170,8 @@ def _refuse_lost(rows: Tensor, first: int, folder: Path) -> None:
     if lost.any():
         image = first + int(lost.int().argmax())
         raise UserError(
-            f"{folder}: the teacher's outputs for training image {image} (the first is 0) are not "
-            "finite; take another teacher"
+            f"{folder}: the teacher's outputs for training image {image} (counting from 0) are not "
+            "finite; use another teacher"
         )
 
 

@@ -1,4 +1,4 @@
-"""Results that depend on a teacher alone: computed by one run, then found by every other."""
+"""Results that depend on a teacher alone: computed by one run and reused by the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The environment variables that W&B reads: checks, and those of another run hidden.
+"""Check W&B's environment variables, and hide those of another run.
 
 ``wandb agent`` names its run in variables (``WANDB_SWEEP_ID``, ``WANDB_RUN_ID``). That run is the
 command's own run. A teacher trained on the way, and the jobs of a sweep, are other runs.

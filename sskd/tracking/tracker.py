@@ -104,7 +104,7 @@ class Tracker:
         except Exception as error:  # the run itself has finished
             self._lose(error)
         kept = f"W&B: `wandb sync {offline_folder(self._wandb)}` uploads this run"
-        say("W&B: this run could not be kept for a later upload" if self._lost else kept)
+        say("W&B: this run could not be saved for a later upload" if self._lost else kept)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Log the next line of ``metrics.jsonl``; its number is W&B's step.

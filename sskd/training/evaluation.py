@@ -29,7 +29,7 @@ def predict(network: nn.Module, split: Split, images: Images, of: str = "the net
     if lost.any():
         first = int(lost.int().argmax())
         raise NotFiniteError(
-            f"{of}: the logits of image {first} of {len(logits)} (the first is 0) are not finite"
+            f"{of}: the logits of image {first} of {len(logits)} (counting from 0) are not finite"
             f"{_and_others(int(lost.sum()) - 1)}"
         )
     return logits

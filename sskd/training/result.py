@@ -16,6 +16,7 @@ import sskd
 from sskd.data import Images
 from sskd.device import peak_memory
 from sskd.errors import UserError
+from sskd.invocation.extensions import extension_digests
 from sskd.methods import Method
 from sskd.models import weights_digest
 from sskd.runs.names import RESULT
@@ -57,6 +58,7 @@ def measure_result(
         precision=config.precision,
         compile=config.compile,
         precomputed=method.precomputed is not None,
+        extensions=extension_digests(),
         **_circumstances(images),
     )
     if plan.teacher is None:
@@ -91,7 +93,7 @@ def last_top1(result: RunResult, folder: Path) -> float:
 
 
 def _holdout(run: Run) -> HoldoutTop1 | None:
-    """Return the accuracies on held-out images, and that on the test set at their best."""
+    """Return the held-out accuracies, and the test accuracy of the best held-out epoch."""
     scored = [line for line in run.metrics.lines if "holdout/top1" in line]
     if not scored:
         return None

@@ -137,10 +137,11 @@ class Trainer:
         self.run.metrics.log(line)
         self.checkpoint.save()
         self.checkpoint.save_if_best()
+        self.run.metrics.notify(line)
         self.progress.epoch(state.epoch, line)
 
     def _evaluate(self, network: nn.Module) -> dict[str, float]:
-        """Return the accuracies of ``network``, and record that on the test set."""
+        """Return the accuracies of ``network``, and record its test accuracy."""
         state = self.checkpoint.state
         try:
             accuracies = evaluate_epoch(network, self.images)

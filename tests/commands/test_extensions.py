@@ -232,6 +232,10 @@ def test_a_configuration_cannot_name_an_extension(
     monkeypatch.delenv(VARIABLE)
     for word in (f"+extensions=[{mine / 'mine.py'}]", f"+hydra.extensions=[{mine / 'mine.py'}]"):
         assert command("dataset=digits", "method=vanilla", "seed=-1", word)[0] == 1
+    word = f"+hydra.job.env_set.{VARIABLE}={mine / 'mine.py'}"
+    status, _, err = command("dataset=digits", "method=vanilla", word)
+    assert (status, err.count("\n")) == (1, 1)
+    assert f"hydra.job.env_set.{VARIABLE}: a configuration cannot load code" in err
     assert "mine" not in METHODS
 
 

@@ -376,7 +376,7 @@ def test_processes_train_jobs_at_once_and_report_failures(tmp_path: Path) -> Non
     assert Counter(status["state"] for status in found) == {"finished": 3, "failed": 2}
     assert len({status["pid"] for status in found} - {process.pid}) == 2
     assert "2 of 4 jobs have finished" in text
-    assert text.count(": failed: stage ") == 2
+    assert text.count(": failed: phase ") == 2
 
 
 def test_a_process_that_is_killed_costs_no_job(tmp_path: Path) -> None:

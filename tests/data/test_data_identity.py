@@ -193,13 +193,13 @@ def test_a_phase_has_the_digest_of_the_loaded_images(
     words = (*TINY, f"dataset.root={photos}", "arch@teacher=resnet8", "teacher.train=true")
     train(composed(*TINY, "method=vanilla", f"dataset.root={photos}"))
     before = digest(photos)
-    share = sskd.train.load_shared_phase
+    share = sskd.train.find_or_train_phase
 
     def changed(*args: Any) -> Any:
         change_pixel(photos)
         return share(*args)
 
-    monkeypatch.setattr("sskd.train.load_shared_phase", changed)
+    monkeypatch.setattr("sskd.train.find_or_train_phase", changed)
     config = composed(*words, "method=sskd")
     train(config)
     (phase,) = Path(config.runs, "photos/phases").rglob("config.yaml")

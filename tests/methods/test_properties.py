@@ -248,33 +248,35 @@ def checkpoint_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-def is_refused_as_corrupt(folder: Path, data: bytes) -> bool:
+def is_refused_or_the_same(folder: Path, data: bytes) -> bool:
     path = folder / "last.pt"
     path.write_bytes(data)
     try:
-        load_checkpoint(path)
+        content = load_checkpoint(path)
     except CorruptFileError:
         return True
-    return False
-
-
-def test_any_changed_byte_is_detected(checkpoint_file: bytes, tmp_path: Path) -> None:
-    for position in range(len(checkpoint_file)):
-        changed = bytearray(checkpoint_file)
-        changed[position] ^= 1 << position % 8
-        assert is_refused_as_corrupt(tmp_path, bytes(changed)), position
+    bias = content.pop("model")["fc.bias"]
+    return torch.equal(bias, torch.ones(3)) and content == {"stage": "distill", "lines": 2}
 
 
 @some
 @given(st.data())
-def test_a_changed_or_cut_checkpoint_is_corrupt(
+def test_no_change_of_a_checkpoint_changes_its_content(
     checkpoint_file: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    changed = data.draw(mutated(checkpoint_file))
     folder = tmp_path_factory.getbasetemp()
-    assert changed == checkpoint_file or is_refused_as_corrupt(folder, changed)
-    cut = data.draw(st.integers(0, len(checkpoint_file) - 1))
-    assert is_refused_as_corrupt(folder, checkpoint_file[:cut])
+    assert is_refused_or_the_same(folder, data.draw(mutated(checkpoint_file)))
+
+
+@some
+@given(st.data())
+def test_a_checkpoint_that_is_cut_off_is_corrupt(
+    checkpoint_file: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "last.pt"
+    path.write_bytes(checkpoint_file[: data.draw(st.integers(0, len(checkpoint_file) - 1))])
+    with pytest.raises(CorruptFileError):
+        load_checkpoint(path)
 
 
 # ---- choices and draws ----

@@ -747,7 +747,10 @@ RUNS: dict[str, tuple[Maker, str]] = {
         damage("config.yaml", "a: !!python/object/apply:os.mkdir [canary]"),
         "config.yaml: cannot be read (could not determine a constructor for the tag",
     ),
-    "a list for a configuration": (damage("config.yaml", "- 1"), "is not a run's configuration"),
+    "a list for a configuration": (
+        damage("config.yaml", "- 1"),
+        "config.yaml: cannot be read (it is not a mapping)",
+    ),
     "a configuration of brackets": (
         damage("config.yaml", "[" * 60_000),
         "config.yaml: cannot be read (it is nested too deeply)",

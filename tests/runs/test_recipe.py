@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Compose
@@ -69,3 +70,20 @@ def test_a_changed_default_renames_no_finished_run(composed: Compose) -> None:
     assert folder_of(before).name == "seed0"
     assert diff_from_recipe(after) == {"method.temperature": 3.0}
     assert folder_of(after).name.startswith("seed0-")
+
+
+def test_an_option_without_an_entry_has_its_own_defaults(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As the network, the method and the dataset of an extension."""
+    frozen: Any = OmegaConf.load(str(FROZEN))
+    for group, name in (("arch", "resnet8"), ("arch", "vgg8"), ("method", "ft")):
+        del frozen[group][name]
+    OmegaConf.save(frozen, tmp_path / "recipe.yaml")
+    monkeypatch.setattr(sskd.runs.recipe, "FROZEN", tmp_path / "recipe.yaml")
+    sskd.runs.recipe.frozen_defaults.cache_clear()
+    try:
+        for words in (("arch@student=resnet8",), ("arch@teacher=vgg8", "arch@student=vgg8")):
+            assert diff_from_recipe(composed("method=ft", *words)) == {}
+    finally:
+        sskd.runs.recipe.frozen_defaults.cache_clear()

@@ -34,7 +34,7 @@ from sskd.runs.checkpoint_file import load_checkpoint, save_checkpoint
 from sskd.runs.plan import RunPlan, TeacherWeights
 from sskd.teachers.assembly import assemble
 from sskd.teachers.outputs import can_precompute
-from sskd.teachers.precompute import PHASE, load_teacher_outputs
+from sskd.teachers.precompute import PHASE, find_or_compute_outputs
 from sskd.training.acceleration import fold_teacher
 from sskd.training.signals import Interrupted
 from sskd.training.step import set_trainable
@@ -106,7 +106,7 @@ def test_rows_equal_what_the_teacher_computes(
     pair = (f"arch@teacher={teacher}", "arch@student=resnet8")
     config = composed("method=rkd", *pair, f"precision={precision}", "dataset=digits")
     method = build(config, images)
-    load_teacher_outputs(method, images, plan_of(config))
+    find_or_compute_outputs(method, images, plan_of(config))
     found = method.precomputed
     assert found is not None
     method.precomputed = None
@@ -131,7 +131,7 @@ def test_losses_equal_those_with_the_teacher_itself(composed: Compose, name: str
     pair = ("arch@teacher=resnet14", "arch@student=resnet8")
     config = composed(f"method={name}", *pair, "dataset=digits")
     method = build(config, images)
-    load_teacher_outputs(method, images, plan_of(config))
+    find_or_compute_outputs(method, images, plan_of(config))
     precomputed = method.precomputed
     phases = list(method.phases())
     calls: list[object] = []

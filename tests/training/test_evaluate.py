@@ -38,7 +38,7 @@ def test_a_runs_folder_is_evaluated_on_its_own_dataset(
     [
         (["missing.pth"], "no checkpoint at missing.pth"),
         (["FILE", "--arch", "resnet20"], "holds a resnet8 with 10 classes, not a resnet20"),
-        (["OTHER"], "is no architecture of this suite; name it with --arch NAME"),
+        (["OTHER"], "has no architecture of this suite; name it with --arch NAME"),
         (["FILE", "--arch", "resnet9"], "did you mean 'resnet8'"),
         (["FILE", "dataset=digit"], "did you mean 'digits'"),
         (["FILE", "dataset.fractoin=1"], "did you mean 'dataset.fraction'"),

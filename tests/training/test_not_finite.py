@@ -146,7 +146,7 @@ def test_a_term_of_weight_0_is_logged_without_gradient(composed: Compose) -> Non
 @pytest.mark.parametrize("method", ["vanilla", "kd", "sskd"])
 def test_weights_that_are_all_zero_are_refused(composed: Compose, method: str) -> None:
     words = [f"method.weights.{term}=0" for term in METHODS[method].terms]
-    with pytest.raises(UserError, match="weights are all 0, so that nothing would be learnt"):
+    with pytest.raises(UserError, match="weights are 0; set one of them above 0"):
         build(composed, f"method={method}", *words)
 
 
@@ -283,7 +283,7 @@ def test_the_error_counts_the_other_images(count: int, end: str) -> None:
     pixels = torch.zeros_like(images.test.images)
     pixels[:count] = 255
     test = Split(pixels, images.test.labels)
-    with pytest.raises(NotFiniteError, match=rf"image 0 of 10 \(the first is 0\) are {end}$"):
+    with pytest.raises(NotFiniteError, match=rf"image 0 of 10 \(counting from 0\) are {end}$"):
         predict(Spoilt(NAN), test, images)
 
 
@@ -307,7 +307,7 @@ def test_a_teacher_that_is_not_finite_is_an_error(
     path = tmp_path / "teacher.pth"
     torch.save(overflowing().state_dict(), path)
     config = composed(*TINY, "method=kd", f"teacher.checkpoint={path}", *words)
-    with pytest.raises(UserError, match=r"the teacher.* are not finite.*; take another teacher"):
+    with pytest.raises(UserError, match=r"the teacher.* are not finite.*; use another teacher"):
         train(config)
     assert not list((tmp_path / "runs").rglob("distill/**/result.json"))
 
