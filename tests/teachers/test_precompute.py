@@ -206,7 +206,11 @@ def test_other_students_of_the_teacher_reuse_the_file(
     sskd.train.train(composed(*words))
     assert f"{PHASE}: computes" in capsys.readouterr().out
     before = outputs(tmp_path).read_bytes()
-    monkeypatch.setattr(sskd.teachers.precompute, "_fill", None)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the outputs must not be computed again")
+
+    monkeypatch.setattr(sskd.teachers.precompute, "_fill", fail)
     for other in ("seed=1", "method.temperature=2", "arch@student=resnet20", "batch_size=8"):
         sskd.train.train(composed(*words, other))
         assert f"{outputs(tmp_path).parent}: reused" in capsys.readouterr().out
@@ -236,7 +240,7 @@ def test_a_method_that_reads_maps_precomputes_nothing(
     sskd.train.train(composed(*words))
     assert (
         "teacher.precompute: method=fitnet reads more of the teacher than its logits and its "
-        "pooled feature, so that the teacher is asked in every step\n"
+        "pooled feature, so every step computes the teacher's features\n"
     ) in capsys.readouterr().out
     assert not list(tmp_path.rglob("outputs.bin"))
 
