@@ -155,7 +155,7 @@ def build(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> Callable[..., K
         (ForgottenAdapter, "the loss trains layer.bias, layer.weight; see Method.adapters"),
         (UnusedAdapter, "no loss depends on "),
         (MovingTeacher, "changes teacher."),
-        (Unnamed, "its terms are .* its weights"),
+        (Unnamed, "the terms are .* the weights"),
     ],
 )
 def test_a_phase_that_trains_the_wrong_thing_fails(
@@ -174,7 +174,7 @@ def test_a_hidden_counter_fails_the_resume(build: Callable[..., KD]) -> None:
 
 def test_an_unnamed_teacher_output_fails(build: Callable[..., KD]) -> None:
     images = random_images(8, 4)
-    with pytest.raises(CheckError, match=r"more of the teacher than its teacher_outputs \(logits"):
+    with pytest.raises(CheckError, match=r"reads pooled of the teacher, which teacher_outputs \(logits\)"):
         check_teacher_outputs(build(Greedy, images), images)
 
 
