@@ -289,8 +289,8 @@ def test_a_grid_refuses_values_that_cannot_be_counted(
     [
         (["seed=range(3,0)"], "seed=range(3,0): has no values"),
         (["method=glob(no*)"], "method=glob(no*): has no values"),
-        (["seed=range(0,inf)"], "more than 100000 cells"),
-        (["seed=shuffle(range(0,1000000000))"], "more than 100000 cells"),
+        (["seed=range(0,inf)"], "more than 100000 jobs"),
+        (["seed=shuffle(range(0,1000000000))"], "more than 100000 jobs"),
         (["seed=range(1000)", "batch_size=range(1,1000)"], "(1000 of seed x 999 of batch_size)"),
     ],
 )
