@@ -127,7 +127,7 @@ def test_the_recipe_is_what_hydra_composes(composed: Compose) -> None:
         ("pair=resnet32x4-ShuffleV1", "method=vanilla"),
     ):
         config = composed(*words, "runs=runs")
-        assert default_config(config) == config, words
+        assert default_config(config).model_dump() == config.model_dump(), words
 
 
 def test_the_command_line_changes_a_sweep(composed_jobs: Any) -> None:
@@ -181,7 +181,7 @@ def test_a_teacher_that_fails_is_tried_once_a_sweep(
     assert (status, steps()) == (1, 1)
     assert states(command.runs) == {"resnet14": "failed", "kd": "failed", "at": "failed"}
     (teacher,) = command.runs.glob("digits/scratch/resnet14/*")
-    assert f"{teacher}: has failed in this sweep already: out of memory" in err
+    assert f"{teacher}: already failed in this sweep: out of memory" in err
     assert command("-m", *TINY, "method=kd,at")[0] == 0
 
 
@@ -221,7 +221,7 @@ def test_force_starts_again_once_and_then_resumes(
         patch.setattr(Sweep, "launch", lambda self, left, *_: launched.extend(left))
         status, out, _ = command(*words, "force=true")
     assert (status, result.read_bytes()) == (1, before)  # no job has started
-    assert "0 of 1 jobs have finished" in out
+    assert "0 of 1 job has finished" in out
     queued = read_status(result.parent)
     # A job that was preempted and requeued starts with these words again.
     with monkeypatch.context() as patch:
@@ -252,7 +252,7 @@ def test_the_result_of_another_run_is_kept_and_reported(command: Command) -> Non
     assert "0 of 2 jobs have finished" in out
     assert f"  {other.parent}: failed: holds a run of another configuration: batch_size" in err
     assert f"  {damaged.parent}: failed: " in err
-    assert "is not a result; start afresh with force=true" in err
+    assert "is not a result (" in err
     assert (other.read_bytes(), damaged.read_text()) == (before, "{")
 
 
@@ -294,7 +294,7 @@ def test_a_student_alone_of_two_pairs_is_one_job(command: Command) -> None:
     words = [word for word in TINY if "arch@teacher" not in word]
     status, out, _ = command("-m", *words, "arch@teacher=resnet14,resnet20", "method=vanilla")
     assert status == 0
-    assert "1 of 1 jobs have finished" in out
+    assert "1 of 1 job has finished" in out
 
 
 def sweep_process(runs: Path, *words: str) -> Started:
