@@ -9,16 +9,11 @@ from pathlib import Path
 from sskd import CONF
 
 ROOT = CONF.parent
-EXTENDING = "docs/extending.md"
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 # The pages whose commands and code blocks are checked, and further pages whose links are.
 PAGES = ["README.md", *DOCS]
 LINKING_PAGES = [*PAGES, "CONTRIBUTING.md", "SECURITY.md", "results/README.md"]
 
-# A block of code of the extending page, and the line before it: the file, or the dict and its file.
-PART = re.compile(
-    r"^(?:`(?P<table>\w+)` in )?`(?P<file>[^`\n]+)`:\n\n```\w+\n(?P<body>.*?)^```$", re.M | re.S
-)
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 _INLINE = re.compile(r"`([^`]+)`")
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -75,13 +70,6 @@ def commands(text: str) -> list[list[str]]:
     """Return the words of each Python command, in ``bash`` blocks and in inline code."""
     inline = [shlex.split(span) for span in inline_code(text) if span.startswith("python ")]
     return [words for words in shell_lines(text) + inline if words[0] == "python"]
-
-
-def needs_a_part(words: list[str]) -> bool:
-    """Return whether a command names a method, network or dataset of the extending page."""
-    files = [Path(block["file"]) for block in PART.finditer(read(EXTENDING))]
-    parts = {path.stem for path in files if path.suffix == ".yaml"}
-    return any(word.rpartition("=")[2] in parts for word in words)
 
 
 def links(text: str) -> list[str]:
