@@ -270,7 +270,7 @@ def test_an_earlier_run_resumes_with_a_warning(
     (folder / "result.json").unlink()
     capsys.readouterr()
     earlier_run()
-    assert "was made by a version that recorded the names and sizes" in capsys.readouterr().err
+    assert "was made by a version that recorded only names and sizes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
