@@ -15,6 +15,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from sskd import CONF
@@ -69,23 +70,25 @@ def frozen_defaults(student: str, teacher: str | None, method: str, source: str)
 
     A network that it lacks has today's settings, from which other settings are derived.
     """
-    frozen: Any = OmegaConf.create(FROZEN.read_text(encoding="utf-8"))
-    today = defaults_of(student, teacher, method, source)
-    values = {**frozen.common, "student": frozen.arch.get(student) or today.student.model_dump()}
+    frozen = _frozen_file()
+    arch, today = frozen["arch"], defaults_of(student, teacher, method, source)
+    values = {**frozen["common"], "student": arch.get(student) or today.student.model_dump()}
     if teacher is None:
         del values["teacher"]
     else:
         assert today.teacher is not None
-        arch = {key: getattr(today.teacher, key) for key in ArchSettings.model_fields}
-        values["teacher"] = {**frozen.common.teacher, **(frozen.arch.get(teacher) or arch)}
-    for group, entry in (
-        ("method", frozen.method.get(method)),
-        ("dataset", frozen.dataset.get(source)),
-    ):
-        if entry is not None:
-            values[group] = entry
+        own = {key: getattr(today.teacher, key) for key in ArchSettings.model_fields}
+        values["teacher"] = {**values["teacher"], **(arch.get(teacher) or own)}
+    chosen = {"method": frozen["method"].get(method), "dataset": frozen["dataset"].get(source)}
+    values |= {group: entry for group, entry in chosen.items() if entry is not None}
     resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     return flatten(resolved)
+
+
+@cache
+def _frozen_file() -> dict[str, Any]:
+    frozen: dict[str, Any] = yaml.safe_load(FROZEN.read_text(encoding="utf-8"))
+    return frozen
 
 
 def diff_from_recipe(config: Config) -> dict[str, Any]:

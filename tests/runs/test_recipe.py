@@ -86,8 +86,10 @@ def test_an_option_without_an_entry_has_its_own_defaults(
     OmegaConf.save(frozen, tmp_path / "recipe.yaml")
     monkeypatch.setattr(sskd.runs.recipe, "FROZEN", tmp_path / "recipe.yaml")
     sskd.runs.recipe.frozen_defaults.cache_clear()
+    sskd.runs.recipe._frozen_file.cache_clear()
     try:
         for words in (("arch@student=resnet8",), ("arch@teacher=vgg8", "arch@student=vgg8")):
             assert diff_from_recipe(composed("method=ft", *words)) == {}
     finally:
         sskd.runs.recipe.frozen_defaults.cache_clear()
+        sskd.runs.recipe._frozen_file.cache_clear()
