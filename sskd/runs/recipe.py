@@ -67,7 +67,7 @@ def recipe(config: Config) -> dict[str, Any]:
 def frozen_defaults(student: str, teacher: str | None, method: str, source: str) -> dict[str, Any]:
     """Return the settings of these names that the recipe froze, by dotted key.
 
-    The settings of a network that it lacks, from which others derive theirs, are today's.
+    The settings of a network that it lacks, on which other settings depend, are those of today.
     """
     frozen: Any = OmegaConf.create(FROZEN.read_text(encoding="utf-8"))
     today = defaults_of(student, teacher, method, source)

@@ -20,9 +20,9 @@ from types import SimpleNamespace
 import torch
 torch.cuda.device_count = lambda: 3
 torch.cuda.get_device_properties = lambda index: SimpleNamespace(uuid=f"gpu-{index}")
-from sskd.device import least_used_gpu
-assert least_used_gpu() == least_used_gpu()
-print(least_used_gpu(), flush=True)
+from sskd.device import claim_gpu
+assert claim_gpu() == claim_gpu()
+print(claim_gpu(), flush=True)
 input()
 """
 
