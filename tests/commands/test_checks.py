@@ -174,7 +174,9 @@ def test_a_hidden_counter_fails_the_resume(build: Callable[..., KD]) -> None:
 
 def test_an_unnamed_teacher_output_fails(build: Callable[..., KD]) -> None:
     images = random_images(8, 4)
-    with pytest.raises(CheckError, match=r"reads pooled of the teacher, which teacher_outputs \(logits\)"):
+    with pytest.raises(
+        CheckError, match=r"reads pooled of the teacher, which teacher_outputs \(logits\)"
+    ):
         check_teacher_outputs(build(Greedy, images), images)
 
 

@@ -324,7 +324,7 @@ def test_a_failure_of_wandb_does_not_fail_the_run(
     train(composed(*SMALL, "method=vanilla"))
     output = capsys.readouterr().out
     assert output.count("W&B has stopped (ConnectionResetError)") == 2
-    assert "W&B: this run is not kept for it" in output
+    assert "W&B: this run could not be saved for a later upload" in output
     (folder,) = (path.parent for path in (tmp_path / "runs").rglob("result.json"))
     assert read_status(folder)["state"] == "finished"
 
