@@ -84,9 +84,8 @@ class Trainer:
         """
         if resume is not None:
             self.checkpoint.restore(resume)
-        state, epochs = self.checkpoint.state, self.schedule.epochs
+        state, epochs, size = self.checkpoint.state, self.schedule.epochs, len(self.images.train)
         done = state.images + (self.checkpoint.meter.images if state.mid_epoch else 0)
-        size = len(self.images.train)
         self.progress = Progress(self.phase.name, epochs, size, done=done, metrics=self._metrics)
         verb = "resumes" if resume is not None else "starts"
         self.progress.line(f"{verb} in {self.run.folder}, {state.epoch}/{epochs} epochs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -15,6 +16,8 @@ from test_tracking import history
 
 OFFLINE = "W&B cannot be used online"
 LATER = "W&B did not answer; `wandb sync"
+# Python itself prints this if an interrupt comes inside of a destructor.
+IGNORED = re.compile(r"Exception ignored in: .*?\nKeyboardInterrupt: \n", re.DOTALL)
 
 
 def output_of_complete(run: Started, runs: Path) -> str:
@@ -88,5 +91,5 @@ def test_a_second_interrupt_does_not_wait_for_the_server(tmp_path: Path) -> None
             time.sleep(0.2)
         assert run.poll() == 130
         output, _ = run.communicate()
-        assert "Traceback" not in output, output
+        assert "Traceback" not in IGNORED.sub("", output), output
     assert time.monotonic() - started < 5  # less than W&B's own limit
