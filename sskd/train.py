@@ -51,9 +51,7 @@ def carry_out(
     if not force and (result := run.finished(RunResult)):
         say(f"{plan.folder}: already finished, last top-1 {last_top1(result, plan.folder):.2f}")
         _warn_of_changed_code(plan, result)
-        if agents:
-            report_finished(run, plan, result)
-        return plan, result
+        return _reuse(run, plan, result, agents=agents)
 
     # ---- data, networks, method ----
     tune_device(device)
@@ -68,9 +66,7 @@ def carry_out(
         archive_run(plan.folder)
     with run.open(wait=wait):
         if result := run.finished(RunResult):  # another process was faster
-            if agents:
-                report_finished(run, plan, result)
-            return plan, result
+            return _reuse(run, plan, result, agents=agents)
         result = _train_phases(run, plan, method, images, agents=agents)
     say(f"{plan.folder}: last top-1 {result.top1.last:.2f}, best {result.top1.best:.2f}")
     return plan, result
@@ -85,6 +81,15 @@ def _train_missing_teacher(config: Config) -> None:
     check_compatible(config)  # before training a teacher for an incompatible pair
     if config.teacher and config.teacher.train:
         carry_out(missing, wait=True, from_command_line=False)
+
+
+def _reuse(
+    run: Run, plan: RunPlan, result: RunResult, *, agents: bool
+) -> tuple[RunPlan, RunResult]:
+    """Return the result of a finished run; log it to the W&B run of an agent first."""
+    if agents:
+        report_finished(run, plan, result)
+    return plan, result
 
 
 def _warn_of_changed_code(plan: RunPlan, result: RunResult) -> None:

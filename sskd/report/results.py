@@ -172,8 +172,6 @@ def parse_result(text: str, folder: Path) -> Result | None:
     if _kind(record) == "phase":
         return None
     result = RunResult.from_json(record)
-    for key in ("teacher_top1", "agreement", "kl"):  # null without a teacher, but never missing
-        fields.get(record, key)
     top1 = fields.mapping(record, "top1")
     method = fields.text(record, "method")
     return Result(
@@ -214,6 +212,8 @@ def _kind(record: fields.Record) -> str:
         raise ValueError("'teacher' is not null in a run from scratch")
     if kind == "distill":
         fields.text(record, "teacher")
+    for key in ("teacher_top1", "agreement", "kl") * (kind != "phase"):  # may be null
+        fields.get(record, key)
     return kind
 
 
