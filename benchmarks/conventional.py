@@ -94,6 +94,7 @@ class Conventional:
         student: nn.Module,
         teacher: nn.Module,
         images: Images,
+        *,
         batch_size: int,
         workers: int,
     ) -> None:

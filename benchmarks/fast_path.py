@@ -31,6 +31,7 @@ from sskd import CONF
 from sskd.config import read_config
 from sskd.errors import UserError
 from sskd.optimizers import OPTIMIZERS
+from sskd.runs.epoch_line import EpochLine
 from sskd.runs.run import Run
 from sskd.teachers.find import run_location
 from sskd.train import train
@@ -60,8 +61,8 @@ def _without_fusion(build: Any, *arguments: Any, fused: bool, **settings: Any) -
     return build(*arguments, **settings)
 
 
-def run(overrides: list[str], runs: Path) -> list[dict[str, Any]]:
-    """Train a run under ``runs`` and return the metrics of its epochs, phase after phase."""
+def run(overrides: list[str], runs: Path) -> list[EpochLine]:
+    """Train a run under ``runs`` and return its epochs, phase after phase."""
     with initialize_config_dir(str(CONF), version_base=None):
         settings = [*overrides, f"runs={runs}", "precision=fp32", "compile=off"]
         config = read_config(compose("student", settings))
@@ -78,9 +79,9 @@ def compare(method: str, overrides: list[str], runs: Path) -> Iterator[str]:
     with without_fast_path():
         plain = run(settings, runs / "plain")
     for one, other in zip(fast, plain, strict=True):
-        values = [each.get(key) for key in ("loss", "test/top1") for each in (one, other)]
+        values = [each.metrics.get(key) for key in ("loss", "test/top1") for each in (one, other)]
         numbers = [f"{value:.5g}" if value is not None else "" for value in values]
-        yield table_row([method, one["stage"], one["epoch"], *numbers])
+        yield table_row([method, one.phase, one.epoch, *numbers])
 
 
 def main() -> int:

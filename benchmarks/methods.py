@@ -114,7 +114,8 @@ def measure(case: Case, phase: str, rounds: int) -> Cost:
     ratios = [a / b for a, b in zip(seconds["step"], seconds["base"], strict=True)]
     lower, middle, upper = statistics.quantiles(ratios, method="inclusive")
     medians = statistics.median(seconds["step"]), statistics.median(seconds["base"])
-    return Cost(case.pair, case.method, phase, *medians, (lower, middle, upper), memory)
+    quartiles = (lower, middle, upper)
+    return Cost(case.pair, case.method, phase, *medians, ratio=quartiles, memory=memory)
 
 
 def heading(pair: str, options: argparse.Namespace, machine: str) -> list[str]:

@@ -80,10 +80,10 @@ def baseline_training(case: Case, images: Images) -> Pipeline:
     """Return a training step of the conventional pipeline."""
     teacher, student = (build_model(name, images.num_classes) for name in case.pair.split("-"))
     side = conventional.CONVENTIONAL[case.method](
-        student, teacher, images, case.batch, case.workers
+        student, teacher, images, batch_size=case.batch, workers=case.workers
     )
     warmup = 1 + 2 * case.workers
-    return Pipeline(side.draw, side.train, _device(images), case.batch, warmup)
+    return Pipeline(side.draw, side.train, _device(images), case.batch, warmup=warmup)
 
 
 def baseline_views(case: Case, images: Images) -> Pipeline:
@@ -288,7 +288,13 @@ def compare(name: str, case: Case, turns: Turns) -> list[Row]:
             for side, process in processes.items()
         }
     return [
-        Row(name, case.pair, side.case.precision, measured[side], measured[baseline])
+        Row(
+            name,
+            case.pair,
+            side.case.precision,
+            suite=measured[side],
+            baseline=measured[baseline],
+        )
         for side in suites
     ]
 

@@ -78,13 +78,21 @@ def noise(count: int, device: torch.device) -> Images:
     train = Split(images, torch.arange(count) % CLASSES)
     names = tuple(f"class {label}" for label in range(CLASSES))
     test = train.take(torch.arange(1))
-    return Images("noise", names, train, test, None, (0.5,) * 3, (0.25,) * 3).to(device)
+    return Images(
+        name="noise",
+        classes=names,
+        train=train,
+        test=test,
+        holdout=None,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+    ).to(device)
 
 
 def loader_of(case: Case, images: Images) -> Loader:
     """Return the suite's loader of the training images, with the views that the method needs."""
     views = METHODS[case.method].views
-    return Loader(images.train, images.mean, images.std, case.batch, views)
+    return Loader(images.train, images.mean, images.std, batch_size=case.batch, views=views)
 
 
 def suite_step(case: Case, images: Images, loader: Loader, phase: str | None = None) -> Pipeline:

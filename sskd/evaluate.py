@@ -53,7 +53,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     given = parser.parse_intermixed_args(arguments)
     try:
         load_extensions()
-        say(evaluate(given.checkpoint, given.arch, given.device, given.overrides, given.config_dir))
+        say(evaluate(**vars(given)))
     except UserError as error:
         complain(f"error: {error}")
         return 1
@@ -65,6 +65,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def evaluate(
     checkpoint: str,
+    *,
     arch: str | None,
     device: str,
     overrides: Sequence[str],

@@ -133,7 +133,7 @@ def _train_phases(
                 eval_model=method.student if phase is phases[-1] else None,
             )
             state = trainer.train(checkpoint if checkpoint and phase.name == current else None)
-        result = measure_result(run, plan, images, method, state)
+        result = measure_result(run, plan, images=images, method=method, state=state)
         tracker.summarise(result)
         run.finish(method.student, result)
     return result

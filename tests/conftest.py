@@ -97,7 +97,13 @@ def plan_of(config: Config, digest: str | None = None) -> RunPlan:
     """Return the plan of a run whose teacher is a file with this ``digest``, if there is one."""
     teacher = None if digest is None else TeacherWeights(Path("teacher.pth"), digest)
     folder, difference = run_location(config, teacher)
-    return RunPlan(config, folder, difference, teacher, full_config(config, digest))
+    return RunPlan(
+        config=config,
+        folder=folder,
+        difference=difference,
+        teacher=teacher,
+        full_config=full_config(config, digest),
+    )
 
 
 def with_rate(config: Config, rate: float) -> Config:

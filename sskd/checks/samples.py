@@ -33,7 +33,15 @@ def random_images(train: int, test: int, classes: int = 5, size: int = 32) -> Im
         return Split(images.to(torch.uint8), labels)
 
     names = tuple(f"class {label}" for label in range(classes))
-    return Images("noise", names, split(train), split(test), None, MEAN, STD)
+    return Images(
+        name="noise",
+        classes=names,
+        train=split(train),
+        test=split(test),
+        holdout=None,
+        mean=MEAN,
+        std=STD,
+    )
 
 
 def first_batch(images: Images, phase: Phase, size: int) -> Batch:
@@ -43,7 +51,7 @@ def first_batch(images: Images, phase: Phase, size: int) -> Batch:
 
 def loader_of(images: Images, phase: Phase, batch_size: int) -> Loader:
     """Return the loader of ``phase`` at the start of an epoch of seed 0."""
-    return Loader(images.train, images.mean, images.std, batch_size, phase.views)
+    return Loader(images.train, images.mean, images.std, batch_size=batch_size, views=phase.views)
 
 
 @cache
@@ -52,7 +60,7 @@ def fitted_teacher(name: str, images: int) -> nn.Module:
     data = random_images(images, 4)
     torch.manual_seed(0)
     teacher = build_model(name, data.num_classes).train()
-    batch = Loader(data.train, data.mean, data.std, images, views=4).next_batch()
+    batch = Loader(data.train, data.mean, data.std, batch_size=images, views=4).next_batch()
     labels = batch.y.repeat_interleave(4)
     optimizer = torch.optim.SGD(teacher.parameters(), lr=0.05, momentum=0.9)
     for _ in range(_TEACHER_STEPS):

@@ -86,12 +86,12 @@ class Job:
         if is_held(self.folder):
             return "another process works on it"
         status = read_status(self.folder)
-        if status.get("state") == "failed":
-            return "failed: " + str(status.get("error")).removeprefix(f"{self.folder}: ")
+        if status.state == "failed":
+            return "failed: " + str(status.error).removeprefix(f"{self.folder}: ")
         rerun = "the same command" + " without force=true" * self.config.force
-        if status.get("state") == "running":
+        if status.state == "running":
             return f"was killed; {rerun} resumes from its last checkpoint"
-        return f"{status.get('state', 'not started')}; the same command starts it"
+        return f"{status.state or 'not started'}; the same command starts it"
 
 
 class Sweep:
@@ -180,7 +180,7 @@ class Sweep:
             time.sleep(0.1)  # the pool ends its processes at this moment
         ended = [j for j in jobs if not j.is_pending() or failed_in_this_sweep(j.folder)]
         left = [job for job in jobs if job not in ended and not is_held(job.folder)]
-        started = [j for j in left if read_status(j.folder).get("state") != "queued"] or left[:1]
+        started = [j for j in left if read_status(j.folder).state != "queued"] or left[:1]
         untouched = [job.overrides for job in left if job not in started]
         return untouched, [job.overrides for job in started]
 

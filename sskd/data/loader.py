@@ -48,6 +48,7 @@ class Loader:
         split: Split,
         mean: Sequence[float],
         std: Sequence[float],
+        *,
         batch_size: int,
         views: int = 1,
     ) -> None:
@@ -60,6 +61,11 @@ class Loader:
         self._views = views
         self._generator = torch.Generator(device)
         self.begin_epoch(0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are, and where the batches are drawn."""
+        return self._labels.device
 
     @property
     def steps(self) -> int:

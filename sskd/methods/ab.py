@@ -62,7 +62,13 @@ class AB(KD):
         """Yield the boundary phase, which trains the student's body, then the main phase."""
         trained = nn.ModuleList([*self._body, self.connectors])
         schedule = self.phase_settings
-        yield Phase("boundary", trained, self.boundary_loss, {"ab": 1.0}, schedule=schedule)
+        yield Phase(
+            "boundary",
+            trains=trained,
+            loss=self.boundary_loss,
+            weights={"ab": 1.0},
+            schedule=schedule,
+        )
         yield from super().phases()
 
     def boundary_loss(self, batch: Batch) -> LossOutput:

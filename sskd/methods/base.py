@@ -128,7 +128,13 @@ class Method(nn.Module, ABC):
     def phases(self) -> Iterable[Phase]:
         """Yield the phases in order; the last one trains the student and is evaluated."""
         trained = nn.ModuleList([self.student, *self.adapters])
-        yield Phase(self.evaluated_phase, trained, self.loss, self.weights, self.views)
+        yield Phase(
+            self.evaluated_phase,
+            trains=trained,
+            loss=self.loss,
+            weights=self.weights,
+            views=self.views,
+        )
 
     @torch.no_grad()
     def teacher_features(self, batch: Batch) -> Features:

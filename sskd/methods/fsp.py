@@ -75,7 +75,13 @@ class FSP(KD):
     def phases(self) -> Iterable[Phase]:
         """Yield the flow phase, which trains the student's body, then the main phase."""
         trained = nn.ModuleList(self._body)
-        yield Phase("flow", trained, self.flow_loss, {"fsp": 1.0}, schedule=self.phase_settings)
+        yield Phase(
+            "flow",
+            trains=trained,
+            loss=self.flow_loss,
+            weights={"fsp": 1.0},
+            schedule=self.phase_settings,
+        )
         yield from super().phases()
 
     def flow_loss(self, batch: Batch) -> LossOutput:

@@ -101,9 +101,9 @@ class FT(KD):
         """
         yield Phase(
             "paraphraser",
-            self.paraphraser,
-            self.reconstruction_loss,
-            {"reconstruction": 1.0},
+            trains=self.paraphraser,
+            loss=self.reconstruction_loss,
+            weights={"reconstruction": 1.0},
             schedule=self.phase_settings,
             teacher_only=True,
             settings={"rate": self.rate},

@@ -123,9 +123,9 @@ class SSKD(Method):
         """Yield the phase of the teacher's head, which all students share, then the main phase."""
         yield Phase(
             "ss_head",
-            self.teacher_head,
-            self.head_loss,
-            {"contrast": 1.0},
+            trains=self.teacher_head,
+            loss=self.head_loss,
+            weights={"contrast": 1.0},
             views=self.views,
             schedule=self.phase_settings,
             teacher_only=True,

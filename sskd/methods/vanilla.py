@@ -19,7 +19,7 @@ class Vanilla(Method):
 
     def phases(self) -> Iterable[Phase]:
         """Yield the only phase."""
-        yield Phase(self.evaluated_phase, self.student, self.loss, self.weights)
+        yield Phase(self.evaluated_phase, trains=self.student, loss=self.loss, weights=self.weights)
 
     def loss(self, batch: Batch) -> LossOutput:
         """Return ``ce``."""

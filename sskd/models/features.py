@@ -35,7 +35,7 @@ def partial_features(vectors: Mapping[str, Tensor]) -> Features:
     """
     empty = next(iter(vectors.values())).new_empty(0)
     logits, pooled = (vectors.get(name, empty) for name in VECTOR_FIELDS)
-    return Features(logits, pooled, stem=empty, stages=(), preacts=())
+    return Features(logits=logits, pooled=pooled, stem=empty, stages=(), preacts=())
 
 
 def run_rectified_stage(blocks: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -90,4 +90,6 @@ class MobileNetV2(nn.Module):
             maps.append(hidden)
         pooled = self.conv2(hidden).mean(dim=(2, 3))
         stages = tuple(maps[end] for end in STAGE_ENDS)
-        return Features(self.classifier(pooled), pooled, stem, stages, preacts=stages)
+        return Features(
+            logits=self.classifier(pooled), pooled=pooled, stem=stem, stages=stages, preacts=stages
+        )

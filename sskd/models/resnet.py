@@ -55,7 +55,9 @@ class ResNet(nn.Module):
         stage3, preact3 = run_rectified_stage(self.layer3, stage2)
         pooled = stage3.mean(dim=(2, 3))
         stages, preacts = (stage1, stage2, stage3), (preact1, preact2, preact3)
-        return Features(self.fc(pooled), pooled, stem, stages, preacts)
+        return Features(
+            logits=self.fc(pooled), pooled=pooled, stem=stem, stages=stages, preacts=preacts
+        )
 
 
 def _stage(blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:

@@ -63,7 +63,9 @@ class ResNet50(nn.Module):
         stage4, preact4 = run_rectified_stage(self.layer4, stage3)
         pooled = stage4.mean(dim=(2, 3))
         stages, preacts = (stage1, stage2, stage3, stage4), (preact1, preact2, preact3, preact4)
-        return Features(self.linear(pooled), pooled, stem, stages, preacts)
+        return Features(
+            logits=self.linear(pooled), pooled=pooled, stem=stem, stages=stages, preacts=preacts
+        )
 
 
 def _stage(blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequential:

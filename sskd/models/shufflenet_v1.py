@@ -68,7 +68,9 @@ class ShuffleNetV1(nn.Module):
         stage3, preact3 = run_rectified_stage(self.layer3, stage2)
         pooled = stage3.mean(dim=(2, 3))
         stages, preacts = (stage1, stage2, stage3), (preact1, preact2, preact3)
-        return Features(self.linear(pooled), pooled, stem, stages, preacts)
+        return Features(
+            logits=self.linear(pooled), pooled=pooled, stem=stem, stages=stages, preacts=preacts
+        )
 
 
 def shuffle_channels(x: Tensor, groups: int) -> Tensor:

@@ -90,7 +90,9 @@ class ShuffleNetV2(nn.Module):
         stage3, preact3 = _run_stage(self.layer3, stage2)
         pooled = F.relu(self.bn2(self.conv2(stage3))).mean(dim=(2, 3))
         stages, preacts = (stage1, stage2, stage3), (preact1, preact2, preact3)
-        return Features(self.linear(pooled), pooled, stem, stages, preacts)
+        return Features(
+            logits=self.linear(pooled), pooled=pooled, stem=stem, stages=stages, preacts=preacts
+        )
 
 
 def _depthwise(channels: int) -> nn.Conv2d:

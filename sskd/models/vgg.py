@@ -56,7 +56,9 @@ class VGG(nn.Module):
         stage4 = F.relu(preact4)
         pooled = stage4.mean(dim=(2, 3))
         stages, preacts = (stage1, stage2, stage3, stage4), (preact1, preact2, preact3, preact4)
-        return Features(self.classifier(pooled), pooled, stem, stages, preacts)
+        return Features(
+            logits=self.classifier(pooled), pooled=pooled, stem=stem, stages=stages, preacts=preacts
+        )
 
 
 def _block(convolutions: int, in_channels: int, out_channels: int) -> nn.Sequential:

@@ -84,4 +84,6 @@ class WideResNet(nn.Module):
         preact3 = self.bn1(stage3)
         pooled = F.relu(preact3).mean(dim=(2, 3))
         stages, preacts = (stage1, stage2, stage3), (preact1, preact2, preact3)
-        return Features(self.fc(pooled), pooled, stem, stages, preacts)
+        return Features(
+            logits=self.fc(pooled), pooled=pooled, stem=stem, stages=stages, preacts=preacts
+        )

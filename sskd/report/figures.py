@@ -15,11 +15,12 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from sskd.report.groups import Group, pair_gains
-from sskd.report.metrics import EpochLine, read_metrics
+from sskd.report.metrics import read_metrics
 from sskd.report.plots import STYLE, Curve, draw_curves, draw_gains, draw_losses
 from sskd.report.published import Pair, row_label
 from sskd.report.report import Report
 from sskd.report.results import Warn
+from sskd.runs.epoch_line import EpochLine
 
 TEST_TOP1 = "test/top1"
 LOSS, WEIGHTED = "loss/", "weighted/"  # prefixes of the metrics of loss terms

@@ -57,7 +57,7 @@ class Entry:
         return None if self.published is None else self.mean - self.published
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Group:
     """The runs of one dataset, setting and published source, which share tables.
 
@@ -127,7 +127,13 @@ class Group:
         values |= {key: [run.top1(self.epoch) for run in runs] for key, runs in rows.items()}
         rows[TEACHER] = _students_of_untrained_teacher(self, pair)
         return {
-            key: self.entry(table, pair, key, top1, self._published_top1(pair, key, rows[key]))
+            key: self.entry(
+                table,
+                pair,
+                key,
+                values=top1,
+                published=self._published_top1(pair, key, rows[key]),
+            )
             for key, top1 in values.items()
             if top1
         }
@@ -139,7 +145,13 @@ class Group:
         return rows.index(name) if name in rows else len(rows), name, variant
 
     def entry(
-        self, table: str, pair: Pair, row: RowKey, values: Sequence[float], published: float | None
+        self,
+        table: str,
+        pair: Pair,
+        row: RowKey,
+        *,
+        values: Sequence[float],
+        published: float | None,
     ) -> Entry:
         """Return the entry of a cell whose runs have the top-1 ``values``."""
         place = (self.dataset, self.setting_title, table, *pair, row_label(row))
@@ -179,7 +191,14 @@ def build_groups(results: Iterable[Result], epoch: Epoch) -> Iterator[list[Group
             if run.teacher is not None:
                 distilled[_source_index(run, sources)].append(run)
         yield [
-            Group(dataset, setting, tuple(students), scratch_runs, epoch, source)
+            Group(
+                dataset=dataset,
+                setting=setting,
+                distilled=tuple(students),
+                scratch_runs=scratch_runs,
+                epoch=epoch,
+                published=source,
+            )
             for source, students in zip(sources, distilled, strict=True)
         ]
 
@@ -202,8 +221,8 @@ def network_entries(group: Group, runs: Mapping[RowKey, Sequence[Result]]) -> di
             NETWORKS_TABLE,
             ("", name),
             (name, variant),
-            [run.top1(group.epoch) for run in found],
-            None if variant else alone.get(name),
+            values=[run.top1(group.epoch) for run in found],
+            published=None if variant else alone.get(name),
         )
         for (name, variant), found in runs.items()
     }
@@ -319,7 +338,7 @@ def _empty_cells(group: Group) -> Iterator[MissingCell]:
             filled = {name for name, variant in entries if not without_digest(variant)}
             for row in group.published.rows:
                 if row not in filled and (*pair, row) in group.published.top1:
-                    yield MissingCell(group.dataset, group.setting_title, table, *pair, row)
+                    yield MissingCell(group.dataset, group.setting_title, table, *pair, row=row)
 
 
 def _networks(cell: MissingCell) -> tuple[str, ...]:

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import replace
 from pathlib import Path
 
-from sskd.errors import shortened
 from sskd.files import is_regular_file, read_lines
 from sskd.runs import fields
+from sskd.runs.epoch_line import EpochLine
 from sskd.runs.names import METRICS, MOST_EPOCHS, MOST_METRICS
 
 LARGEST = 1e30  # a larger value breaks the scale of a plot
 # Names of metrics in all lines of a run, which has some twenty. Each loss gets a curve.
 MOST_NAMES = 200
-
-
-@dataclass(frozen=True)
-class EpochLine:
-    """One epoch: its phase, its number in that phase, from 1, its finite metrics and its end."""
-
-    phase: str
-    epoch: int
-    metrics: dict[str, float]
-    date: datetime | None
 
 
 def read_metrics(folder: Path, warn: Callable[[str], None]) -> list[EpochLine]:
@@ -62,15 +51,6 @@ def _refuse_many(names: set[str]) -> set[str]:
 
 
 def _parse_line(text: str) -> EpochLine:
-    record = fields.parse_object(text)
-    metrics = {
-        key: float(value)
-        for key, value in record.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-        # This also leaves out NaN and infinity.
-        if abs(value) < LARGEST and key.isprintable()
-    }
-    epoch = fields.integer(record, "epoch")
-    if epoch > MOST_EPOCHS:
-        raise ValueError(f"'epoch' is {shortened(epoch)}, out of range")
-    return EpochLine(fields.text(record, "stage"), epoch, metrics, fields.timestamp(record, "date"))
+    line = EpochLine.from_json(fields.parse_object(text))
+    shown = {name: value for name, value in line.metrics.items() if abs(value) < LARGEST}
+    return replace(line, metrics=shown)

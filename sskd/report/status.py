@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
-from sskd.errors import mask_unprintable, shortened
-from sskd.files import is_regular_file, read_bounded_text
-from sskd.report.metrics import EpochLine, read_metrics
+from sskd.errors import mask_unprintable
+from sskd.files import is_regular_file
+from sskd.report.metrics import read_metrics
 from sskd.report.results import find_files
 from sskd.runs import fields
+from sskd.runs.epoch_line import EpochLine
 from sskd.runs.lock import is_held
-from sskd.runs.names import LAST, MOST_EPOCHS, RESULT
-from sskd.runs.status import MOST, STATUS
+from sskd.runs.names import LAST, RESULT
+from sskd.runs.status import STATUS, Status, parse_status
 
 # In the order of the lists. "interrupted" is not in any file: the status is "running", but the
 # process has died.
@@ -70,21 +71,20 @@ def _read_job(folder: Path, root: Path, warn: Callable[[str], None]) -> Iterator
         yield Job(name, "finished")
         return
     status = _read_status(folder, warn)
-    if not status and not is_regular_file(folder / LAST):
+    if status == Status() and not is_regular_file(folder / LAST):
         return
-    state = str(status.get("state", "stopped"))
+    state: str = status.state or "stopped"
     if state == "running" and not is_held(folder):
         state = "interrupted"
     lines = read_metrics(folder, warn)
-    epochs = _epochs_by_phase(status)
-    total, done = sum(epochs.values()), _count_done(lines, epochs)
+    total, done = sum(status.epochs.values()), _count_done(lines, status.epochs)
     yield Job(
         name,
         state,
-        since=fields.timestamp(status, "since"),
-        host=fields.optional_text(status, "host"),
-        error=fields.optional_text(status, "error") if state == "failed" else None,
-        command=fields.optional_text(status, "command"),
+        since=status.since,
+        host=fields.one_line(status.host),
+        error=fields.one_line(status.error) if state == "failed" else None,
+        command=fields.one_line(status.command),
         done=done,
         total=total or None,
         rate=lines[-1].metrics.get("images_per_second") if lines else None,
@@ -92,32 +92,15 @@ def _read_job(folder: Path, root: Path, warn: Callable[[str], None]) -> Iterator
     )
 
 
-def _read_status(folder: Path, warn: Callable[[str], None]) -> fields.Record:
-    path = folder / STATUS
-    if not is_regular_file(path):
-        return {}
+def _read_status(folder: Path, warn: Callable[[str], None]) -> Status:
     try:
-        status = fields.parse_object(read_bounded_text(path, MOST))
-        if fields.text(status, "state") not in STATES:
-            raise ValueError(f"'state' is {shortened(status['state'])}")
+        return parse_status(folder)
     except (OSError, ValueError) as error:
-        warn(f"{path}: {error}; ignored")
-        return {}
-    return status
+        warn(f"{folder / STATUS}: {error}; ignored")
+        return Status()
 
 
-def _epochs_by_phase(status: fields.Record) -> dict[str, int]:
-    epochs = status.get("epochs")
-    if not isinstance(epochs, dict):
-        return {}
-    return {
-        str(phase): count
-        for phase, count in epochs.items()
-        if isinstance(count, int) and not isinstance(count, bool) and 0 < count <= MOST_EPOCHS
-    }
-
-
-def _count_done(lines: list[EpochLine], epochs: dict[str, int]) -> int:
+def _count_done(lines: list[EpochLine], epochs: Mapping[str, int]) -> int:
     if not epochs:
         return len(lines)
     return sum(line.epoch <= epochs.get(line.phase, 0) for line in lines)

@@ -100,9 +100,8 @@ def mapping_or_none(record: Record, key: str) -> Record | None:
     return None if record.get(key) is None else mapping(record, key)
 
 
-def optional_text(record: Record, key: str) -> str | None:
-    """Return a text for people, printable and on one line, or None if there is none."""
-    value = record.get(key)
+def one_line(value: object) -> str | None:
+    """Return ``value`` as a printable text on one line; None if it is not a text, or empty."""
     if not isinstance(value, str) or not value.strip():
         return None
     return mask_unprintable(" ".join(value.split()))

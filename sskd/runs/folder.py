@@ -13,7 +13,7 @@ from sskd.files import fsync_folder, make_durable_folder, safe_join
 from sskd.runs.lock import FolderLock, remove_lock_file
 from sskd.runs.names import CONFIG, LAST, MOST_CONFIG, MOST_RESULT, PREVIOUS, RESULT
 from sskd.runs.result import Result
-from sskd.runs.status import current_sweep, forced_in, read_status, write_status
+from sskd.runs.status import current_sweep, read_status, write_status
 from sskd.runs.untrusted import read_json, read_yaml
 
 if TYPE_CHECKING:
@@ -105,10 +105,9 @@ def archive_run(folder: Path) -> None:
     status = read_status(folder)
     if any((folder / name).exists() for name in (CONFIG, LAST, PREVIOUS, RESULT)):
         _move_to_old(folder)
-    details = {"command": status["command"]} if "command" in status else {}
     sweep = current_sweep()
-    forced = [*forced_in(status), *([sweep] if sweep else [])]
-    write_queued(folder, forced=forced, **details)
+    forced = (*status.forced, *([sweep] if sweep else []))
+    write_queued(folder, forced=forced, command=status.command)
 
 
 def write_queued(folder: Path, **details: Any) -> None:

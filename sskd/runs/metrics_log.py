@@ -12,44 +12,44 @@ from typing import Any
 
 from sskd.errors import CorruptFileError, UserError
 from sskd.files import append_line, read_lines, write_atomically
+from sskd.runs import fields
+from sskd.runs.epoch_line import EpochLine
 from sskd.runs.lock import FolderLock
 from sskd.runs.names import LAST, METRICS, MOST_EPOCHS, MOST_METRICS
-
-Metrics = dict[str, Any]
 
 
 class MetricsLog:
     """The metrics of a run's epochs, in memory and on disk.
 
     Attributes:
-        lines: the metrics so far, one line per epoch.
+        lines: the epochs so far, in order.
     """
 
     def __init__(self, folder: Path, lock: FolderLock) -> None:
-        self.lines: list[Metrics] = []
+        self.lines: list[EpochLine] = []
         self._path = folder / METRICS
         self._lock = lock
         self._digest = hashlib.sha256()
-        self._subscribers: list[Callable[[Metrics], object]] = []
+        self._subscribers: list[Callable[[EpochLine], object]] = []
 
-    def subscribe(self, subscriber: Callable[[Metrics], object]) -> None:
+    def subscribe(self, subscriber: Callable[[EpochLine], object]) -> None:
         """Call ``subscriber`` with each line so far, and in each later ``notify``."""
         for line in self.lines:
             subscriber(line)
         self._subscribers.append(subscriber)
 
-    def log(self, metrics: Metrics) -> None:
-        """Append one line, an epoch's metrics."""
-        line = json.dumps(metrics)
+    def log(self, line: EpochLine) -> None:
+        """Append one line."""
+        text = json.dumps(line.to_json())
         with self._lock.writing() as still_ours:
-            append_line(self._path, line, still_ours=still_ours)
-        self._digest.update(f"{line}\n".encode())
-        self.lines.append(metrics)
+            append_line(self._path, text, still_ours=still_ours)
+        self._digest.update(f"{text}\n".encode())
+        self.lines.append(line)
 
-    def notify(self, metrics: Metrics) -> None:
+    def notify(self, line: EpochLine) -> None:
         """Pass a line to the subscribers, after the checkpoint that covers it."""
         for subscriber in self._subscribers:
-            subscriber(metrics)
+            subscriber(line)
 
     def position(self) -> dict[str, Any]:
         """Return the number of lines and their SHA-256, as a checkpoint keeps them."""
@@ -80,7 +80,7 @@ class MetricsLog:
         with self._lock.writing() as still_ours:
             write_atomically(self._path, write, still_ours=still_ours)
 
-    def read(self) -> list[Metrics]:
+    def read(self) -> list[EpochLine]:
         """Return all lines of the file of a finished run.
 
         Raises:
@@ -100,12 +100,9 @@ class MetricsLog:
             raise CorruptFileError(METRICS, str(error)) from None
 
 
-def _parse(lines: Iterable[bytes]) -> list[Metrics]:
-    """Return the metrics in ``lines``; raise CorruptFileError if a line is malformed."""
+def _parse(lines: Iterable[bytes]) -> list[EpochLine]:
+    """Return the epochs in ``lines``; raise CorruptFileError if a line is malformed."""
     try:
-        parsed = [json.loads(line) for line in lines]
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(METRICS, type(error).__name__) from None
-    if not all(isinstance(line, dict) and isinstance(line.get("stage"), str) for line in parsed):
-        raise CorruptFileError(METRICS, "a line is not the metrics of an epoch")
-    return parsed
+        return [EpochLine.from_json(fields.parse_object(line.decode())) for line in lines]
+    except ValueError as error:
+        raise CorruptFileError(METRICS, str(error)) from None

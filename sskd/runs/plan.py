@@ -18,7 +18,7 @@ class TeacherWeights:
     digest: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunPlan:
     """One run, resolved from its configuration.
 

@@ -110,7 +110,7 @@ class RunResult:
             difference=fields.mapping_or_none(values, "difference") or {},
             versions=fields.mapping_or_none(values, "versions") or {},
             extensions=fields.mapping_or_none(values, "extensions") or {},
-            commit=fields.optional_text(values, "commit"),
+            commit=fields.one_line(values.get("commit")),
             precomputed=fields.flag_or_none(values, "precomputed"),
             top1=_top1(fields.mapping_or_none(values, "top1")),
             holdout_top1=_holdout_top1(fields.mapping_or_none(values, "holdout_top1")),

@@ -39,4 +39,15 @@ def check_compatible(config: Config) -> None:
     """Raise the UserError of ``assemble``, without the teacher's weights and the data."""
     size = config.dataset.size
     two = Split(torch.zeros(2, 3, size, size, dtype=torch.uint8), torch.arange(2))
-    assemble(config, Images("two", ("0", "1"), two, two, None, (0.5,) * 3, (0.25,) * 3))
+    assemble(
+        config,
+        Images(
+            name="two",
+            classes=("0", "1"),
+            train=two,
+            test=two,
+            holdout=None,
+            mean=(0.5,) * 3,
+            std=(0.25,) * 3,
+        ),
+    )

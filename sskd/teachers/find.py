@@ -109,7 +109,9 @@ def resolve_plan(config: Config, data_digest: str | None = None) -> RunPlan:
     teacher = find_teacher(config)
     folder, difference = run_location(config, teacher)
     full = full_config(config, teacher.digest if teacher else None, data_digest)
-    return RunPlan(config, folder, difference, teacher, full)
+    return RunPlan(
+        config=config, folder=folder, difference=difference, teacher=teacher, full_config=full
+    )
 
 
 def run_location(

@@ -16,6 +16,7 @@ from sskd.data import Images
 from sskd.files import read_bounded
 from sskd.methods import Phase
 from sskd.models import weights_digest
+from sskd.runs.epoch_line import EpochLine
 from sskd.runs.identity import full_config, identity
 from sskd.runs.names import MOST_RESULT, WEIGHTS
 from sskd.runs.plan import RunPlan, TeacherWeights
@@ -27,8 +28,8 @@ from sskd.training.trainer import Trainer, phase_schedule
 
 def find_or_train_phase(
     phase: Phase, method: nn.Module, images: Images, plan: RunPlan
-) -> list[dict[str, Any]]:
-    """Load the result of a teacher-only ``phase`` into ``phase.trains``; return its metrics.
+) -> list[EpochLine]:
+    """Load the result of a teacher-only ``phase`` into ``phase.trains``; return its epochs.
 
     The phase is trained if no run with the same settings has done so. Its folder's name has a hash
     of everything that it depends on: the teacher's weights, the seed, the data and the phase's

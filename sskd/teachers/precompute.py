@@ -116,7 +116,7 @@ def _fill(run: Run, *, teacher: nn.Module, images: Images, config: Config, layou
     )
     try:
         with StopSignals() as signals:
-            for rows in _outputs(teacher, images, config.precision, layout, done):
+            for rows in _outputs(teacher, images, config.precision, layout, first=done):
                 save = writer.is_due(config.checkpoint_minutes) or signals.received is not None
                 saved_now = writer.write(rows, save=save)
                 progress.advance(len(rows))
@@ -220,13 +220,13 @@ def _refuse_small_disk(path: Path, layout: Layout, at: ResumePoint) -> None:
 
 @torch.inference_mode()
 def _outputs(
-    teacher: nn.Module, images: Images, precision: str, layout: Layout, first: int
+    teacher: nn.Module, images: Images, precision: str, layout: Layout, *, first: int
 ) -> Iterator[Tensor]:
     """Yield the outputs of all crops of the images from ``first`` on, [k, crops, numbers] each."""
     device = images.train.images.device
     images_at_once = -(-inference_batch_size(device) // layout.crops)
     views = layout.crops // CROPS
-    loader = Loader(images.train, images.mean, images.std, images_at_once, views)
+    loader = Loader(images.train, images.mean, images.std, batch_size=images_at_once, views=views)
     crops = torch.arange(layout.crops, device=device)
     for start in range(first, layout.images, images_at_once):
         index = torch.arange(start, min(start + images_at_once, layout.images), device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ import wandb
 from sskd.errors import UserError
 from sskd.output import complain, say
 from sskd.overrides import as_override, flatten
+from sskd.runs.epoch_line import EpochLine
 from sskd.runs.plan import RunPlan
 from sskd.runs.result import RunResult
 from sskd.runs.run import Run
@@ -106,19 +107,19 @@ class Tracker:
         kept = f"W&B: `wandb sync {offline_folder(self._wandb)}` uploads this run"
         say("W&B: this run could not be saved for a later upload" if self._lost else kept)
 
-    def log(self, line: Mapping[str, Any]) -> None:
+    def log(self, line: EpochLine) -> None:
         """Log the next line of ``metrics.jsonl``; its number is W&B's step.
 
         A resumed run logs all its lines again: W&B ignores the steps that it has, and adds those
         that an earlier process could not upload.
         """
+        values = {"epoch": line.epoch, **line.metrics}
         metrics = {
-            key if key.startswith(_UNPREFIXED) else f"{line['stage']}/{key}": value
-            for key, value in line.items()
-            if isinstance(value, int | float)
+            name if name.startswith(_UNPREFIXED) else f"{line.phase}/{name}": value
+            for name, value in values.items()
         }
-        if "test/top1" in line:  # only the evaluated phase has it
-            metrics["epoch"] = line["epoch"]
+        if "test/top1" in line.metrics:  # only the evaluated phase has it
+            metrics["epoch"] = line.epoch
         self._lines += 1
         self._send(lambda: self._wandb.log(metrics, step=self._lines))
 

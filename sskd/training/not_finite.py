@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -61,7 +61,7 @@ class FiniteCheck:
     method: nn.Module
     images: Images
     config: Config
-    where: Callable[[], str]
+    where: Callable[[], str] = field(kw_only=True)
 
     def metrics(self, meter: Meter, step: int) -> dict[str, float]:
         """Return the metrics of the epoch so far, without non-finite terms of weight 0.

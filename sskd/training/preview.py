@@ -24,7 +24,7 @@ def save_views(folder: Path, images: Images, config: Config, views: int) -> Path
     order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(seed))
     # A loader copies all of its images, so it gets only those of the picture.
     few = images.train.take(order[:_ROWS].to(images.train.images.device))
-    loader = Loader(few, images.mean, images.std, _ROWS, views)
+    loader = Loader(few, images.mean, images.std, batch_size=_ROWS, views=views)
     loader.begin_epoch(seed)
     mean = torch.tensor(images.mean)[:, None, None]
     std = torch.tensor(images.std)[:, None, None]

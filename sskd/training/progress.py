@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sskd.output import say
+from sskd.runs.epoch_line import EpochLine
 
 # Seconds between two readings of the metrics; each copies from the device to the host.
 _ON_TERMINAL = 1.0
@@ -69,9 +70,9 @@ class Progress:
             share = 100 * self._done / (self._epochs * self._size)
             self._report(f"epoch {epoch}/{self._epochs}", f"{share:.1f} %", shown, self._left())
 
-    def epoch(self, epoch: int, metrics: Mapping[str, Any]) -> None:
+    def epoch(self, line: EpochLine) -> None:
         """Print a line with the metrics of a finished epoch."""
-        self._report(f"epoch {epoch}/{self._epochs}", _rounded(metrics), self._left())
+        self._report(f"epoch {line.epoch}/{self._epochs}", _rounded(line.metrics), self._left())
 
     def line(self, text: str) -> None:
         """Print a line without disturbing the bar."""

@@ -29,7 +29,7 @@ from sskd.training.state import TrainingState
 
 
 def measure_result(
-    run: Run, plan: RunPlan, images: Images, method: Method, state: TrainingState
+    run: Run, plan: RunPlan, *, images: Images, method: Method, state: TrainingState
 ) -> RunResult:
     """Return the result of a run whose last phase ended in ``state``."""
     config, student = plan.config, method.student
@@ -51,7 +51,7 @@ def measure_result(
         holdout_top1=_holdout(run),
         epoch=state.epoch,
         accuracy=last,
-        seconds=sum(line["seconds"] for line in run.metrics.lines),
+        seconds=sum(line.metrics["seconds"] for line in run.metrics.lines),
         images_per_second=state.images / max(state.seconds, 1e-9),
         parameters=sum(parameter.numel() for parameter in student.parameters()),
         digest=WeightsDigests(weights_digest(student), best_digest),
@@ -94,12 +94,16 @@ def last_top1(result: RunResult, folder: Path) -> float:
 
 def _holdout(run: Run) -> HoldoutTop1 | None:
     """Return the held-out accuracies, and the test accuracy of the best held-out epoch."""
-    scored = [line for line in run.metrics.lines if "holdout/top1" in line]
+    scored = [line for line in run.metrics.lines if "holdout/top1" in line.metrics]
     if not scored:
         return None
-    best = max(scored, key=lambda line: line["holdout/top1"])
-    last = scored[-1]["holdout/top1"]
-    return HoldoutTop1(last, best["holdout/top1"], best["epoch"], best["test/top1"])
+    best = max(scored, key=lambda line: line.metrics["holdout/top1"])
+    return HoldoutTop1(
+        last=scored[-1].metrics["holdout/top1"],
+        best=best.metrics["holdout/top1"],
+        best_epoch=best.epoch,
+        test_top1_at_best=best.metrics["test/top1"],
+    )
 
 
 def _circumstances(images: Images) -> dict[str, Any]:

@@ -70,7 +70,6 @@ class PhaseCheckpoint:
         module: the module whose state is saved, without its teacher.
         eval_model: the network that is evaluated, whose weights are saved once more in the
             published layout; None if the phase evaluates none.
-        device: of the networks and the data.
     """
 
     run: Run
@@ -79,7 +78,6 @@ class PhaseCheckpoint:
     eval_model: nn.Module | None
     optimizer: torch.optim.Optimizer
     loader: Loader
-    device: torch.device
     state: TrainingState = field(default_factory=TrainingState)
     meter: Meter = field(default_factory=Meter)
 
@@ -113,8 +111,8 @@ class PhaseCheckpoint:
             "module": state_without_teacher(self.module),
             "optimizer": self.optimizer.state_dict(),
             "loader": self.loader.state_dict(),
-            "generators": generator_states(self.device),
-            "device": self.device.type,
+            "generators": generator_states(self.loader.device),
+            "device": self.loader.device.type,
         }
         if self.eval_model is not None:
             content["model"] = self.eval_model.state_dict()
@@ -130,19 +128,19 @@ class PhaseCheckpoint:
         folder = self.run.folder
         with _reject_foreign_checkpoint(folder):
             state, device = read_training_state(content["position"]), str(content["device"])
-        if state.mid_epoch and device != self.device.type:
+        if state.mid_epoch and device != self.loader.device.type:
             raise UserError(
                 f"{folder}: stopped in mid-epoch on '{device}', whose random state cannot continue "
-                f"on '{self.device.type}'; use device={device}, or start from scratch with "
+                f"on '{self.loader.device.type}'; use device={device}, or start from scratch with "
                 "force=true"
             )
         with _reject_foreign_checkpoint(folder):
             load_state_without_teacher(self.module, content["module"])
             load_optimizer(self.optimizer, content["optimizer"])
             if state.mid_epoch:  # each epoch starts with its own seeds
-                self.meter.load_state_dict(content["meter"], self.device)
+                self.meter.load_state_dict(content["meter"], self.loader.device)
                 self.loader.load_state_dict(content["loader"])
-                restore_generator_states(content["generators"], self.device)
+                restore_generator_states(content["generators"], self.loader.device)
         self.state = state
         if not state.mid_epoch:
             self.save_if_best()

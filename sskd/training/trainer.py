@@ -14,6 +14,7 @@ from sskd.config import Config
 from sskd.data import Images, Loader
 from sskd.methods import Phase
 from sskd.optimizers import build_optimizer
+from sskd.runs.epoch_line import EpochLine
 from sskd.runs.run import Run
 from sskd.schedule import Schedule
 from sskd.seeding import derive_seed, seed_torch
@@ -59,7 +60,9 @@ class Trainer:
     def __post_init__(self) -> None:
         images, size = self.images, self.config.batch_size
         self.schedule = phase_schedule(self.phase, self.config)
-        self.loader = Loader(images.train, images.mean, images.std, size, self.phase.views)
+        self.loader = Loader(
+            images.train, images.mean, images.std, batch_size=size, views=self.phase.views
+        )
         self.optimizer = build_optimizer(
             self.config.optimizer, self.phase.trains.parameters(), self.schedule.lr
         )
@@ -70,10 +73,9 @@ class Trainer:
             eval_model=self.eval_model,
             optimizer=self.optimizer,
             loader=self.loader,
-            device=images.train.images.device,
         )
         self._compiled = compile_loss(self.phase, self.config)
-        self._finite = FiniteCheck(self.phase, self.method, images, self.config, self._where)
+        self._finite = FiniteCheck(self.phase, self.method, images, self.config, where=self._where)
 
     def train(self, resume: Mapping[str, Any] | None = None) -> TrainingState:
         """Train to the end of the phase, from its start or from a checkpoint of it.
@@ -87,7 +89,7 @@ class Trainer:
         state, epochs, size = self.checkpoint.state, self.schedule.epochs, len(self.images.train)
         done = state.images + (self.checkpoint.meter.images if state.mid_epoch else 0)
         self.progress = Progress(self.phase.name, epochs, size, done=done, metrics=self._metrics)
-        verb = "resumes" if resume is not None else "starts"
+        verb = "starts" if resume is None else "resumes"
         self.progress.line(f"{verb} in {self.run.folder}, {state.epoch}/{epochs} epochs")
         try:
             with StopSignals() as signals:
@@ -113,9 +115,8 @@ class Trainer:
             metrics = train_step(self._compiled, self.optimizer, batch, self.config.precision)
             self.checkpoint.meter.add(metrics, len(batch.y))
             self.progress.advance(len(batch.y))
-            is_due = self.checkpoint.is_due(self.config.checkpoint_minutes)
-            in_mid_epoch = self.loader.position < self.loader.steps
-            if in_mid_epoch and (is_due or signals.received is not None):
+            save = self.checkpoint.is_due(self.config.checkpoint_minutes) or signals.received
+            if save and self.loader.position < self.loader.steps:  # at its end, all is saved
                 state.mid_epoch = True
                 state.epoch_seconds = time.monotonic() - started
                 self._finite.checked_metrics(self.checkpoint.meter, self.loader.position)
@@ -131,13 +132,13 @@ class Trainer:
             metrics |= self._evaluate(self.eval_model)
         state.end_epoch(meter.images)
         lr = self.optimizer.param_groups[0]["lr"]
-        line = {"stage": self.phase.name, "epoch": state.epoch, "lr": lr, **metrics}
-        line |= _timing(meter.images, state.epoch_seconds)
+        metrics = {"lr": lr, **metrics, **_timing(meter.images, state.epoch_seconds)}
+        line = EpochLine(self.phase.name, state.epoch, metrics, datetime.now(UTC))
         self.run.metrics.log(line)
         self.checkpoint.save()
         self.checkpoint.save_if_best()
         self.run.metrics.notify(line)
-        self.progress.epoch(state.epoch, line)
+        self.progress.epoch(line)
 
     def _evaluate(self, network: nn.Module) -> dict[str, float]:
         """Return the accuracies of ``network``, and record its test accuracy."""
@@ -157,10 +158,9 @@ class Trainer:
         return f"{self.run.folder}: phase {self.phase.name}, epoch {epoch}"
 
 
-def _timing(images: int, seconds: float) -> dict[str, Any]:
-    """Return the rate, the duration and the end of an epoch, for its line of metrics."""
+def _timing(images: int, seconds: float) -> dict[str, float]:
+    """Return the rate and the duration of an epoch, for its line of metrics."""
     return {
         "images_per_second": round(images / max(seconds, 1e-9), 2),
         "seconds": round(seconds, 3),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

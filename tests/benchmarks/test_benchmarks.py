@@ -86,7 +86,7 @@ def test_the_fast_path_is_compared_with_a_plain_run(tmp_path: Path) -> None:
 def test_a_conventional_step_trains_every_parameter(method: str) -> None:
     images = noise(40, torch.device("cpu"))
     student, teacher = (build_model(name, images.num_classes) for name in ("resnet8", "resnet14"))
-    side = CONVENTIONAL[method](student, teacher, images, 4, 0)
+    side = CONVENTIONAL[method](student, teacher, images, batch_size=4, workers=0)
     before = [parameter.detach().clone() for parameter in side.student.parameters()]
     batch = side.draw()
     side.train(batch)
@@ -134,7 +134,10 @@ def test_the_grid_has_the_hours_of_every_pair(
     def compare(work: str, case: Case, turns: Turns) -> list[Row]:
         baseline, *suite = (Measured([seconds], case.batch, 0, 0) for seconds in steps[work])
         rows = zip(turns.precisions, suite, strict=True)
-        return [Row(work, case.pair, precision, side, baseline) for precision, side in rows]
+        return [
+            Row(work, case.pair, precision, suite=side, baseline=baseline)
+            for precision, side in rows
+        ]
 
     monkeypatch.setattr(grid, "compare", compare)
     out = tmp_path / "grid"

@@ -86,7 +86,7 @@ def test_a_sweep_trains_with_a_method_of_ones_own(command: Command, mine: Path) 
     status, _, err = command("-cd", str(mine / "conf"), "-m", *words)
     assert status == 0, err
     (result,) = command.runs.glob("digits/distill/small8-resnet8/mine/*/result.json")
-    assert read_status(result.parent)["command"].startswith(
+    assert str(read_status(result.parent).command).startswith(
         f"python train_student.py -cd {mine / 'conf'} -cn student hydra.mode=RUN "
     )
     # All settings are those of its YAML file, so that the folder's name has no hash.
@@ -103,8 +103,8 @@ def test_worker_processes_load_the_extensions(mine: Path, tmp_path: Path) -> Non
     assert sorted(path.parent.name.partition("-")[0] for path in results) == ["seed0", "seed1"]
     difference = json.loads(results[0].read_text())["difference"]
     assert not [key for key in difference if key.startswith("method.")]
-    command = read_status(results[0].parent)["command"]
-    assert f'hydra.searchpath=["file://{mine}/conf"]' in command
+    command = read_status(results[0].parent).command
+    assert f'hydra.searchpath=["file://{mine}/conf"]' in str(command)
 
 
 def test_a_missing_teacher_is_trained_with_its_folder(command: Command, mine: Path) -> None:

@@ -151,9 +151,9 @@ def test_a_teacher_removed_at_the_end_fails_no_job(
     name = "last_top1" if finished else "measure_result"
     original = getattr(sskd.train, name)
 
-    def remove_then_do(*arguments: Any) -> Any:
+    def remove_then_do(*arguments: Any, **named: Any) -> Any:
         teacher.unlink()
-        return original(*arguments)
+        return original(*arguments, **named)
 
     monkeypatch.setattr(sskd.train, name, remove_then_do)
     status, _, err = search(command, *words, "hydra.sweeper.seeds=[0]")

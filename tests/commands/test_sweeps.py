@@ -91,7 +91,7 @@ def test_every_job_of_every_sweep_composes(composed_jobs: Any, name: str) -> Non
     jobs = composed_jobs(name).jobs
     assert len({job.folder for job in jobs}) == len(jobs) > 0
     for job in jobs:
-        assert read_status(job.folder)["state"] == "queued"
+        assert read_status(job.folder).state == "queued"
         assert job.config.wandb.tags in ([name], [])
     configs = [job.config for job in jobs]
     distilled = [(c.teacher.name, c.student.name, c.method.name) for c in configs if c.teacher]
@@ -140,7 +140,7 @@ def test_the_command_line_changes_a_sweep(composed_jobs: Any) -> None:
 def states(runs: Path) -> dict[str, str]:
     """Return the state of each run, by the part of its folder's path that names it."""
     return {
-        path.parent.parent.name: read_status(path.parent)["state"]
+        path.parent.parent.name: str(read_status(path.parent).state)
         for path in runs.rglob("status.json")
     }
 
@@ -225,7 +225,7 @@ def test_force_starts_again_once_and_then_resumes(
     queued = read_status(result.parent)
     # A job that was preempted and requeued starts with these words again.
     with monkeypatch.context() as patch:
-        patch.setenv(SWEEP_VARIABLE, queued["sweep"])
+        patch.setenv(SWEEP_VARIABLE, str(queued.sweep))
         with monkeypatch.context() as crashing:
             at_step(crashing, 3, crash)
             with pytest.raises(CrashError):
@@ -237,7 +237,7 @@ def test_force_starts_again_once_and_then_resumes(
     (old,) = result.parent.parent.glob(".old/*/result.json")
     assert old.read_bytes() == before
     assert result.read_bytes() != before
-    assert read_status(result.parent)["command"] == queued["command"]
+    assert read_status(result.parent).command == queued.command
 
 
 def test_the_result_of_another_run_is_kept_and_reported(command: Command) -> None:
@@ -373,8 +373,8 @@ def test_processes_train_jobs_at_once_and_report_failures(tmp_path: Path) -> Non
     text, _ = process.communicate()
     assert process.returncode == 1, text
     found = [read_status(path.parent) for path in runs.rglob("status.json")]
-    assert Counter(status["state"] for status in found) == {"finished": 3, "failed": 2}
-    assert len({status["pid"] for status in found} - {process.pid}) == 2
+    assert Counter(status.state for status in found) == {"finished": 3, "failed": 2}
+    assert len({status.pid for status in found} - {process.pid}) == 2
     assert "2 of 4 jobs have finished" in text
     assert text.count(": failed: phase ") == 2
 
@@ -384,7 +384,9 @@ def test_a_process_that_is_killed_costs_no_job(tmp_path: Path) -> None:
     runs, words = tmp_path / "runs", ("method=vanilla", "seed=0,1", "schedule.epochs=20")
     process = launched_on_two_processes(runs, *words)
     folder = wait_for_file(process, runs, "digits/scratch/*/*/last.pt").parent
-    os.kill(read_status(folder)["pid"], signal.SIGKILL)
+    pid = read_status(folder).pid
+    assert pid
+    os.kill(pid, signal.SIGKILL)
     text, _ = process.communicate()
     assert process.returncode == 0, text
     assert "warning: a process has died: " in text

@@ -15,7 +15,7 @@ from sskd.data import Batch, Loader, Split, eval_batches
 
 
 def loader_of(count: int, batch_size: int, views: int = 1) -> Loader:
-    return Loader(noise_split(count), MEAN, STD, batch_size, views)
+    return Loader(noise_split(count), MEAN, STD, batch_size=batch_size, views=views)
 
 
 def epoch(loader: Loader) -> list[Batch]:
@@ -24,7 +24,7 @@ def epoch(loader: Loader) -> list[Batch]:
 
 def test_padding_is_black_before_normalisation() -> None:
     white = Split(torch.full((64, 3, 8, 8), 255, dtype=torch.uint8), torch.zeros(64).long())
-    x = Loader(white, MEAN, STD, 64).next_batch().x
+    x = Loader(white, MEAN, STD, batch_size=64).next_batch().x
     mean, std = np.array(MEAN), np.array(STD)
     for channel in range(3):
         values = x[:, channel].unique().numpy()

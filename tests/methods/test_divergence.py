@@ -165,7 +165,9 @@ def test_methods_stay_accurate_at_high_temperature(
     overrides += ["method.temperature=1e5"] + ["method.ss_temperature=1e5"] * (method == "sskd")
     images = random_images(8, 4)
     built = assemble(composed(*overrides), images)
-    batch = Loader(images.train, images.mean, images.std, 8, built.views).next_batch()
+    batch = Loader(
+        images.train, images.mean, images.std, batch_size=8, views=built.views
+    ).next_batch()
     *_, phase = built.phases()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         terms = phase.loss(batch).terms

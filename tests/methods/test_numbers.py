@@ -70,7 +70,7 @@ def test_identical_images_keep_the_weights_finite(
     images = given(random_images(BATCH, 4, classes=3))
     built, phases = assembled(composed, method, images)
     for phase in phases:
-        loader = Loader(images.train, images.mean, images.std, BATCH, phase.views)
+        loader = Loader(images.train, images.mean, images.std, batch_size=BATCH, views=phase.views)
         step_stays_finite(built, phase, loader.next_batch(), precision)
 
 
@@ -92,7 +92,7 @@ def test_constant_features_keep_the_weights_finite(
         if silent in (role, "both") and getattr(built, role, None) is not None:
             silence(getattr(built, role))
     for phase in phases:
-        loader = Loader(images.train, images.mean, images.std, BATCH, phase.views)
+        loader = Loader(images.train, images.mean, images.std, batch_size=BATCH, views=phase.views)
         step_stays_finite(built, phase, loader.next_batch(), "fp32")
 
 
@@ -101,7 +101,7 @@ def test_a_last_batch_of_one_keeps_the_weights_finite(composed: Compose, method:
     images = random_images(BATCH + 1, 4, classes=3)
     built, phases = assembled(composed, method, images)
     for phase in phases:
-        loader = Loader(images.train, images.mean, images.std, BATCH, phase.views)
+        loader = Loader(images.train, images.mean, images.std, batch_size=BATCH, views=phase.views)
         loader.next_batch()
         last = loader.next_batch()
         assert len(last.y) == 1
@@ -179,7 +179,7 @@ def test_sskd_with_a_teacher_always_right_or_wrong(composed: Compose, always: st
     last["weight"].zero_()
     last["bias"].copy_(torch.tensor([5.0, -5.0]) * factor)
     built.tf_ratio = 0.5  # type: ignore[assignment]
-    loader = Loader(images.train, images.mean, images.std, BATCH, built.views)
+    loader = Loader(images.train, images.mean, images.std, batch_size=BATCH, views=built.views)
     batch = loader.next_batch()
     set_trainable(phases[-1], built)
     kept = built.loss(batch).metrics["kept_tf"].item()

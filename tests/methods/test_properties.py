@@ -34,9 +34,10 @@ from sskd.methods.crd import draw_negatives
 from sskd.methods.sskd import keep_rows
 from sskd.models import read_checkpoint
 from sskd.overrides import as_override, flatten
-from sskd.report.metrics import EpochLine, read_metrics
+from sskd.report.metrics import read_metrics
 from sskd.report.results import Result, parse_result
 from sskd.runs.checkpoint_file import load_checkpoint, save_checkpoint
+from sskd.runs.epoch_line import EpochLine
 
 # The same examples in each run, as many as take a few seconds.
 some = settings(max_examples=150, deadline=None, derandomize=True, database=None)

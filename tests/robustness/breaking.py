@@ -74,7 +74,7 @@ class Undisturbed:
         return self._of(job)[2]
 
 
-def break_job(undisturbed: Undisturbed, job: str, act: str, number: int, folder: Path) -> Path:
+def break_job(undisturbed: Undisturbed, job: str, act: str, *, number: int, folder: Path) -> Path:
     """Cause a fault at the ``number``-th moment of ``job``; return its folder of runs."""
     folder.mkdir()
     runs = folder / "runs"
@@ -129,9 +129,11 @@ def check_finishes(undisturbed: Undisturbed, job: str, runs: Path) -> None:
     assert all(".status.json." in path.name for path in runs.rglob(".*.part"))
 
 
-def check_survives(undisturbed: Undisturbed, job: str, act: str, number: int, folder: Path) -> None:
+def check_survives(
+    undisturbed: Undisturbed, job: str, act: str, *, number: int, folder: Path
+) -> None:
     """Cause a fault at the ``number``-th moment of ``job``, and check that it then finishes."""
-    runs = break_job(undisturbed, job, act, number, folder)
+    runs = break_job(undisturbed, job, act, number=number, folder=folder)
     if act == "power failure":
         check_costs_at_most_an_epoch(job, number, runs, folder / "killed")
     check_finishes(undisturbed, job, runs)

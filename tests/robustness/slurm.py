@@ -312,7 +312,7 @@ def test_a_requeued_job_resumes_where_it_stopped(
     sweep = stopped_sweep(cluster, tmp_path / "runs", *command)
     assert cluster.jobs(sweep.runs, "%T")[0] == "PENDING"
     stopped_at, name = sweep.lines(0), (sweep.folder(0) / "wandb_id").read_text()
-    assert read_status(sweep.folder(0))["state"] == "stopped"
+    assert read_status(sweep.folder(0)).state == "stopped"
     # SLURM itself would wait for minutes. A job that is still ending would break its next start.
     wait_for("end of its step", lambda: "task 0: " in sweep.log(0, "err"))
     time.sleep(3)
@@ -336,7 +336,7 @@ def test_a_cancelled_job_saves_its_state(
     assert status == 1
     assert "(state: CANCELLED); the other jobs go on" in err
     assert f"{sweep.folder(0)}: stopped; the same command does it" in err
-    wait_for("end of the other job", lambda: read_status(sweep.folder(1))["state"] == "finished")
+    wait_for("end of the other job", lambda: read_status(sweep.folder(1)).state == "finished")
     status, out, _ = sweep.rerun_without_slurm()
     assert status == 0
     assert "2 jobs, 1 finished already" in out
@@ -351,4 +351,4 @@ def test_a_job_that_is_not_requeued_reports_it(cluster: Cluster, tmp_path: Path)
     assert status == 1
     assert "1 of 2 jobs have finished" in out
     assert "stopped by SIGUSR2 and saved, but could not be requeued: Job not requeued" in err
-    assert read_status(sweep.folder(1))["state"] == "finished"
+    assert read_status(sweep.folder(1)).state == "finished"

@@ -37,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 import sskd.commands.job  # noqa: E402
 import train_student  # noqa: E402
 from sskd.commands.process import run_command  # noqa: E402
+from sskd.runs.epoch_line import EpochLine  # noqa: E402
 from sskd.runs.metrics_log import MetricsLog  # noqa: E402
 
 METHODS = ("vanilla", "kd", "crd", "sskd")
@@ -170,9 +171,9 @@ def soak_epochs(count: int, out: Path) -> bool:
     )  # fmt: skip
     times: list[float] = []  # of the second start, and of the end of its first epoch
 
-    def counted(log: MetricsLog, metrics: dict[str, Any]) -> None:
-        log_epoch(log, metrics)
-        if metrics["stage"] != "distill":  # the teacher's only epoch
+    def counted(log: MetricsLog, line: EpochLine) -> None:
+        log_epoch(log, line)
+        if line.phase != "distill":  # the teacher's only epoch
             return
         if watch.done == half:
             times.append(time.monotonic())

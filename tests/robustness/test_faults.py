@@ -32,7 +32,7 @@ def test_a_job_survives_a_fault_at_any_moment(
 ) -> None:
     last = undisturbed.moments(job)
     for number in random.Random(f"{job} {act}").sample(range(1, last), 5):
-        check_survives(undisturbed, job, act, number, tmp_path / str(number))
+        check_survives(undisturbed, job, act, number=number, folder=tmp_path / str(number))
 
 
 def test_a_job_that_is_killed_repeatedly_finishes(undisturbed: Undisturbed, tmp_path: Path) -> None:
@@ -47,13 +47,15 @@ def test_a_full_disk_is_a_one_line_error_and_loses_nothing(
 ) -> None:
     last = undisturbed.moments(job)
     for number in random.Random(2).sample(range(1, last), 5):
-        check_survives(undisturbed, job, "disk full", number, tmp_path / str(number))
+        check_survives(undisturbed, job, "disk full", number=number, folder=tmp_path / str(number))
 
 
 def test_a_clock_that_jumps_changes_nothing(undisturbed: Undisturbed, tmp_path: Path) -> None:
     last = undisturbed.moments("kd")
     for number in (last // 3, last // 3 + 1):  # forward, and back
-        check_survives(undisturbed, "kd", "clock jumps", number, tmp_path / str(number))
+        check_survives(
+            undisturbed, "kd", "clock jumps", number=number, folder=tmp_path / str(number)
+        )
 
 
 @pytest.fixture

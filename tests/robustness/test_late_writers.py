@@ -20,6 +20,7 @@ from torch import nn
 import sskd.files
 import sskd.runs.lock
 from sskd.errors import BusyError
+from sskd.runs.epoch_line import EpochLine
 from sskd.runs.lock import FolderLock
 from sskd.runs.result import RunResult, SharedResult
 from sskd.runs.run import Run
@@ -28,8 +29,8 @@ CONFIG = {"seed": 1}
 LATE = "late"
 
 
-def line(number: int, holder: str) -> dict[str, Any]:
-    return {"stage": "train", "epoch": number, "holder": holder}
+def line(number: int, holder: str) -> EpochLine:
+    return EpochLine("train", number, {holder: 1.0})
 
 
 def network(value: float) -> nn.Module:
@@ -158,7 +159,7 @@ def finish_as_third(run: Run) -> None:
     state = third.checkpoints.load(["train"])
     assert state is not None
     assert state["holder"] == "new"
-    assert [metrics["epoch"] for metrics in third.metrics.lines] == [1, 2, 3, 4]
+    assert [each.epoch for each in third.metrics.lines] == [1, 2, 3, 4]
     third.finish(None, SharedResult(stage="train"))
     assert json.loads((run.folder / "result.json").read_text()) == {
         "kind": "phase",

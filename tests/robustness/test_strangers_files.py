@@ -31,7 +31,7 @@ from sskd.runs.checkpoint_file import load_checkpoint, save_checkpoint
 from sskd.runs.folder import archive_run, read_config_file, read_result
 from sskd.runs.result import RunResult
 from sskd.runs.run import Run
-from sskd.runs.status import read_status, write_failure
+from sskd.runs.status import Status, read_status, write_failure
 from sskd.tracking.session import run_id
 
 SECONDS = 5.0  # enough for a slow machine
@@ -118,7 +118,7 @@ def test_a_report_names_an_endless_file(tmp_path: Path, name: str) -> None:
     with in_time():
         if name == "status.json":
             assert read_jobs(tmp_path, warnings.append) == []
-            assert read_status(tmp_path) == {}
+            assert read_status(tmp_path) == Status()
         else:
             assert read_results(tmp_path, warnings.append) == []
     assert f"{tmp_path / name}: it has more than" in only(warnings)
@@ -214,7 +214,7 @@ def test_the_suite_writes_no_status_above_the_limit(tmp_path: Path) -> None:
     except ValueError as error:
         write_failure(tmp_path, error)
     assert (tmp_path / "status.json").stat().st_size < sskd.runs.status.MOST
-    assert read_status(tmp_path)["state"] == "failed"
+    assert read_status(tmp_path).state == "failed"
 
 
 def test_the_weights_of_another_size_are_corrupt(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_faults_at_changes_of_files(
     last = undisturbed.moments(job)
     chosen = sorted({round(1 + (last - 1) * part / MOMENTS) for part in range(MOMENTS + 1)})
     for number in chosen:
-        check_survives(undisturbed, job, act, number, tmp_path / str(number))
+        check_survives(undisturbed, job, act, number=number, folder=tmp_path / str(number))
     row += [job, f"{act} at {len(chosen)} of {last} file changes", f"{len(chosen)}", "nothing"]
 
 

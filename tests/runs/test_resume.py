@@ -97,7 +97,7 @@ def test_a_signal_after_the_result_leaves_a_run_finished(
     with pytest.raises(Interrupted):
         train(composed(*SMALL, "method=vanilla", "schedule.epochs=1"))
     (folder,) = (path.parent for path in (tmp_path / "runs").rglob("result.json"))
-    assert read_status(folder)["state"] == "finished"
+    assert read_status(folder).state == "finished"
 
 
 def test_a_second_interrupt_raises_at_once() -> None:

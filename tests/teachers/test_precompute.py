@@ -52,7 +52,9 @@ TEACHER = TeacherWeights(Path("unused"), "0" * 64)
 def build(config: Config, images: Images) -> Method:
     """Return the method, with statistics of ``images`` in the teacher's BatchNorms."""
     method = assemble(config, images)
-    loader = Loader(images.train, images.mean, images.std, len(images.train), method.views)
+    loader = Loader(
+        images.train, images.mean, images.std, batch_size=len(images.train), views=method.views
+    )
     method.teacher.train()
     with torch.no_grad():
         for _ in range(3):
@@ -88,7 +90,7 @@ def test_a_method_declares_the_teacher_outputs_it_reads(composed: Compose, name:
     method.precomputed = spied
     for phase in method.phases():
         set_trainable(phase, method)
-        loader = Loader(images.train, images.mean, images.std, 8, phase.views)
+        loader = Loader(images.train, images.mean, images.std, batch_size=8, views=phase.views)
         phase.loss(loader.next_batch())
     assert read == set(method.teacher_outputs)
 
@@ -110,7 +112,7 @@ def test_rows_equal_what_the_teacher_computes(
     found = method.precomputed
     assert found is not None
     method.precomputed = None
-    loader = Loader(images.train, images.mean, images.std, 2)
+    loader = Loader(images.train, images.mean, images.std, batch_size=2)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         for seed in range(3):
             loader.begin_epoch(seed)
@@ -138,7 +140,7 @@ def test_losses_equal_those_with_the_teacher_itself(composed: Compose, name: str
     method.teacher.register_forward_pre_hook(lambda *inputs: calls.append(inputs))
     for phase in phases:
         set_trainable(phase, method)
-        loader = Loader(images.train, images.mean, images.std, 8, phase.views)
+        loader = Loader(images.train, images.mean, images.std, batch_size=8, views=phase.views)
         batch = loader.next_batch()
         state = {key: value.clone() for key, value in method.state_dict().items()}
         losses = []
@@ -156,7 +158,13 @@ def test_losses_equal_those_with_the_teacher_itself(composed: Compose, name: str
 
 def plan_of(config: Config) -> RunPlan:
     """Return the plan of a run of ``config``; the digest of its teacher is made up."""
-    return RunPlan(config, Path(config.runs, "run"), {}, TEACHER, {})
+    return RunPlan(
+        config=config,
+        folder=Path(config.runs, "run"),
+        difference={},
+        teacher=TEACHER,
+        full_config={},
+    )
 
 
 def overrides(runs: Path, *more: str) -> list[str]:
@@ -338,8 +346,8 @@ def before_sixth_write(patch: pytest.MonkeyPatch, action: Callable[[], object]) 
     """Call ``action`` when the outputs of the sixth image are computed and not yet written."""
     compute = sskd.teachers.precompute._outputs
 
-    def with_action(*arguments: Any) -> Iterator[Tensor]:
-        for number, rows in enumerate(compute(*arguments)):
+    def with_action(*arguments: Any, **named: Any) -> Iterator[Tensor]:
+        for number, rows in enumerate(compute(*arguments, **named)):
             if number == 5:
                 action()
             yield rows
@@ -468,4 +476,6 @@ def test_a_broken_computation_ends_like_an_undisturbed_one(
     last = undisturbed.moments("precomputed")
     middle = range(last // 3, 2 * last // 3)  # the teacher is trained before
     for number in random.Random(act).sample(middle, 2):
-        check_survives(undisturbed, "precomputed", act, number, tmp_path / str(number))
+        check_survives(
+            undisturbed, "precomputed", act, number=number, folder=tmp_path / str(number)
+        )

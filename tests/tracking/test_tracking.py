@@ -326,7 +326,7 @@ def test_a_failure_of_wandb_does_not_fail_the_run(
     assert output.count("W&B has stopped (ConnectionResetError)") == 2
     assert "W&B: this run could not be saved for a later upload" in output
     (folder,) = (path.parent for path in (tmp_path / "runs").rglob("result.json"))
-    assert read_status(folder)["state"] == "finished"
+    assert read_status(folder).state == "finished"
 
 
 def test_a_timeout_that_is_not_a_number_is_reported(composed: Compose, monkeypatch: Any) -> None:

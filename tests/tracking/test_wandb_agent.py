@@ -15,6 +15,7 @@ from faults import SMALL
 from test_tracking import history, inspect, offline_runs
 
 from sskd.config import Config
+from sskd.runs.epoch_line import EpochLine
 from sskd.runs.result import HoldoutTop1, RunResult, Top1
 from sskd.runs.run import Run
 from sskd.tracking.environment import surroundings
@@ -85,8 +86,8 @@ def test_the_agents_run_is_the_student(composed: Compose, tmp_path: Path) -> Non
 
 
 LINES = [
-    {"stage": "distill", "epoch": 1, "test/top1": 40.0, "holdout/top1": 45.0},
-    {"stage": "distill", "epoch": 2, "test/top1": 30.0, "holdout/top1": 50.0},
+    EpochLine("distill", 1, {"test/top1": 40.0, "holdout/top1": 45.0}),
+    EpochLine("distill", 2, {"test/top1": 30.0, "holdout/top1": 50.0}),
 ]
 
 

@@ -150,7 +150,7 @@ def build(composed: Compose, method: str, pair: str) -> tuple[Method, list[Phase
     built = assemble(composed(*words, *(["method.negatives=5"] * (method == "crd"))), images)
     for network in built.children():
         with_statistics(network)
-    loader = Loader(images.train, images.mean, images.std, 8, built.views)
+    loader = Loader(images.train, images.mean, images.std, batch_size=8, views=built.views)
     return built, list(built.phases()), loader.next_batch()
 
 

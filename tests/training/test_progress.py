@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import sskd.training.progress
+from sskd.runs.epoch_line import EpochLine
 from sskd.training.progress import Progress
 
 
@@ -30,7 +31,8 @@ def test_a_log_file_gets_few_plain_lines(
     for second in range(1, 121):
         clock[0] = second
         progress.advance(10)
-    progress.epoch(1, {"lr": 0.05, "test/top1": 50.0, "seconds": 3, "images_per_second": 1234.5})
+    metrics = {"lr": 0.05, "test/top1": 50.0, "seconds": 3, "images_per_second": 1234.5}
+    progress.epoch(EpochLine("distill", 1, metrics))
     progress.close()
     assert reads == 2  # once a minute, because each read copies from the device
     assert capsys.readouterr().out.splitlines() == [
@@ -47,5 +49,5 @@ def test_images_of_an_earlier_start_do_not_raise_the_rate(
     progress = Progress("train", 2, 100, done=150, metrics=dict)
     clock[0] = 10.0
     progress.advance(10)
-    progress.epoch(2, {})
+    progress.epoch(EpochLine("train", 2, {}))
     assert capsys.readouterr().out == "train: epoch 2/2, 00:40 left\n"
