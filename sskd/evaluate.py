@@ -118,7 +118,7 @@ def _recognised_arch(path: Path) -> str:
 def _dataset_of_run(checkpoint: Path) -> list[str]:
     """Return overrides that choose the dataset of the run whose folder holds ``checkpoint``.
 
-    The run may be a stranger's, so nothing is downloaded to its root and no interpolation resolved.
+    The run may be untrusted, so nothing is downloaded to its root and no interpolation resolved.
     Empty if the folder is no run's.
 
     Raises:

@@ -1,6 +1,6 @@
 """Writing to a terminal, a log or a pipe: all output of the suite passes through this module.
 
-Names and messages can come from a stranger's file, so characters that control a terminal are
+Names and messages can come from an untrusted file, so characters that control a terminal are
 replaced, in the lines of other libraries too while a command runs. A run must not fail because
 nobody reads its output, so a stream that fails is not written to again. Importing this takes no
 time.

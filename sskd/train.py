@@ -17,7 +17,7 @@ from sskd.teachers.assembly import assemble, check_compatible
 from sskd.teachers.find import missing_teacher, resolve_plan
 from sskd.teachers.phases import find_or_train_phase
 from sskd.teachers.precompute import find_or_compute_outputs
-from sskd.tracking.environment import check_environment, is_agents
+from sskd.tracking.environment import check_environment, started_by_agent
 from sskd.tracking.tracker import Tracker, report_finished
 from sskd.training.acceleration import fold_teacher
 from sskd.training.preview import save_views
@@ -42,7 +42,7 @@ def carry_out(
     """
     # ---- the plan ----
     check_environment(config.wandb.mode)
-    agents = from_command_line and is_agents()
+    under_agent = from_command_line and started_by_agent()
     device = choose_device(config.device)
     _train_missing_teacher(config)
     plan = resolve_plan(config)
@@ -51,7 +51,7 @@ def carry_out(
     if not force and (result := run.finished(RunResult)):
         say(f"{plan.folder}: already finished, last top-1 {last_top1(result, plan.folder):.2f}")
         _warn_of_changed_code(plan, result)
-        return _reuse(run, plan, result, agents=agents)
+        return _reuse(run, plan, result, under_agent=under_agent)
 
     # ---- data, networks, method ----
     tune_device(device)
@@ -66,8 +66,8 @@ def carry_out(
         archive_run(plan.folder)
     with run.open(wait=wait):
         if result := run.finished(RunResult):  # another process was faster
-            return _reuse(run, plan, result, agents=agents)
-        result = _train_phases(run, plan, method, images, agents=agents)
+            return _reuse(run, plan, result, under_agent=under_agent)
+        result = _train_phases(run, plan, method, images, under_agent=under_agent)
     say(f"{plan.folder}: last top-1 {result.top1.last:.2f}, best {result.top1.best:.2f}")
     return plan, result
 
@@ -84,10 +84,10 @@ def _train_missing_teacher(config: Config) -> None:
 
 
 def _reuse(
-    run: Run, plan: RunPlan, result: RunResult, *, agents: bool
+    run: Run, plan: RunPlan, result: RunResult, *, under_agent: bool
 ) -> tuple[RunPlan, RunResult]:
     """Return the result of a finished run; log it to the W&B run of an agent first."""
-    if agents:
+    if under_agent:
         report_finished(run, plan, result)
     return plan, result
 
@@ -104,7 +104,7 @@ def _warn_of_changed_code(plan: RunPlan, result: RunResult) -> None:
 
 
 def _train_phases(
-    run: Run, plan: RunPlan, method: Method, images: Images, *, agents: bool
+    run: Run, plan: RunPlan, method: Method, images: Images, *, under_agent: bool
 ) -> RunResult:
     """Train each phase from the last checkpoint on, and record the result."""
     config, phases = plan.config, list(method.phases())
@@ -112,7 +112,7 @@ def _train_phases(
     checkpoint = run.checkpoints.load(epochs)
     run.announce(epochs)
     current = checkpoint["stage"] if checkpoint else phases[0].name
-    with Tracker(run, plan, agents=agents) as tracker:
+    with Tracker(run, plan, under_agent=under_agent) as tracker:
         tracker.picture("views", save_views(plan.folder, images, config, method.views))
         run.metrics.subscribe(tracker.log)
         if config.teacher and config.teacher.precompute:

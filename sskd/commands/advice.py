@@ -18,7 +18,7 @@ from sskd.invocation.composition import compose_config
 from sskd.invocation.extensions import load_extensions
 from sskd.invocation.names import command_name, config_dir, current_role
 from sskd.overrides import about_renamed, as_override, flatten
-from sskd.runs.weightings import METHODS, WEIGHTING
+from sskd.runs.weightings import WEIGHTED_METHODS, WEIGHTING
 
 # The one group of which the defaults choose no option.
 _OPTIONAL_GROUP = "pair"
@@ -35,7 +35,7 @@ def refuse_missing_keys(words: Iterable[str]) -> None:
             raise UserError(f"{shortened(word)}: should be KEY=VALUE, such as seed=1")
 
 
-def refuse_odd_choices(words: Iterable[str]) -> None:
+def refuse_invalid_choices(words: Iterable[str]) -> None:
     """Refuse a word of the command line that sets a group of the suite to anything but an option.
 
     Hydra merges the options of a list, and its error about other values does not name the group.
@@ -53,11 +53,16 @@ def refuse_odd_choices(words: Iterable[str]) -> None:
         key, value = match[2], match[3]
         deleted = match[1] == "~" and key != _OPTIONAL_GROUP and key not in added
         if deleted or (value is not None and _is_no_option(value)):
-            options = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
             raise UserError(
-                f"{mask_unprintable(word)}: {key} needs one option (there are: {options}); "
+                f"{mask_unprintable(word)}: {key} needs one option (there are: {_options(group)}); "
                 f"a sweep takes several: -m {key}=OPTION,OPTION"
             )
+
+
+def _options(group: str) -> str:
+    folders = [CONF, *_config_folders()]
+    names = {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
+    return mask_unprintable(", ".join(sorted(names)))
 
 
 def _is_no_option(value: str) -> bool:
@@ -70,7 +75,7 @@ def _is_no_option(value: str) -> bool:
 def about_weighting(method: str, words: Iterable[str]) -> str:
     """Return a line if one of ``words`` chooses a weighting that ``method`` does not follow."""
     given = [word for word in words if re.match(rf"\+*{WEIGHTING}[.=]", word)]
-    if method in METHODS or not given:
+    if method in WEIGHTED_METHODS or not given:
         return ""
     return (
         f"{mask_unprintable(given[0])}: has no effect on method={method}, which has weights of its "

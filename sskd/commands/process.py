@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from omegaconf import OmegaConf
 
-from sskd.commands.advice import refuse_missing_keys, refuse_odd_choices
+from sskd.commands.advice import refuse_invalid_choices, refuse_missing_keys
 from sskd.commands.hydra_errors import USER_ERRORS, crash_message, user_message
 from sskd.errors import Interrupted, JobError, UnfinishedError, exit_status
 from sskd.invocation.names import command_line, rerun_hint, tool_command, with_packaged_sweeps
@@ -43,7 +43,7 @@ def run_command(main: Callable[[], object]) -> int:
     with steady_output(), _noted_interrupts() as interrupts:
         try:
             refuse_missing_keys(sys.argv[1:])
-            refuse_odd_choices(sys.argv[1:])
+            refuse_invalid_choices(sys.argv[1:])
             main()
         except Interrupted as stop:
             complain(f"{stop}: the state is saved, {rerun_hint()} resumes")

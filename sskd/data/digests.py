@@ -5,7 +5,7 @@ to another user, who could store digests of files that were never read.
 
 A file counts as unchanged if its size, its inode and both of its times are the same. The system
 sets the time of the last change (ctime) at every write, and no user can set it back, so a file
-with a forged modification time is read again (except on FAT, which has no ctime). A damaged or
+with a forged modification time is read again (except on FAT, which has no ctime). A corrupt or
 foreign cache is ignored.
 """
 
@@ -101,7 +101,7 @@ def _cache_path(root: Path) -> Path | None:
 
 
 def _read_cache(cache: Path) -> dict[str, Entry]:
-    """Return the entries in ``cache`` by path; none if the file is damaged or of another user."""
+    """Return the entries in ``cache`` by path; none if the file is corrupt or of another user."""
     try:
         with open_bounded(cache, MAX_CACHE_BYTES, follow=True) as (stream, status):
             is_own = status.st_uid == os.geteuid()

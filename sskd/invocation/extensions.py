@@ -5,8 +5,8 @@ An extension is a file or a module that registers them in the suite's dicts when
     METHODS["dist"] = DIST
 
 The environment variable ``SSKD_EXTENSIONS`` names it, or an entry point of the group
-``sskd.extensions`` in the package that holds it. A configuration cannot: one from a stranger must
-not run code. The commands import the extensions before they read the configuration.
+``sskd.extensions`` in the package that holds it. A configuration cannot: an untrusted one
+must not run code. The commands import the extensions before they read the configuration.
 """
 
 from __future__ import annotations

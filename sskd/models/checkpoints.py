@@ -96,7 +96,7 @@ def read_checkpoint(path: str | Path, fits: Callable[[State], bool] = is_known) 
         fits: returns whether a network is the expected one, if the file holds several.
 
     Raises:
-        UserError: the file is missing, too large, damaged, without weights, or would run code; or
+        UserError: the file is missing, too large, corrupt, without weights, or would run code; or
             several networks in it fit and differ.
     """
     path = expanded(path)

@@ -99,7 +99,7 @@ def load_weights_file(path: Path) -> tuple[Mapping[Any, Any], Mapping[Any, Any]]
     whole content.
 
     Raises:
-        UserError: the file is too large, damaged, not readable or not a dict, or would run code.
+        UserError: the file is too large, corrupt, not readable or not a dict, or would run code.
     """
     size = path.stat().st_size
     if size > MAX_BYTES:
@@ -174,7 +174,7 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except PermissionError:
         raise
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise _damaged_error(path) from error
+        raise _corrupt_error(path) from error
 
 
 def _load_torch(path: Path) -> Any:
@@ -192,10 +192,10 @@ def _load_torch(path: Path) -> Any:
             return torch.load(stream, map_location="cpu", weights_only=True)
     except (UserError, PermissionError):
         raise
-    except Exception as error:  # torch raises a dozen types of error for a damaged file
+    except Exception as error:  # torch raises a dozen types of error for a corrupt file
         refused = _refused_names(path, error)
         if not refused:
-            raise _damaged_error(path) from error
+            raise _corrupt_error(path) from error
         if all(re.fullmatch(_TENSOR_NAMES, name) for name in refused):
             raise UserError(
                 f"{path} is pickled with another protocol than torch.save uses by default, which "
@@ -225,10 +225,10 @@ def _refuse_long_strings(stream: io.BytesIO, path: Path) -> None:
             return
         if stream.tell() >= MAX_PICKLE_BYTES:
             raise UserError(
-                f"{path} is damaged, or holds more than {MAX_PICKLE_BYTES >> 20} MiB beside "
+                f"{path} is corrupt, or holds more than {MAX_PICKLE_BYTES >> 20} MiB beside "
                 "its tensors; download it again, or save the state dict alone"
             ) from error
-        raise _damaged_error(path) from error
+        raise _corrupt_error(path) from error
     end = stream.tell()
     stream.seek(start)
     if longest > _MAX_STRING and calls_a_value(stream):
@@ -239,7 +239,7 @@ def _refuse_long_strings(stream: io.BytesIO, path: Path) -> None:
     stream.seek(end)
 
 
-def _damaged_error(path: Path) -> UserError:
+def _corrupt_error(path: Path) -> UserError:
     return UserError(
         f"{path} cannot be read as a checkpoint; it was probably cut short: download it again"
     )

@@ -1,4 +1,4 @@
-"""Comparing the run in a folder, which may come from anybody, with the run that is expected."""
+"""Compare the run in a folder, which may be untrusted, with the expected run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def explain_difference(found: Mapping[str, Any], expected: Mapping[str, Any]) ->
 
     A setting that ``found`` lacks, because a version before the setting wrote it, counts as its
     default. Long values are shortened, and only the first of many settings are named: ``found``
-    may come from anybody.
+    may be untrusted.
     """
     here = flatten(identity(expected))
     defaults = _defaults_of(expected)

@@ -1,4 +1,4 @@
-"""Read the fields of a JSON object that anybody may have written.
+"""Read the fields of an untrusted JSON object.
 
 Each function returns a value of its type or raises ValueError with the reason.
 """

@@ -50,7 +50,7 @@ def _without(values: Mapping[str, Any], *paths: tuple[str, ...]) -> dict[str, An
         node = decisive
         for parent in parents:
             node = node.get(parent) or {}
-            if not isinstance(node, dict):  # in a damaged file
+            if not isinstance(node, dict):  # in a corrupt file
                 node = {}
         node.pop(last, None)
     return decisive

@@ -11,7 +11,7 @@ RESULT = "result.json"
 OUTPUTS = "outputs.bin"  # the precomputed outputs of a teacher
 NAME = "run"  # the key under which a checkpoint or a result names its run, by its identity
 
-# Limits in bytes, and in lines, because the files may come from anybody: a hundred times what a run
+# Limits in bytes, and in lines, because the files may be untrusted: a hundred times what a run
 # writes, but quick to read.
 MOST_CONFIG = 2**16
 MOST_RESULT = 2**20

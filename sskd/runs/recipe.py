@@ -24,7 +24,7 @@ from sskd.invocation.composition import compose_config, search_path_words
 from sskd.invocation.names import command_words
 from sskd.overrides import as_override, flatten
 from sskd.runs.identity import identity, identity_with_idle
-from sskd.runs.weightings import CE, FORMER, KD, METHODS, RECIPE
+from sskd.runs.weightings import CE, FORMER, KD, RECIPE, WEIGHTED_METHODS
 
 FROZEN = resources.files("sskd.runs") / "recipes" / f"{RECIPE}.yaml"
 # The folder's path names these, so they are not part of the difference.
@@ -107,7 +107,7 @@ def earlier_diffs_from_recipe(config: Config) -> list[dict[str, Any]]:
     values, defaults = config.model_dump(), recipe(config)
     without_idle, with_idle = identity(values), identity_with_idle(values)
     found = [_difference(with_idle, defaults)]
-    if config.method.name in METHODS:
+    if config.method.name in WEIGHTED_METHODS:
         for weights in FORMER.values():
             former = defaults | dict(zip((CE, KD), weights, strict=True))
             found += [_difference(own, former) for own in (with_idle, without_idle)]

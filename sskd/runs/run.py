@@ -26,7 +26,7 @@ from sskd.runs.metrics_log import MetricsLog
 from sskd.runs.names import CONFIG, LAST, NAME, PREVIOUS, RESULT, WEIGHTS
 from sskd.runs.result import Result
 from sskd.runs.status import failed_in_this_sweep, write_failure, write_status
-from sskd.runs.untrusted import refuse_odd_entries
+from sskd.runs.untrusted import refuse_unsafe_entries
 
 R = TypeVar("R", bound=Result)
 
@@ -98,7 +98,7 @@ class Run:
         self.close()
 
     def _enter(self) -> None:
-        refuse_odd_entries(self.folder)
+        refuse_unsafe_entries(self.folder)
         # An earlier holder that is suspended during a write finds its temporary file gone.
         for path in stale_temporaries(self.folder):
             self.lock.check()

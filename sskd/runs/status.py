@@ -22,7 +22,7 @@ from sskd.runs import fields
 from sskd.runs.names import MOST_EPOCHS
 
 STATUS = "status.json"
-MOST = 2**20  # bytes; a larger file is ignored, because it may come from anybody
+MOST = 2**20  # bytes; a larger file is ignored, because it may be untrusted
 _LONGEST = 50_000  # characters of an error, so that the file stays below that
 SWEEP_VARIABLE = "SSKD_SWEEP"  # names the sweep, in the environment of its processes
 State = Literal["queued", "running", "stopped", "failed", "finished"]

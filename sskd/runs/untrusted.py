@@ -1,4 +1,4 @@
-"""Checks of the files in a run's folder, which may come from anybody: YAML, JSON, odd entries.
+"""Checks of the files in a run's folder, which may be untrusted: YAML, JSON, links, pipes.
 
 Nothing here needs PyTorch, so that the report and the command line can use it.
 """
@@ -29,7 +29,7 @@ def read_yaml(path: Path, most: int) -> dict[str, Any]:
         if not is_regular_file(path):
             raise ValueError("it is not a regular file" if path.exists() else "it is missing")
         text = read_bounded_text(path, most)
-        _refuse_odd_yaml(text)
+        _refuse_unsafe_yaml(text)
         content = OmegaConf.to_container(OmegaConf.create(text))
         str(content)  # ValueError for an integer of more digits than Python writes
     except (OSError, OmegaConfBaseException, ValueError, yaml.YAMLError, RecursionError) as error:
@@ -39,7 +39,7 @@ def read_yaml(path: Path, most: int) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _refuse_odd_yaml(text: str) -> None:
+def _refuse_unsafe_yaml(text: str) -> None:
     """Raise ValueError for YAML that no run writes and that may exhaust or break a reader."""
     depth = 0
     for event in yaml.parse(text):
@@ -71,15 +71,15 @@ def read_json(path: Path, most: int) -> dict[str, Any]:
     return content
 
 
-def refuse_odd_entries(folder: Path) -> None:
+def refuse_unsafe_entries(folder: Path) -> None:
     """Raise UserError if an entry of ``folder`` redirects writes (a link) or blocks them (a pipe).
 
     A run writes to fixed names in its folder, so an untrusted folder could choose what it
     overwrites.
     """
     for path in folder.iterdir():
-        odd = path.exists() and not path.is_file() and not path.is_dir()
-        if path.is_symlink() or odd:
+        blocks = path.exists() and not path.is_file() and not path.is_dir()
+        if path.is_symlink() or blocks:
             kind = "symbolic link" if path.is_symlink() else "pipe or a device"
             raise UserError(
                 f"{path}: is a {kind}, but a run keeps its files in its own folder; "

@@ -11,13 +11,13 @@ WEIGHTINGS = {"sskd": (0.1, 0.9), "crd_benchmark": (1.0, 0.0), "common": (1.0, 1
 USUAL = WEIGHTINGS["sskd"]
 # The methods whose weights of CE and KD come from a weighting, to which an extension may add its
 # own; the others have weights in their own files.
-METHODS = {
+WEIGHTED_METHODS = {
     *("fitnet", "at", "sp", "vid", "rkd", "pkt", "ab", "ft", "crd"),
     *("cc", "nst", "fsp"),
 }
 # The version of the recipe, which a result records beside its ``difference`` from the recipe.
 RECIPE = 2
-# The default weights (CE, KD) of METHODS in earlier versions of the recipe.
+# The default weights (CE, KD) of WEIGHTED_METHODS in earlier versions of the recipe.
 FORMER = {1: WEIGHTINGS["common"]}
 
 
@@ -27,7 +27,7 @@ def find_weighting(method: str, recipe: int, difference: Mapping[str, str]) -> d
     The weights of an option are returned as ``weighting=OPTION``, others as two weights. A method
     with its own weights returns nothing.
     """
-    if method not in METHODS:
+    if method not in WEIGHTED_METHODS:
         return {}
     former = FORMER.get(recipe, USUAL)
     texts = {k: difference.get(k, str(weight)) for k, weight in zip((CE, KD), former, strict=True)}

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from sskd.errors import UserError, shortened
 
 # They name one run. Runs of this suite name themselves, so a user's own values have no effect.
-_OF_ONE_RUN = (
+_RUN_VARIABLES = (
     "WANDB_SWEEP_ID",
     "WANDB_SWEEP_PARAM_PATH",
     "WANDB_RUN_ID",
@@ -24,7 +24,7 @@ _OF_ONE_RUN = (
     "WANDB_NAME",
 )
 # ``wandb agent`` may set these too. Without an agent they are the user's, and apply to every run.
-_ABOUT_AN_AGENTS = ("WANDB_RUN_GROUP", "WANDB_JOB_TYPE", "WANDB_NOTES", "WANDB_TAGS")
+_AGENT_VARIABLES = ("WANDB_RUN_GROUP", "WANDB_JOB_TYPE", "WANDB_NOTES", "WANDB_TAGS")
 _SECRET = ("KEY", "TOKEN")  # in the names of variables whose values are never printed
 # Seconds. A run that W&B has not started within the first stays offline; data that is not uploaded
 # within the second is left for `wandb sync`.
@@ -35,12 +35,12 @@ _SHORTEST = {INIT_TIMEOUT: 1, FINISH_TIMEOUT: 0}  # seconds; no server answers w
 _LONGEST = 1e6  # seconds
 
 
-def is_agents() -> bool:
+def started_by_agent() -> bool:
     """Return whether ``wandb agent`` has started this command."""
     return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
-def asked_mode(mode: str) -> str:
+def requested_mode(mode: str) -> str:
     """Return the mode that ``wandb.mode`` selects: that of WANDB_MODE if it is ``auto``."""
     return (os.environ.get("WANDB_MODE") or "auto") if mode == "auto" else mode
 
@@ -51,16 +51,16 @@ def check_environment(mode: str) -> None:
     Raises:
         UserError: W&B cannot read one of them.
     """
-    if asked_mode(mode) == "disabled":
+    if requested_mode(mode) == "disabled":
         return
     given = {k: v for k, v in sorted(os.environ.items()) if k.startswith("WANDB_") and v}
     if given:
         for variable in _TIMEOUTS:
             timeout(variable)
-        _refuse_odd(given)
+        _refuse_invalid(given)
 
 
-def _refuse_odd(given: dict[str, str]) -> None:
+def _refuse_invalid(given: dict[str, str]) -> None:
     import wandb  # takes a second, which a start without these variables should not
     from pydantic import ValidationError
 
@@ -101,17 +101,17 @@ def timeout(variable: str) -> float:
 
 
 @contextmanager
-def surroundings(mode: str, *, agents: bool) -> Iterator[None]:
+def hide_foreign_variables(mode: str, *, under_agent: bool) -> Iterator[None]:
     """Hide from W&B the variables that are empty or belong to another run.
 
     Args:
-        mode: see ``asked_mode``; a run without W&B sees none of them.
-        agents: this is the run that ``wandb agent`` has named in them.
+        mode: see ``requested_mode``; a run without W&B sees none of them.
+        under_agent: this is the run that ``wandb agent`` has named in them.
     """
-    off = asked_mode(mode) == "disabled"
-    others: tuple[str, ...] = () if agents else _OF_ONE_RUN
-    if is_agents() and not agents:
-        others += _ABOUT_AN_AGENTS
+    off = requested_mode(mode) == "disabled"
+    others: tuple[str, ...] = () if under_agent else _RUN_VARIABLES
+    if started_by_agent() and not under_agent:
+        others += _AGENT_VARIABLES
     hidden = {
         name: value
         for name, value in os.environ.items()

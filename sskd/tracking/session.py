@@ -18,9 +18,9 @@ from sskd.output import say
 from sskd.tracking.environment import (
     FINISH_TIMEOUT,
     INIT_TIMEOUT,
-    asked_mode,
     check_environment,
-    surroundings,
+    hide_foreign_variables,
+    requested_mode,
     timeout,
 )
 
@@ -30,7 +30,7 @@ _ANSWER_TIMEOUT = 10  # seconds
 
 
 def open_run(
-    mode: str, folder: Path, name: str, *, agents: bool = False, **arguments: Any
+    mode: str, folder: Path, name: str, *, under_agent: bool = False, **arguments: Any
 ) -> wandb.Run:
     """Return the W&B run named ``name``, whose id and offline files are kept in ``folder``.
 
@@ -38,20 +38,20 @@ def open_run(
 
     Args:
         mode: see ``choose_mode``.
-        agents: use the run of ``wandb agent``, which has chosen its id and project.
+        under_agent: use the run of ``wandb agent``, which has chosen its id and project.
         arguments: arguments of ``wandb.init``.
 
     Raises:
         UserError: the run cannot be kept on disk either.
     """
-    mode = asked_mode(mode)
+    mode = requested_mode(mode)
     check_environment(mode)
     arguments |= {"name": name, "dir": str(folder), "resume": "allow"}
-    if agents:
+    if under_agent:
         wandb.teardown()  # an earlier run of this process hid the agent's variables
     else:
         arguments["id"] = run_id(folder, name)
-    with surroundings(mode, agents=agents):
+    with hide_foreign_variables(mode, under_agent=under_agent):
         return _open(mode, arguments)
 
 
@@ -107,7 +107,7 @@ def choose_mode(mode: str) -> str:
 
     The mode is online only if there is a login already, because W&B would prompt for one.
     """
-    mode = asked_mode(mode)
+    mode = requested_mode(mode)
     if mode not in ("auto", "online"):
         return mode
     if wandb.login(prompt=False, verify=False):

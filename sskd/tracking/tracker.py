@@ -42,7 +42,7 @@ def report_finished(run: Run, plan: RunPlan, result: RunResult) -> None:
         run.metrics.lines = run.metrics.read()
     except UserError as error:
         complain(f"warning: {error}")
-    with Tracker(run, plan, agents=True) as tracker:
+    with Tracker(run, plan, under_agent=True) as tracker:
         run.metrics.subscribe(tracker.log)
         tracker.summarise(result)
 
@@ -53,9 +53,9 @@ class Tracker:
     It never asks a question. If W&B cannot be reached, the run is kept on disk.
     """
 
-    def __init__(self, run: Run, plan: RunPlan, *, agents: bool = False) -> None:
-        """Use the W&B run that ``wandb agent`` has named if ``agents``, else a run of its own."""
-        self._run, self._plan, self._agents = run, plan, agents
+    def __init__(self, run: Run, plan: RunPlan, *, under_agent: bool = False) -> None:
+        """Use the W&B run that ``wandb agent`` has named if ``under_agent``, else its own."""
+        self._run, self._plan, self._under_agent = run, plan, under_agent
         self._lines = 0
         self._lost = False
         self._pictures: dict[str, Path] = {}
@@ -68,7 +68,9 @@ class Tracker:
     def _open(self, mode: str) -> None:
         name = str(self._plan.folder.relative_to(self._plan.config.runs))
         arguments = _init_arguments(self._plan)
-        self._wandb = open_run(mode, self._plan.folder, name, agents=self._agents, **arguments)
+        self._wandb = open_run(
+            mode, self._plan.folder, name, under_agent=self._under_agent, **arguments
+        )
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is KeyboardInterrupt:
@@ -81,7 +83,7 @@ class Tracker:
             say(sync_later(self._wandb))
         except Exception as lost:  # must not replace the error that ended the run
             self._lose(lost)
-        if kind is None and not self._lost and not self._agents:
+        if kind is None and not self._lost and not self._under_agent:
             return
         with contextlib.suppress(Exception):
             # Otherwise a later run, or the end of this process, waits for W&B's process, and a

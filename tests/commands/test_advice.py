@@ -14,10 +14,10 @@ from hydra import compose, initialize_config_dir
 
 import train_teacher
 from sskd import CONF
-from sskd.commands.advice import about_quotes, refuse_odd_choices
+from sskd.commands.advice import about_quotes, refuse_invalid_choices
 from sskd.config import read_config
 from sskd.errors import UserError
-from sskd.tracking.environment import asked_mode, check_environment, surroundings
+from sskd.tracking.environment import check_environment, hide_foreign_variables, requested_mode
 from sskd.tracking.session import choose_mode, open_run
 
 
@@ -173,9 +173,18 @@ def test_the_choice_of_a_group_is_one_option(command: Command, sweep: list[str],
     assert f"-m {group}=OPTION,OPTION" in line
 
 
+def test_the_options_of_a_group_include_the_users_own(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "mine.yaml").write_text("name: mine\n")
+    line = one_line(command, "--config-dir", str(tmp_path), "method=[a]")
+    assert ", kd, mine, nst, " in line
+
+
 def test_a_group_of_the_user_may_replace_one() -> None:
-    refuse_odd_choices(["~method", "+method=mine", "~pair", "method=kd,at", "dataset=cifar100"])
-    refuse_odd_choices(["hydra/launcher=joblib", "seed=1", "-m", "method.weights.ce=null", "x=[1]"])
+    refuse_invalid_choices(["~method", "+method=mine", "~pair", "method=kd,at", "dataset=cifar100"])
+    refuse_invalid_choices(
+        ["hydra/launcher=joblib", "seed=1", "-m", "method.weights.ce=null", "x=[1]"]
+    )
 
 
 def test_train_teacher_names_the_command_with_the_group(command: Command) -> None:
@@ -299,8 +308,8 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch, na
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv(f"WANDB_{name}", "")
     check_environment("auto")
-    assert asked_mode("auto") == "auto"
-    with surroundings("auto", agents=False):
+    assert requested_mode("auto") == "auto"
+    with hide_foreign_variables("auto", under_agent=False):
         assert f"WANDB_{name}" not in os.environ
         assert choose_mode("auto") == "offline"  # there is no login
 

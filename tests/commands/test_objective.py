@@ -180,7 +180,7 @@ def test_a_search_for_the_lowest_accuracy_is_refused(command: Command) -> None:
 
 
 @pytest.mark.parametrize("held_out", [3, [], {"best": 50.0}, {"last": "high"}, {"last": None}])
-def test_a_damaged_held_out_result_is_an_error(tmp_path: Path, held_out: Any) -> None:
+def test_a_corrupt_held_out_result_is_an_error(tmp_path: Path, held_out: Any) -> None:
     found = {"top1": {"last": 50.0}, "holdout_top1": held_out}
     (tmp_path / "result.json").write_text(json.dumps(found))
     with pytest.raises(UserError, match=r"has no accuracy on held-out|is not a result"):

@@ -291,7 +291,7 @@ def lease(folder: Path) -> None:
     path.write_text("\n".join(named) + "\n")
 
 
-def test_a_strangers_lock_is_shown_clean(tmp_path: Path, capsys: Any) -> None:
+def test_an_untrusted_lock_is_shown_clean(tmp_path: Path, capsys: Any) -> None:
     lease(tmp_path)
     os.utime(tmp_path / ".lease", (0, 0))
     messages = ""
@@ -318,7 +318,7 @@ def _refuses_once(acquire: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("field", ["state", "error"])
-def test_a_strangers_status_is_shown_clean(
+def test_an_untrusted_status_is_shown_clean(
     composed: Compose, tmp_path: Path, capsys: Any, field: str
 ) -> None:
     status = {"state": "failed", "error": "none", field: f"odd{CODES}"}
@@ -333,7 +333,7 @@ def test_a_strangers_status_is_shown_clean(
 
 
 @pytest.mark.parametrize("name", ["last.pt", "best.pt"])
-def test_a_strangers_checkpoint_is_shown_clean(tmp_path: Path, capsys: Any, name: str) -> None:
+def test_an_untrusted_checkpoint_is_shown_clean(tmp_path: Path, capsys: Any, name: str) -> None:
     odd = {"stage": CODES, "epoch": CODES, "lines": 0}
     save_checkpoint(tmp_path / name, odd)
     save_checkpoint(tmp_path / "previous.pt", {"stage": "train", "lines": 0})
@@ -348,7 +348,7 @@ def test_a_strangers_checkpoint_is_shown_clean(tmp_path: Path, capsys: Any, name
     assert all(line.isprintable() for line in err.splitlines())
 
 
-def test_a_strangers_configuration_is_shown_clean(tmp_path: Path, capsys: Any) -> None:
+def test_an_untrusted_configuration_is_shown_clean(tmp_path: Path, capsys: Any) -> None:
     save_checkpoint(tmp_path / "last.pt", {"stage": "train", "lines": 0})
     for text in ('odd: "\\e[2J\\x9b"', '"\\e[2J": 1', "odd: !\x1b[2J 1", "\x1b[2J"):
         (tmp_path / "config.yaml").write_text(text)

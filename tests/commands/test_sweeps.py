@@ -242,18 +242,18 @@ def test_force_starts_again_once_and_then_resumes(
 
 def test_the_result_of_another_run_is_kept_and_reported(command: Command) -> None:
     assert command("-m", *TINY, "method=vanilla", "seed=0,1")[0] == 0
-    other, damaged = sorted(command.runs.rglob("result.json"))
+    other, corrupt = sorted(command.runs.rglob("result.json"))
     config = other.with_name("config.yaml")
     config.write_text(config.read_text().replace("batch_size: 9", "batch_size: 10"))
-    damaged.write_text("{")
+    corrupt.write_text("{")
     before = other.read_bytes()
     status, out, err = command("-m", *TINY, "method=vanilla", "seed=0,1")
     assert status == 1
     assert "0 of 2 jobs have finished" in out
     assert f"  {other.parent}: failed: holds a run of another configuration: batch_size" in err
-    assert f"  {damaged.parent}: failed: " in err
+    assert f"  {corrupt.parent}: failed: " in err
     assert "is not a result (" in err
-    assert (other.read_bytes(), damaged.read_text()) == (before, "{")
+    assert (other.read_bytes(), corrupt.read_text()) == (before, "{")
 
 
 def test_a_mistake_in_one_job_launches_none(command: Command) -> None:

@@ -347,7 +347,7 @@ def change_a_label(content: bytes) -> bytes:
         change_a_label,
     ],
 )
-def test_a_damaged_or_foreign_cache_is_replaced(
+def test_a_corrupt_or_foreign_cache_is_replaced(
     damage: Callable[[bytes], bytes], cached_cifar: tuple[Images, Path]
 ) -> None:
     images, cache = cached_cifar

@@ -92,7 +92,7 @@ def other_digests(content: bytes) -> bytes:
         other_digests,
     ],
 )
-def test_a_damaged_or_foreign_cache_is_replaced(
+def test_a_corrupt_or_foreign_cache_is_replaced(
     photos: Path, reads: list[str], tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     before = digest(photos)

@@ -1,4 +1,4 @@
-"""Reading weights: all published layouts, and files that are damaged or hold something else."""
+"""Reading weights: all published layouts, and files that are corrupt or hold something else."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from sskd.report.groups import Entry
 from sskd.report.published import display_name
 from sskd.report.report import read_report
 from sskd.runs.recipe import diff_from_recipe
-from sskd.runs.weightings import METHODS, RECIPE, WEIGHTINGS, name_weighting
+from sskd.runs.weightings import RECIPE, WEIGHTED_METHODS, WEIGHTINGS, name_weighting
 from sskd.teachers.find import run_location
 
 HERE = ("resnet56", "resnet20")
@@ -58,7 +58,7 @@ def test_weightings_equal_the_configuration(composed: Compose) -> None:
     files = {path.stem: yaml.safe_load(path.read_text()) for path in CONF.glob("weighting/*.yaml")}
     assert {name: (values["ce"], values["kd"]) for name, values in files.items()} == WEIGHTINGS
     texts = {path.stem: path.read_text() for path in CONF.glob("method/*.yaml")}
-    assert {name for name, text in texts.items() if "${weighting." in text} == METHODS
+    assert {name for name, text in texts.items() if "${weighting." in text} == WEIGHTED_METHODS
 
 
 @pytest.mark.parametrize("method", ["at", "ab", "nst"])

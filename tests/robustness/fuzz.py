@@ -145,7 +145,7 @@ def importing() -> bool:
 
 
 def child(place: str, seed: int, seconds: float, findings: Path) -> None:
-    """Read damaged files for ``seconds``; print the counts of ``READ`` and ``REFUSED`` as JSON."""
+    """Read corrupt files for ``seconds``; print the counts of ``READ`` and ``REFUSED`` as JSON."""
     folder, chance = Path(place), random.Random(seed)
     tempfile.tempdir = place  # torch makes a folder there for files of one old layout
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -205,7 +205,7 @@ def try_files(seed: int, seconds: float, findings: Path) -> Counter[str]:
 
 
 def try_for(minutes: float, seed: int, findings: Path) -> int:
-    """Read damaged files until the time is up; return 1 if there is a finding."""
+    """Read corrupt files until the time is up; return 1 if there is a finding."""
     findings.mkdir(parents=True)  # it must not hold the findings of an earlier run
     started, counts, found = time.monotonic(), Counter[str](), 0
     while (left := 60 * minutes - (time.monotonic() - started)) > 0:
@@ -220,7 +220,7 @@ def try_for(minutes: float, seed: int, findings: Path) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Read randomly damaged files.")
+    parser = argparse.ArgumentParser(description="Read randomly corrupted files.")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

@@ -869,7 +869,7 @@ TEACHERS: dict[str, tuple[Maker, str]] = {
         "its weights do not have the digest in its result.json",
     ),
     "no weights": (damage("best.pt", None), "no checkpoint at "),
-    "damaged weights": (damage("best.pt", b"PK\3\4"), CUT),
+    "corrupt weights": (damage("best.pt", b"PK\3\4"), CUT),
     "code for weights": (
         damage("best.pt", pickle.dumps({"model": Code(Path("canary"))}, 2)),
         CODE,

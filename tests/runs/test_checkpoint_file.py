@@ -86,9 +86,9 @@ def test_no_flipped_bit_changes_the_content(tmp_path: Path) -> None:
     weights = torch.arange(3.0)
     original, refused = saved({"weights": weights, "epoch": 2, "name": "resnet8"}), 0
     for position in range(len(original)):
-        damaged = bytearray(original)
-        damaged[position] ^= 1 << position % 8
-        path.write_bytes(damaged)
+        corrupt = bytearray(original)
+        corrupt[position] ^= 1 << position % 8
+        path.write_bytes(corrupt)
         try:
             found = load_checkpoint(path)
         except CorruptFileError:

@@ -18,7 +18,7 @@ from sskd.config import Config
 from sskd.runs.epoch_line import EpochLine
 from sskd.runs.result import HoldoutTop1, RunResult, Top1
 from sskd.runs.run import Run
-from sskd.tracking.environment import surroundings
+from sskd.tracking.environment import hide_foreign_variables
 from sskd.tracking.tracker import Tracker
 from sskd.train import train
 
@@ -222,15 +222,15 @@ def test_only_an_agent_receives_a_finished_result(
 
 
 @pytest.mark.parametrize("name", [*AGENT, "WANDB_SWEEP_PARAM_PATH", "WANDB_TAGS"])
-@pytest.mark.parametrize("agents", [True, False])
+@pytest.mark.parametrize("under_agent", [True, False])
 def test_only_the_agents_run_has_the_agents_variables(
-    monkeypatch: pytest.MonkeyPatch, name: str, agents: bool
+    monkeypatch: pytest.MonkeyPatch, name: str, under_agent: bool
 ) -> None:
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep123")
     monkeypatch.setenv(name, "value")
     shared = name in ("WANDB_PROJECT", "WANDB_ENTITY")
-    with surroundings("offline", agents=agents):
-        assert (name in os.environ) == (agents or shared)
+    with hide_foreign_variables("offline", under_agent=under_agent):
+        assert (name in os.environ) == (under_agent or shared)
     assert os.environ[name] == "value"
 
 
@@ -239,8 +239,8 @@ def test_the_users_variables_are_kept_without_an_agent(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(f"WANDB_{name}", "value")
-    for agents in (True, False):
-        with surroundings("offline", agents=agents):
+    for under_agent in (True, False):
+        with hide_foreign_variables("offline", under_agent=under_agent):
             assert os.environ[f"WANDB_{name}"] == "value"
 
 
