@@ -135,5 +135,4 @@ def _train_phases(
             state = trainer.train(checkpoint if checkpoint and phase.name == current else None)
         result = measure_result(run, plan, images=images, method=method, state=state)
         tracker.summarise(result)
-        run.finish(method.student, result)
-    return result
+        return run.finish(method.student, result)

@@ -245,10 +245,7 @@ def _settings(record: fields.Record) -> Settings:
     recorded = record.get(NAME)
     if not isinstance(recorded, dict):
         return ()
-    try:
-        flat = flatten(recorded)
-    except RecursionError:
-        raise ValueError(f"'{NAME}' is nested too deeply") from None
+    flat = flatten(recorded)
     return tuple(sorted((k, _as_text(v)) for k, v in flat.items() if k not in NOT_SETTINGS))
 
 

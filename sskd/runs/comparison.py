@@ -14,7 +14,6 @@ from sskd.data.reading import abbreviate
 from sskd.errors import UserError, shortened
 from sskd.output import complain_once
 from sskd.overrides import flatten
-from sskd.runs.folder import read_result_record
 from sskd.runs.identity import identity, without_digests
 from sskd.runs.names import NAME, RESULT
 from sskd.runs.recipe import defaults_of, frozen_defaults
@@ -83,14 +82,14 @@ def other_run(content: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     return explain_difference(named, expected)
 
 
-def refuse_other_result(folder: Path, expected: Mapping[str, Any]) -> None:
-    """Raise UserError if the result in ``folder`` is not that of the run ``expected``."""
-    record = read_result_record(folder)
-    try:
-        other = other_run(record or {}, expected)
-    except ValueError as error:
-        other = str(error)
-    if other:
+def refuse_other_result(
+    folder: Path, run: Mapping[str, Any] | None, expected: Mapping[str, Any]
+) -> None:
+    """Raise UserError if the result in ``folder`` is that of a ``run`` other than ``expected``.
+
+    Results of the first version name no run, and are accepted for any.
+    """
+    if run is not None and (other := explain_difference(run, expected)):
         raise UserError(
             f"{folder / RESULT}: is the result of another run: {other}; restore this run's file, "
             "or train it again with force=true"

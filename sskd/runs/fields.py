@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from sskd.errors import mask_unprintable, shortened
 
 Record = Mapping[str, object]
+_DEEPEST = 50  # levels; a result has four
 
 
 def parse_object(text: str) -> Record:
@@ -21,11 +22,25 @@ def parse_object(text: str) -> Record:
         record = json.loads(text)
     except ValueError as error:
         raise ValueError(f"not JSON ({error})") from error
-    except RecursionError as error:
-        raise ValueError("not JSON (recursion too deep)") from error
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
+    _refuse_deep(record)
     return record
+
+
+def _refuse_deep(record: Record) -> None:
+    """Raise ValueError if ``record`` is too deep for a recursive function."""
+    level: list[object] = [record]
+    for _ in range(_DEEPEST):
+        nested = [each for each in level if isinstance(each, dict | list)]
+        level = [
+            part for each in nested for part in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return
+    raise ValueError("nested too deeply")
 
 
 def get(record: Record, key: str) -> object:

@@ -59,37 +59,22 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
-def read_result_record(folder: Path) -> dict[str, Any] | None:
-    """Return the fields of the result in ``folder``; None if no run has finished there.
-
-    Raises:
-        UserError: the file is not a JSON object.
-    """
-    path = folder / RESULT
-    if not path.exists():
-        return None
-    try:
-        return read_json(path, MOST_RESULT)
-    except (OSError, ValueError) as error:
-        raise _not_a_result(path, error) from None
-
-
 def read_result(folder: Path, kind: type[R]) -> R | None:
     """Return the result in ``folder``, of class ``kind``; None if no run has finished there.
 
     Raises:
         UserError: the file is not such a result.
     """
-    record = read_result_record(folder)
+    path = folder / RESULT
+    if not path.exists():
+        return None
     try:
-        return None if record is None else kind.from_json(record)
-    except ValueError as error:
-        raise _not_a_result(folder / RESULT, error) from None
-
-
-def _not_a_result(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())
-    return UserError(f"{path}: is not a result ({reason}); start from scratch with force=true")
+        return kind.from_json(read_json(path, MOST_RESULT))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path}: is not a result ({reason}); start from scratch with force=true"
+        ) from None
 
 
 def archive_run(folder: Path) -> None:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol, Self, TypeVar
 
 from sskd.runs import fields
 
+T = TypeVar("T")
+
 
 class Result(Protocol):
-    """A result that can be written to ``result.json`` and read again."""
+    """A result that can be written to ``result.json`` and read again.
+
+    ``run`` names the run: its settings that decide the result (``sskd.runs.identity.identity``).
+    It is None before the run's folder writes it, and in results of the first version.
+    """
+
+    @property
+    def run(self) -> Mapping[str, Any] | None:
+        """The settings that decide the result."""
+
+    def with_run(self, run: Mapping[str, Any]) -> Self:
+        """Return the same result with this ``run``."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain values."""
@@ -91,6 +104,11 @@ class RunResult:
     versions: Mapping[str, Any] = field(default_factory=dict)
     commit: str | None = None
     date: str | None = None
+    run: Mapping[str, Any] | None = None
+
+    def with_run(self, run: Mapping[str, Any]) -> Self:
+        """Return the same result with this ``run``."""
+        return replace(self, run=run)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain values."""
@@ -112,9 +130,10 @@ class RunResult:
             extensions=fields.mapping_or_none(values, "extensions") or {},
             commit=fields.one_line(values.get("commit")),
             precomputed=fields.flag_or_none(values, "precomputed"),
-            top1=_top1(fields.mapping_or_none(values, "top1")),
-            holdout_top1=_holdout_top1(fields.mapping_or_none(values, "holdout_top1")),
-            digest=_digests(fields.mapping_or_none(values, "digest")),
+            top1=_nested(values, "top1", _top1) or Top1(),
+            holdout_top1=_nested(values, "holdout_top1", _holdout_top1),
+            digest=_nested(values, "digest", _digests) or WeightsDigests(),
+            run=fields.mapping_or_none(values, "run"),
         )
 
 
@@ -131,16 +150,21 @@ def _percent(record: fields.Record, key: str) -> float | None:
     return fields.number_or_none(record, key, high=100)
 
 
-def _top1(record: fields.Record | None) -> Top1:
-    if record is None:
-        return Top1()
+def _nested(record: fields.Record, key: str, read: Callable[[fields.Record], T]) -> T | None:
+    """Return what ``read`` makes of the nested object ``key``; None if it is null or missing."""
+    nested = fields.mapping_or_none(record, key)
+    try:
+        return None if nested is None else read(nested)
+    except ValueError as error:
+        raise ValueError(f"'{key}': {error}") from None
+
+
+def _top1(record: fields.Record) -> Top1:
     best_epoch = fields.integer_or_none(record, "best_epoch")
     return Top1(_percent(record, "last"), _percent(record, "best"), best_epoch)
 
 
-def _holdout_top1(record: fields.Record | None) -> HoldoutTop1 | None:
-    if record is None:
-        return None
+def _holdout_top1(record: fields.Record) -> HoldoutTop1:
     return HoldoutTop1(
         last=_percent(record, "last"),
         best=_percent(record, "best"),
@@ -149,9 +173,7 @@ def _holdout_top1(record: fields.Record | None) -> HoldoutTop1 | None:
     )
 
 
-def _digests(record: fields.Record | None) -> WeightsDigests:
-    if record is None:
-        return WeightsDigests()
+def _digests(record: fields.Record) -> WeightsDigests:
     last, best = (fields.text_or_none(record, key) for key in ("last", "best"))
     return WeightsDigests(last, best)
 
@@ -167,6 +189,11 @@ class SharedResult:
     stage: str | None = None
     seconds: float | None = None
     digest: str | None = None
+    run: Mapping[str, Any] | None = None
+
+    def with_run(self, run: Mapping[str, Any]) -> Self:
+        """Return the same result with this ``run``."""
+        return replace(self, run=run)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain values."""
@@ -180,4 +207,5 @@ class SharedResult:
             stage=fields.text_or_none(values, "stage"),
             seconds=fields.number_or_none(values, "seconds"),
             digest=fields.text_or_none(values, "digest"),
+            run=fields.mapping_or_none(values, "run"),
         )

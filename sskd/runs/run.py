@@ -23,7 +23,7 @@ from sskd.runs.folder import read_config_file, read_result
 from sskd.runs.identity import identity
 from sskd.runs.lock import FolderLock
 from sskd.runs.metrics_log import MetricsLog
-from sskd.runs.names import CONFIG, LAST, NAME, PREVIOUS, RESULT, WEIGHTS
+from sskd.runs.names import CONFIG, LAST, PREVIOUS, RESULT, WEIGHTS
 from sskd.runs.result import Result
 from sskd.runs.status import failed_in_this_sweep, write_failure, write_status
 from sskd.runs.untrusted import refuse_unsafe_entries
@@ -72,8 +72,7 @@ class Run:
             reason = f"cannot be written ({error.strerror})"
             raise UserError(f"{self.folder}: {reason}; use another runs=FOLDER") from None
         try:
-            failure = failed_in_this_sweep(self.folder) if wait else None
-            if failure is not None:
+            if wait and (failure := failed_in_this_sweep(self.folder)) is not None:
                 reason = failure.removeprefix(f"{self.folder}: ")
                 raise UserError(f"{self.folder}: already failed in this sweep: {reason}")
             self._enter()
@@ -137,20 +136,20 @@ class Run:
         result = read_result(self.folder, kind)
         if result is not None:
             self._refuse_other_config()
-            refuse_other_result(self.folder, self.config)
+            refuse_other_result(self.folder, result.run, self.config)
         return result
 
-    def finish(self, model: nn.Module | None, result: Result) -> None:
-        """Write the weights of ``model``, if there is one, and then the result.
-
-        The result marks the run as finished, so it comes last; it names its run.
-        """
+    def finish(self, model: nn.Module | None, result: R) -> R:
+        """Write the weights of ``model``, if any, and the result; return the result, with its run."""
+        result = result.with_run(identity(self.config))
         values = result.to_json()
         metadata = {key: values[key] for key in _METADATA if key in values}
         with self.lock.writing() as still_ours:
             if model is not None:
                 save_weights(self.folder / WEIGHTS, model, metadata, still_ours=still_ours)
-            text = json.dumps({**values, NAME: identity(self.config)}, indent=2) + "\n"
+            # Last, because the result marks the run as finished.
+            text = json.dumps(values, indent=2) + "\n"
             write_text(self.folder / RESULT, text, still_ours=still_ours)
             (self.folder / PREVIOUS).unlink(missing_ok=True)
         self._write_status("finished")
+        return result

@@ -5,7 +5,6 @@ Nothing here needs PyTorch, so that the report and the command line can use it.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sskd.errors import UserError
 from sskd.files import is_regular_file, read_bounded_text
+from sskd.runs.fields import parse_object
 
 _DEEPEST = 50  # levels; a configuration has five
 
@@ -62,13 +62,7 @@ def read_json(path: Path, most: int) -> dict[str, Any]:
     """
     if not is_regular_file(path):
         raise ValueError("it is not a regular file")
-    try:
-        content = json.loads(read_bounded_text(path, most))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not isinstance(content, dict):
-        raise ValueError("it is not a JSON object")
-    return content
+    return dict(parse_object(read_bounded_text(path, most)))
 
 
 def refuse_unsafe_entries(folder: Path) -> None:

@@ -77,7 +77,7 @@ def _suite_teacher(epoch: Literal["best", "last"], expected: Config) -> TeacherW
             f"{folder}: holds a teacher of another configuration: {other}; train it again with "
             f"`{training_command(expected)} force=true`, or use another runs=FOLDER"
         )
-    refuse_other_result(folder, full)
+    refuse_other_result(folder, result.run, full)
     digest = getattr(result.digest, epoch)
     if digest is None:
         raise UserError(
@@ -97,18 +97,15 @@ def _digest(path: Path, name: str, modified: int, size: int) -> str:
     return weights_digest(read_checkpoint(path, fits).state)
 
 
-def resolve_plan(config: Config, data_digest: str | None = None) -> RunPlan:
+def resolve_plan(config: Config) -> RunPlan:
     """Return the plan of the run of ``config``, whose teacher must exist.
-
-    Args:
-        data_digest: the fingerprint of the dataset; None computes it from the files.
 
     Raises:
         UserError: the teacher is missing or is another one than ``config`` asks for.
     """
     teacher = find_teacher(config)
     folder, difference = run_location(config, teacher)
-    full = full_config(config, teacher.digest if teacher else None, data_digest)
+    full = full_config(config, teacher.digest if teacher else None)
     return RunPlan(
         config=config, folder=folder, difference=difference, teacher=teacher, full_config=full
     )

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import wandb
 
-from sskd.errors import UserError
+from sskd.errors import Interrupted, UserError
 from sskd.output import complain, say
 from sskd.overrides import as_override, flatten
 from sskd.runs.epoch_line import EpochLine
@@ -18,7 +18,6 @@ from sskd.runs.result import RunResult
 from sskd.runs.run import Run
 from sskd.runs.weightings import CE, KD, RECIPE, find_weighting
 from sskd.tracking.session import offline_folder, open_run, sync_later
-from sskd.training.signals import Interrupted
 
 # Metrics of the student as a whole; the others have the name of their phase as prefix.
 _UNPREFIXED = ("test/", "holdout/", "best/")

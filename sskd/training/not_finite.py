@@ -11,9 +11,9 @@ from torch import nn
 
 from sskd.config import Config
 from sskd.data import Images
-from sskd.errors import UserError
+from sskd.errors import NotFiniteError, UserError
 from sskd.methods import Phase
-from sskd.training.evaluation import NotFiniteError, predict
+from sskd.training.evaluation import predict
 from sskd.training.meter import Meter
 
 _WEIGHTED = "weighted/"

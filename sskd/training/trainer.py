@@ -12,6 +12,7 @@ from torch import nn
 
 from sskd.config import Config
 from sskd.data import Images, Loader
+from sskd.errors import NotFiniteError
 from sskd.methods import Phase
 from sskd.optimizers import build_optimizer
 from sskd.runs.epoch_line import EpochLine
@@ -19,7 +20,7 @@ from sskd.runs.run import Run
 from sskd.schedule import Schedule
 from sskd.seeding import derive_seed, seed_torch
 from sskd.training.acceleration import compile_loss
-from sskd.training.evaluation import NotFiniteError, evaluate_epoch
+from sskd.training.evaluation import evaluate_epoch
 from sskd.training.meter import Meter
 from sskd.training.not_finite import FiniteCheck
 from sskd.training.progress import Progress

@@ -50,7 +50,7 @@ def without(key: str) -> str:
         ("", "not JSON"),
         ("{", "not JSON"),
         ("[1]", "not a JSON object"),
-        ("[" * 100_000, "recursion"),
+        ("[" * 100_000, "nested too deeply"),
         (without("seed"), "'seed'"),
         (without("agreement"), "'agreement'"),
         (RESULT.replace("70.16", "NaN"), "'last'"),

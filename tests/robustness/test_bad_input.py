@@ -800,7 +800,7 @@ RUNS: dict[str, tuple[Maker, str]] = {
     ),
     "a result of a text for a figure": (
         edit("result.json", top1={"last": "high"}),
-        "result.json: is not a result ('last' is not a number)",
+        "result.json: is not a result ('top1': 'last' is not a number)",
     ),
     "a number of 5000 digits": (
         damage("result.json", '{"top1": ' + "1" * 5000 + "}"),
@@ -862,7 +862,7 @@ TEACHERS: dict[str, tuple[Maker, str]] = {
     "no digest": (edit("result.json", digest=None), "result.json has no digest of the best"),
     "a digest of a number": (
         edit("result.json", digest={"best": 3}),
-        "result.json: is not a result ('best' is not a name)",
+        "result.json: is not a result ('digest': 'best' is not a name)",
     ),
     "another digest": (
         edit("result.json", digest={"best": "0" * 64}),
@@ -901,8 +901,8 @@ RECORDS: dict[str, tuple[str | bytes, str]] = {
     "half an object": (json.dumps(RESULT)[:100], "not JSON"),
     "a list": ("[1]", "not a JSON object"),
     "a text": ('"text"', "not a JSON object"),
-    "100,000 brackets": ("[" * 10**5, "recursion too deep"),
-    "100,000 objects": ('{"a":' * 10**5, "recursion too deep"),
+    "100,000 brackets": ("[" * 10**5, "nested too deeply"),
+    "100,000 objects": ('{"a":' * 10**5, "nested too deeply"),
     "no text": (b"\xff\xfe{", "'utf-8' codec can't decode"),
     "not a number": (json.dumps(RESULT | {"seconds": float("nan")}), "'seconds' is nan, out of"),
     "infinite": (json.dumps(RESULT | {"kl": float("inf")}), "'kl' is inf, out of range"),

@@ -309,6 +309,18 @@ def make_deep(top: Path, levels: int) -> Path:
     return path
 
 
+@pytest.mark.parametrize("levels", [60, 500, 900, 100_000])
+def test_a_deeply_nested_result_is_one_line(tmp_path: Path, levels: int) -> None:
+    """Python's JSON parser accepts more levels than a recursive function may have."""
+    run = put_run(tmp_path, "a")
+    (run / "result.json").write_text('{"run": ' + '{"a":' * levels + "1" + "}" * levels + "}")
+    with pytest.raises(UserError, match=r"result\.json: is not a result \(nested too deeply\)"):
+        Run(run, {"seed": 1}).finished(RunResult)
+    warnings: list[str] = []
+    assert read_results(tmp_path, warnings.append) == []
+    assert "nested too deeply" in only(warnings)
+
+
 def test_a_run_too_deep_for_the_report_is_one_warning(tmp_path: Path) -> None:
     deepest = make_deep(tmp_path, 64)
     put_run(deepest.parent, "at the limit")

@@ -186,7 +186,7 @@ def test_a_result_that_names_no_run_is_used(composed: Compose, tmp_path: Path) -
     (folder / "result.json").write_text(json.dumps(RESULT.to_json()))
     assert Run(folder, config).finished(RunResult) == RESULT
     (folder / "result.json").write_text(json.dumps(RESULT.to_json() | {"run": "resnet8"}))
-    with pytest.raises(UserError, match="it names no run"):
+    with pytest.raises(UserError, match="'run' is not an object"):
         Run(folder, config).finished(RunResult)
 
 
