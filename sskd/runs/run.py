@@ -140,7 +140,7 @@ class Run:
         return result
 
     def finish(self, model: nn.Module | None, result: R) -> R:
-        """Write the weights of ``model``, if any, and the result; return the result, with its run."""
+        """Write the weights of ``model``, if any, and the result; return it with its run."""
         result = result.with_run(identity(self.config))
         values = result.to_json()
         metadata = {key: values[key] for key in _METADATA if key in values}
