@@ -86,7 +86,9 @@ def compare(method: str, overrides: list[str], runs: Path) -> Iterator[str]:
 
 def main() -> int:
     """Print the table; return the exit status."""
-    parser = argparse.ArgumentParser(description="Compare a short run with a plain one.")
+    parser = argparse.ArgumentParser(
+        description="Compare the metrics of a short run with the optimisations and without them."
+    )
     parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE")
     parser.add_argument("--runs", type=Path, help="default: a temporary folder")
     options = parser.parse_intermixed_args()

@@ -59,7 +59,7 @@ class ArchSettings(Settings):
         if self.name not in ARCHITECTURES:
             raise ValueError(
                 f"no architecture '{self.name}'{did_you_mean(self.name, ARCHITECTURES)} "
-                f"(there are {', '.join(ARCHITECTURES)}; {VARIABLE}=FILE.py adds one)"
+                f"(there are: {', '.join(ARCHITECTURES)}; {VARIABLE}=FILE.py adds one)"
             )
         return self
 
@@ -191,8 +191,8 @@ def read_config(composed: DictConfig) -> Config:
     plain = {str(key): value for key, value in values.items()}
     if plain.pop("arch", None) is not None and "teacher" in plain:
         raise UserError(
-            f"arch and teacher do not go together: {command_name('teacher')} trains arch=NAME "
-            f"alone, {command_name('student')} takes arch@teacher=NAME and arch@student=NAME"
+            f"arch and teacher cannot be combined: use {command_name('teacher')} arch=NAME, or "
+            f"{command_name('student')} arch@teacher=NAME arch@student=NAME"
         )
     if "teacher" in plain:
         # The weights of the methods that read it already have its values.
@@ -203,7 +203,7 @@ def read_config(composed: DictConfig) -> Config:
     if config.teacher is None:
         raise UserError(
             f"method={config.method.name} needs a teacher: use {command_name('student')}, "
-            f"{command_name('teacher')} trains a network alone"
+            f"not {command_name('teacher')}, which trains a network alone"
         )
     return config
 
@@ -227,8 +227,8 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     config = _validated(config_model(values), values)
     if config.dataset.name != source and config.dataset.name in SOURCES:
         raise UserError(
-            f"dataset.name={config.dataset.name}: is the name of another dataset than "
-            f"{source}; choose another one"
+            f"dataset.name={config.dataset.name}: is the name of another dataset, and this one is "
+            f"{source}; choose another name"
         )
     return config
 
@@ -241,7 +241,7 @@ def _choice(
     if not isinstance(name, str) or name not in known:
         raise UserError(
             f"{group}.{key}: no {group} '{name}'{did_you_mean(str(name), known)} "
-            f"(there are {', '.join(known)}; {VARIABLE}=FILE.py adds one)"
+            f"(there are: {', '.join(known)}; {VARIABLE}=FILE.py adds one)"
         )
     return name
 

@@ -25,7 +25,7 @@ examples:
 
 In a folder, the file with `best` in its name is used; the folder's ckpt/ is searched too. The
 checkpoint may be one of this suite, of SSKD or of the CRD benchmark; its architecture is recognised
-by its tensors. Beside a run's config.yaml the dataset of that run is used, else CIFAR-100.
+from its tensors. Beside a run's config.yaml the dataset of that run is used, else CIFAR-100.
 """
 
 
@@ -39,14 +39,14 @@ def _run(arguments: Sequence[str] | None) -> int:
     command = tool_command("evaluate")
     parser = argparse.ArgumentParser(
         prog=command,
-        description="Measure the top-1 accuracy of a checkpoint on its test set, in float32.",
+        description="Measure the top-1 accuracy of a checkpoint on a test set, in float32.",
         epilog=_EXAMPLES.format(command=command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", help="a file, or a folder that holds one")
-    parser.add_argument("--arch", help="the architecture; default: recognised by the tensors")
+    parser.add_argument("--arch", help="the architecture; default: recognised from its tensors")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    parser.add_argument("--config-dir", help="a folder with dataset/NAME.yaml of your own")
+    parser.add_argument("--config-dir", "-cd", help="a folder with dataset/NAME.yaml of your own")
     parser.add_argument(
         "overrides", nargs="*", metavar="dataset.KEY=VALUE", help="as for the training commands"
     )

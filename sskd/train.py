@@ -99,7 +99,7 @@ def _warn_of_changed_code(plan: RunPlan, result: RunResult) -> None:
         if now[name] != result.extensions[name]:
             complain(
                 f"warning: {plan.folder}: {name} has changed since this run was trained; "
-                "force=true trains it again"
+                "force=true trains it from scratch"
             )
 
 

@@ -24,13 +24,13 @@ def check_images(settings: DatasetSettings) -> None:
 
 
 def check_repeatable(settings: DatasetSettings) -> None:
-    """Check that two loads give the same images, in the same order, and the same fingerprint."""
+    """Check that two loads give the same images, in the same order, and the same digest."""
     first, second = _load(settings), _load(settings)
     for one, other in ((first.train, second.train), (first.test, second.test)):
         require(torch.equal(one.images, other.images), "two loads give different images")
         require(torch.equal(one.labels, other.labels), "two loads give different labels")
-    fingerprint = SOURCES[settings.source].fingerprint
-    require(fingerprint(settings) == fingerprint(settings), "the fingerprint changes by itself")
+    digest = SOURCES[settings.source].digest
+    require(digest(settings) == digest(settings), "the digest changes by itself")
 
 
 def check_classes(settings: DatasetSettings) -> None:

@@ -102,11 +102,11 @@ def about_commas(error: Exception) -> str | None:
     if match is None:
         return None
     key, _, value = match[1].partition("=")
-    line = f"{match[1]}: is several values; a sweep over them takes -m (--multirun)"
+    line = f"{match[1]}: has several values; add -m to sweep over them"
     if (CONF / key.partition("@")[0]).is_dir():
         return line
     as_list = shlex.quote(f"{key}=[{value}]")
-    return f"{line}, a list takes brackets: {as_list}{about_quotes(match[1])}"
+    return f"{line}; a list takes brackets: {as_list}{about_quotes(match[1])}"
 
 
 def about_plus(error: Exception) -> str | None:

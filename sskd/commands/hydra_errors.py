@@ -67,14 +67,14 @@ def _about_disk(error: Exception) -> str | None:
         return None
     is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return line + f"; free some space there, and {rerun_hint()} resumes" * is_full
+    return line + f"; free some space there; {rerun_hint()} then resumes the run" * is_full
 
 
 def _about_missing_file(error: Exception) -> str | None:
     """Return the line about an option of a group that has no file."""
     missing = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
     if missing in _EXTRAS:
-        return f"{missing} is not installed; pip install '.[{_EXTRAS[missing]}]' does that"
+        return f"{missing} is not installed; install it with pip install '.[{_EXTRAS[missing]}]'"
     if not isinstance(error, MissingConfigException) or not missing or not error.options:
         return None
     group, _, name = missing.rpartition("/")

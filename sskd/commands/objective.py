@@ -27,7 +27,8 @@ def objective(result: RunResult, folder: Path) -> float:
         return last_top1(result, folder)
     if result.holdout_top1.last is None:
         raise UserError(
-            f"{folder / RESULT}: has no accuracy on held-out images; start again with force=true"
+            f"{folder / RESULT}: has no accuracy on held-out images; start from scratch with "
+            "force=true"
         )
     return result.holdout_top1.last
 
@@ -51,6 +52,6 @@ def check_search(holdout: float) -> None:
         )
     if not holdout:
         complain_once(
-            "warning: this search maximises the accuracy on the test set, which then does not "
-            "measure the result; dataset.holdout=0.1 searches by held-out training images"
+            "warning: this search maximises the accuracy on the test set, so that accuracy is no "
+            "longer unbiased; dataset.holdout=0.1 searches by held-out training images instead"
         )

@@ -46,7 +46,7 @@ def run_command(main: Callable[[], object]) -> int:
             refuse_invalid_choices(sys.argv[1:])
             main()
         except Interrupted as stop:
-            complain(f"{stop}: the state is saved, {rerun_hint()} resumes")
+            complain(f"{stop}: the state is saved; {rerun_hint()} resumes the run")
             return 128 + stop.signum
         except KeyboardInterrupt:
             return _end_interrupted()

@@ -23,7 +23,7 @@ from sskd.invocation.composition import search_path_words
 from sskd.invocation.names import command_words, current_role
 from sskd.output import complain, say
 from sskd.runs.folder import read_result, write_queued
-from sskd.runs.identity import fingerprints_kept
+from sskd.runs.identity import digests_kept
 from sskd.runs.lock import is_held
 from sskd.runs.result import RunResult
 from sskd.runs.run import Run
@@ -90,7 +90,9 @@ class Job:
             return "failed: " + str(status.error).removeprefix(f"{self.folder}: ")
         rerun = "the same command" + " without force=true" * self.config.force
         if status.state == "running":
-            return f"was killed; {rerun} resumes from its last checkpoint"
+            return f"interrupted; {rerun} resumes it from its last checkpoint"
+        if status.state == "stopped":
+            return f"stopped; {rerun} resumes it"
         return f"{status.state or 'not started'}; the same command starts it"
 
 
@@ -125,14 +127,14 @@ class Sweep:
     def queue(self) -> list[list[str]]:
         """Mark the jobs that have not finished as queued, and return their overrides."""
         os.environ[SWEEP_VARIABLE] = uuid.uuid4().hex  # launchers pass it to their processes
-        with fingerprints_kept():
+        with digests_kept():
             pending = [job for job in self.jobs if job.config.force or not job.has_finished()]
         for job in pending:
             with suppress(UserError):  # another process has it, or the job itself reports why
                 write_queued(job.folder, command=job.command)
         done = len(self.jobs) - len(pending)
         jobs = "job" if len(self.jobs) == 1 else "jobs"
-        say(f"{len(self.jobs)} {jobs}, {done} finished already")
+        say(f"{len(self.jobs)} {jobs}, {done} already finished")
         return [job.overrides for job in pending]
 
     def launch(

@@ -24,7 +24,7 @@ and failures. The tables and the plots of gains are those that
 """
 EXAMPLES = """\
 examples:
-  {command}                     say what would be saved
+  {command}                     report what would be saved
   {command} --save              save both and print their addresses
   {command} --pairs vgg13-vgg8 --save
   {command} --out FILE.json     write what would be saved to a file

@@ -42,14 +42,14 @@ def load_images(settings: DatasetSettings, digest: str | None = None) -> Images:
     A ``mean`` or ``std`` that is not given is computed from all training images.
 
     Args:
-        digest: the fingerprint in the run's configuration; None without a run.
+        digest: the digest in the run's configuration; None without a run.
 
     Raises:
         UserError: files are missing or broken, or the content that was read has another
-            fingerprint.
+            digest.
     """
     source = SOURCES[settings.source].load(settings)
-    found = source.digest or SOURCES[settings.source].fingerprint(settings)
+    found = source.digest or SOURCES[settings.source].digest(settings)
     if digest is not None and digest != found:
         raise UserError(
             f"dataset={settings.source}, {settings.root}: its files changed while the command "

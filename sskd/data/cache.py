@@ -2,7 +2,7 @@
 
 A safetensors file holds only numbers and text, so reading it runs no code. The file contains a
 digest of the tensors, the classes and the digests of the published files. The digest is checked
-on the tensors that are returned, so a file that is corrupt, cut short or belongs to other data is
+on the tensors that are returned, so a file that is corrupt, truncated or belongs to other data is
 ignored. This does not prevent forgery: a user with write access to the folder of the data can store
 wrong images with a matching digest.
 """

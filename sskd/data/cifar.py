@@ -75,8 +75,8 @@ def _read_published(dataset: type[CIFAR10], root: Path, download: bool) -> Sourc
     if files.differing:
         raise UserError(
             f"{root / dataset.base_folder / files.differing[0]} differs from the published file "
-            "(another MD5 digest); it may be cut short; move it away and load again with "
-            "dataset.download=true, or set dataset.root=FOLDER to a complete copy"
+            "(another MD5 digest); it may be truncated; move it away and run the command again "
+            "with dataset.download=true, or set dataset.root=FOLDER to a complete copy"
         )
     if files.missing:
         raise _missing_error(dataset, root, files.missing)
@@ -104,7 +104,7 @@ def _missing_error(dataset: type[CIFAR10], root: Path, names: list[str]) -> User
     return UserError(
         f"{dataset.__name__} is not in {root}: {root / dataset.base_folder} has no "
         f"{abbreviate(names)}; set dataset.root=FOLDER to a folder that holds "
-        f"{dataset.base_folder}, or use dataset.download=true on a machine with a network"
+        f"{dataset.base_folder}, or use dataset.download=true on a machine with internet access"
     )
 
 

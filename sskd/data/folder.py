@@ -1,4 +1,4 @@
-"""A folder of images by class: its images as tensors, and its fingerprint."""
+"""A folder of images by class: its images as tensors, and its digest."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load_folder(settings: DatasetSettings) -> Source:
     return Source(tuple(classes), train_split, test_split, content.hexdigest())
 
 
-def folder_fingerprint(settings: DatasetSettings) -> str:
+def folder_digest(settings: DatasetSettings) -> str:
     """Return the SHA-256 of the paths and contents of the images that ``load_folder`` reads."""
     root = absolute_path(settings.root)
     train, test, _ = list_folder(root)
@@ -53,7 +53,7 @@ def refuse_missing_folder(settings: DatasetSettings) -> None:
 
 
 def names_and_sizes(settings: DatasetSettings) -> str | None:
-    """Return the fingerprint that earlier versions computed for the folder.
+    """Return the digest that earlier versions computed for the folder.
 
     It covers the names and sizes of all files, including hidden ones. The result is None if those
     versions read an image that is skipped now: their runs then used other images.

@@ -42,7 +42,7 @@ class Images:
     """A dataset ready for training.
 
     ``mean`` and ``std`` hold one value for each channel, in units of [0, 1]. ``digest`` is the
-    fingerprint of the files; None if the content of the source never changes.
+    digest of the files; None if the content of the source never changes.
     """
 
     name: str

@@ -12,7 +12,7 @@ from sskd.files import expanded
 class Source(NamedTuple):
     """A dataset as it is published, before a part of it is selected.
 
-    ``digest`` is the fingerprint of the bytes that were read, if the reader computed it.
+    ``digest`` is the digest of the bytes that were read, if the reader computed it.
     """
 
     classes: tuple[str, ...]

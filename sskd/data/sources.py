@@ -15,7 +15,7 @@ from sskd.data.cifar import (
     refuse_missing_cifar100,
 )
 from sskd.data.folder import (
-    folder_fingerprint,
+    folder_digest,
     load_folder,
     names_and_sizes,
     refuse_missing_folder,
@@ -55,7 +55,7 @@ def load_digits(settings: DatasetSettings) -> Source:
     )
 
 
-def no_fingerprint(settings: DatasetSettings) -> str | None:
+def no_digest(settings: DatasetSettings) -> str | None:
     """Return None: the content of a published dataset never changes."""
     return None
 
@@ -67,21 +67,21 @@ def never_missing(settings: DatasetSettings) -> None:
 class Reader(NamedTuple):
     """The functions of a source.
 
-    ``load`` reads it. ``fingerprint`` distinguishes its contents; None if they never change.
+    ``load`` reads it. ``digest`` distinguishes its contents; None if they never change.
     ``refuse_missing`` raises UserError if there is nothing to load, without reading any image.
-    ``earlier_fingerprint`` is the fingerprint that earlier versions of the suite computed; None if
+    ``earlier_digest`` is the digest that earlier versions of the suite computed; None if
     no run of those versions can have used the same images.
     """
 
     load: Callable[[DatasetSettings], Source]
-    fingerprint: Callable[[DatasetSettings], str | None]
+    digest: Callable[[DatasetSettings], str | None]
     refuse_missing: Callable[[DatasetSettings], None] = never_missing
-    earlier_fingerprint: Callable[[DatasetSettings], str | None] = no_fingerprint
+    earlier_digest: Callable[[DatasetSettings], str | None] = no_digest
 
 
 SOURCES: dict[str, Reader] = {
-    "cifar100": Reader(load_cifar100, no_fingerprint, refuse_missing_cifar100),
-    "cifar10": Reader(load_cifar10, no_fingerprint, refuse_missing_cifar10),
-    "digits": Reader(load_digits, no_fingerprint),
-    "folder": Reader(load_folder, folder_fingerprint, refuse_missing_folder, names_and_sizes),
+    "cifar100": Reader(load_cifar100, no_digest, refuse_missing_cifar100),
+    "cifar10": Reader(load_cifar10, no_digest, refuse_missing_cifar10),
+    "digits": Reader(load_digits, no_digest),
+    "folder": Reader(load_folder, folder_digest, refuse_missing_folder, names_and_sizes),
 }

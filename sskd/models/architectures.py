@@ -51,6 +51,6 @@ def build_model(name: str, num_classes: int) -> nn.Module:
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UserError(
-            f"no architecture '{name}'{did_you_mean(name, ARCHITECTURES)} (known: {known})"
+            f"no architecture '{name}'{did_you_mean(name, ARCHITECTURES)} (there are: {known})"
         )
     return ARCHITECTURES[name](num_classes)

@@ -198,8 +198,8 @@ def _load_torch(path: Path) -> Any:
             raise _corrupt_error(path) from error
         if all(re.fullmatch(_TENSOR_NAMES, name) for name in refused):
             raise UserError(
-                f"{path} is pickled with another protocol than torch.save uses by default, which "
-                "cannot be read without running it; save it again without pickle_protocol"
+                f"{path} is pickled with a protocol other than torch.save's default, which cannot "
+                "be read safely; save it again without the argument pickle_protocol"
             ) from error
         raise UserError(
             f"{path} asks to run code, which weights do not need: {', '.join(refused[:5])}; "
@@ -208,7 +208,7 @@ def _load_torch(path: Path) -> Any:
 
 
 def _refuse_long_strings(stream: io.BytesIO, path: Path) -> None:
-    """Raise UserError if the next pickle in ``stream`` is cut short or may call a long string."""
+    """Raise UserError if the next pickle in ``stream`` is truncated or may call a long string."""
     start, has_started, longest = stream.tell(), False, 0
     try:
         for opcode, argument, _ in pickletools.genops(stream):
@@ -241,7 +241,7 @@ def _refuse_long_strings(stream: io.BytesIO, path: Path) -> None:
 
 def _corrupt_error(path: Path) -> UserError:
     return UserError(
-        f"{path} cannot be read as a checkpoint; it was probably cut short: download it again"
+        f"{path} cannot be read as a checkpoint; it is probably truncated: download it again"
     )
 
 

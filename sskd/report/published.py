@@ -318,7 +318,7 @@ def read_csv(
             lines[found] = line
         _require(bool(lines), "has no values")
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path}, line {number}: {error}; install the package again") from None
+        raise UserError(f"{path}, line {number}: {error}; reinstall the package") from None
     return list(lines.values())
 
 

@@ -92,7 +92,7 @@ def refuse_other_result(
     if run is not None and (other := explain_difference(run, expected)):
         raise UserError(
             f"{folder / RESULT}: is the result of another run: {other}; restore this run's file, "
-            "or train it again with force=true"
+            "or start from scratch with force=true"
         )
 
 
@@ -124,13 +124,13 @@ def _is_earlier_digest(found: Mapping[str, Any], expected: Mapping[str, Any]) ->
     if found.get(_DIGEST) is None or not DatasetSettings.model_fields.keys() <= dataset.keys():
         return False
     settings = DatasetSettings(**{key: dataset[key] for key in DatasetSettings.model_fields})
-    if SOURCES[settings.source].earlier_fingerprint(settings) != found[_DIGEST]:
+    if SOURCES[settings.source].earlier_digest(settings) != found[_DIGEST]:
         return False
     names = ("student.name", "method.name", "seed")
     student, method, seed = (_short_text(str(found.get(name))) for name in names)
     complain_once(
         f"warning: the run of {student} ({method}, seed {seed}) was made by a version that "
         f"recorded only names and sizes of the files in {settings.root}; they are unchanged, but "
-        "the contents cannot be verified; force=true trains it again"
+        "the contents cannot be verified; force=true trains it from scratch"
     )
     return True

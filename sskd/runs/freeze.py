@@ -58,9 +58,17 @@ def _section(group: str, frozen: dict[str, Any], primary: str, override: str) ->
     return {**known, **found}
 
 
+_DESCRIPTION = (
+    "Add the options that the recipe lacks to its file. Existing entries are kept, because "
+    "finished runs are named after them."
+)
+
+
 def main() -> None:
     """Update the recipe's file."""
-    argparse.ArgumentParser(prog="python -m sskd.runs.freeze", description=__doc__).parse_args()
+    argparse.ArgumentParser(
+        prog="python -m sskd.runs.freeze", description=_DESCRIPTION
+    ).parse_args()
     path = Path(str(FROZEN))
     known: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
     frozen = freeze(known)

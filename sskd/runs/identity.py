@@ -72,32 +72,32 @@ def _idle(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("teacher", key) for key, value in defaults.items() if teacher.get(key) == value]
 
 
-_kept_fingerprints: dict[str, str | None] | None = None
+_kept_digests: dict[str, str | None] | None = None
 
 
 @contextmanager
-def fingerprints_kept() -> Iterator[None]:
-    """Compute the fingerprint of each dataset once inside the ``with`` block.
+def digests_kept() -> Iterator[None]:
+    """Compute the digest of each dataset once inside the ``with`` block.
 
     A sweep asks for it once for each job, and 20,000 images take a tenth of a second. A job
     computes it again when it starts.
     """
-    global _kept_fingerprints
-    _kept_fingerprints = {}
+    global _kept_digests
+    _kept_digests = {}
     try:
         yield
     finally:
-        _kept_fingerprints = None
+        _kept_digests = None
 
 
-def _fingerprint(settings: DatasetSettings) -> str | None:
-    compute = SOURCES[settings.source].fingerprint
-    if _kept_fingerprints is None:
+def _digest(settings: DatasetSettings) -> str | None:
+    compute = SOURCES[settings.source].digest
+    if _kept_digests is None:
         return compute(settings)
     key = settings.model_dump_json()
-    if key not in _kept_fingerprints:
-        _kept_fingerprints[key] = compute(settings)
-    return _kept_fingerprints[key]
+    if key not in _kept_digests:
+        _kept_digests[key] = compute(settings)
+    return _kept_digests[key]
 
 
 def full_config(
@@ -116,9 +116,9 @@ def full_config(
             the values stays the same when a later version adds a setting.
     """
     values = config.model_dump(exclude_defaults=not defaults)
-    fingerprint = data_digest or _fingerprint(config.dataset)
-    if fingerprint is not None:
-        values["dataset"]["digest"] = fingerprint
+    digest = data_digest or _digest(config.dataset)
+    if digest is not None:
+        values["dataset"]["digest"] = digest
     if teacher_digest is not None:
         values["teacher"]["digest"] = teacher_digest
     return values

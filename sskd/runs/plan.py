@@ -40,6 +40,6 @@ class RunPlan:
 
     @property
     def data_digest(self) -> str | None:
-        """The fingerprint of the dataset's files; None for a source with one content only."""
+        """The digest of the dataset's files; None for a source with one content only."""
         digest: str | None = self.full_config["dataset"].get("digest")
         return digest

@@ -123,8 +123,8 @@ class Run:
         other = explain_difference(read_config_file(self.folder / CONFIG), self.config)
         if other:
             raise UserError(
-                f"{self.folder}: holds a run of another configuration: {other}; start again with "
-                "force=true (the old run is kept under .old/), or use another runs=FOLDER"
+                f"{self.folder}: holds a run of another configuration: {other}; start "
+                "from scratch with force=true (.old/ keeps the old run), or use another runs=FOLDER"
             )
 
     def finished(self, kind: type[R]) -> R | None:

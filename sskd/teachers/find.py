@@ -82,7 +82,7 @@ def _suite_teacher(epoch: Literal["best", "last"], expected: Config) -> TeacherW
     if digest is None:
         raise UserError(
             f"{folder}: its result.json has no digest of the {epoch} epoch's weights; use the "
-            "other epoch's with teacher.epoch, or train it again with force=true"
+            "other epoch's with teacher.epoch, or train it from scratch with force=true"
         )
     return TeacherWeights(folder / _FILES[epoch], digest)
 
@@ -145,5 +145,5 @@ def load_teacher(network: nn.Module, teacher: TeacherWeights) -> None:
     if weights_digest(network) != teacher.digest:
         raise UserError(
             f"{teacher.path}: its weights do not have the digest in its result.json; "
-            "train it again with force=true"
+            "train it from scratch with force=true"
         )

@@ -88,7 +88,7 @@ def _beside_teacher(
 def last_top1(result: RunResult, folder: Path) -> float:
     """Return the last top-1 of the ``result`` in ``folder``, in percent; UserError for none."""
     if result.top1.last is None:
-        raise UserError(f"{folder / RESULT}: has no accuracy; start again with force=true")
+        raise UserError(f"{folder / RESULT}: has no accuracy; start from scratch with force=true")
     return result.top1.last
 
 

@@ -130,7 +130,7 @@ class PhaseCheckpoint:
             state, device = read_training_state(content["position"]), str(content["device"])
         if state.mid_epoch and device != self.loader.device.type:
             raise UserError(
-                f"{folder}: stopped in mid-epoch on '{device}', whose random state cannot continue "
+                f"{folder}: stopped mid-epoch on '{device}', whose random state cannot be restored "
                 f"on '{self.loader.device.type}'; use device={device}, or start from scratch with "
                 "force=true"
             )

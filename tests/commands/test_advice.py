@@ -83,7 +83,7 @@ def test_a_word_without_a_key_is_quoted(command: Command, sweep: list[str], word
 @pytest.mark.parametrize("word", ["runs=/tmp/a,b", "wandb.tags=a,b", "dataset.root=my data,b"])
 def test_a_comma_is_a_sweep_or_a_list_or_in_the_value(command: Command, word: str) -> None:
     line = one_line(command, word)
-    assert line.startswith(f"{word}: is several values; a sweep over them takes -m ")
+    assert line.startswith(f"{word}: has several values; add -m ")
     assert_advises_quotes(line, word)
     (as_list,) = shlex.split(line.partition("brackets: ")[2].partition("; a value")[0])
     assert as_list == "{}=[{}]".format(*word.split("=", 1))
@@ -91,7 +91,7 @@ def test_a_comma_is_a_sweep_or_a_list_or_in_the_value(command: Command, word: st
 
 def test_several_options_of_a_group_are_a_sweep_alone(command: Command) -> None:
     for word in ("method=kd,at", "arch@student=vgg8,vgg13"):
-        line = f"{word}: is several values; a sweep over them takes -m (--multirun)"
+        line = f"{word}: has several values; add -m to sweep over them"
         assert one_line(command, word) == line
 
 

@@ -162,11 +162,11 @@ def test_a_sweep_resumes_with_unfinished_jobs(command: Command) -> None:
     command("-m", *WITHOUT_TRAINING, "method=kd,vanilla")
     status, out, err = command("-m", *TINY, "method=kd,vanilla")
     assert (status, err) == (0, "")
-    assert "2 jobs, 1 finished already" in out
+    assert "2 jobs, 1 already finished" in out
     assert "2 of 2 jobs have finished" in out
     assert set(states(command.runs).values()) == {"finished"}
     status, out, err = command("-m", *TINY, "method=kd,vanilla")
-    assert (status, out) == (0, "2 jobs, 2 finished already\n2 of 2 jobs have finished\n")
+    assert (status, out) == (0, "2 jobs, 2 already finished\n2 of 2 jobs have finished\n")
 
 
 def test_a_teacher_that_fails_is_tried_once_a_sweep(

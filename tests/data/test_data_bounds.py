@@ -19,7 +19,7 @@ from test_data_folder import load, make_folder, refused, settings
 
 import sskd.data.decode
 from sskd.data.decode import FORMATS, MAX_BYTES, MAX_PIXELS, MAX_TILES, decode
-from sskd.data.folder import folder_fingerprint
+from sskd.data.folder import folder_digest
 from sskd.data.listing import EXTENSIONS
 from sskd.errors import UserError
 
@@ -218,7 +218,7 @@ def test_a_file_over_the_limit_is_not_read(tmp_path: Path, size: int) -> None:
     start = time.monotonic()
     assert f"it has more than {MAX_BYTES} bytes, the limit" in refused(root)
     with pytest.raises(UserError, match="bytes, the limit for such a file"):
-        folder_fingerprint(settings(root))
+        folder_digest(settings(root))
     assert time.monotonic() - start < 5
 
 

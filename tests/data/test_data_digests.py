@@ -184,22 +184,22 @@ def test_parallel_processes_compute_the_same_digest(
 
 
 class Finished(Job):
-    """A finished job; it needs the fingerprint of its images to find that out."""
+    """A finished job; it needs the digest of its images to find that out."""
 
     def has_finished(self) -> bool:
         return all(full_config(self.config) for _ in range(2))
 
 
-def test_a_sweep_computes_a_fingerprint_once(
+def test_a_sweep_computes_a_digest_once(
     composed: Compose, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     computed: list[float] = []
 
-    def fingerprint(settings: DatasetSettings) -> str:
+    def digest(settings: DatasetSettings) -> str:
         computed.append(settings.fraction)
         return "digest"
 
-    reader = SOURCES["digits"]._replace(fingerprint=fingerprint)
+    reader = SOURCES["digits"]._replace(digest=digest)
     monkeypatch.setitem(SOURCES, "digits", reader)
     words = ["dataset=digits", "method=vanilla"]
     monkeypatch.setenv(SWEEP_VARIABLE, "")

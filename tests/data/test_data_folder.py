@@ -12,7 +12,7 @@ import yaml
 from PIL import Image, ImageDraw
 
 from sskd.data import DatasetSettings, Images, load_images
-from sskd.data.sources import folder_fingerprint
+from sskd.data.sources import folder_digest
 from sskd.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf" / "dataset"
@@ -91,10 +91,10 @@ def test_a_link_to_a_class_is_followed(tmp_path: Path) -> None:
     (root / "train" / "dog").rename(tmp_path / "dogs")
     (root / "train" / "dog").symlink_to(tmp_path / "dogs")
     assert load(root).train.labels.tolist() == [0] * 6 + [1]
-    before = folder_fingerprint(settings(root))
+    before = folder_digest(settings(root))
     Image.new("RGB", (32, 32)).save(tmp_path / "dogs" / "c.png")
     assert load(root).train.labels.tolist() == [0] * 6 + [1, 1]
-    assert folder_fingerprint(settings(root)) != before
+    assert folder_digest(settings(root)) != before
 
 
 def test_one_class_is_enough(tmp_path: Path) -> None:

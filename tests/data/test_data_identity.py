@@ -1,4 +1,4 @@
-"""The fingerprint of a folder, which is part of the identity of a run."""
+"""The digest of a folder, which is part of the identity of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import sskd.data.decode
 import sskd.data.digests
 import sskd.train
 from sskd.data import load_images
-from sskd.data.sources import folder_fingerprint
+from sskd.data.sources import folder_digest
 from sskd.errors import UserError
 from sskd.evaluate import main as evaluate
 from sskd.runs.result import RunResult
@@ -44,7 +44,7 @@ def make_photos(root: Path, suffix: str = "bmp", shade: int = 0) -> Path:
 
 
 def digest(root: Path) -> str:
-    return folder_fingerprint(settings(root))
+    return folder_digest(settings(root))
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("suffix", ["bmp", "ppm", "pgm", "tif", "png"])
-def test_other_pixels_have_another_fingerprint(tmp_path: Path, suffix: str) -> None:
+def test_other_pixels_have_another_digest(tmp_path: Path, suffix: str) -> None:
     one, other = make_photos(tmp_path / "a", suffix), make_photos(tmp_path / "b", suffix, shade=1)
     size = {path.stat().st_size for path in tmp_path.rglob(f"*.{suffix}")}
     assert len(size) == 1, "the sizes must not differ"
@@ -113,7 +113,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_a_change_gives_another_fingerprint(photos: Path, reads: list[str], kind: str) -> None:
+def test_a_change_gives_another_digest(photos: Path, reads: list[str], kind: str) -> None:
     before = digest(photos)
     assert digest(photos) == before
     CHANGES[kind](photos)
@@ -145,16 +145,16 @@ def test_the_digest_is_of_the_decoded_bytes(photos: Path, monkeypatch: pytest.Mo
     assert digest(photos) == before
 
 
-def test_a_fingerprint_is_computed_again_after_loading(
+def test_a_digest_is_computed_again_after_loading(
     monkeypatch: pytest.MonkeyPatch, composed: Compose
 ) -> None:
     answers = iter(["before", "after", "before", "before"])
-    reader = sskd.data.SOURCES["digits"]._replace(fingerprint=lambda _: next(answers))
+    reader = sskd.data.SOURCES["digits"]._replace(digest=lambda _: next(answers))
     monkeypatch.setitem(sskd.data.SOURCES, "digits", reader)
     config = composed("dataset=digits", "method=vanilla")
     with pytest.raises(UserError, match="its files changed"):
-        load_images(config.dataset, reader.fingerprint(config.dataset))
-    assert load_images(config.dataset, reader.fingerprint(config.dataset)).digest == "before"
+        load_images(config.dataset, reader.digest(config.dataset))
+    assert load_images(config.dataset, reader.digest(config.dataset)).digest == "before"
 
 
 # ---- runs ----
@@ -189,7 +189,7 @@ def test_a_change_while_a_run_starts_is_an_error(
 def test_a_phase_has_the_digest_of_the_loaded_images(
     composed: Compose, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A change after the load must not give the phase the fingerprint of the changed folder."""
+    """A change after the load must not give the phase the digest of the changed folder."""
     words = (*TINY, f"dataset.root={photos}", "arch@teacher=resnet8", "teacher.train=true")
     train(composed(*TINY, "method=vanilla", f"dataset.root={photos}"))
     before = digest(photos)
@@ -225,7 +225,7 @@ def test_an_evaluation_warns_of_changed_images(
 
 
 def names_and_sizes(root: Path) -> str:
-    """Return the fingerprint of those versions: one line for each file, sorted by path."""
+    """Return the digest of those versions: one line for each file, sorted by path."""
     digest = hashlib.sha256()
     files = [path for part in ("train", "test") for path in (root / part).rglob("*")]
     for path in sorted(path for path in files if path.is_file()):

@@ -148,7 +148,7 @@ def test_a_truncated_file_is_refused(
     torch.save({"model": state}, path, _use_new_zipfile_serialization=zipped)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
-    assert f"{path} cannot be read as a checkpoint; it was probably cut short" in refusal(
+    assert f"{path} cannot be read as a checkpoint; it is probably truncated" in refusal(
         read_checkpoint, path
     )
 

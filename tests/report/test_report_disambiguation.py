@@ -124,9 +124,7 @@ def test_a_borrowed_name_gets_no_published_value(
 
 
 def test_fixed_sources_equal_those_of_the_suite() -> None:
-    fixed = {
-        name for name, reader in SOURCES.items() if reader.fingerprint.__name__ == "no_fingerprint"
-    }
+    fixed = {name for name, reader in SOURCES.items() if reader.digest.__name__ == "no_digest"}
     assert fixed == FIXED_SOURCES
 
 

@@ -339,7 +339,7 @@ def test_a_cancelled_job_saves_its_state(
     wait_for("end of the other job", lambda: read_status(sweep.folder(1)).state == "finished")
     status, out, _ = sweep.rerun_without_slurm()
     assert status == 0
-    assert "2 jobs, 1 finished already" in out
+    assert "2 jobs, 1 already finished" in out
     assert "resumes in" in out
     assert outcome(sweep.runs) == outcome(undisturbed)
 

@@ -37,7 +37,7 @@ from test_data_folder import load, make_folder, refused, settings
 import sskd.data
 from sskd.data import Images
 from sskd.data.reading import Source
-from sskd.data.sources import folder_fingerprint
+from sskd.data.sources import folder_digest
 from sskd.errors import UserError
 from sskd.models import build_model, load_weights
 from sskd.report import published
@@ -211,7 +211,7 @@ def about(text: str) -> bytes:
 
 
 KNOWS_FOUR_BITS = tuple(map(int, version("safetensors").split(".")[:2])) >= (0, 6)
-CUT = "cannot be read as a checkpoint; it was probably cut short"
+CUT = "cannot be read as a checkpoint; it is probably truncated"
 NO_STATE = "holds no state dict"
 CODE = "asks to run code, which weights do not need: "
 # The name of the file, what makes its content from the path of the canary, and the error.
@@ -542,7 +542,7 @@ def test_a_folder_of_images_is_refused(tmp_path: Path, kind: str) -> None:
     with in_time():
         line = refused(root)
         with suppress(UserError, OSError):  # it runs before the images are read
-            folder_fingerprint(settings(root))
+            folder_digest(settings(root))
     assert message in line
     assert str(root) in line
 
@@ -570,7 +570,7 @@ def test_an_odd_image_is_read(tmp_path: Path, kind: str) -> None:
     root = make_folder(tmp_path)
     change(root)
     images = load(root).train.images
-    assert folder_fingerprint(settings(root))
+    assert folder_digest(settings(root))
     assert len(images) >= 7
     if colour is not None:
         assert images[6].flatten(1).unique(dim=1).flatten().tolist() == colour

@@ -14,7 +14,7 @@ from test_data_cifar import small_cifar  # noqa: F401
 from test_data_folder import load, make_folder, refused, settings
 from torchvision.datasets import ImageFolder
 
-from sskd.data.folder import folder_fingerprint, names_and_sizes
+from sskd.data.folder import folder_digest, names_and_sizes
 from sskd.errors import UserError
 from sskd.train import train
 
@@ -76,11 +76,11 @@ def test_other_files_are_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     root = make_folder(tmp_path)
-    before, digest = load(root), folder_fingerprint(settings(root))
+    before, digest = load(root), folder_digest(settings(root))
     assert capsys.readouterr().err == ""
     add(root / name)
     images = load(root)
-    assert folder_fingerprint(settings(root)) == digest
+    assert folder_digest(settings(root)) == digest
     assert images.classes == before.classes
     for split, other in ((images.train, before.train), (images.test, before.test)):
         assert torch.equal(split.images, other.images)
@@ -115,7 +115,7 @@ def test_skipped_files_are_reported_in_one_line(
 def test_the_root_may_be_in_a_hidden_folder(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "@eaDir" / ".cache" / "photos")
     assert len(load(root).train) == 7
-    assert folder_fingerprint(settings(root))
+    assert folder_digest(settings(root))
 
 
 def test_images_have_the_order_of_torchvision(tmp_path: Path) -> None:

@@ -66,10 +66,10 @@ def test_a_sweep_finds_its_runs(started: FromFolder, tmp_path: Path, hydra: list
     assert "2 of 2 jobs have finished" in out
     assert len(results(tmp_path)) == len(results(tmp_path / "results" / "digits")) == 2
     status, out, _ = started(*words)
-    assert (status, out) == (0, "2 jobs, 2 finished already\n2 of 2 jobs have finished\n")
+    assert (status, out) == (0, "2 jobs, 2 already finished\n2 of 2 jobs have finished\n")
     # Hydra's own folders do not change which run it is.
     status, out, _ = started(*words[: -len(hydra)])
-    assert (status, out) == (0, "2 jobs, 2 finished already\n2 of 2 jobs have finished\n")
+    assert (status, out) == (0, "2 jobs, 2 already finished\n2 of 2 jobs have finished\n")
 
 
 def test_a_single_run_writes_where_it_was_started(started: FromFolder, tmp_path: Path) -> None:

@@ -104,5 +104,5 @@ def test_an_untrusted_configuration_downloads_nothing(
     dataset = {"source": "cifar100", "root": str(tmp_path / "victim"), "download": True}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"dataset": dataset}))
     assert evaluate.main([str(tmp_path)]) == 1
-    assert "use dataset.download=true on a machine with a network" in capsys.readouterr().err
+    assert "use dataset.download=true on a machine with internet access" in capsys.readouterr().err
     assert not (tmp_path / "victim").exists()
