@@ -21,6 +21,7 @@ from sskd.device import choose_device
 
 WARMUP = 3
 Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,9 @@ def new_process() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, get_context("spawn"))
 
 
-def call(process: ProcessPoolExecutor, function: Callable[..., Any], *arguments: object) -> Any:
+def call(process: ProcessPoolExecutor, function: Callable[[], Value]) -> Value:
     """Call ``function`` in ``process`` and wait for its result."""
-    return process.submit(function, *arguments).result()
+    return process.submit(function).result()
 
 
 def take_turns(measures: Mapping[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:

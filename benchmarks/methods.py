@@ -60,7 +60,7 @@ def main() -> None:
         first = len(costs)
         for case, phase in cases(pair, options):
             with harness.new_process() as process:
-                costs.append(harness.call(process, measure, case, phase, options.rounds))
+                costs.append(harness.call(process, partial(measure, case, phase, options.rounds)))
             print(row(costs[-1], costs[first]), flush=True)
             measured = {"costs": [asdict(cost) for cost in costs]}
             harness.write_results(options, measured, tables(costs, options, machine))

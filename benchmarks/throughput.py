@@ -278,13 +278,15 @@ def compare(name: str, case: Case, turns: Turns) -> list[Row]:
     with ExitStack() as stack:
         processes = {side: stack.enter_context(new_process()) for side in (baseline, *suites)}
         timers = {
-            side: partial(harness.call, process, run_round, side, steps)
+            side: partial(harness.call, process, partial(run_round, side, steps))
             for side, process in processes.items()
         }
         # The first round builds the pipelines and fills caches.
         rounds = {side: each[1:] for side, each in take_turns(timers, turns.rounds + 1).items()}
         measured = {
-            side: harness.call(process, measure, side, steps, rounds[side], flops and side.suite)
+            side: harness.call(
+                process, partial(measure, side, steps, rounds[side], flops=flops and side.suite)
+            )
             for side, process in processes.items()
         }
     return [

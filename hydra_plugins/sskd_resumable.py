@@ -62,7 +62,7 @@ class ResumableSweeper(BasicSweeper):
         from sskd.errors import UserError
 
         size = self.max_batch_size
-        if size is not None and size < 1:
+        if size is not None and not (isinstance(size, int) and size >= 1):
             raise UserError(f"hydra.sweeper.max_batch_size={size}: should be at least 1, or null")
         if not isinstance(self.params, Mapping | None):
             raise UserError(

@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 
 from sskd.data import SOURCES, DatasetSettings
 from sskd.device import best_precision
-from sskd.errors import UserError, did_you_mean, shortened
+from sskd.errors import UserError, did_you_mean, one_line, shortened
 from sskd.files import expanded
 from sskd.invocation.extensions import VARIABLE
 from sskd.invocation.names import command_name
@@ -186,7 +186,7 @@ def read_config(composed: DictConfig) -> Config:
     try:
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise UserError(" ".join(str(error).split())) from None
+        raise UserError(one_line(error)) from None
     assert isinstance(values, dict)
     plain = {str(key): value for key, value in values.items()}
     if plain.pop("arch", None) is not None and "teacher" in plain:

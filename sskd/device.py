@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from sskd.allocator import ask_for_large_pages, keep_freed_memory, trim_heap
-from sskd.errors import UserError
+from sskd.errors import UserError, one_line
 
 # Batch sizes of forward passes without gradients: on a CPU the feature maps fit the caches, on a
 # GPU the batch keeps it busy.
@@ -41,6 +41,9 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+    except torch.OutOfMemoryError as error:
+        reason = one_line(error)
+        raise UserError(f"device={name}: has no free memory ({reason}); use another one") from None
     except (RuntimeError, AssertionError, NotImplementedError):
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):

@@ -91,6 +91,11 @@ def exit_status(error: Exception) -> int:
     return error.status if isinstance(error, UserError) else UserError.status
 
 
+def one_line(error: BaseException) -> str:
+    """Return the message of ``error`` on one line, or the name of its class if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def mask_unprintable(text: str) -> str:
     """Return ``text`` with a question mark for each character that could control a terminal."""
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -7,14 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra.errors import CompactHydraException
-
-from sskd.commands.hydra_errors import user_message
+from sskd.commands.process import run_tool
 from sskd.errors import UserError
 from sskd.invocation.composition import compose_config
 from sskd.invocation.extensions import load_extensions
 from sskd.invocation.names import tool_command
-from sskd.output import complain, output_status, say, steady_output
+from sskd.output import complain, say
 from sskd.overrides import as_override
 
 _EXAMPLES = """
@@ -31,11 +29,15 @@ from its tensors. Beside a run's config.yaml the dataset of that run is used, el
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate the checkpoint that the command line names and return the exit status."""
-    with steady_output():
-        return _run(arguments)
+    return run_tool(lambda: _run(_parser().parse_intermixed_args(arguments)))
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _run(given: argparse.Namespace) -> None:
+    load_extensions()
+    say(evaluate(**vars(given)))
+
+
+def _parser() -> argparse.ArgumentParser:
     command = tool_command("evaluate")
     parser = argparse.ArgumentParser(
         prog=command,
@@ -50,17 +52,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="dataset.KEY=VALUE", help="as for the training commands"
     )
-    given = parser.parse_intermixed_args(arguments)
-    try:
-        load_extensions()
-        say(evaluate(**vars(given)))
-    except UserError as error:
-        complain(f"error: {error}")
-        return 1
-    except (CompactHydraException, OSError) as error:
-        complain(f"error: {user_message(error)}")
-        return 1
-    return output_status()
+    return parser
 
 
 def evaluate(

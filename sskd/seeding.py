@@ -33,11 +33,15 @@ def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
     return states
 
 
 def restore_generator_states(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
     """Set PyTorch's global generators to ``states``; another device's state is ignored."""
     torch.set_rng_state(states["cpu"])
-    if device.type in states and device.type != "cpu":
+    if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
+    if device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])

@@ -113,7 +113,7 @@ def _train_phases(
     run.announce(epochs)
     current = checkpoint["stage"] if checkpoint else phases[0].name
     with Tracker(run, plan, under_agent=under_agent) as tracker:
-        tracker.picture("views", save_views(plan.folder, images, config, method.views))
+        tracker.picture("views", save_views(run, images, config, method.views))
         run.metrics.subscribe(tracker.log)
         if config.teacher and config.teacher.precompute:
             find_or_compute_outputs(method, images, plan)

@@ -9,15 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from hydra.errors import CompactHydraException
-
 from sskd import CONF
 from sskd.checks import CheckError
-from sskd.commands.hydra_errors import user_message
+from sskd.commands.process import run_tool
 from sskd.errors import UserError
 from sskd.invocation.composition import compose_config
 from sskd.invocation.extensions import load_extensions
-from sskd.output import complain, output_status, say, steady_output
+from sskd.output import say
 
 if TYPE_CHECKING:
     from sskd.config import Config
@@ -49,18 +47,13 @@ class Check(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` (the process's by default) and return its exit status."""
-    with steady_output():
-        return _run(_parser().parse_intermixed_args(argv))
+    return run_tool(lambda: _run(_parser().parse_intermixed_args(argv)))
 
 
 def _run(given: argparse.Namespace) -> int:
-    try:
-        load_extensions()
-        failed = sum(not _passes(check) for check in _CHECKS[given.group](given))
-    except (UserError, CompactHydraException, OSError) as error:
-        complain(f"error: {user_message(error)}")
-        return 1
-    return 1 if failed else output_status()
+    load_extensions()
+    failed = [check for check in _CHECKS[given.group](given) if not _passes(check)]
+    return 1 if failed else 0
 
 
 def _passes(check: Check) -> bool:

@@ -48,7 +48,7 @@ def refuse_invalid_choices(words: Iterable[str]) -> None:
     for word in words:
         match = re.fullmatch(r"(~|\+*)([\w@]+)(?:=(.*))?", word, re.DOTALL)
         group = match[2].partition("@")[0] if match else ""
-        if match is None or not group or not (CONF / group).is_dir():
+        if match is None or not group or not any((CONF / group).glob("*.yaml")):
             continue
         key, value = match[2], match[3]
         deleted = match[1] == "~" and key != _OPTIONAL_GROUP and key not in added

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sskd import CONF
 from sskd.commands.advice import about_commas, about_plus, about_quotes
-from sskd.errors import UserError, did_you_mean, mask_unprintable, shortened
+from sskd.errors import UserError, did_you_mean, mask_unprintable, one_line, shortened
 from sskd.invocation.extensions import extension_names, load_extensions
 from sskd.invocation.names import config_dir, config_name, rerun_hint
 
@@ -49,10 +49,10 @@ def crash_message(error: Exception) -> str | None:
     None if ``error`` is a fault of the suite.
     """
     if isinstance(error, ValueError) and _was_raised_in_hydra(error):
-        return _long_number() or " ".join(str(error).split())
+        return _long_number() or one_line(error)
     if not _was_raised_in_reading(error):
         return None
-    cause = "cannot be composed (" + " ".join(str(error).split()) + ")"
+    cause = "cannot be composed (" + one_line(error) + ")"
     if isinstance(error, RecursionError):
         cause = "its defaults lead back to itself"
     return _long_number() or f"{_primary_file()}: {cause}"

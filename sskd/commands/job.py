@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -55,6 +56,7 @@ def _train(composed: DictConfig) -> float:
     from sskd.config import read_config
     from sskd.invocation.extensions import load_extensions
     from sskd.output import say
+    from sskd.runs.untrusted import refuse_unsafe_sweep_folder
     from sskd.train import carry_out
 
     hydra = HydraConfig.get()
@@ -64,21 +66,24 @@ def _train(composed: DictConfig) -> float:
     if is_alone and (line := about_weighting(config.method.name, hydra.overrides.task)):
         say(line)
     check_search(config.dataset.holdout)
+    if not is_alone:
+        refuse_unsafe_sweep_folder(Path(config.runs))
     plan, result = carry_out(config, from_command_line=is_alone)
     return objective(result, plan.folder)
 
 
 def _keep_failure(composed: DictConfig, error: Exception) -> None:
-    """Write the failure to the run's folder, if the run failed before it was opened."""
+    """Write the failure to the run's folder, unless the run has finished."""
     from sskd.config import read_config
     from sskd.runs.lock import FolderLock
+    from sskd.runs.names import RESULT
     from sskd.runs.status import write_failure
     from sskd.teachers.find import run_location
 
     # The error may be that there is no folder for the run.
     with contextlib.suppress(*USER_ERRORS):
         folder, _ = run_location(read_config(composed))
-        if folder.is_dir():
+        if folder.is_dir() and not (folder / RESULT).exists():
             lock = FolderLock(folder)
             lock.acquire(watch=False)
             try:

@@ -20,7 +20,7 @@ from sskd.commands.advice import refuse_invalid_choices, refuse_missing_keys
 from sskd.commands.hydra_errors import USER_ERRORS, crash_message, user_message
 from sskd.errors import Interrupted, JobError, UnfinishedError, exit_status
 from sskd.invocation.names import command_line, rerun_hint, tool_command, with_packaged_sweeps
-from sskd.output import complain, steady_output
+from sskd.output import complain, output_status, steady_output
 
 # For the folder that Hydra makes for a sweep; a run's own is expanded with its configuration.
 OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
@@ -53,6 +53,24 @@ def run_command(main: Callable[[], object]) -> int:
         except Exception as error:
             return _end_interrupted() if interrupts else _report(error, shows_traceback)
     return 0
+
+
+def run_tool(main: Callable[[], int | None]) -> int:
+    """Run the ``main`` of a command without Hydra and return its exit status.
+
+    That is what ``main`` returns; 1 after an error, about which one line is printed; 130 after
+    Ctrl-C.
+    """
+    with steady_output():
+        try:
+            status = main()
+        except USER_ERRORS as error:
+            complain(f"error: {user_message(error)}")
+            return 1
+        except KeyboardInterrupt:
+            complain("\nstopped")
+            return 130
+        return status or output_status()
 
 
 def _report(error: Exception, shows_traceback: bool) -> int:

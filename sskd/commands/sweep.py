@@ -33,6 +33,7 @@ from sskd.runs.status import (
     forced_in_this_sweep,
     read_status,
 )
+from sskd.runs.untrusted import refuse_unsafe_sweep_folder
 from sskd.teachers.find import resolve_plan, run_location
 from sskd.tracking.environment import check_environment
 from sskd.training.signals import raise_on_sigterm
@@ -126,6 +127,8 @@ class Sweep:
 
     def queue(self) -> list[list[str]]:
         """Mark the jobs that have not finished as queued, and return their overrides."""
+        for runs in {job.config.runs for job in self.jobs}:
+            refuse_unsafe_sweep_folder(Path(runs))
         os.environ[SWEEP_VARIABLE] = uuid.uuid4().hex  # launchers pass it to their processes
         with digests_kept():
             pending = [job for job in self.jobs if job.config.force or not job.has_finished()]

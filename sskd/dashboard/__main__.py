@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from sskd import CONF
+from sskd.commands.process import run_tool
 from sskd.errors import UserError, did_you_mean
 from sskd.files import write_text
 from sskd.invocation.extensions import extension_names, load_extensions
 from sskd.invocation.names import tool_command
-from sskd.output import complain, output_status, say, steady_output
+from sskd.output import say
 
 DESCRIPTION = """\
 Build a Weights & Biases workspace and report of all runs of a project: tables of
@@ -33,14 +34,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` (default: the process's) and return its exit status."""
-    with steady_output():
-        arguments = _parser().parse_args(argv)
-        try:
-            _dashboard(arguments)
-        except UserError as error:
-            complain(f"error: {error}")
-            return 1
-        return output_status()
+    return run_tool(lambda: _dashboard(_parser().parse_args(argv)))
 
 
 def _dashboard(arguments: argparse.Namespace) -> None:

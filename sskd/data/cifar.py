@@ -23,9 +23,9 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 from sskd.data.cache import read_cache, write_cache
 from sskd.data.images import Split
-from sskd.data.reading import Source, abbreviate, absolute_path, one_line
+from sskd.data.reading import Source, abbreviate, absolute_path
 from sskd.data.settings import DatasetSettings
-from sskd.errors import UserError
+from sskd.errors import UserError, one_line
 from sskd.files import read_bounded
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without any data

@@ -16,8 +16,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from sskd.data.reading import one_line
-from sskd.errors import UserError
+from sskd.errors import UserError, one_line
 from sskd.files import read_bounded
 
 # Other formats are refused under any file name. Pillow passes PostScript, for example, to

@@ -40,7 +40,3 @@ def absolute_path(root: str) -> Path:
 def abbreviate(names: list[str], most: int = 5) -> str:
     """Join the first ``most`` names, and give the number of the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

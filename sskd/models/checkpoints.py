@@ -174,7 +174,7 @@ def load_weights(model: nn.Module, path: str | Path) -> Checkpoint:
 
 
 def save_weights(
-    path: Path,
+    path: str | Path,
     model: nn.Module,
     about: Mapping[str, Any],
     *,
@@ -187,7 +187,7 @@ def save_weights(
     """
     state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = save(state, metadata={METADATA_KEY: json.dumps(about)})
-    write_atomically(path, lambda stream: stream.write(content), still_ours=still_ours)
+    write_atomically(expanded(path), lambda stream: stream.write(content), still_ours=still_ours)
 
 
 def weights_digest(weights: nn.Module | Mapping[str, Tensor]) -> str:

@@ -119,11 +119,15 @@ class Checkpoints:
                 raise CorruptFileError(BEST, f"it is of another run: {other}")
             if best.get("epoch") != epoch:
                 raise CorruptFileError(BEST, f"it is of epoch {best.get('epoch')}")
-            if not isinstance(best.get("model"), dict):
+            weights = best.get("model")
+            if not isinstance(weights, dict) or not _are_tensors(weights):
                 raise CorruptFileError(BEST, "it has no weights")
         except (CorruptFileError, OSError) as error:
             lost = f"the weights of epoch {epoch}, the best, are lost"
             complain(f"warning: {self._folder}: {lost}: {error}")
             return None
-        weights: dict[str, Tensor] = best["model"]
         return weights
+
+
+def _are_tensors(weights: dict[Any, Any]) -> bool:
+    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items())

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sskd.errors import UserError
-from sskd.files import fsync_folder, make_durable_folder, safe_join
+from omegaconf import OmegaConf
+
+from sskd.errors import UserError, one_line
+from sskd.files import StillOurs, fsync_folder, make_durable_folder, safe_join, write_text
 from sskd.runs.lock import FolderLock, remove_lock_file
 from sskd.runs.names import CONFIG, LAST, MOST_CONFIG, MOST_RESULT, PREVIOUS, RESULT
 from sskd.runs.result import Result
@@ -59,6 +61,24 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
+def write_config_file(
+    path: Path, config: Mapping[str, Any], *, still_ours: StillOurs | None = None
+) -> None:
+    """Write the full ``config`` of a run as YAML.
+
+    Raises:
+        UserError: it is too long to be read again, for example because of its tags.
+    """
+    text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+    size = len(text.encode())
+    if size > MOST_CONFIG:
+        raise UserError(
+            f"{path}: the configuration has {size} bytes, but at most {MOST_CONFIG} are read; "
+            "shorten its lists and texts, such as wandb.tags"
+        )
+    write_text(path, text, still_ours=still_ours)
+
+
 def read_result(folder: Path, kind: type[R]) -> R | None:
     """Return the result in ``folder``, of class ``kind``; None if no run has finished there.
 
@@ -71,7 +91,7 @@ def read_result(folder: Path, kind: type[R]) -> R | None:
     try:
         return kind.from_json(read_json(path, MOST_RESULT))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(
             f"{path}: is not a result ({reason}); start from scratch with force=true"
         ) from None

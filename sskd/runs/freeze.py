@@ -1,4 +1,4 @@
-"""Add the options that the recipe lacks to its file: ``python -m sskd.runs.freeze``.
+"""Add the options and settings that the recipe lacks to its file: ``python -m sskd.runs.freeze``.
 
 Entries that the file has are kept, because finished runs are named after them.
 """
@@ -28,7 +28,7 @@ def freeze(frozen: dict[str, Any]) -> dict[str, Any]:
     """Return ``frozen`` with an entry for each network, method and dataset of ``conf/``."""
     with initialize_config_dir(str(CONF), version_base=None):
         return {
-            "common": frozen.get("common") or _common(),
+            "common": _with_missing(frozen.get("common", {}), _common()),
             "arch": {
                 name: {**dict.fromkeys(ArchSettings.model_fields), **settings}
                 for name, settings in _section("arch", frozen, "teacher", "arch={}").items()
@@ -49,18 +49,28 @@ def _common() -> dict[str, Any]:
 
 def _section(group: str, frozen: dict[str, Any], primary: str, override: str) -> dict[str, Any]:
     known = frozen.get(group, {})
-    names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-    new = [name for name in names if name not in known]
-    found = {
-        name: OmegaConf.to_container(compose(primary, [override.format(name)])[group])
-        for name in new
-    }
-    return {**known, **found}
+    names = sorted({*known, *(path.stem for path in (CONF / group).glob("*.yaml"))})
+    found: dict[str, Any] = {}
+    for name in names:
+        current: Any = {}
+        if (CONF / group / f"{name}.yaml").is_file():
+            current = OmegaConf.to_container(compose(primary, [override.format(name)])[group])
+        found[name] = _with_missing(known.get(name, {}), current)
+    return found
+
+
+def _with_missing(frozen: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+    """Return ``frozen`` with the keys of ``current`` that it lacks, at every level."""
+    merged = {**current, **frozen}
+    for key in frozen.keys() & current.keys():
+        if isinstance(frozen[key], dict) and isinstance(current[key], dict):
+            merged[key] = _with_missing(frozen[key], current[key])
+    return merged
 
 
 _DESCRIPTION = (
-    "Add the options that the recipe lacks to its file. Existing entries are kept, because "
-    "finished runs are named after them."
+    "Add the options and settings that the recipe lacks to its file. Existing entries are kept, "
+    "because finished runs are named after them."
 )
 
 

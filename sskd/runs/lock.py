@@ -54,9 +54,8 @@ class FolderLock:
         try:
             self._lease.acquire(timeout=0)
         except Timeout:
-            os.utime(
-                self._folder
-            )  # OSError if the folder is read-only, where no lease can be broken
+            # OSError if the folder is read-only: no lease can be broken there.
+            os.utime(self._folder)
             self._acquire_from_another(wait, watch)
         except LeaseSettingsMismatch:
             raise UserError(

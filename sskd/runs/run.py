@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from omegaconf import OmegaConf
 from torch import nn
 
 from sskd.errors import BusyError, UserError
@@ -19,7 +18,7 @@ from sskd.files import make_durable_folder, stale_temporaries, write_text
 from sskd.models import save_weights
 from sskd.runs.checkpoints import Checkpoints
 from sskd.runs.comparison import explain_difference, refuse_other_result
-from sskd.runs.folder import read_config_file, read_result
+from sskd.runs.folder import read_config_file, read_result, write_config_file
 from sskd.runs.identity import identity
 from sskd.runs.lock import FolderLock
 from sskd.runs.metrics_log import MetricsLog
@@ -105,9 +104,8 @@ class Run:
         if any((self.folder / name).exists() for name in (LAST, PREVIOUS, RESULT)):
             self._refuse_other_config()
         else:
-            text = OmegaConf.to_yaml(OmegaConf.create(dict(self.config)))
             with self.lock.writing() as still_ours:
-                write_text(self.folder / CONFIG, text, still_ours=still_ours)
+                write_config_file(self.folder / CONFIG, self.config, still_ours=still_ours)
         if not (self.folder / RESULT).exists():
             self._write_status("running")
 

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from sskd.errors import UserError, shortened
+from sskd.errors import UserError, one_line, shortened
 from sskd.files import StillOurs, is_regular_file, read_bounded_text, write_text
 from sskd.runs import fields
 from sskd.runs.names import MOST_EPOCHS
@@ -159,7 +159,7 @@ def write_failure(
     """
     with contextlib.suppress(OSError, UserError):
         if isinstance(error, Exception):
-            message = " ".join(str(error).split()) or type(error).__name__
+            message = one_line(error)
             lines = "".join(traceback.format_exception(error))
             details = {"error": message[:_LONGEST], "traceback": lines[-_LONGEST:]}
             write_status(folder, "failed", still_ours=still_ours, **details)

@@ -12,10 +12,11 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sskd.errors import UserError
-from sskd.files import is_regular_file, read_bounded_text
+from sskd.errors import UserError, one_line
+from sskd.files import is_regular_file, read_bounded_text, safe_join
 from sskd.runs.fields import parse_object
 
+SWEEP_FOLDER = ".hydra"  # of Hydra's launchers and sweepers: conf/common.yaml
 _DEEPEST = 50  # levels; a configuration has five
 
 
@@ -33,7 +34,7 @@ def read_yaml(path: Path, most: int) -> dict[str, Any]:
         content = OmegaConf.to_container(OmegaConf.create(text))
         str(content)  # ValueError for an integer of more digits than Python writes
     except (OSError, OmegaConfBaseException, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(one_line(error)) from None
     if not isinstance(content, dict):
         raise ValueError("it is not a mapping")
     return {str(key): value for key, value in content.items()}
@@ -63,6 +64,13 @@ def read_json(path: Path, most: int) -> dict[str, Any]:
     if not is_regular_file(path):
         raise ValueError("it is not a regular file")
     return dict(parse_object(read_bounded_text(path, most)))
+
+
+def refuse_unsafe_sweep_folder(runs: Path) -> None:
+    """Raise UserError if ``.hydra`` below ``runs`` redirects what a launcher or sweeper writes."""
+    folder = safe_join(runs, SWEEP_FOLDER)
+    if folder.is_dir():
+        refuse_unsafe_entries(folder)
 
 
 def refuse_unsafe_entries(folder: Path) -> None:

@@ -149,7 +149,7 @@ class _Writer:
         It does if ``save`` is true, and after the last image.
         """
         first = self.point.images
-        _refuse_lost(rows, first, self._run.folder)
+        _refuse_non_finite(rows, first, self._run.folder)
         data = rows.cpu().view(torch.uint8).numpy().tobytes()
         done = first + len(rows)
         save = save or done == self._layout.images
@@ -165,10 +165,10 @@ class _Writer:
         return save
 
 
-def _refuse_lost(rows: Tensor, first: int, folder: Path) -> None:
-    lost = (~rows.isfinite()).flatten(1).any(1)
-    if lost.any():
-        image = first + int(lost.int().argmax())
+def _refuse_non_finite(rows: Tensor, first: int, folder: Path) -> None:
+    non_finite = (~rows.isfinite()).flatten(1).any(1)
+    if non_finite.any():
+        image = first + int(non_finite.int().argmax())
         raise UserError(
             f"{folder}: the teacher's outputs for training image {image} (counting from 0) are not "
             "finite; use another teacher"

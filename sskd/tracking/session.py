@@ -12,8 +12,8 @@ from typing import Any
 import requests
 import wandb
 
-from sskd.errors import UserError
-from sskd.files import is_regular_file, read_bounded_text, write_text
+from sskd.errors import UserError, one_line
+from sskd.files import StillOurs, is_regular_file, read_bounded_text, write_text
 from sskd.output import say
 from sskd.tracking.environment import (
     FINISH_TIMEOUT,
@@ -30,7 +30,13 @@ _ANSWER_TIMEOUT = 10  # seconds
 
 
 def open_run(
-    mode: str, folder: Path, name: str, *, under_agent: bool = False, **arguments: Any
+    mode: str,
+    folder: Path,
+    name: str,
+    *,
+    under_agent: bool = False,
+    still_ours: StillOurs | None = None,
+    **arguments: Any,
 ) -> wandb.Run:
     """Return the W&B run named ``name``, whose id and offline files are kept in ``folder``.
 
@@ -39,6 +45,7 @@ def open_run(
     Args:
         mode: see ``choose_mode``.
         under_agent: use the run of ``wandb agent``, which has chosen its id and project.
+        still_ours: as in ``sskd.files.write_atomically``.
         arguments: arguments of ``wandb.init``.
 
     Raises:
@@ -50,7 +57,7 @@ def open_run(
     if under_agent:
         wandb.teardown()  # an earlier run of this process hid the agent's variables
     else:
-        arguments["id"] = run_id(folder, name)
+        arguments["id"] = run_id(folder, name, still_ours=still_ours)
     with hide_foreign_variables(mode, under_agent=under_agent):
         return _open(mode, arguments)
 
@@ -77,7 +84,7 @@ def _open(asked: str, arguments: dict[str, Any]) -> wandb.Run:
 
 
 def _unusable(error: Exception) -> UserError:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = one_line(error)
     return UserError(f"W&B: {reason}; use wandb.mode=disabled to train without W&B")
 
 
@@ -128,7 +135,7 @@ def _require_answer(url: str) -> None:
         raise wandb.Error(f"{url} does not answer: {type(error).__name__}") from None
 
 
-def run_id(folder: Path, name: str) -> str:
+def run_id(folder: Path, name: str, *, still_ours: StillOurs | None = None) -> str:
     """Return the W&B id of the run in ``folder``: created once, then kept there.
 
     A resumed run keeps its id. A run of the same name in another folder, or one started from
@@ -142,5 +149,5 @@ def run_id(folder: Path, name: str) -> str:
     if not re.fullmatch("[0-9a-f]+", known) or len(known) != _ID_LENGTH:
         text = f"{name} {uuid.uuid4()}"
         known = hashlib.sha256(text.encode()).hexdigest()[:_ID_LENGTH]
-        write_text(path, known)
+        write_text(path, known, still_ours=still_ours)
     return known

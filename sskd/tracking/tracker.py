@@ -68,7 +68,12 @@ class Tracker:
         name = str(self._plan.folder.relative_to(self._plan.config.runs))
         arguments = _init_arguments(self._plan)
         self._wandb = open_run(
-            mode, self._plan.folder, name, under_agent=self._under_agent, **arguments
+            mode,
+            self._plan.folder,
+            name,
+            under_agent=self._under_agent,
+            still_ours=self._run.lock.check,
+            **arguments,
         )
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:

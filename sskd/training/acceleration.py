@@ -9,7 +9,7 @@ import torch
 from sskd.config import Config
 from sskd.data import Batch
 from sskd.device import to_device
-from sskd.errors import UserError
+from sskd.errors import UserError, one_line
 from sskd.methods import LossOutput, Method, Phase
 from sskd.models import fold_batch_norms
 
@@ -41,7 +41,7 @@ def compile_loss(phase: Phase, config: Config) -> Phase:
         try:
             step: LossOutput = compiled(batch)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise UserError(
                 f"compile={config.compile}: phase {phase.name} cannot be compiled here "
                 f"({reason}); use compile=off"

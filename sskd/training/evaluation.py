@@ -25,12 +25,12 @@ def predict(network: nn.Module, split: Split, images: Images, of: str = "the net
         split, images.mean, images.std, inference_batch_size(split.images.device)
     )
     logits = torch.cat([network(x).logits for x, _ in batches])
-    lost = (~logits.isfinite()).any(1)
-    if lost.any():
-        first = int(lost.int().argmax())
+    non_finite = (~logits.isfinite()).any(1)
+    if non_finite.any():
+        first = int(non_finite.int().argmax())
         raise NotFiniteError(
             f"{of}: the logits of image {first} of {len(logits)} (counting from 0) are not finite"
-            f"{_and_others(int(lost.sum()) - 1)}"
+            f"{_and_others(int(non_finite.sum()) - 1)}"
         )
     return logits
 

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sskd.errors import UserError, shortened
+
 
 class Meter:
-    """Sums of metrics over images; only ``read`` and ``first_lost`` copy to the host."""
+    """Sums of metrics over images; only ``read`` and ``first_non_finite`` copy to the host."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -20,7 +22,17 @@ class Meter:
         self._finite: Tensor | None = None  # for each metric, the number of steps with a finite sum
 
     def add(self, metrics: Mapping[str, Tensor], images: int) -> None:
-        """Add ``metrics``, scalars that are means over ``images`` images."""
+        """Add ``metrics``, scalars that are means over ``images`` images.
+
+        Raises:
+            UserError: their names differ from those of the first step, or of the checkpoint.
+        """
+        if self._sums is not None and list(metrics) != self._names:
+            raise UserError(
+                f"the names of the metrics changed from {shortened(self._names)} to "
+                f"{shortened(list(metrics))} within an epoch; a method must return the same names "
+                "in each step (if the checkpoint was changed, start from scratch with force=true)"
+            )
         values = torch.stack([value.detach().float() for value in metrics.values()]) * images
         self._names = list(metrics)
         self._sums = values if self._sums is None else self._sums + values
@@ -35,7 +47,7 @@ class Meter:
             return {}
         return dict(zip(self._names, (self._sums / self.images).tolist(), strict=True))
 
-    def first_lost(self, names: Collection[str]) -> tuple[int, list[str]]:
+    def first_non_finite(self, names: Collection[str]) -> tuple[int, list[str]]:
         """Return how many steps ago the first of ``names`` was not finite, and which it was.
 
         1 means the last step. If all are finite, return 0 and no name.
@@ -44,8 +56,8 @@ class Meter:
             return 0, []
         before = dict(zip(self._names, self._finite.tolist(), strict=True))
         first = min((before[name] for name in names), default=self._steps)
-        lost = [name for name in names if before[name] == first < self._steps]
-        return self._steps - first, lost
+        first_ones = [name for name in names if before[name] == first < self._steps]
+        return self._steps - first, first_ones
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that ``load_state_dict`` restores."""

@@ -19,7 +19,9 @@ from sskd.training.meter import Meter
 _WEIGHTED = "weighted/"
 
 
-def first_lost(meter: Meter, metrics: Mapping[str, float], step: int) -> tuple[str, list[str]]:
+def first_non_finite(
+    meter: Meter, metrics: Mapping[str, float], step: int
+) -> tuple[str, list[str]]:
     """Return a description of the terms that became non-finite first, and their names.
 
     A term that has a weight of 0 does not count. The description is "" if all are finite.
@@ -30,9 +32,9 @@ def first_lost(meter: Meter, metrics: Mapping[str, float], step: int) -> tuple[s
         step: the number of the epoch's last step, from 1.
     """
     counted = [name for name in metrics if name.startswith(_WEIGHTED)]
-    steps_ago, names = meter.first_lost(counted)
+    steps_ago, names = meter.first_non_finite(counted)
     if not names:
-        steps_ago, _ = meter.first_lost(["loss"])
+        steps_ago, _ = meter.first_non_finite(["loss"])
         if not steps_ago:
             return "", []
         return f"the sum of the terms is not finite, in step {step - steps_ago + 1}", []
@@ -70,9 +72,9 @@ class FiniteCheck:
             UserError: a term is not finite; it names the first one, and its step.
         """
         metrics = meter.read()
-        problem, terms = first_lost(meter, metrics, step)
+        problem, terms = first_non_finite(meter, metrics, step)
         if problem:
-            self._refuse_lost_teacher()
+            self._refuse_non_finite_teacher()
             raise self.error(problem, terms)
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
@@ -87,7 +89,7 @@ class FiniteCheck:
         """Return the error about ``problem``, which began in ``terms``, with advice."""
         return UserError(f"{self.where()}: {problem}; {advise(self.config, self.phase, terms)}")
 
-    def _refuse_lost_teacher(self) -> None:
+    def _refuse_non_finite_teacher(self) -> None:
         """Raise UserError if the teacher's logits are not finite, which no setting can fix."""
         if isinstance(teacher := getattr(self.method, "teacher", None), nn.Module):
             name = f"{self.where()}: a term is not finite: the teacher, test set"
@@ -100,13 +102,19 @@ class FiniteCheck:
 def advise(config: Config, phase: Phase, terms: Sequence[str] = ()) -> str:
     """Return what to try against a divergence of ``phase`` that began in ``terms``."""
     own_lr = phase.schedule is not None and phase.schedule.lr is not None
-    phases = (name for name, value in config.method if value == phase.schedule)
-    tries = [f"a smaller method.{next(phases, '')}.lr" if own_lr else "a smaller optimizer.lr"]
+    tries = [_own_rate(config, phase) if own_lr else "a smaller optimizer.lr"]
     if phase.schedule is None and len(terms) == 1 and len(phase.weights) > 1:
         tries.append(f"a smaller method.weights.{terms[0]}")
     if config.precision != "fp32":
         tries.append("precision=fp32")
     return "try " + ", or ".join(tries)
+
+
+def _own_rate(config: Config, phase: Phase) -> str:
+    """Return the advice about the learning rate of a phase that has its own."""
+    settings = (name for name, value in config.method if value is phase.schedule)
+    setting = next(settings, None)
+    return f"a smaller method.{setting}.lr" if setting else f"a smaller rate of phase {phase.name}"
 
 
 def all_finite(module: nn.Module) -> bool:

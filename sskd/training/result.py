@@ -51,7 +51,7 @@ def measure_result(
         holdout_top1=_holdout(run),
         epoch=state.epoch,
         accuracy=last,
-        seconds=sum(line.metrics["seconds"] for line in run.metrics.lines),
+        seconds=sum(line.metrics.get("seconds", 0.0) for line in run.metrics.lines),
         images_per_second=state.images / max(state.seconds, 1e-9),
         parameters=sum(parameter.numel() for parameter in student.parameters()),
         digest=WeightsDigests(weights_digest(student), best_digest),
@@ -102,7 +102,7 @@ def _holdout(run: Run) -> HoldoutTop1 | None:
         last=scored[-1].metrics["holdout/top1"],
         best=best.metrics["holdout/top1"],
         best_epoch=best.epoch,
-        test_top1_at_best=best.metrics["test/top1"],
+        test_top1_at_best=best.metrics.get("test/top1"),
     )
 
 

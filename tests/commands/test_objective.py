@@ -201,7 +201,7 @@ def test_a_sweeper_that_is_not_installed_is_one_line(
     monkeypatch.delitem(sweepers, "optuna.yaml", raising=False)
     status, _, err = command("-m", f"hydra/sweeper={sweeper}", *JOB)
     assert (status, err.count("\n")) == (1, 1)
-    assert "hydra/sweeper/optuna is not installed; pip install '.[optuna]'" in err
+    assert "hydra/sweeper/optuna is not installed; install it with pip install '.[optuna]'" in err
 
 
 def test_optuna_finds_the_best_of_its_runs(command: Command) -> None:
@@ -213,3 +213,22 @@ def test_optuna_finds_the_best_of_its_runs(command: Command) -> None:
     held_out = [line["holdout/top1"] for line in last_lines(command.runs)]
     assert len(held_out) == 3
     assert found["best_value"] == pytest.approx(max(held_out))
+
+
+@pytest.mark.parametrize("entry", ["", "optimization_results.yaml", "slurm"])
+def test_a_link_in_the_sweeps_folder_is_refused(
+    command: Command, tmp_path: Path, entry: str
+) -> None:
+    """An untrusted folder of runs could choose what a sweeper or a launcher overwrites."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    link = command.runs / ".hydra" / entry
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(outside)
+    status, _, err = search(command, *JOB, HOLDOUT, "hydra.sweeper.seeds=[0]")
+    assert status == 1
+    assert f"{link}: is a symbolic link" in err
+    status, _, err = command("-m", *JOB, "seed=0")
+    assert status == 1
+    assert f"{link}: is a symbolic link" in err
+    assert list(outside.iterdir()) == []

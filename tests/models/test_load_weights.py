@@ -19,6 +19,7 @@ from sskd.models import (
     load_weights,
     read_checkpoint,
     recognise,
+    save_weights,
     weights_digest,
 )
 
@@ -162,3 +163,10 @@ def test_every_network_loads_from_both_layouts(name: str, tmp_path: Path) -> Non
         model = build_model(name, 7)
         load_weights(model, path)
         assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+def test_weights_are_saved_at_a_path_in_text(tmp_path: Path) -> None:
+    saved, loaded = nn.Linear(2, 1), nn.Linear(2, 1)
+    save_weights(str(tmp_path / "net.safetensors"), saved, {})
+    load_weights(loaded, str(tmp_path / "net.safetensors"))
+    assert torch.equal(loaded.weight, saved.weight)

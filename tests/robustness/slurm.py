@@ -334,8 +334,8 @@ def test_a_cancelled_job_saves_its_state(
     sweep = stopped_sweep(cluster, tmp_path / "runs", "scancel")
     status, _, err = sweep.end()
     assert status == 1
-    assert "(state: CANCELLED); the other jobs go on" in err
-    assert f"{sweep.folder(0)}: stopped; the same command does it" in err
+    assert "(state: CANCELLED); the other jobs continue" in err
+    assert f"{sweep.folder(0)}: stopped; the same command resumes it" in err
     wait_for("end of the other job", lambda: read_status(sweep.folder(1)).state == "finished")
     status, out, _ = sweep.rerun_without_slurm()
     assert status == 0

@@ -206,3 +206,24 @@ def test_a_link_or_a_pipe_in_a_run_folder_is_refused(stop_run: StopRun, tmp_path
     os.mkfifo(folder / "metrics.jsonl")
     with pytest.raises(UserError, match=r"metrics\.jsonl: is a pipe or a device"):
         train(config)
+
+
+@pytest.mark.parametrize("model", [{"a": 1}, {1: torch.zeros(1)}, {"a": {}}])
+def test_best_weights_that_are_no_tensors_are_lost(
+    tmp_path: Path, capsys: Any, model: dict[Any, Any]
+) -> None:
+    save_checkpoint(tmp_path / "best.pt", {"model": model, "epoch": 1})
+    assert Run(tmp_path, {}).checkpoints.load_best(1) is None
+    assert "best.pt is corrupt: it has no weights" in capsys.readouterr().err
+
+
+def test_a_shared_phase_without_times_costs_no_student(composed: Compose, tmp_path: Path) -> None:
+    """Its log is not checked by a digest, so a field of it may be missing."""
+    words = (*SMALL, "method=sskd", f"runs={tmp_path / 'runs'}", "schedule.epochs=1")
+    train(composed(*words))
+    (log,) = tmp_path.glob("runs/*/phases/*/ss_head/*/metrics.jsonl")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for line in lines:
+        del line["seconds"]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert train(composed(*words, "method.temperature=3")).seconds

@@ -49,6 +49,17 @@ def test_freezing_again_changes_nothing() -> None:
     assert freeze({str(key): value for key, value in frozen.items()}) == frozen
 
 
+def test_freezing_adds_what_a_known_option_lacks() -> None:
+    frozen: Any = OmegaConf.to_container(OmegaConf.load(str(FROZEN)))
+    before = frozen["method"]["sskd"]["ss_head"].pop("milestones")
+    del frozen["method"]["sskd"]["ss_ratio"]
+    frozen["method"]["sskd"]["tf_ratio"] = 0.25  # a default of earlier is kept
+    sskd_entry = freeze(frozen)["method"]["sskd"]
+    assert sskd_entry["ss_head"]["milestones"] == before
+    assert sskd_entry["ss_ratio"] == 0.75  # the paper's, in conf/method/sskd.yaml
+    assert sskd_entry["tf_ratio"] == 0.25
+
+
 @pytest.fixture
 def warmer_kd(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Change the default temperature of KD in the configuration files from 4 to 3."""

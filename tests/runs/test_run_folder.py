@@ -12,7 +12,7 @@ from image_folders import write_images
 
 from sskd.config import Config
 from sskd.errors import UserError
-from sskd.runs.folder import run_folder
+from sskd.runs.folder import read_config_file, run_folder
 from sskd.runs.recipe import diff_from_recipe
 from sskd.runs.run import Run
 from sskd.teachers.find import run_location
@@ -160,3 +160,14 @@ def test_two_folders_of_images_never_share_a_run(composed: Compose, tmp_path: Pa
         train(config(other, "method=kd"))
     train(config(other, "method=vanilla", "dataset.name=other_photos"))
     train(config(one, "method=kd"))
+
+
+def test_a_configuration_too_long_to_be_read_again_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    longest = {"wandb": {"tags": ["a" * 100] * 600}}
+    with Run(folder, longest).open():
+        assert read_config_file(folder / "config.yaml") == longest
+    other = tmp_path / "other"
+    with pytest.raises(UserError, match=r"has \d+ bytes, but at most 65536 are read; .*wandb.tags"):
+        Run(other, {"wandb": {"tags": ["a" * 100] * 700}}).open()
+    assert not (other / "config.yaml").exists()

@@ -12,7 +12,8 @@ import pytest
 import torch
 from starting import PIPE, Started
 
-from sskd.device import best_precision, peak_memory, reset_peak_memory
+from sskd.device import best_precision, choose_device, peak_memory, reset_peak_memory
+from sskd.errors import UserError
 
 # A process that sees three GPUs, prints which one it chooses, and waits for a line to end.
 CHOOSE_GPU = """
@@ -129,3 +130,14 @@ def test_the_best_precision_depends_on_the_device(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_bf16, **_: has)
         assert best_precision("cuda:1") == best_precision("auto") == expected
     assert best_precision("mps") == "fp32"
+
+
+def test_a_device_without_free_memory_is_not_called_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 MiB")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(UserError, match=r"has no free memory \(CUDA out of memory\. Tried"):
+        choose_device("cpu")

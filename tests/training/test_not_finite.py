@@ -24,7 +24,7 @@ from sskd.teachers.assembly import assemble
 from sskd.train import train
 from sskd.training.evaluation import NotFiniteError, predict
 from sskd.training.meter import Meter
-from sskd.training.not_finite import advise, all_finite, first_lost
+from sskd.training.not_finite import advise, all_finite, first_non_finite
 from sskd.training.step import set_trainable, train_step
 
 NAN, INF = math.nan, math.inf
@@ -81,7 +81,7 @@ def test_the_error_names_the_first_term_and_step(kind: str) -> None:
     meter = Meter()
     for terms in steps:
         meter.add(step_metrics(**terms), 1)
-    found, _ = first_lost(meter, meter.read(), 10 + len(steps))
+    found, _ = first_non_finite(meter, meter.read(), 10 + len(steps))
     assert found.startswith(message)
     assert bool(found) == bool(message)
 
@@ -90,10 +90,10 @@ def test_metrics_from_a_checkpoint_count_as_finite() -> None:
     before, meter = Meter(), Meter()
     before.add(step_metrics(ce=1, kd=1), 4)
     meter.load_state_dict(before.state_dict(), torch.device("cpu"))
-    assert first_lost(meter, meter.read(), 1) == ("", [])
+    assert first_non_finite(meter, meter.read(), 1) == ("", [])
     meter.add(step_metrics(ce=1, kd=1), 4)
     meter.add(step_metrics(ce=1, kd=NAN), 4)
-    found = first_lost(meter, meter.read(), 3)
+    found = first_non_finite(meter, meter.read(), 3)
     assert found == ("the term 'kd' is not finite, in step 3", ["kd"])
 
 
@@ -319,3 +319,21 @@ def test_a_teacher_of_weight_0_must_be_finite_too(composed: Compose, tmp_path: P
     with pytest.raises(UserError, match=r"the teacher resnet8, test set: the logits of image 0"):
         train(composed(*TINY, *words))
     assert not list((tmp_path / "runs").rglob("result.json"))
+
+
+def test_metrics_with_other_names_are_refused() -> None:
+    meter = Meter()
+    meter.add({"a": torch.tensor(1.0)}, 1)
+    with pytest.raises(UserError, match="changed from \\['a'\\] to \\['b'\\] within an epoch"):
+        meter.add({"b": torch.tensor(3.0)}, 1)
+    assert meter.read() == {"a": 1.0}
+
+
+def test_the_advice_names_no_setting_of_another_phase(composed: Compose) -> None:
+    """Two phases may have equal schedules; a schedule may come from no setting at all."""
+    config = composed("method=sskd")
+    schedule = config.method.ss_head
+    own = Phase("ss_head", nn.Linear(1, 1), lambda _: LossOutput({}, {}), {}, schedule=schedule)
+    assert "a smaller method.ss_head.lr" in advise(config, own)
+    copied = replace(own, name="warm", schedule=schedule.model_copy())
+    assert "a smaller rate of phase warm" in advise(config, copied)
