@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 
 # Hydra's own launcher keeps the configuration of each job until its batch has ended.
 _IN_ONE_PROCESS = 20
-# More would take hours to compose, may not fit into the memory, and are a slip.
+# A larger grid takes hours to compose, may exhaust the memory, and is almost always a typo.
 _MOST_JOBS = 100_000
 
 

@@ -111,7 +111,7 @@ def _dataset_of_run(checkpoint: Path) -> list[str]:
     """Return overrides that choose the dataset of the run whose folder holds ``checkpoint``.
 
     The run may be untrusted, so nothing is downloaded to its root and no interpolation resolved.
-    Empty if the folder is no run's.
+    Empty if the folder is not a run's folder.
 
     Raises:
         UserError: its config.yaml chooses no dataset of this suite.

@@ -107,7 +107,7 @@ def write_at(
 
 @contextmanager
 def path_in_errors(path: Path) -> Iterator[None]:
-    """Add ``path`` to an error of the system: that of a full disk, for example, names no file."""
+    """Add ``path`` to a system error; the error of a full disk, for example, names no file."""
     try:
         yield
     except OSError as error:

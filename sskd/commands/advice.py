@@ -20,7 +20,7 @@ from sskd.invocation.names import command_name, config_dir, current_role
 from sskd.overrides import about_renamed, as_override, flatten
 from sskd.runs.weightings import WEIGHTED_METHODS, WEIGHTING
 
-# The one group of which the defaults choose no option.
+# The only group without a default option.
 _OPTIONAL_GROUP = "pair"
 
 

@@ -1,4 +1,4 @@
-"""One readable line for each error that Hydra, a launcher or the disk can end a command with."""
+"""Turn each error of Hydra, a launcher or the disk into one readable line."""
 
 from __future__ import annotations
 

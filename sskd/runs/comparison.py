@@ -85,7 +85,7 @@ def other_run(content: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
 def refuse_other_result(
     folder: Path, run: Mapping[str, Any] | None, expected: Mapping[str, Any]
 ) -> None:
-    """Raise UserError if the result in ``folder`` is that of a ``run`` other than ``expected``.
+    """Raise UserError if the result in ``folder`` belongs to a ``run`` other than ``expected``.
 
     Results of the first version name no run, and are accepted for any.
     """

@@ -1,7 +1,7 @@
 """A teacher's outputs for every crop of every training image, computed once for many runs.
 
-A view of an image has 162 crops. A run of 240 epochs draws one and a half times as many, and other
-runs of the same teacher draw from the same ones. If a method reads only the teacher's logits and
+A view of an image has 162 possible crops. A run of 240 epochs draws each about 1.5 times, and all
+runs with that teacher draw from the same crops. If a method reads only the teacher's logits and
 its pooled feature, the outputs of all crops fit on a disk, and a step needs no teacher.
 Shen and Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022, keep
 the logits of some random crops. Here all crops are kept, so the losses are the same as without.

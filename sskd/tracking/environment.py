@@ -1,7 +1,7 @@
-"""Check W&B's environment variables, and hide those of another run.
+"""Check W&B's environment variables, and hide the variables that name another run.
 
-``wandb agent`` names its run in variables (``WANDB_SWEEP_ID``, ``WANDB_RUN_ID``). That run is the
-command's own run. A teacher trained on the way, and the jobs of a sweep, are other runs.
+``wandb agent`` names its run in variables (``WANDB_SWEEP_ID``, ``WANDB_RUN_ID``). It is the run of
+the command. A teacher that is trained first, and the jobs of a sweep, are other runs.
 """
 
 from __future__ import annotations
