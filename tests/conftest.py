@@ -83,7 +83,7 @@ def _no_sync(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
     The processes that tests start do sync; test_faults.py tests it.
     """
-    if request.module.__name__ != "test_storage":
+    if request.module.__name__ != "test_files":
         monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 

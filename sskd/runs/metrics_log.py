@@ -59,7 +59,7 @@ class MetricsLog:
         """Return the lines that the file had when ``checkpoint`` was saved.
 
         Raises:
-            CorruptFileError: they were changed or lost, or ``checkpoint`` is not a run's checkpoint.
+            CorruptFileError: they were changed or lost; ``checkpoint`` is not a run's checkpoint.
         """
         count, digest = checkpoint.get("lines"), checkpoint.get("metrics_digest")
         if not isinstance(count, int):
