@@ -11,8 +11,8 @@ from sskd.report.results import (
     FIXED_SOURCES,
     ROW_KEYS,
     SHORT_DIGEST,
+    FinishedRun,
     Origin,
-    Result,
     Settings,
     Warn,
 )
@@ -24,7 +24,7 @@ EPOCHS_SETTING = "schedule.epochs"
 Scope = tuple[str, str, tuple[object, ...]]
 
 
-def distinct_results(results: Sequence[Result], warn: Warn) -> list[Result]:
+def distinct_results(results: Sequence[FinishedRun], warn: Warn) -> list[FinishedRun]:
     """Return ``results`` without copies, renamed if one name covers different experiments.
 
     - Datasets of one name but of several sources or digests get these in their names.
@@ -40,7 +40,7 @@ def distinct_results(results: Sequence[Result], warn: Warn) -> list[Result]:
     return list(_without_copies(renamed, warn))
 
 
-def _by_data(results: Sequence[Result], warn: Warn) -> list[Result]:
+def _by_data(results: Sequence[FinishedRun], warn: Warn) -> list[FinishedRun]:
     recorded: dict[str, set[Origin]] = {}
     for run in results:
         recorded.setdefault(run.dataset, set()).add(run.origin.data)
@@ -65,7 +65,7 @@ def _by_data(results: Sequence[Result], warn: Warn) -> list[Result]:
     ]
 
 
-def _data(run: Result, recorded: Iterable[Origin]) -> Origin:
+def _data(run: FinishedRun, recorded: Iterable[Origin]) -> Origin:
     """Return the origin of the run's data.
 
     If it is not recorded and the dataset is named after a fixed source, it is that source, unless
@@ -89,7 +89,7 @@ def _labels(name: str, datasets: Sequence[Origin]) -> dict[Origin, str]:
     return {data: name if data == source else f"{name} ({text})" for data, text in texts.items()}
 
 
-def _by_epochs(results: Sequence[Result], warn: Warn) -> list[Result]:
+def _by_epochs(results: Sequence[FinishedRun], warn: Warn) -> list[FinishedRun]:
     """Add the number of epochs to the difference if runs of one setting have several.
 
     The published experiment's number is not added, so that its values stay beside those runs.
@@ -111,13 +111,13 @@ def _by_epochs(results: Sequence[Result], warn: Warn) -> list[Result]:
     ]
 
 
-def _has_published_epochs(run: Result) -> bool:
+def _has_published_epochs(run: FinishedRun) -> bool:
     """Return whether the run has a published number of epochs, or none is recorded."""
     published = {source.epochs for source in published_for(run.dataset)}
     return run.epochs is None or run.epochs in published
 
 
-def _by_settings(results: Sequence[Result], warn: Warn) -> list[Result]:
+def _by_settings(results: Sequence[FinishedRun], warn: Warn) -> list[FinishedRun]:
     """Add to the difference the settings in which runs of one name differ."""
     found: dict[Scope, set[str]] = {}
     for run in results:
@@ -131,19 +131,19 @@ def _by_settings(results: Sequence[Result], warn: Warn) -> list[Result]:
     return [_with_settings(run, several) for run in results]
 
 
-def _scope(run: Result, key: str) -> Scope:
+def _scope(run: FinishedRun, key: str) -> Scope:
     """Return the scope in which ``key`` should have one value: a row, or a student's table."""
     row = (run.teacher, run.method, run.variant) if key.startswith(ROW_KEYS) else ()
     return run.dataset, key, (run.student, run.setting, *row)
 
 
-def _with_settings(run: Result, several: Container[Scope]) -> Result:
+def _with_settings(run: FinishedRun, several: Container[Scope]) -> FinishedRun:
     added = {key: value for key, value in run.settings if _scope(run, key) in several}
     return replace(run, difference=tuple(sorted((added | dict(run.difference)).items())))
 
 
-def _without_copies(results: Iterable[Result], warn: Warn) -> Iterator[Result]:
-    kept: dict[tuple[object, ...], list[Result]] = {}
+def _without_copies(results: Iterable[FinishedRun], warn: Warn) -> Iterator[FinishedRun]:
+    kept: dict[tuple[object, ...], list[FinishedRun]] = {}
     for run in results:
         same = kept.setdefault(
             (run.kind, run.dataset, run.teacher, run.student, run.method, run.seed, run.difference),
@@ -163,7 +163,7 @@ def _without_copies(results: Iterable[Result], warn: Warn) -> Iterator[Result]:
         )
 
 
-def _may_share_teacher(run: Result, other: Result) -> bool:
+def _may_share_teacher(run: FinishedRun, other: FinishedRun) -> bool:
     """Return whether both runs had, as far as recorded, the same teacher."""
     teachers = {run.origin.teacher, other.origin.teacher} - {None}
     return len(teachers) < 2

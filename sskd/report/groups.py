@@ -24,7 +24,7 @@ from sskd.report.published import (
     row_label,
     settings_text,
 )
-from sskd.report.results import DIGEST, Epoch, Result, Settings, without_digest
+from sskd.report.results import DIGEST, Epoch, FinishedRun, Settings, without_digest
 
 NETWORKS_TABLE = "networks"
 GAIN_LEGEND = (
@@ -70,8 +70,8 @@ class Group:
 
     dataset: str
     setting: Settings
-    distilled: tuple[Result, ...]
-    scratch_runs: tuple[Result, ...]
+    distilled: tuple[FinishedRun, ...]
+    scratch_runs: tuple[FinishedRun, ...]
     epoch: Epoch
     published: Published | None
 
@@ -107,7 +107,7 @@ class Group:
         """Return the rows that ``table`` always shows: those of a published table."""
         return self.published.rows if self.published and table in self.published.tables else ()
 
-    def pair_runs(self, pair: Pair) -> dict[RowKey, list[Result]]:
+    def pair_runs(self, pair: Pair) -> dict[RowKey, list[FinishedRun]]:
         """Return the pair's students by row, in order: the network alone, then each method."""
         rows = {STUDENT: _plain_runs(self.scratch_runs, pair[1])}
         distilled = [run for run in self.distilled if (run.teacher, run.student) == pair]
@@ -157,13 +157,13 @@ class Group:
         place = (self.dataset, self.setting_title, table, *pair, row_label(row))
         return Entry(*place, self.epoch, *mean_std_n(values), published)
 
-    def _variant(self, run: Result) -> Settings:
+    def _variant(self, run: FinishedRun) -> Settings:
         """Return the settings that set the run apart from the plain row of its method."""
         if self.published and self.published.has_settings_of(display_name(run.method), run):
             return tuple(item for item in run.variant if item[0] == DIGEST)
         return run.variant
 
-    def _published_top1(self, pair: Pair, row: RowKey, runs: Iterable[Result]) -> float | None:
+    def _published_top1(self, pair: Pair, row: RowKey, runs: Iterable[FinishedRun]) -> float | None:
         if self.published is None or not is_comparable(self.setting):
             return None
         name, _ = row
@@ -177,16 +177,16 @@ class Group:
         return self.published.top1.get((*pair, name)) if same else None
 
 
-def build_groups(results: Iterable[Result], epoch: Epoch) -> Iterator[list[Group]]:
+def build_groups(results: Iterable[FinishedRun], epoch: Epoch) -> Iterator[list[Group]]:
     """Yield the groups of each dataset and setting, the unchanged recipe first."""
-    by_setting: dict[tuple[str, Settings], list[Result]] = {}
+    by_setting: dict[tuple[str, Settings], list[FinishedRun]] = {}
     for run in results:
         by_setting.setdefault((run.dataset, run.setting), []).append(run)
     for dataset, setting in sorted(by_setting):
         runs = by_setting[dataset, setting]
         scratch_runs = tuple(run for run in runs if run.teacher is None)
         sources: tuple[Published | None, ...] = published_for(dataset) or (None,)
-        distilled: list[list[Result]] = [[] for _ in sources]
+        distilled: list[list[FinishedRun]] = [[] for _ in sources]
         for run in runs:
             if run.teacher is not None:
                 distilled[_source_index(run, sources)].append(run)
@@ -203,16 +203,18 @@ def build_groups(results: Iterable[Result], epoch: Epoch) -> Iterator[list[Group
         ]
 
 
-def network_runs(group: Group, shown: Iterable[str]) -> dict[RowKey, list[Result]]:
+def network_runs(group: Group, shown: Iterable[str]) -> dict[RowKey, list[FinishedRun]]:
     """Return the runs from scratch by network, without the plain ones of the networks ``shown``."""
-    rows: dict[RowKey, list[Result]] = {}
+    rows: dict[RowKey, list[FinishedRun]] = {}
     for run in group.scratch_runs:
         if run.variant or run.student not in shown:
             rows.setdefault((run.student, run.variant), []).append(run)
     return {key: rows[key] for key in sorted(rows)}
 
 
-def network_entries(group: Group, runs: Mapping[RowKey, Sequence[Result]]) -> dict[RowKey, Entry]:
+def network_entries(
+    group: Group, runs: Mapping[RowKey, Sequence[FinishedRun]]
+) -> dict[RowKey, Entry]:
     """Return the entry of each row of ``network_runs``."""
     comparable = group.published and is_comparable(group.setting)
     alone = group.published.alone if group.published and comparable else {}
@@ -234,14 +236,14 @@ def mean_std_n(values: Sequence[float]) -> tuple[float, float | None, int]:
     return statistics.mean(values), deviation, len(values)
 
 
-def _source_index(run: Result, sources: Sequence[Published | None]) -> int:
+def _source_index(run: FinishedRun, sources: Sequence[Published | None]) -> int:
     """Return the index of the first source with the run's settings, or 0."""
     row = display_name(run.method)
     matches = (i for i, source in enumerate(sources) if source and source.has_settings_of(row, run))
     return next(matches, 0)
 
 
-def _by_teacher(row: RowKey, runs: list[Result]) -> Iterator[tuple[RowKey, list[Result]]]:
+def _by_teacher(row: RowKey, runs: list[FinishedRun]) -> Iterator[tuple[RowKey, list[FinishedRun]]]:
     """Yield ``row``, or a row for each teacher if the runs had teachers of different weights.
 
     A teacher that this suite trained again has the same name as before.
@@ -263,14 +265,14 @@ def _teacher_top1(group: Group, pair: Pair) -> list[float]:
     return trained or sorted(value for value in measured if value is not None)
 
 
-def _students_of_untrained_teacher(group: Group, pair: Pair) -> list[Result]:
+def _students_of_untrained_teacher(group: Group, pair: Pair) -> list[FinishedRun]:
     """Return the pair's students if its teacher was not trained in this setting."""
     if _plain_runs(group.scratch_runs, pair[0]):
         return []
     return [run for run in group.distilled if (run.teacher, run.student) == pair]
 
 
-def _plain_runs(runs: Iterable[Result], network: str) -> list[Result]:
+def _plain_runs(runs: Iterable[FinishedRun], network: str) -> list[FinishedRun]:
     return [run for run in runs if run.student == network and not run.variant]
 
 

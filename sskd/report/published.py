@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 
 from sskd.errors import UserError
-from sskd.report.results import DIGEST, SHORT_DIGEST, Result, Settings
+from sskd.report.results import DIGEST, SHORT_DIGEST, FinishedRun, Settings
 from sskd.runs.weightings import WEIGHTING
 
 Pair = tuple[str, str]  # teacher and student
@@ -58,7 +58,7 @@ def row_label(row: RowKey) -> str:
 
 
 @dataclass(frozen=True)
-class Source:
+class PublishedSource:
     """A publication.
 
     Attributes:
@@ -137,11 +137,11 @@ class Published:
     epochs: int
     notes: tuple[str, ...]
 
-    def has_settings_of(self, row: str, run: Result) -> bool:
+    def has_settings_of(self, row: str, run: FinishedRun) -> bool:
         """Return whether ``run`` changed the same settings as the published runs of ``row``."""
         return self.variants.get(row) == _requested_settings(run)
 
-    def has_teacher_of(self, row: str, run: Result) -> bool:
+    def has_teacher_of(self, row: str, run: FinishedRun) -> bool:
         """Return whether the run's teacher is, as far as known, the published one of ``row``.
 
         A teacher trained by this suite has the published recipe. Of a teacher from a file only
@@ -154,12 +154,12 @@ class Published:
             return False
         return abs(run.teacher_top1 - expected) <= SAME_TEACHER
 
-    def is_same_experiment(self, row: str, run: Result) -> bool:
+    def is_same_experiment(self, row: str, run: FinishedRun) -> bool:
         """Return whether the published value of ``row`` and ``run`` may be compared."""
         return self.has_settings_of(row, run) and self.has_teacher_of(row, run)
 
 
-def _requested_settings(run: Result) -> Settings:
+def _requested_settings(run: FinishedRun) -> Settings:
     """Return the run's changes to its method and teacher, with the teacher's requested epoch.
 
     If the teacher is a file, its digest alone decides the result, and the requested epoch is
@@ -173,7 +173,7 @@ def _requested_settings(run: Result) -> Settings:
     return tuple(sorted(variant.items()))
 
 
-SSKD = Source(
+SSKD = PublishedSource(
     "published.csv",
     "",
     (
@@ -191,7 +191,7 @@ SSKD = Source(
     teachers_of={"KD": "published_crd_benchmark.csv"},
 )
 FROM_LAST = ((TEACHER_EPOCH, "last"),)
-CRD_BENCHMARK = Source(
+CRD_BENCHMARK = PublishedSource(
     "published_crd_benchmark.csv",
     "the CRD benchmark",
     (
@@ -231,7 +231,7 @@ def published_for(dataset: str) -> tuple[Published, ...]:
     return tuple(_load(source) for source in SOURCES.get(dataset, ()))
 
 
-def _load(source: Source) -> Published:
+def _load(source: PublishedSource) -> Published:
     lines = _read_tables(source.file)
     tables: dict[str, dict[Pair, None]] = {}
     top1: dict[tuple[str, str, str], float] = {}
@@ -270,7 +270,7 @@ def _from_scratch(lines: Iterable[Mapping[str, str]], row: str) -> dict[str, flo
     return {line[row]: float(line["top1"]) for line in lines if line["row"] == row}
 
 
-def _load_reruns(source: Source) -> tuple[Rerun, ...]:
+def _load_reruns(source: PublishedSource) -> tuple[Rerun, ...]:
     reruns: dict[tuple[str, str, int], dict[Pair, tuple[float, float | None]]] = {}
     for row, file in source.reruns.items():
         key, numbers = RERUN_COLUMNS[:3], RERUN_COLUMNS[3:]

@@ -12,7 +12,7 @@ from datetime import datetime
 from itertools import zip_longest
 
 from sskd.report.groups import Entry
-from sskd.report.status import STATES, Job
+from sskd.report.status import STATES, JobStatus
 from sskd.report.tables import Cell, Table
 
 GAP = "  "
@@ -187,7 +187,7 @@ def _escape_latex(text: str) -> str:
     return "".join(escaped).replace("--", "-{}-")  # two hyphens would become a dash
 
 
-def render_status(jobs: Iterable[Job], width: int, now: datetime) -> str:
+def render_status(jobs: Iterable[JobStatus], width: int, now: datetime) -> str:
     """Return a line of counts, then the unfinished jobs by state; finished jobs are only counted.
 
     Times are in the zone of ``now``.
@@ -203,18 +203,18 @@ def render_status(jobs: Iterable[Job], width: int, now: datetime) -> str:
     return "\n".join(lines) + "\n"
 
 
-def count_states(jobs: Iterable[Job]) -> str:
+def count_states(jobs: Iterable[JobStatus]) -> str:
     """Return the number of jobs in each state that any job has."""
     counts = Counter(job.state for job in jobs)
     return " · ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
 
 
-def describe_progress(job: Job) -> str:
+def describe_progress(job: JobStatus) -> str:
     """Return the finished epochs, the rate and the time left, as far as they are known."""
     return " · ".join(_progress(job))
 
 
-def _job_lines(job: Job, width: int, now: datetime) -> Iterator[str]:
+def _job_lines(job: JobStatus, width: int, now: datetime) -> Iterator[str]:
     details = list(_progress(job))
     if job.since:
         since = job.since.astimezone(now.tzinfo)
@@ -232,7 +232,7 @@ def _job_lines(job: Job, width: int, now: datetime) -> Iterator[str]:
         yield from textwrap.wrap(job.error, width, initial_indent=indent, subsequent_indent=indent)
 
 
-def _progress(job: Job) -> Iterator[str]:
+def _progress(job: JobStatus) -> Iterator[str]:
     if job.total:
         yield f"{job.done}/{job.total} epochs, {job.done / job.total:.0%}"
     elif job.done:

@@ -8,8 +8,8 @@ from pathlib import Path
 from sskd.report.disambiguation import distinct_results
 from sskd.report.groups import Group, MissingCell, build_groups, find_missing
 from sskd.report.render import render_csv
-from sskd.report.results import Epoch, Result, Warn, read_results
-from sskd.report.status import Job, read_jobs
+from sskd.report.results import Epoch, FinishedRun, Warn, read_results
+from sskd.report.status import JobStatus, read_jobs
 from sskd.report.tables import Table, build_tables
 
 
@@ -18,8 +18,8 @@ class Report:
     """A folder of runs: the results, and the state of the jobs."""
 
     runs: Path
-    results: list[Result]
-    jobs: list[Job]
+    results: list[FinishedRun]
+    jobs: list[JobStatus]
 
     def groups(self, epoch: Epoch = "last") -> list[Group]:
         """Return the groups that have distilled students, by setting and source."""
@@ -35,7 +35,7 @@ class Report:
         tables = [*self.tables("last"), *self.tables("best")]
         return render_csv(entry for table in tables for entry in table.entries)
 
-    def unfinished(self) -> list[Job]:
+    def unfinished(self) -> list[JobStatus]:
         """Return the jobs without a result: running, queued, stopped, interrupted, failed."""
         return [job for job in self.jobs if job.state != "finished"]
 

@@ -57,7 +57,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Result:
+class FinishedRun:
     """The result of one finished run.
 
     Accuracies and ``agreement`` are percentages, ``kl`` is in nats.
@@ -118,7 +118,7 @@ def without_digest(settings: Settings) -> Settings:
     return tuple((key, value) for key, value in settings if key != DIGEST)
 
 
-def read_results(root: Path, warn: Warn) -> list[Result]:
+def read_results(root: Path, warn: Warn) -> list[FinishedRun]:
     """Read all results under ``root``, sorted by path.
 
     A malformed file is skipped and reported through ``warn`` in one line.
@@ -162,7 +162,7 @@ def find_files(root: Path, names: Iterable[str], warn: Warn) -> Iterator[Path]:
         )
 
 
-def parse_result(text: str, folder: Path) -> Result | None:
+def parse_result(text: str, folder: Path) -> FinishedRun | None:
     """Return the result in ``text``, a JSON object; None if it is of a phase shared by students.
 
     Raises:
@@ -174,7 +174,7 @@ def parse_result(text: str, folder: Path) -> Result | None:
     result = RunResult.from_json(record)
     top1 = fields.mapping(record, "top1")
     method = fields.text(record, "method")
-    return Result(
+    return FinishedRun(
         kind=fields.text(record, "kind"),
         dataset=fields.text(record, "dataset"),
         teacher=result.teacher,

@@ -25,7 +25,7 @@ STATES = ("running", "queued", "stopped", "interrupted", "failed", "finished")
 
 
 @dataclass(frozen=True)
-class Job:
+class JobStatus:
     """One run's folder, its state and its progress. None: not known.
 
     Attributes:
@@ -53,7 +53,7 @@ class Job:
         return mask_unprintable(str(self.folder))
 
 
-def read_jobs(root: Path, warn: Callable[[str], None]) -> list[Job]:
+def read_jobs(root: Path, warn: Callable[[str], None]) -> list[JobStatus]:
     """Return the jobs under ``root``, sorted by state and then by path.
 
     A folder without a status is finished if it has a result, and stopped if it has a checkpoint.
@@ -65,10 +65,10 @@ def read_jobs(root: Path, warn: Callable[[str], None]) -> list[Job]:
     return sorted(jobs, key=lambda job: STATES.index(job.state))
 
 
-def _read_job(folder: Path, root: Path, warn: Callable[[str], None]) -> Iterator[Job]:
+def _read_job(folder: Path, root: Path, warn: Callable[[str], None]) -> Iterator[JobStatus]:
     name = folder.relative_to(root)
     if is_regular_file(folder / RESULT):
-        yield Job(name, "finished")
+        yield JobStatus(name, "finished")
         return
     status = _read_status(folder, warn)
     if status == Status() and not is_regular_file(folder / LAST):
@@ -78,7 +78,7 @@ def _read_job(folder: Path, root: Path, warn: Callable[[str], None]) -> Iterator
         state = "interrupted"
     lines = read_metrics(folder, warn)
     total, done = sum(status.epochs.values()), _count_done(lines, status.epochs)
-    yield Job(
+    yield JobStatus(
         name,
         state,
         since=status.since,

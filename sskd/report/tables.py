@@ -16,7 +16,7 @@ from sskd.report.groups import (
     network_runs,
 )
 from sskd.report.published import SAME_TEACHER, Pair, RowKey, is_comparable, row_label
-from sskd.report.results import Epoch, Result
+from sskd.report.results import Epoch, FinishedRun
 
 COST_TITLE = "cost and agreement, means over seeds"
 EPOCH_TITLES: dict[Epoch, str] = {"last": "last epoch", "best": "best epoch on the test set"}
@@ -86,7 +86,7 @@ class Table:
         return self.header, *(tuple(cell.text for cell in row) for row in self.rows)
 
 
-def build_tables(results: Iterable[Result], epoch: Epoch) -> list[Table]:
+def build_tables(results: Iterable[FinishedRun], epoch: Epoch) -> list[Table]:
     """Return all tables: by dataset, then by setting, the unchanged recipe first."""
     tables: list[Table] = []
     for groups in build_groups(results, epoch):
@@ -197,7 +197,7 @@ def _rerun_rows(
             )
 
 
-def _networks_table(group: Group, runs: dict[RowKey, list[Result]]) -> Table:
+def _networks_table(group: Group, runs: dict[RowKey, list[FinishedRun]]) -> Table:
     entries = network_entries(group, runs)
     compared = any(entry.published is not None for entry in entries.values())
     columns = 4 if compared else 3

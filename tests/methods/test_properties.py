@@ -35,7 +35,7 @@ from sskd.methods.sskd import keep_rows
 from sskd.models import read_checkpoint
 from sskd.overrides import as_override, flatten
 from sskd.report.metrics import read_metrics
-from sskd.report.results import Result, parse_result
+from sskd.report.results import FinishedRun, parse_result
 from sskd.runs.checkpoint_file import load_checkpoint, save_checkpoint
 from sskd.runs.epoch_line import EpochLine
 
@@ -442,7 +442,7 @@ def test_a_changed_result_is_read_or_refused(text: str) -> None:
     except ValueError as error:
         assert_one_line(error)
         return
-    assert result is None or isinstance(result, Result)
+    assert result is None or isinstance(result, FinishedRun)
     if result:
         shown = (result.last, result.best, result.teacher_top1 or 0.0, result.agreement or 0.0)
         assert all(0 <= figure <= 100 for figure in shown)

@@ -10,7 +10,7 @@ from report_runs import RESULT, text_table, texts
 from sskd.report.disambiguation import distinct_results
 from sskd.report.groups import Entry
 from sskd.report.render import render_text
-from sskd.report.results import Result, read_results
+from sskd.report.results import FinishedRun, read_results
 from sskd.report.tables import Table, build_tables
 
 PUBLISHED_ORDER = [
@@ -32,7 +32,7 @@ def scratch(student: str, **changes: Any) -> dict[str, Any]:
     return record(kind="scratch", teacher=None, student=student, method="vanilla", **changes)
 
 
-def read(root: Path, *records: dict[str, Any]) -> list[Result]:
+def read(root: Path, *records: dict[str, Any]) -> list[FinishedRun]:
     for number, values in enumerate(records):
         folder = root / f"run{number:02d}"
         folder.mkdir(parents=True)

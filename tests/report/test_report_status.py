@@ -13,7 +13,7 @@ from report_runs import epoch_line, never, put_metrics, put_run, put_status
 from sskd.report import __main__ as command
 from sskd.report.render import render_status
 from sskd.report.report import Report, read_report
-from sskd.report.status import Job, read_jobs
+from sskd.report.status import JobStatus, read_jobs
 from sskd.runs.lock import FolderLock
 
 DISTILL = "cifar100/distill/resnet56-resnet20"
@@ -35,7 +35,7 @@ def hold() -> Iterator[Hold]:
         lock.release()
 
 
-def only_job(root: Path) -> Job:
+def only_job(root: Path) -> JobStatus:
     (job,) = read_jobs(root, never)
     return job
 
@@ -97,7 +97,7 @@ def test_a_status_may_have_wrong_fields(tmp_path: Path, hold: Hold, since: objec
     (folder / "metrics.jsonl").write_text("{\n\xff\n[]\n" + '{"stage": "a", "epoch": 1e999}\n')
     warnings: list[str] = []
     (job,) = read_jobs(tmp_path, warnings.append)
-    assert job == Job(Path("run"), "running")
+    assert job == JobStatus(Path("run"), "running")
     assert len(warnings) == 1
     assert "4 of 4 lines" in warnings[0]
 
@@ -121,14 +121,16 @@ def test_pipes_and_links_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "link" / "status.json").symlink_to(secret / "status.json")
     (tmp_path / "link" / "last.pt").touch()
     (tmp_path / "link" / "metrics.jsonl").symlink_to(secret / "status.json")
-    assert read_jobs(tmp_path, never) == [Job(Path("link"), "stopped")]
+    assert read_jobs(tmp_path, never) == [JobStatus(Path("link"), "stopped")]
 
 
 def test_status_fits_the_width_and_shows_errors(tmp_path: Path) -> None:
     since = NOW - timedelta(hours=2)
-    long = Job(Path("d" * 60), "failed", since=since, host="node1", error="an error of words " * 9)
-    day = Job(Path("short"), "stopped", since=since - timedelta(days=1), host="node2")
-    text = render_status([long, day, Job(Path("x"), "finished")], 80, NOW)
+    long = JobStatus(
+        Path("d" * 60), "failed", since=since, host="node1", error="an error of words " * 9
+    )
+    day = JobStatus(Path("short"), "stopped", since=since - timedelta(days=1), host="node2")
+    text = render_status([long, day, JobStatus(Path("x"), "finished")], 80, NOW)
     assert text.startswith("1 stopped · 1 failed · 1 finished\n")
     assert max(map(len, text.splitlines())) <= 80
     assert text.count("an error of words") == text.count("an error")

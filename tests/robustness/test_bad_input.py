@@ -1066,7 +1066,9 @@ def test_malformed_published_values_are_refused(
     text, message = PUBLISHED[kind]
     path = tmp_path / "bad.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    monkeypatch.setattr(published, "SOURCES", {"cifar100": (published.Source(str(path), "", ()),)})
+    monkeypatch.setattr(
+        published, "SOURCES", {"cifar100": (published.PublishedSource(str(path), "", ()),)}
+    )
     published.published_for.cache_clear()
     put_run(tmp_path / "runs", "run")
     try:
