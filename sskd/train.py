@@ -5,10 +5,10 @@ from __future__ import annotations
 from sskd.config import Config
 from sskd.data import Images, load_images, refuse_missing
 from sskd.device import choose_device, reset_peak_memory, to_device, tune_device
-from sskd.invocation.extensions import extension_digests
 from sskd.methods import Method
-from sskd.output import complain, say
+from sskd.output import say
 from sskd.runs.folder import archive_run
+from sskd.runs.own_code import warn_of_changed_code
 from sskd.runs.plan import RunPlan
 from sskd.runs.result import RunResult
 from sskd.runs.run import Run
@@ -50,7 +50,7 @@ def carry_out(
     force = config.force and not forced_in_this_sweep(plan.folder)  # a requeued job resumes
     if not force and (result := run.finished(RunResult)):
         say(f"{plan.folder}: already finished, last top-1 {last_top1(result, plan.folder):.2f}")
-        _warn_of_changed_code(plan, result)
+        warn_of_changed_code(plan.folder, config, result)
         return _reuse(run, plan, result, under_agent=under_agent)
 
     # ---- data, networks, method ----
@@ -90,17 +90,6 @@ def _reuse(
     if under_agent:
         report_finished(run, plan, result)
     return plan, result
-
-
-def _warn_of_changed_code(plan: RunPlan, result: RunResult) -> None:
-    """Warn if the user's own code has changed since the run, because it is not in the identity."""
-    now = extension_digests()
-    for name in sorted(now.keys() & result.extensions.keys()):
-        if now[name] != result.extensions[name]:
-            complain(
-                f"warning: {plan.folder}: {name} has changed since this run was trained; "
-                "force=true trains it from scratch"
-            )
 
 
 def _train_phases(

@@ -68,7 +68,7 @@ class RunResult:
     ``kind`` is ``scratch`` or ``distill``. ``difference`` holds the settings that differ from
     version ``recipe`` of the recipe, by dotted key. ``epoch`` and ``accuracy`` are those of the
     last epoch, under the names that published checkpoints have. ``extensions`` has the SHA-256 of
-    the files of the user's code.
+    the user's code, by choices such as ``method=dist``.
     """
 
     kind: str | None = None
