@@ -138,6 +138,7 @@ def _network_checks(given: argparse.Namespace) -> Iterator[Check]:
     yield Check("shapes of the features", lambda: networks.check_features(name))
     yield Check("gradients", lambda: networks.check_gradients(name))
     yield Check("single image", lambda: networks.check_single_image(name))
+    yield Check("works as a teacher", lambda: networks.check_teacher(name))
     yield Check("checkpoints are recognised", lambda: networks.check_recognition(name))
 
 

@@ -25,6 +25,7 @@ from sskd.checks.networks import (
     check_features,
     check_gradients,
     check_recognition,
+    check_teacher,
 )
 from sskd.checks.networks import check_single_image as check_image_alone
 from sskd.checks.samples import random_images
@@ -248,6 +249,53 @@ def test_a_network_that_mixes_images_fails(network: Callable[..., str]) -> None:
 
     with pytest.raises(CheckError, match="depend on the other images"):
         check_image_alone(network(centre))
+
+
+class Hidden(nn.Module):
+    """A resnet8 whose trace has an offset that a batch of other images lacks."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.network = build_model("resnet8", classes)
+
+    def forward(self, x: Tensor) -> Features:
+        features: Features = self.network(x)
+        seen = x.shape[2] if type(x.shape[2]) is int else 32
+        return features._replace(pooled=features.pooled + seen)
+
+
+class Counting(Network):
+    """Counts its batches in a buffer, also in eval mode."""
+
+    batches: Tensor
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes, lambda features: features)
+        self.register_buffer("batches", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Any:
+        self.batches += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Hidden, "a teacher has other features for 2 images of 64 pixels"),
+        (Counting, "a teacher changes batches in eval mode"),
+    ],
+)
+def test_a_network_that_is_no_teacher_fails(
+    monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module], message: str
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "mine", kind)
+    with pytest.raises(CheckError, match=message):
+        check_teacher("mine")
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "ShuffleV2"])
+def test_the_suites_networks_are_teachers(name: str) -> None:
+    check_teacher(name)
 
 
 def test_a_network_that_is_another_is_not_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
