@@ -52,6 +52,18 @@ def defaults_of(student: str, teacher: str | None, method: str, source: str) -> 
     return read_config(composed)
 
 
+def weights_of_weighting(method: str, source: str = "cifar100") -> set[str]:
+    """Return the terms of ``method`` whose weights are those of ``weighting`` by default."""
+    weights = _compose("student", f"method={method}", f"dataset={source}").method.weights
+    written: Any = OmegaConf.to_container(weights, resolve=False)
+    return {term for term, weight in written.items() if str(weight) == f"${{weighting.{term}}}"}
+
+
+def follows_weighting(config: Config) -> bool:
+    """Return whether the method of ``config`` has the CE and KD of ``weighting`` by default."""
+    return {"ce", "kd"} <= weights_of_weighting(config.method.name, config.dataset.source)
+
+
 @cache
 def _compose(primary: str, *overrides: str) -> DictConfig:
     return compose_config(primary, overrides)

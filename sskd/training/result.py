@@ -21,6 +21,7 @@ from sskd.models import weights_digest
 from sskd.runs.names import RESULT
 from sskd.runs.own_code import code_digests
 from sskd.runs.plan import RunPlan
+from sskd.runs.recipe import follows_weighting
 from sskd.runs.result import HoldoutTop1, RunResult, Top1, WeightsDigests
 from sskd.runs.run import Run
 from sskd.runs.weightings import RECIPE
@@ -46,6 +47,7 @@ def measure_result(
         method=config.method.name,
         seed=config.seed,
         recipe=RECIPE,
+        follows_weighting=follows_weighting(config),
         difference=dict(plan.difference),
         top1=Top1(last, state.best_top1, state.best_epoch),
         holdout_top1=_holdout(run),
