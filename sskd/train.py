@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+
 from sskd.config import Config
 from sskd.data import Images, load_images, refuse_missing
 from sskd.device import choose_device, reset_peak_memory, to_device, tune_device
-from sskd.methods import Method
+from sskd.errors import UserError
+from sskd.methods import Method, Phase, fault_of_phases
 from sskd.output import say
 from sskd.runs.folder import archive_run
 from sskd.runs.own_code import warn_of_changed_code
@@ -57,9 +62,7 @@ def carry_out(
     tune_device(device)
     reset_peak_memory(device)
     images = load_images(config.dataset, plan.data_digest).to(device)
-    method = assemble(config, images, plan.teacher)
-    to_device(method, device)
-    fold_teacher(method, device)
+    method, phases = _assemble(plan, images, device)
 
     # ---- training ----
     if force:
@@ -67,7 +70,7 @@ def carry_out(
     with run.open(wait=wait):
         if result := run.finished(RunResult):  # another process was faster
             return _reuse(run, plan, result, under_agent=under_agent)
-        result = _train_phases(run, plan, method, images, under_agent=under_agent)
+        result = _train_phases(run, plan, phases, images, method=method, under_agent=under_agent)
     say(f"{plan.folder}: last top-1 {result.top1.last:.2f}, best {result.top1.best:.2f}")
     return plan, result
 
@@ -92,11 +95,30 @@ def _reuse(
     return plan, result
 
 
+def _assemble(
+    plan: RunPlan, images: Images, device: torch.device
+) -> tuple[Method, Sequence[Phase]]:
+    """Return the method on ``device`` and its phases; UserError if these cannot be trained."""
+    method = assemble(plan.config, images, plan.teacher)
+    to_device(method, device)
+    fold_teacher(method, device)
+    phases = list(method.phases())
+    if fault := fault_of_phases(phases):
+        raise UserError(f"method={plan.config.method.name}: {fault}")
+    return method, phases
+
+
 def _train_phases(
-    run: Run, plan: RunPlan, method: Method, images: Images, *, under_agent: bool
+    run: Run,
+    plan: RunPlan,
+    phases: Sequence[Phase],
+    images: Images,
+    *,
+    method: Method,
+    under_agent: bool,
 ) -> RunResult:
     """Train each phase from the last checkpoint on, and record the result."""
-    config, phases = plan.config, list(method.phases())
+    config = plan.config
     epochs = {phase.name: phase_schedule(phase, config).epochs for phase in phases}
     checkpoint = run.checkpoints.load(epochs)
     run.announce(epochs)

@@ -16,6 +16,7 @@ from sskd.methods import (
     LossOutput,
     Method,
     Phase,
+    fault_of_phases,
     load_state_without_teacher,
     state_without_teacher,
 )
@@ -33,6 +34,8 @@ def check_phases(method: Method, images: Images) -> None:
     The batch is all of the training ``images``. Its loss is finite, each of its terms has a weight,
     and the leaves of its autograd graph are exactly the parameters of ``phase.trains``.
     """
+    fault = fault_of_phases(list(method.phases()))
+    require(not fault, fault)
     *first, last = method.phases()
     named = [phase.name for phase in first if phase.name == method.evaluated_phase]
     require(

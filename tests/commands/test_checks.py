@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Compose
+from conftest import Compose, SmallTeacher
+from faults import SMALL
 from torch import Tensor, nn
 
 from sskd.checks import CheckError
@@ -30,9 +32,11 @@ from sskd.checks.networks import (
 from sskd.checks.networks import check_single_image as check_image_alone
 from sskd.checks.samples import random_images
 from sskd.data import Batch, Images
+from sskd.errors import UserError
 from sskd.methods import METHODS, build_method
 from sskd.methods.kd import KD, Outputs
 from sskd.models import ARCHITECTURES, Features, build_model
+from sskd.train import train
 
 
 class Extra(KD):
@@ -133,6 +137,39 @@ class Unsaved(Extra):
         return student.pooled.mean()
 
 
+class Repeated(Extra):
+    """Has two phases of one name."""
+
+    def phases(self) -> Any:
+        yield from super().phases()
+        yield from super().phases()
+
+    def term(self, student: Features, teacher: Features) -> Tensor:
+        return student.pooled.mean()
+
+
+class TeacherLast(Repeated):
+    """Ends with a phase of the teacher alone."""
+
+    def phases(self) -> Any:
+        for phase in KD.phases(self):
+            yield dataclasses.replace(phase, teacher_only=True)
+
+
+class Phaseless(Repeated):
+    """Has no phase."""
+
+    def phases(self) -> Any:
+        yield from ()
+
+
+FAULTY_PHASES = [
+    (Repeated, "2 phases have the name 'distill'; give each phase another one"),
+    (TeacherLast, "the last phase trains the student, so there must be one without teacher_only"),
+    (Phaseless, "the last phase trains the student, so there must be one without teacher_only"),
+]
+
+
 @pytest.fixture
 def build(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> Callable[..., KD]:
     """Return a function that builds a method with the settings of AT."""
@@ -157,6 +194,7 @@ def build(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> Callable[..., K
         (UnusedAdapter, "no loss depends on "),
         (MovingTeacher, "changes teacher."),
         (Unnamed, "the terms are .* the weights"),
+        *FAULTY_PHASES,
     ],
 )
 def test_a_phase_that_trains_the_wrong_thing_fails(
@@ -165,6 +203,21 @@ def test_a_phase_that_trains_the_wrong_thing_fails(
     images = random_images(3, 4)
     with pytest.raises(CheckError, match=message):
         check_phases(build(kind, images), images)
+
+
+@pytest.mark.parametrize(("kind", "message"), FAULTY_PHASES)
+def test_faulty_phases_end_before_training(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: type[KD],
+    message: str, small_teacher: SmallTeacher,
+) -> None:  # fmt: skip
+    small_teacher.put(tmp_path / "runs")
+    kind.terms = (*KD.terms, "at")
+    config = composed(*SMALL, "method=at", "force=true")
+    monkeypatch.setitem(METHODS, "at", kind)
+    with pytest.raises(UserError) as caught:
+        train(config)
+    assert str(caught.value) == f"method=at: {message}"
+    assert not (tmp_path / "runs/digits/distill").exists()
 
 
 def test_a_hidden_counter_fails_the_resume(build: Callable[..., KD]) -> None:
