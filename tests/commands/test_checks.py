@@ -13,7 +13,7 @@ from conftest import Compose, SmallTeacher
 from faults import SMALL
 from torch import Tensor, nn
 
-from sskd.checks import CheckError
+from sskd import errors
 from sskd.checks.__main__ import main
 from sskd.checks.methods import (
     check_overfits,
@@ -32,7 +32,7 @@ from sskd.checks.networks import (
 from sskd.checks.networks import check_single_image as check_image_alone
 from sskd.checks.samples import random_images
 from sskd.data import Batch, Images
-from sskd.errors import UserError
+from sskd.errors import CheckError, UserError
 from sskd.methods import METHODS, build_method
 from sskd.methods.kd import KD, Outputs
 from sskd.models import ARCHITECTURES, Features, build_model
@@ -361,6 +361,26 @@ def test_the_command_prints_a_line_for_each_check(capsys: Any) -> None:
     assert main(["dataset", "digits"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(" ")[0] for line in lines] == ["ok"] * 3
+
+
+@pytest.mark.parametrize(
+    ("script", "name"), [("/venv/bin/sskd-checks", "sskd-checks"), ("-m", "python -m sskd.checks")]
+)
+def test_the_help_names_the_command(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, script: str, name: str
+) -> None:
+    monkeypatch.setattr("sys.argv", [script])
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: {name} ")
+    assert f"SSKD_EXTENSIONS=dist.py {name} method dist --config-dir conf" in shown
+    assert shown.count("sskd-checks") + shown.count("sskd.checks") == 5
+
+
+def test_a_failed_check_is_an_error_of_the_suite() -> None:
+    assert CheckError.__module__ == "sskd.errors"
+    assert "CheckError" in str(errors.__doc__)
 
 
 def test_the_command_fails_if_a_check_fails(

@@ -34,7 +34,11 @@ SECTIONS = {part.partition("\n")[0]: part for part in PAGE.split("\n## ")[1:]}
 FILE = re.compile(r"^`([^`\n]+)`:\n\n```\w+\n(.*?)^```$", re.M | re.S)
 COMMANDS = re.compile(r"^```bash\n(.*?)^```$", re.M | re.S)
 QUICK = ("schedule.epochs=1", "dataset.fraction=0.05", "wandb.mode=disabled", "device=cpu")
-MODULES = {"sskd-student": "sskd.commands.student", "sskd-report": "sskd.report.__main__"}
+MODULES = {
+    "sskd-student": "sskd.commands.student",
+    "sskd-report": "sskd.report.__main__",
+    "sskd-checks": "sskd.checks.__main__",
+}
 # Runs a console script of the checkout, as the installed one does.
 SCRIPT = """
 import importlib, sys
@@ -87,10 +91,6 @@ def run_block(section: str, number: int, folder: Path, *more: str) -> list[Compl
         if words[0] == "export":
             name, _, value = words[1].partition("=")
             environment[name] = value
-        elif words[0] == "python":
-            assert words[1:3] == ["-m", "sskd.checks"]
-            command = ("-c", SCRIPT, str(ROOT), "sskd.checks.__main__", *words[2:])
-            ended.append(run(*command, cwd=folder, env=environment))
         else:
             training = [*words, *more] if words[0] == "sskd-student" else words
             command = ("-c", SCRIPT, str(ROOT), MODULES[words[0]], *training)
