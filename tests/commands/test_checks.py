@@ -126,15 +126,34 @@ class Opposed(Extra):
         return student.pooled.mean() * 0
 
 
-class Unsaved(Extra):
-    """Its state lacks a buffer."""
+class Constant(Extra):
+    """Its state lacks a buffer that never changes, and has any name."""
+
+    memory: Tensor
 
     def __init__(self, *networks: Any, **shared: Any) -> None:
         super().__init__(*networks, **shared)
-        self.register_buffer("memory", torch.zeros(3), persistent=False)
+        self.register_buffer("memory", torch.arange(3.0), persistent=False)
 
     def term(self, student: Features, teacher: Features) -> Tensor:
         return student.pooled.mean()
+
+
+class Unsaved(Constant):
+    """Its state lacks a buffer that each step changes."""
+
+    def term(self, student: Features, teacher: Features) -> Tensor:
+        self.memory += 1
+        return student.pooled.mean()
+
+
+class Unequal(Constant):
+    """Its state lacks a buffer that each new method draws."""
+
+    def __init__(self, *networks: Any, **shared: Any) -> None:
+        super().__init__(*networks, **shared)
+        torch.seed()
+        self.memory = torch.rand(3)
 
 
 class Repeated(Extra):
@@ -248,9 +267,17 @@ def test_a_method_that_does_not_learn_fails(build: Callable[..., KD]) -> None:
 
 
 def test_a_buffer_outside_of_the_state_fails(build: Callable[..., KD]) -> None:
-    images = random_images(8, 4)
+    images = random_images(12, 4)
+    with pytest.raises(CheckError, match="phase distill: memory differs after a resume"):
+        check_resume(lambda: build(Unsaved, images), images)
     with pytest.raises(CheckError, match="memory is not in the state"):
-        check_state(lambda: build(Unsaved, images))
+        check_state(lambda: build(Unequal, images))
+
+
+def test_a_constant_buffer_may_be_outside_of_the_state(build: Callable[..., KD]) -> None:
+    images = random_images(12, 4)
+    check_state(lambda: build(Constant, images))
+    check_resume(lambda: build(Constant, images), images)
 
 
 class Network(nn.Module):

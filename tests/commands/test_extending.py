@@ -123,7 +123,7 @@ def test_a_method_is_at_most_40_lines() -> None:
     assert len(bodies) == 2  # its Python file, its YAML file
     lines = sum(len(body.splitlines()) for body in bodies)
     assert lines <= 42
-    assert f"in {lines} lines" in SECTIONS["A method"]
+    assert f"It has {lines} lines" in SECTIONS["A method"]
 
 
 def test_the_method_passes_the_checks(mine: Path) -> None:
