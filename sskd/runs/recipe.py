@@ -97,6 +97,20 @@ def frozen_defaults(student: str, teacher: str | None, method: str, source: str)
     return flatten(resolved)
 
 
+def has_unfrozen_defaults(config: Config) -> bool:
+    """Return whether defaults of ``config`` are of options that the recipe lacks.
+
+    If their configuration file changes, so does the difference of each of their runs.
+    """
+    frozen, teacher = _frozen_file(), config.teacher
+    networks = {config.student.name, *([teacher.name] if teacher else [])}
+    return (
+        config.method.name not in frozen["method"]
+        or config.dataset.source not in frozen["dataset"]
+        or not networks <= frozen["arch"].keys()
+    )
+
+
 @cache
 def _frozen_file() -> dict[str, Any]:
     frozen: dict[str, Any] = yaml.safe_load(FROZEN.read_text(encoding="utf-8"))

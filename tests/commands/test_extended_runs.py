@@ -1,4 +1,4 @@
-"""Runs with extensions: what is trained again after an edit, and their weighting."""
+"""Runs with extensions: what an edit of code or of a default changes, and their weighting."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import test_extensions
+import yaml
 from conftest import Command
 from test_extensions import METHOD, YAML
 from test_run import SMALL
@@ -24,6 +25,7 @@ from sskd.invocation.extensions import (
 from sskd.methods import METHODS
 from sskd.models import ARCHITECTURES
 from sskd.report.report import read_report
+from sskd.runs import recipe
 
 mine, _no_extensions = test_extensions.mine, test_extensions._no_extensions  # the fixtures
 
@@ -238,3 +240,40 @@ def test_its_weighting_is_shown_in_the_table(
 
 def fail(message: str) -> None:
     raise AssertionError(message)
+
+
+# ---- a changed default ----
+
+
+def test_a_changed_default_trains_no_run_again(
+    command: Command, mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (mine / "mine.py").write_text(METHOD.replace('"mine"', '"changing"'))
+    path = mine / "conf/method/changing.yaml"
+    words = ("-cd", str(mine / "conf"), *QUICK, "arch@teacher=resnet8", "method=changing")
+
+    def results(default: float, *more: str) -> tuple[int, str, list[float]]:
+        text = YAML.replace("name: mine", "name: changing")
+        path.write_text(text.replace("sharpness: 2.0", f"sharpness: {default}"))
+        recipe.defaults_of.cache_clear()
+        recipe.frozen_defaults.cache_clear()
+        recipe._compose.cache_clear()
+        status, out, err = command(*words, *more)
+        found = command.runs.glob("digits/distill/*/changing/*/config.yaml")
+        sharpness = [yaml.safe_load(each.read_text())["method"]["sharpness"] for each in found]
+        return status, out + err, sorted(sharpness)
+
+    assert results(2.0)[::2] == (0, [2.0])
+    assert results(2.0, "method.sharpness=3.0")[::2] == (0, [2.0, 3.0])
+    for default, more in (
+        (3.0, ["method.sharpness=2.0"]),
+        (3.0, []),
+        (4.0, ["method.sharpness=3"]),
+    ):
+        status, shown, found = results(default, *more)
+        assert (status, found) == (0, [2.0, 3.0]), shown
+        assert "already finished" in shown
+    status, shown, found = results(4.0)
+    assert (status, found) == (1, [2.0, 3.0])
+    assert "holds a run of another configuration: method.sharpness (2.0 there, 4.0 here)" in shown
+    assert results(4.0, "method.sharpness=5.0")[::2] == (0, [2.0, 3.0, 5.0])
