@@ -8,6 +8,7 @@
     │   ├── UnfinishedError      jobs of a sweep have not finished
     │   ├── JobError             one job of a sweep failed
     │   └── NotFiniteError       a network's outputs are not finite
+    ├── CheckError               a method, network or dataset lacks a property
     └── CorruptFileError         a file is not what was written
     KeyboardInterrupt
     └── Interrupted              a signal stopped the run, which saved its state
@@ -40,6 +41,10 @@ class BusyError(UserError):
     """Another process works on the run, so that this one leaves it alone."""
 
     status = os.EX_TEMPFAIL  # nothing is wrong: the same command later finds it finished
+
+
+class CheckError(Exception):
+    """A method, network or dataset lacks a property that the suite relies on."""
 
 
 class CorruptFileError(Exception):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+
 from sskd.config import Config
 from sskd.data import Images, load_images, refuse_missing
 from sskd.device import choose_device, reset_peak_memory, to_device, tune_device
-from sskd.invocation.extensions import extension_digests
-from sskd.methods import Method
-from sskd.output import complain, say
+from sskd.errors import UserError
+from sskd.methods import Method, Phase, fault_of_phases
+from sskd.output import say
 from sskd.runs.folder import archive_run
+from sskd.runs.own_code import warn_of_changed_code
 from sskd.runs.plan import RunPlan
 from sskd.runs.result import RunResult
 from sskd.runs.run import Run
@@ -50,16 +55,14 @@ def carry_out(
     force = config.force and not forced_in_this_sweep(plan.folder)  # a requeued job resumes
     if not force and (result := run.finished(RunResult)):
         say(f"{plan.folder}: already finished, last top-1 {last_top1(result, plan.folder):.2f}")
-        _warn_of_changed_code(plan, result)
+        warn_of_changed_code(plan.folder, config, result)
         return _reuse(run, plan, result, under_agent=under_agent)
 
     # ---- data, networks, method ----
     tune_device(device)
     reset_peak_memory(device)
     images = load_images(config.dataset, plan.data_digest).to(device)
-    method = assemble(config, images, plan.teacher)
-    to_device(method, device)
-    fold_teacher(method, device)
+    method, phases = _assemble(plan, images, device)
 
     # ---- training ----
     if force:
@@ -67,7 +70,7 @@ def carry_out(
     with run.open(wait=wait):
         if result := run.finished(RunResult):  # another process was faster
             return _reuse(run, plan, result, under_agent=under_agent)
-        result = _train_phases(run, plan, method, images, under_agent=under_agent)
+        result = _train_phases(run, plan, phases, images, method=method, under_agent=under_agent)
     say(f"{plan.folder}: last top-1 {result.top1.last:.2f}, best {result.top1.best:.2f}")
     return plan, result
 
@@ -92,22 +95,30 @@ def _reuse(
     return plan, result
 
 
-def _warn_of_changed_code(plan: RunPlan, result: RunResult) -> None:
-    """Warn if the user's own code has changed since the run, because it is not in the identity."""
-    now = extension_digests()
-    for name in sorted(now.keys() & result.extensions.keys()):
-        if now[name] != result.extensions[name]:
-            complain(
-                f"warning: {plan.folder}: {name} has changed since this run was trained; "
-                "force=true trains it from scratch"
-            )
+def _assemble(
+    plan: RunPlan, images: Images, device: torch.device
+) -> tuple[Method, Sequence[Phase]]:
+    """Return the method on ``device`` and its phases; UserError if these cannot be trained."""
+    method = assemble(plan.config, images, plan.teacher)
+    to_device(method, device)
+    fold_teacher(method, device)
+    phases = list(method.phases())
+    if fault := fault_of_phases(phases):
+        raise UserError(f"method={plan.config.method.name}: {fault}")
+    return method, phases
 
 
 def _train_phases(
-    run: Run, plan: RunPlan, method: Method, images: Images, *, under_agent: bool
+    run: Run,
+    plan: RunPlan,
+    phases: Sequence[Phase],
+    images: Images,
+    *,
+    method: Method,
+    under_agent: bool,
 ) -> RunResult:
     """Train each phase from the last checkpoint on, and record the result."""
-    config, phases = plan.config, list(method.phases())
+    config = plan.config
     epochs = {phase.name: phase_schedule(phase, config).epochs for phase in phases}
     checkpoint = run.checkpoints.load(epochs)
     run.announce(epochs)

@@ -1,14 +1,12 @@
 """Properties that every method, network and dataset of the suite has, as checks of your own.
 
-``python -m sskd.checks method dist`` runs them. Each check is a function that raises
-``CheckError``; the suite's tests call the same functions.
+``sskd-checks method dist`` runs them. Each check is a function that raises ``CheckError``; the
+suite's tests call the same functions.
 """
 
 from __future__ import annotations
 
-
-class CheckError(AssertionError):
-    """A method, network or dataset lacks a property that the suite relies on."""
+from sskd.errors import CheckError
 
 
 def require(condition: bool, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The command ``python -m sskd.checks``."""
+"""The command ``sskd-checks``, or ``python -m sskd.checks``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sskd import CONF
-from sskd.checks import CheckError
 from sskd.commands.process import run_tool
-from sskd.errors import UserError
+from sskd.errors import CheckError, UserError
 from sskd.invocation.composition import compose_config
 from sskd.invocation.extensions import load_extensions
+from sskd.invocation.names import tool_command
 from sskd.output import say
 
 if TYPE_CHECKING:
@@ -29,10 +29,10 @@ status is 1 if one fails.
 """
 EXAMPLES = """\
 examples:
-  python -m sskd.checks method kd
-  SSKD_EXTENSIONS=dist.py python -m sskd.checks method dist --config-dir conf
-  python -m sskd.checks arch resnet20
-  python -m sskd.checks dataset folder dataset.root=FOLDER
+  {command} method kd
+  SSKD_EXTENSIONS=dist.py {command} method dist --config-dir conf
+  {command} arch resnet20
+  {command} dataset folder dataset.root=FOLDER
 """
 PAIR = "resnet14-resnet8"
 
@@ -131,6 +131,7 @@ def _network_checks(given: argparse.Namespace) -> Iterator[Check]:
     yield Check("shapes of the features", lambda: networks.check_features(name))
     yield Check("gradients", lambda: networks.check_gradients(name))
     yield Check("single image", lambda: networks.check_single_image(name))
+    yield Check("works as a teacher", lambda: networks.check_teacher(name))
     yield Check("checkpoints are recognised", lambda: networks.check_recognition(name))
 
 
@@ -147,10 +148,11 @@ _CHECKS = {"method": _method_checks, "arch": _network_checks, "dataset": _datase
 
 
 def _parser() -> argparse.ArgumentParser:
+    command = tool_command("checks")
     parser = argparse.ArgumentParser(
-        prog="python -m sskd.checks",
+        prog=command,
         description=DESCRIPTION,
-        epilog=EXAMPLES,
+        epilog=EXAMPLES.format(command=command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("group", choices=sorted(_CHECKS), help="what is checked")

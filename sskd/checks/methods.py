@@ -16,6 +16,7 @@ from sskd.methods import (
     LossOutput,
     Method,
     Phase,
+    fault_of_phases,
     load_state_without_teacher,
     state_without_teacher,
 )
@@ -33,6 +34,8 @@ def check_phases(method: Method, images: Images) -> None:
     The batch is all of the training ``images``. Its loss is finite, each of its terms has a weight,
     and the leaves of its autograd graph are exactly the parameters of ``phase.trains``.
     """
+    fault = fault_of_phases(list(method.phases()))
+    require(not fault, fault)
     *first, last = method.phases()
     named = [phase.name for phase in first if phase.name == method.evaluated_phase]
     require(
@@ -91,16 +94,18 @@ def check_overfits(method: Method, images: Images) -> None:
 def check_state(build: Build) -> None:
     """Check that the state of a method, without its teacher, loads into another one.
 
-    ``build`` returns equal methods. A buffer ``labels`` may be of the data.
+    ``build`` returns equal methods. A buffer that is not persistent may be of the data: then it is
+    equal in both of them, and ``check_resume`` checks that no step changes it.
     """
     first, second = build(), build()
+    saved = state_without_teacher(first).keys()
     with torch.no_grad():
         for name, tensor in _tensors(first):
-            if not name.startswith("teacher."):
+            if name in saved:
                 tensor.add_(1)
     load_state_without_teacher(second, state_without_teacher(first))
     for (name, tensor), (_, loaded) in zip(_tensors(first), _tensors(second), strict=True):
-        require(torch.equal(tensor, loaded) or name == "labels", f"{name} is not in the state")
+        require(torch.equal(tensor, loaded), f"{name} is not in the state")
 
 
 def check_resume(build: Build, images: Images) -> None:
@@ -124,9 +129,9 @@ def check_resume(build: Build, images: Images) -> None:
         optimizer = _start(resumed, again)
         _restore(resumed, optimizer, loader, checkpoint)
         _train(again, optimizer, loader, 2)
-        ended = state_without_teacher(resumed)
-        for name, tensor in state_without_teacher(whole).items():
-            same = torch.equal(tensor, ended[name])
+        # These include the buffers that are not persistent.
+        for (name, tensor), (_, ended) in zip(_tensors(whole), _tensors(resumed), strict=True):
+            same = torch.equal(tensor, ended)
             require(same, f"phase {phase.name}: {name} differs after a resume")
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sskd.checks import require
-from sskd.models import Features, build_model, recognise
+from sskd.models import Features, build_model, fold_batch_norms, recognise
 
 
 def check_features(name: str, classes: int = 10) -> None:
@@ -45,6 +45,36 @@ def check_single_image(name: str) -> None:
         tolerance = 1e-4 * float(right.abs().max())
         close = torch.allclose(left[1:], right, rtol=1e-3, atol=tolerance)
         require(close, "the features of an image depend on the other images of its batch")
+
+
+def check_teacher(name: str) -> None:
+    """Check that the network has the same features as a frozen teacher, whose layers are folded.
+
+    Batches and images have several sizes. Nothing of the network changes.
+    """
+    network = _network(name).requires_grad_(False)
+    _set_statistics(network)
+    state = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    teacher = fold_batch_norms(network)
+    for images, size in ((1, 32), (5, 32), (2, 64)):
+        x = torch.randn(images, 3, size, size)
+        with torch.inference_mode():
+            found, expected = teacher(x), network(x)
+        require(isinstance(found, Features), "a teacher does not return Features")
+        for left, right in zip(_flatten(found), _flatten(expected), strict=True):
+            close = torch.allclose(left, right, rtol=1e-3, atol=1e-3 * float(right.abs().max()))
+            require(close, f"a teacher has other features for {images} images of {size} pixels")
+    for key, tensor in network.state_dict().items():
+        require(torch.equal(tensor, state[key]), f"a teacher changes {key} in eval mode")
+
+
+def _set_statistics(network: nn.Module) -> None:
+    """Give each BatchNorm statistics as after training: new ones are zeros and ones."""
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None:
+            assert layer.running_var is not None
+            layer.running_mean.uniform_(-0.3, 0.3)
+            layer.running_var.uniform_(0.5, 2.0)
 
 
 def check_recognition(name: str) -> None:

@@ -18,7 +18,7 @@ from sskd.invocation.composition import compose_config
 from sskd.invocation.extensions import load_extensions
 from sskd.invocation.names import command_name, config_dir, current_role
 from sskd.overrides import about_renamed, as_override, flatten
-from sskd.runs.weightings import WEIGHTED_METHODS, WEIGHTING
+from sskd.runs.weightings import WEIGHTING
 
 # The only group without a default option.
 _OPTIONAL_GROUP = "pair"
@@ -74,8 +74,10 @@ def _is_no_option(value: str) -> bool:
 
 def about_weighting(method: str, words: Iterable[str]) -> str:
     """Return a line if one of ``words`` chooses a weighting that ``method`` does not follow."""
+    from sskd.runs.recipe import weights_of_weighting
+
     given = [word for word in words if re.match(rf"\+*{WEIGHTING}[.=]", word)]
-    if method in WEIGHTED_METHODS or not given:
+    if not given or weights_of_weighting(method):
         return ""
     return (
         f"{mask_unprintable(given[0])}: has no effect on method={method}, which has weights of its "

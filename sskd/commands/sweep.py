@@ -25,6 +25,7 @@ from sskd.output import complain, say
 from sskd.runs.folder import read_result, write_queued
 from sskd.runs.identity import digests_kept
 from sskd.runs.lock import is_held
+from sskd.runs.own_code import warn_of_changed_code
 from sskd.runs.result import RunResult
 from sskd.runs.run import Run
 from sskd.runs.status import (
@@ -58,15 +59,15 @@ class Job:
     config: Config
     folder: Path
 
-    def has_finished(self) -> bool:
-        """Return whether the run has a result; false if that cannot be determined."""
+    def finished(self) -> RunResult | None:
+        """Return the result of the run; None if there is none, or that cannot be determined."""
         try:
             if read_result(self.folder, RunResult) is None:
-                return False
+                return None
             plan = resolve_plan(self.config)
-            return Run(plan.folder, plan.full_config).finished(RunResult) is not None
+            return Run(plan.folder, plan.full_config).finished(RunResult)
         except UserError:
-            return False
+            return None
 
     def is_pending(self) -> bool:
         """Return whether the run failed in this sweep or has no result.
@@ -130,8 +131,13 @@ class Sweep:
         for runs in {job.config.runs for job in self.jobs}:
             refuse_unsafe_sweep_folder(Path(runs))
         os.environ[SWEEP_VARIABLE] = uuid.uuid4().hex  # launchers pass it to their processes
+        pending = []
         with digests_kept():
-            pending = [job for job in self.jobs if job.config.force or not job.has_finished()]
+            for job in self.jobs:
+                if not job.config.force and (result := job.finished()):
+                    warn_of_changed_code(job.folder, job.config, result)
+                else:
+                    pending.append(job)
         for job in pending:
             with suppress(UserError):  # another process has it, or the job itself reports why
                 write_queued(job.folder, command=job.command)

@@ -18,6 +18,7 @@ from sskd.dashboard.panels import (
     evaluated_phase_keys,
     first_phases,
 )
+from sskd.invocation.names import tool_command
 from sskd.report.published import Published, published_for
 
 # Config keys in the form of W&B's filters.
@@ -80,7 +81,7 @@ def build_report(scope: Scope) -> wr.Report:
         entity=scope.entity,
         project=scope.project,
         title=f"Distillation on {scope.dataset}",
-        description="Built by `python -m sskd.dashboard`; rebuild it instead of editing it.",
+        description=f"Built by `{tool_command('dashboard')}`; rebuild it instead of editing it.",
         blocks=blocks,
         width="fluid",
     )

@@ -14,11 +14,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -32,9 +34,11 @@ from sskd.files import expanded
 VARIABLE = "SSKD_EXTENSIONS"
 GROUP = "sskd.extensions"
 
+_SUITE = Path(__file__).resolve().parents[1]
+
 _loaded: list[str] = []
 _added: dict[str, list[str]] = {}
-_digests: dict[str, str] = {}
+_digests: dict[tuple[str, str], str] = {}
 
 
 class _Table(NamedTuple):
@@ -76,9 +80,14 @@ def extension_names(group: str) -> list[str]:
     return _added.get(group, [])
 
 
-def extension_digests() -> dict[str, str]:
-    """Return the SHA-256 of the file of each loaded extension, by the extension's name."""
-    return dict(_digests)
+def extension_digests(choices: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return the SHA-256 of the code of those ``choices`` that an extension has added.
+
+    A choice is a group and a name: ``("method", "dist")`` has the key ``method=dist``. The digest
+    is that of the file that defines it, when the extension was imported.
+    """
+    found = {f"{group}={name}": _digests.get((group, name)) for group, name in choices}
+    return {key: digest for key, digest in found.items() if digest is not None}
 
 
 def _load(name: str) -> None:
@@ -93,10 +102,33 @@ def _load(name: str) -> None:
             table.entries.clear()
             table.entries.update(entries)
         raise
-    if module.__file__ is not None:
-        _digests[name] = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
     for table, entries in zip(tables, before, strict=True):
-        _added.setdefault(table.group, []).extend(table.entries.keys() - entries.keys())
+        added = table.entries.keys() - entries.keys()
+        _added.setdefault(table.group, []).extend(added)
+        for key in added:
+            if files := _sources(table.entries[key], module):
+                content = b"".join(path.read_bytes() for path in files)
+                _digests[table.group, key] = hashlib.sha256(content).hexdigest()
+
+
+def _sources(value: Any, module: ModuleType) -> list[Path]:
+    """Return the user's files that define ``value``, which the extension ``module`` has added."""
+    parts = list(value) if isinstance(value, tuple) else [value]  # the functions of a Reader
+    if isinstance(value, partial):
+        parts = [value.func, module]  # the arguments are those of the user
+    files = {path for part in parts if (path := _source(part))}
+    return sorted(files or {path for path in [_source(module)] if path})
+
+
+def _source(part: Any) -> Path | None:
+    """Return the file that defines ``part``; None if that is unknown, or is the suite's."""
+    if not (inspect.ismodule(part) or inspect.isclass(part) or inspect.isroutine(part)):
+        part = type(part)
+    try:
+        path = Path(inspect.getsourcefile(part) or inspect.getfile(part)).resolve()
+    except (TypeError, OSError):  # it is built in
+        return None
+    return None if path.is_relative_to(_SUITE) or not path.is_file() else path
 
 
 def _tables() -> list[_Table]:

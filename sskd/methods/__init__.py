@@ -13,6 +13,7 @@ from sskd.methods.base import (
     LossOutput,
     Method,
     Phase,
+    fault_of_phases,
     load_state_without_teacher,
     state_without_teacher,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "Outputs",
     "Phase",
     "build_method",
+    "fault_of_phases",
     "load_state_without_teacher",
     "state_without_teacher",
 ]

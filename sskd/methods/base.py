@@ -86,6 +86,17 @@ class Phase:
         return LossOutput(kept, metrics)
 
 
+def fault_of_phases(phases: Sequence[Phase]) -> str:
+    """Return why a run cannot train these ``phases`` of a method; "" if it can."""
+    names = [phase.name for phase in phases]
+    for name in names:
+        if names.count(name) > 1:
+            return f"{names.count(name)} phases have the name '{name}'; give each phase another one"
+    if not names or phases[-1].teacher_only:
+        return "the last phase trains the student, so there must be one without teacher_only"
+    return ""
+
+
 class Method(nn.Module, ABC):
     """A student, its teacher, and the losses by which the student learns from the teacher.
 

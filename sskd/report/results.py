@@ -173,19 +173,14 @@ def parse_result(text: str, folder: Path) -> FinishedRun | None:
         return None
     result = RunResult.from_json(record)
     top1 = fields.mapping(record, "top1")
-    method = fields.text(record, "method")
     return FinishedRun(
         kind=fields.text(record, "kind"),
         dataset=fields.text(record, "dataset"),
         teacher=result.teacher,
         student=fields.text(record, "student"),
-        method=method,
+        method=fields.text(record, "method"),
         seed=fields.integer(record, "seed"),
-        difference=_difference(
-            fields.mapping(record, "difference"),
-            fields.integer({"recipe": 1, **record}, "recipe"),
-            method,
-        ),
+        difference=_difference(record, follows=result.follows_weighting is True),
         last=fields.number(top1, "last", high=100),
         best=fields.number(top1, "best", high=100),
         teacher_epoch=result.teacher_epoch,
@@ -249,8 +244,10 @@ def _settings(record: fields.Record) -> Settings:
     return tuple(sorted((k, _as_text(v)) for k, v in flat.items() if k not in NOT_SETTINGS))
 
 
-def _difference(recorded: fields.Record, recipe: int, method: str) -> Settings:
-    """Return the difference from today's recipe of a run that recorded one from ``recipe``."""
+def _difference(record: fields.Record, *, follows: bool) -> Settings:
+    """Return a run's difference from today's recipe; ``follows`` is as in ``find_weighting``."""
+    method, recorded = fields.text(record, "method"), fields.mapping(record, "difference")
+    recipe = fields.integer({"recipe": 1, **record}, "recipe")
     if not 1 <= recipe <= RECIPE:
         raise ValueError(
             f"'recipe' is {shortened(recipe)}, but this version of sskd knows 1 to {RECIPE}"
@@ -258,7 +255,7 @@ def _difference(recorded: fields.Record, recipe: int, method: str) -> Settings:
     if not all(key and key.isprintable() for key in recorded):
         raise ValueError("'difference' has a key that is not a name")
     texts = {key: _as_text(item) for key, item in recorded.items()}
-    return tuple(sorted(name_weighting(method, recipe, texts).items()))
+    return tuple(sorted(name_weighting(method, recipe, texts, follows=follows).items()))
 
 
 def _as_text(value: object) -> str:

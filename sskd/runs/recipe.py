@@ -52,6 +52,18 @@ def defaults_of(student: str, teacher: str | None, method: str, source: str) -> 
     return read_config(composed)
 
 
+def weights_of_weighting(method: str, source: str = "cifar100") -> set[str]:
+    """Return the terms of ``method`` whose weights are those of ``weighting`` by default."""
+    weights = _compose("student", f"method={method}", f"dataset={source}").method.weights
+    written: Any = OmegaConf.to_container(weights, resolve=False)
+    return {term for term, weight in written.items() if str(weight) == f"${{weighting.{term}}}"}
+
+
+def follows_weighting(config: Config) -> bool:
+    """Return whether the method of ``config`` has the CE and KD of ``weighting`` by default."""
+    return {"ce", "kd"} <= weights_of_weighting(config.method.name, config.dataset.source)
+
+
 @cache
 def _compose(primary: str, *overrides: str) -> DictConfig:
     return compose_config(primary, overrides)
@@ -83,6 +95,20 @@ def frozen_defaults(student: str, teacher: str | None, method: str, source: str)
     values |= {group: entry for group, entry in chosen.items() if entry is not None}
     resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     return flatten(resolved)
+
+
+def has_unfrozen_defaults(config: Config) -> bool:
+    """Return whether defaults of ``config`` are of options that the recipe lacks.
+
+    If their configuration file changes, so does the difference of each of their runs.
+    """
+    frozen, teacher = _frozen_file(), config.teacher
+    networks = {config.student.name, *([teacher.name] if teacher else [])}
+    return (
+        config.method.name not in frozen["method"]
+        or config.dataset.source not in frozen["dataset"]
+        or not networks <= frozen["arch"].keys()
+    )
 
 
 @cache

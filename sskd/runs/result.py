@@ -66,9 +66,10 @@ class RunResult:
 
     Accuracies and ``agreement`` are percentages, ``kl`` is in nats, ``peak_memory_mib`` in MiB.
     ``kind`` is ``scratch`` or ``distill``. ``difference`` holds the settings that differ from
-    version ``recipe`` of the recipe, by dotted key. ``epoch`` and ``accuracy`` are those of the
-    last epoch, under the names that published checkpoints have. ``extensions`` has the SHA-256 of
-    the files of the user's code.
+    version ``recipe`` of the recipe, by dotted key. ``follows_weighting`` is true if the method has
+    the weights of ``weighting`` by default. ``epoch`` and ``accuracy`` are those of the last epoch,
+    under the names that published checkpoints have. ``extensions`` has the SHA-256 of the user's
+    code, by choices such as ``method=dist``.
     """
 
     kind: str | None = None
@@ -80,6 +81,7 @@ class RunResult:
     method: str | None = None
     seed: int | None = None
     recipe: int | None = None
+    follows_weighting: bool | None = None
     difference: Mapping[str, Any] = field(default_factory=dict)
     top1: Top1 = Top1()
     holdout_top1: HoldoutTop1 | None = None
@@ -129,6 +131,7 @@ class RunResult:
             versions=fields.mapping_or_none(values, "versions") or {},
             extensions=fields.mapping_or_none(values, "extensions") or {},
             commit=fields.one_line(values.get("commit")),
+            follows_weighting=fields.flag_or_none(values, "follows_weighting"),
             precomputed=fields.flag_or_none(values, "precomputed"),
             top1=_nested(values, "top1", _top1) or Top1(),
             holdout_top1=_nested(values, "holdout_top1", _holdout_top1),

@@ -9,8 +9,8 @@ WEIGHTING = "weighting"
 # The weights (CE, KD) of each option of ``conf/weighting``.
 WEIGHTINGS = {"sskd": (0.1, 0.9), "crd_benchmark": (1.0, 0.0), "common": (1.0, 1.0)}
 USUAL = WEIGHTINGS["sskd"]
-# The methods whose weights of CE and KD come from a weighting, to which an extension may add its
-# own; the others have weights in their own files.
+# The suite's methods whose weights of CE and KD come from a weighting; the others have weights in
+# their own files. Those of an extension are found in its file (sskd.runs.recipe.follows_weighting).
 WEIGHTED_METHODS = {
     *("fitnet", "at", "sp", "vid", "rkd", "pkt", "ab", "ft", "crd"),
     *("cc", "nst", "fsp"),
@@ -21,13 +21,18 @@ RECIPE = 2
 FORMER = {1: WEIGHTINGS["common"]}
 
 
-def find_weighting(method: str, recipe: int, difference: Mapping[str, str]) -> dict[str, str]:
+def find_weighting(
+    method: str, recipe: int, difference: Mapping[str, str], *, follows: bool = False
+) -> dict[str, str]:
     """Return the weights of CE and KD of a run with this ``difference`` from version ``recipe``.
 
     The weights of an option are returned as ``weighting=OPTION``, others as two weights. A method
     with its own weights returns nothing.
+
+    Args:
+        follows: the weights of ``method``, which may be an extension's, come from a weighting.
     """
-    if method not in WEIGHTED_METHODS:
+    if not follows and method not in WEIGHTED_METHODS:
         return {}
     former = FORMER.get(recipe, USUAL)
     texts = {k: difference.get(k, str(weight)) for k, weight in zip((CE, KD), former, strict=True)}
@@ -36,13 +41,15 @@ def find_weighting(method: str, recipe: int, difference: Mapping[str, str]) -> d
     return next(({WEIGHTING: name} for name in names), texts)
 
 
-def name_weighting(method: str, recipe: int, difference: Mapping[str, str]) -> dict[str, str]:
+def name_weighting(
+    method: str, recipe: int, difference: Mapping[str, str], *, follows: bool = False
+) -> dict[str, str]:
     """Return the difference from today's recipe, with the name of its weighting if it has one.
 
     If the default weights of ``method`` in version ``recipe`` are not today's, they are added.
-    Today's default is left out.
+    Today's default is left out. ``follows`` is as in ``find_weighting``.
     """
-    found = find_weighting(method, recipe, difference)
+    found = find_weighting(method, recipe, difference, follows=follows)
     if not found:
         return dict(difference)
     others = {key: text for key, text in difference.items() if key not in (CE, KD)}

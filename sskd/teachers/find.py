@@ -19,6 +19,7 @@ from sskd.models import (
     recognise,
     weights_digest,
 )
+from sskd.overrides import flatten
 from sskd.runs.comparison import explain_difference, is_run_of, refuse_other_result
 from sskd.runs.folder import read_config_file, read_result, run_folder
 from sskd.runs.identity import full_config
@@ -27,6 +28,7 @@ from sskd.runs.plan import RunPlan, TeacherWeights
 from sskd.runs.recipe import (
     diff_from_recipe,
     earlier_diffs_from_recipe,
+    has_unfrozen_defaults,
     teacher_config,
     training_command,
 )
@@ -117,8 +119,8 @@ def run_location(
     """Return the folder of the run of ``config``, and its difference from the recipe.
 
     The teacher of the suite need not exist yet; the file of ``teacher.checkpoint`` is read if
-    ``teacher`` is not given. A folder that an earlier version gave another name is found too, if
-    it holds this run.
+    ``teacher`` is not given. A folder that an earlier version, or an earlier default of an
+    extension, gave another name is found too, if it holds this run.
     """
     digest = {}
     if config.teacher and config.teacher.checkpoint and (found := teacher or find_teacher(config)):
@@ -127,7 +129,20 @@ def run_location(
     folder = run_folder(config, difference)
     if not folder.is_dir():
         folder = next(_earlier_folders(config, digest), folder)
+    if has_unfrozen_defaults(config) and not _holds(folder, config, digest):
+        beside = folder.parent.glob(f"seed{config.seed}*")
+        folder = next((each for each in sorted(beside) if _holds(each, config, digest)), folder)
     return folder, difference
+
+
+def _holds(folder: Path, config: Config, digest: dict[str, str]) -> bool:
+    """Return whether ``folder`` holds the run of ``config``, whose teacher file has ``digest``."""
+    try:
+        found = read_config_file(folder / CONFIG)
+    except UserError:  # there is none, or it cannot be read
+        return False
+    same = digest.items() <= flatten(found).items() and not folder.is_symlink()
+    return same and is_run_of(config, found)
 
 
 def _earlier_folders(config: Config, digest: dict[str, str]) -> Iterator[Path]:

@@ -19,6 +19,7 @@ from sskd.models import weights_digest
 from sskd.runs.epoch_line import EpochLine
 from sskd.runs.identity import full_config, identity
 from sskd.runs.names import MOST_RESULT, WEIGHTS
+from sskd.runs.own_code import code_before_student
 from sskd.runs.plan import RunPlan, TeacherWeights
 from sskd.runs.result import SharedResult
 from sskd.runs.run import Run
@@ -32,8 +33,9 @@ def find_or_train_phase(
     """Load the result of a teacher-only ``phase`` into ``phase.trains``; return its epochs.
 
     The phase is trained if no run with the same settings has done so. Its folder's name has a hash
-    of everything that it depends on: the teacher's weights, the seed, the data and the phase's
-    settings, but nothing of the student except a learning rate that it may take from it.
+    of everything that it depends on: the teacher's weights, the seed, the data, the phase's
+    settings and the code of extensions, but nothing of the student except a learning rate that it
+    may take from it.
     """
     assert plan.teacher is not None
     settings = phase_settings(phase, plan.config, plan.teacher, images.digest)
@@ -82,7 +84,10 @@ def phase_settings(
     values = identity(full_config(config, data_digest=data_digest, defaults=False))
     schedule = asdict(phase_schedule(phase, config))
     optimizer = {k: v for k, v in values["optimizer"].items() if k != "lr"}
+    # Without an extension there is no key, so that folders of earlier versions are found.
+    code = code_before_student(config)
     return {
+        **({"code": code} if code else {}),
         "phase": phase.name,
         "method": config.method.name,
         "teacher": {"name": values["teacher"]["name"], "digest": teacher.digest},

@@ -28,6 +28,7 @@ from sskd.data import CROPS, Images, Loader
 from sskd.device import inference_batch_size
 from sskd.errors import UserError
 from sskd.files import write_at
+from sskd.invocation.extensions import extension_digests
 from sskd.methods import Method
 from sskd.methods.base import forward_in_chunks
 from sskd.output import say
@@ -91,6 +92,7 @@ def _settings(layout: Layout, images: Images, plan: RunPlan) -> dict[str, Any]:
     assert plan.config.teacher is not None
     assert plan.teacher is not None
     pixels = images.train.images.cpu().contiguous().numpy()
+    code = extension_digests([("arch", plan.config.teacher.name)])
     return {
         "phase": PHASE,
         "format": FORMAT,
@@ -100,6 +102,7 @@ def _settings(layout: Layout, images: Images, plan: RunPlan) -> dict[str, Any]:
         "outputs": layout.widths,
         "crops": layout.crops,
         "precision": plan.config.precision,
+        **({"code": code} if code else {}),
     }
 
 
@@ -111,8 +114,8 @@ def _fill(run: Run, *, teacher: nn.Module, images: Images, config: Config, layou
     done = writer.point.images
     progress = Progress(PHASE, 1, layout.images, done=done, metrics=dict)
     progress.line(
-        f"computes {in_gib(layout.size)} in {run.folder}, which takes as long as {layout.crops} "
-        f"epochs of the teacher; {done}/{layout.images} images are done"
+        f"computes {in_gib(layout.size)} in {run.folder}, as long as {layout.crops} epochs of the "
+        f"teacher's forward pass; {done}/{layout.images} images are done"
     )
     try:
         with StopSignals() as signals:

@@ -14,6 +14,7 @@ from sskd.output import complain, say
 from sskd.overrides import as_override, flatten
 from sskd.runs.epoch_line import EpochLine
 from sskd.runs.plan import RunPlan
+from sskd.runs.recipe import follows_weighting
 from sskd.runs.result import RunResult
 from sskd.runs.run import Run
 from sskd.runs.weightings import CE, KD, RECIPE, find_weighting
@@ -189,7 +190,8 @@ def _variant(plan: RunPlan) -> str:
     difference = dict(plan.difference)
     difference.pop("teacher.digest", None)
     texts = {key: str(value) for key, value in difference.items()}
-    if weighting := find_weighting(config.method.name, RECIPE, texts):
+    follows = follows_weighting(config)
+    if weighting := find_weighting(config.method.name, RECIPE, texts, follows=follows):
         values = flatten(config.model_dump())
         difference = {key: value for key, value in difference.items() if key not in (CE, KD)}
         difference |= {key: values.get(key, text) for key, text in weighting.items()}

@@ -16,11 +16,12 @@ import sskd
 from sskd.data import Images
 from sskd.device import peak_memory
 from sskd.errors import UserError
-from sskd.invocation.extensions import extension_digests
 from sskd.methods import Method
 from sskd.models import weights_digest
 from sskd.runs.names import RESULT
+from sskd.runs.own_code import code_digests
 from sskd.runs.plan import RunPlan
+from sskd.runs.recipe import follows_weighting
 from sskd.runs.result import HoldoutTop1, RunResult, Top1, WeightsDigests
 from sskd.runs.run import Run
 from sskd.runs.weightings import RECIPE
@@ -46,6 +47,7 @@ def measure_result(
         method=config.method.name,
         seed=config.seed,
         recipe=RECIPE,
+        follows_weighting=follows_weighting(config),
         difference=dict(plan.difference),
         top1=Top1(last, state.best_top1, state.best_epoch),
         holdout_top1=_holdout(run),
@@ -58,7 +60,7 @@ def measure_result(
         precision=config.precision,
         compile=config.compile,
         precomputed=method.precomputed is not None,
-        extensions=extension_digests(),
+        extensions=code_digests(config),
         **_circumstances(images),
     )
     if plan.teacher is None:

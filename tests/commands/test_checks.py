@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Compose
+from conftest import Compose, SmallTeacher
+from faults import SMALL
 from torch import Tensor, nn
 
-from sskd.checks import CheckError
+from sskd import errors
 from sskd.checks.__main__ import main
 from sskd.checks.methods import (
     check_overfits,
@@ -25,13 +27,16 @@ from sskd.checks.networks import (
     check_features,
     check_gradients,
     check_recognition,
+    check_teacher,
 )
 from sskd.checks.networks import check_single_image as check_image_alone
 from sskd.checks.samples import random_images
 from sskd.data import Batch, Images
+from sskd.errors import CheckError, UserError
 from sskd.methods import METHODS, build_method
 from sskd.methods.kd import KD, Outputs
 from sskd.models import ARCHITECTURES, Features, build_model
+from sskd.train import train
 
 
 class Extra(KD):
@@ -121,15 +126,67 @@ class Opposed(Extra):
         return student.pooled.mean() * 0
 
 
-class Unsaved(Extra):
-    """Its state lacks a buffer."""
+class Constant(Extra):
+    """Its state lacks a buffer that never changes, and has any name."""
+
+    memory: Tensor
 
     def __init__(self, *networks: Any, **shared: Any) -> None:
         super().__init__(*networks, **shared)
-        self.register_buffer("memory", torch.zeros(3), persistent=False)
+        self.register_buffer("memory", torch.arange(3.0), persistent=False)
 
     def term(self, student: Features, teacher: Features) -> Tensor:
         return student.pooled.mean()
+
+
+class Unsaved(Constant):
+    """Its state lacks a buffer that each step changes."""
+
+    def term(self, student: Features, teacher: Features) -> Tensor:
+        self.memory += 1
+        return student.pooled.mean()
+
+
+class Unequal(Constant):
+    """Its state lacks a buffer that each new method draws."""
+
+    def __init__(self, *networks: Any, **shared: Any) -> None:
+        super().__init__(*networks, **shared)
+        torch.seed()
+        self.memory = torch.rand(3)
+
+
+class Repeated(Extra):
+    """Has two phases of one name."""
+
+    def phases(self) -> Any:
+        yield from super().phases()
+        yield from super().phases()
+
+    def term(self, student: Features, teacher: Features) -> Tensor:
+        return student.pooled.mean()
+
+
+class TeacherLast(Repeated):
+    """Ends with a phase of the teacher alone."""
+
+    def phases(self) -> Any:
+        for phase in KD.phases(self):
+            yield dataclasses.replace(phase, teacher_only=True)
+
+
+class Phaseless(Repeated):
+    """Has no phase."""
+
+    def phases(self) -> Any:
+        yield from ()
+
+
+FAULTY_PHASES = [
+    (Repeated, "2 phases have the name 'distill'; give each phase another one"),
+    (TeacherLast, "the last phase trains the student, so there must be one without teacher_only"),
+    (Phaseless, "the last phase trains the student, so there must be one without teacher_only"),
+]
 
 
 @pytest.fixture
@@ -156,6 +213,7 @@ def build(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> Callable[..., K
         (UnusedAdapter, "no loss depends on "),
         (MovingTeacher, "changes teacher."),
         (Unnamed, "the terms are .* the weights"),
+        *FAULTY_PHASES,
     ],
 )
 def test_a_phase_that_trains_the_wrong_thing_fails(
@@ -164,6 +222,21 @@ def test_a_phase_that_trains_the_wrong_thing_fails(
     images = random_images(3, 4)
     with pytest.raises(CheckError, match=message):
         check_phases(build(kind, images), images)
+
+
+@pytest.mark.parametrize(("kind", "message"), FAULTY_PHASES)
+def test_faulty_phases_end_before_training(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: type[KD],
+    message: str, small_teacher: SmallTeacher,
+) -> None:  # fmt: skip
+    small_teacher.put(tmp_path / "runs")
+    kind.terms = (*KD.terms, "at")
+    config = composed(*SMALL, "method=at", "force=true")
+    monkeypatch.setitem(METHODS, "at", kind)
+    with pytest.raises(UserError) as caught:
+        train(config)
+    assert str(caught.value) == f"method=at: {message}"
+    assert not (tmp_path / "runs/digits/distill").exists()
 
 
 def test_a_hidden_counter_fails_the_resume(build: Callable[..., KD]) -> None:
@@ -194,9 +267,17 @@ def test_a_method_that_does_not_learn_fails(build: Callable[..., KD]) -> None:
 
 
 def test_a_buffer_outside_of_the_state_fails(build: Callable[..., KD]) -> None:
-    images = random_images(8, 4)
+    images = random_images(12, 4)
+    with pytest.raises(CheckError, match="phase distill: memory differs after a resume"):
+        check_resume(lambda: build(Unsaved, images), images)
     with pytest.raises(CheckError, match="memory is not in the state"):
-        check_state(lambda: build(Unsaved, images))
+        check_state(lambda: build(Unequal, images))
+
+
+def test_a_constant_buffer_may_be_outside_of_the_state(build: Callable[..., KD]) -> None:
+    images = random_images(12, 4)
+    check_state(lambda: build(Constant, images))
+    check_resume(lambda: build(Constant, images), images)
 
 
 class Network(nn.Module):
@@ -250,6 +331,53 @@ def test_a_network_that_mixes_images_fails(network: Callable[..., str]) -> None:
         check_image_alone(network(centre))
 
 
+class Hidden(nn.Module):
+    """A resnet8 whose trace has an offset that a batch of other images lacks."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.network = build_model("resnet8", classes)
+
+    def forward(self, x: Tensor) -> Features:
+        features: Features = self.network(x)
+        seen = x.shape[2] if type(x.shape[2]) is int else 32
+        return features._replace(pooled=features.pooled + seen)
+
+
+class Counting(Network):
+    """Counts its batches in a buffer, also in eval mode."""
+
+    batches: Tensor
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes, lambda features: features)
+        self.register_buffer("batches", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Any:
+        self.batches += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Hidden, "a teacher has other features for 2 images of 64 pixels"),
+        (Counting, "a teacher changes batches in eval mode"),
+    ],
+)
+def test_a_network_that_is_no_teacher_fails(
+    monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module], message: str
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "mine", kind)
+    with pytest.raises(CheckError, match=message):
+        check_teacher("mine")
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "ShuffleV2"])
+def test_the_suites_networks_are_teachers(name: str) -> None:
+    check_teacher(name)
+
+
 def test_a_network_that_is_another_is_not_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ARCHITECTURES, "mine", ARCHITECTURES["resnet8"])
     with pytest.raises(CheckError, match=r"recognised as \('resnet8', 7\)"):
@@ -260,6 +388,26 @@ def test_the_command_prints_a_line_for_each_check(capsys: Any) -> None:
     assert main(["dataset", "digits"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(" ")[0] for line in lines] == ["ok"] * 3
+
+
+@pytest.mark.parametrize(
+    ("script", "name"), [("/venv/bin/sskd-checks", "sskd-checks"), ("-m", "python -m sskd.checks")]
+)
+def test_the_help_names_the_command(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, script: str, name: str
+) -> None:
+    monkeypatch.setattr("sys.argv", [script])
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: {name} ")
+    assert f"SSKD_EXTENSIONS=dist.py {name} method dist --config-dir conf" in shown
+    assert shown.count("sskd-checks") + shown.count("sskd.checks") == 5
+
+
+def test_a_failed_check_is_an_error_of_the_suite() -> None:
+    assert CheckError.__module__ == "sskd.errors"
+    assert "CheckError" in str(errors.__doc__)
 
 
 def test_the_command_fails_if_a_check_fails(

@@ -55,8 +55,8 @@ def _no_extensions() -> Iterator[None]:
     for table, entries in zip(tables, before, strict=True):
         table.clear()
         table.update(entries)
-    extensions._loaded.clear()
-    extensions._added.clear()
+    for kept in (extensions._loaded, extensions._added, extensions._digests):
+        kept.clear()
 
 
 @pytest.fixture

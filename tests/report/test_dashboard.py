@@ -330,6 +330,18 @@ def test_a_missing_library_is_an_error_with_the_extra(
     )
 
 
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [("bin/sskd-dashboard", "sskd-dashboard"), ("-m", "python -m sskd.dashboard")],
+)
+def test_the_report_names_the_command_that_built_it(
+    built: Callable[..., tuple[Spec, Spec]], monkeypatch: pytest.MonkeyPatch, script: str, name: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script])
+    _, report = built()
+    assert report["description"] == f"Built by `{name}`; rebuild it instead of editing it."
+
+
 def test_help_imports_no_large_library() -> None:
     code = (
         "import sys; from sskd.dashboard.__main__ import main\n"

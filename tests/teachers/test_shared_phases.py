@@ -13,6 +13,7 @@ from faults import SMALL
 
 from sskd.data import Images
 from sskd.errors import UserError
+from sskd.invocation import extensions
 from sskd.runs.plan import TeacherWeights
 from sskd.teachers.assembly import assemble
 from sskd.teachers.phases import phase_settings
@@ -77,6 +78,33 @@ def test_a_shared_phase_depends_on_these_settings_alone(
                    "method.paraphraser.epochs=0.5", "batch_size=32", "precision=bf16",
                    "optimizer.momentum=0", "dataset.fraction=0.5"):  # fmt: skip
         assert settings(change) != default, change
+
+
+@pytest.mark.parametrize(
+    ("choice", "counts"),
+    [
+        (("method", "ft"), True),
+        (("arch", "resnet14"), True),
+        (("dataset", "digits"), True),
+        (("arch", "resnet8"), False),
+        (("method", "at"), False),
+    ],
+)
+def test_a_shared_phase_depends_on_the_users_code(
+    composed: Compose, few_images: Images, monkeypatch: pytest.MonkeyPatch,
+    choice: tuple[str, str], counts: bool,
+) -> None:  # fmt: skip
+    words = ("method=ft", "dataset=digits", "arch@teacher=resnet14", "arch@student=resnet8")
+    config = composed(*words)
+    phase, _ = assemble(config, few_images).phases()
+    teacher = TeacherWeights(Path("teacher.pt"), "digest")
+    found = [phase_settings(phase, config, teacher)]
+    for digest in ("0" * 64, "1" * 64):
+        monkeypatch.setitem(extensions._digests, choice, digest)
+        found.append(phase_settings(phase, config, teacher))
+    assert "code" not in found[0]
+    distinct = {json.dumps(settings, sort_keys=True) for settings in found}
+    assert len(distinct) == (3 if counts else 1)
 
 
 def test_a_students_metrics_begin_with_its_first_phase(composed: Compose, tmp_path: Path) -> None:

@@ -132,6 +132,95 @@ def test_a_network_that_cannot_be_traced_stays_as_it_is() -> None:
     assert fold_batch_norms(network) is network
 
 
+class OfItsLength(nn.Module):
+    """Tracing raises RuntimeError: it has no length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).view(len(x), -1)
+
+
+class OfItsType(OfItsLength):
+    """Tracing follows the other branch than a batch does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if isinstance(x, Tensor) else self.layer(2 * x)
+
+
+class OfItsKeys(OfItsLength):
+    """Tracing raises an error of the network's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return {Tensor: self.layer}[type(x)](x)
+
+
+class OfItsSize(OfItsLength):
+    """Tracing raises an assertion of the network's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert type(x) is Tensor
+        return self.layer(x)
+
+
+class WithoutStatistics(OfItsLength):
+    """One BatchNorm that normalises by its batch, and one that can be folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        batch_norm = nn.BatchNorm2d(4, track_running_stats=False)
+        self.own = nn.Sequential(nn.Conv2d(4, 4, 1), batch_norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(self.layer(x))
+
+
+class OfChance(OfItsLength):
+    """Draws random numbers, so that no two outputs are equal."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + torch.rand_like(x[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "left"),
+    [
+        (OfItsLength, 1), (OfItsType, 1), (OfItsKeys, 1), (OfItsSize, 1),
+        (WithoutStatistics, 1), (OfChance, 1),
+    ],
+)  # fmt: skip
+def test_an_unusual_network_keeps_its_features(kind: type[nn.Module], left: int) -> None:
+    torch.manual_seed(0)
+    network = kind()
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None:
+            layer.running_mean.fill_(0.5)
+    images = torch.randn(5, 3, 8, 8)
+    before, state = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+    folded = fold_batch_norms(network)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert batch_norms(folded) == left
+    with torch.no_grad():
+        torch.manual_seed(1)
+        found = folded(images)
+        torch.manual_seed(1)
+        assert_close(found, network(images), 1e-5)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_a_folded_teacher_is_used_on_extreme_statistics() -> None:
+    """Channels that are nearly constant amplify rounding, but are no reason not to fold."""
+    torch.manual_seed(0)
+    network = with_statistics(build_model("resnet20", 7))
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            assert layer.running_var is not None
+            layer.running_var[::3] = 1e-6
+    assert batch_norms(fold_batch_norms(network)) == 0
+
+
 def test_predictions_equal_the_plain_networks() -> None:
     images = random_images(4, 30)
     torch.manual_seed(0)
