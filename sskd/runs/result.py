@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol, Self, TypeVar
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self, TypeVar
 
 from sskd.runs import fields
 
 T = TypeVar("T")
 
 
-class Result(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Result(ABC):
     """A result that can be written to ``result.json`` and read again.
 
-    ``run`` names the run: its settings that decide the result (``sskd.runs.identity.identity``).
-    It is None before the run's folder writes it, and in results of the first version.
+    ``run`` names the run by the settings that decide its result (``sskd.runs.identity.identity``).
+    It is None until ``Run.finish`` writes the result, and in results of the first version.
     """
 
-    @property
-    def run(self) -> Mapping[str, Any] | None:
-        """The settings that decide the result."""
-
-    def with_run(self, run: Mapping[str, Any]) -> Self:
-        """Return the same result with this ``run``."""
+    run: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
+        """Return the fields as plain values, ``run`` last."""
+        values = asdict(self)
+        return values | {"run": values.pop("run")}
 
     @classmethod
+    @abstractmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Return the result with these fields; raise ValueError if one has a wrong type."""
 
@@ -61,7 +61,7 @@ class WeightsDigests:
 
 
 @dataclass(frozen=True)
-class RunResult:
+class RunResult(Result):
     """What a finished run reached; None for what its version did not record.
 
     Accuracies and ``agreement`` are percentages, ``kl`` is in nats, ``peak_memory_mib`` in MiB.
@@ -106,15 +106,6 @@ class RunResult:
     versions: Mapping[str, Any] = field(default_factory=dict)
     commit: str | None = None
     date: str | None = None
-    run: Mapping[str, Any] | None = None
-
-    def with_run(self, run: Mapping[str, Any]) -> Self:
-        """Return the same result with this ``run``."""
-        return replace(self, run=run)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -182,7 +173,7 @@ def _digests(record: fields.Record) -> WeightsDigests:
 
 
 @dataclass(frozen=True)
-class SharedResult:
+class SharedResult(Result):
     """The result of a shared phase: the SHA-256 of its content, and its seconds.
 
     ``stage`` is the phase's name, under the key of every version.
@@ -192,15 +183,6 @@ class SharedResult:
     stage: str | None = None
     seconds: float | None = None
     digest: str | None = None
-    run: Mapping[str, Any] | None = None
-
-    def with_run(self, run: Mapping[str, Any]) -> Self:
-        """Return the same result with this ``run``."""
-        return replace(self, run=run)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:

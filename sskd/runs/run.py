@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -139,7 +140,7 @@ class Run:
 
     def finish(self, model: nn.Module | None, result: R) -> R:
         """Write the weights of ``model``, if any, and the result; return it with its run."""
-        result = result.with_run(identity(self.config))
+        result = replace(result, run=identity(self.config))
         values = result.to_json()
         metadata = {key: values[key] for key in _METADATA if key in values}
         with self.lock.writing() as still_ours:
