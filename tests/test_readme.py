@@ -128,7 +128,7 @@ def test_a_tool_takes_its_arguments(
     watched = "--watch" in words
     assert stop.value.code == (130 if watched else 1)
     message = capsys.readouterr().err
-    assert message == "\nstopped\n" if watched else message.startswith("error: ")
+    assert message == "\nstopped\n" if watched else message.startswith("error: "), message
     assert message.strip().count("\n") == 0
 
 

@@ -73,17 +73,16 @@ def _train(composed: DictConfig) -> float:
 
 
 def _keep_failure(composed: DictConfig, error: Exception) -> None:
-    """Write the failure to the run's folder, unless the run has finished."""
+    """Write the failure to the run's folder, from which a sweep reports it."""
     from sskd.config import read_config
     from sskd.runs.lock import FolderLock
-    from sskd.runs.names import RESULT
     from sskd.runs.status import write_failure
     from sskd.teachers.find import run_location
 
     # The error may be that there is no folder for the run.
     with contextlib.suppress(*USER_ERRORS):
         folder, _ = run_location(read_config(composed))
-        if folder.is_dir() and not (folder / RESULT).exists():
+        if folder.is_dir():
             lock = FolderLock(folder)
             lock.acquire(watch=False)
             try:

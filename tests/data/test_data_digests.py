@@ -25,6 +25,7 @@ from sskd.commands.sweep import Job, Sweep
 from sskd.data import SOURCES, DatasetSettings, load_images
 from sskd.errors import UserError
 from sskd.runs.identity import full_config
+from sskd.runs.result import RunResult
 from sskd.runs.status import SWEEP_VARIABLE
 
 
@@ -186,8 +187,8 @@ def test_parallel_processes_compute_the_same_digest(
 class Finished(Job):
     """A finished job; it needs the digest of its images to find that out."""
 
-    def has_finished(self) -> bool:
-        return all(full_config(self.config) for _ in range(2))
+    def finished(self) -> RunResult | None:
+        return RunResult() if all(full_config(self.config) for _ in range(2)) else None
 
 
 def test_a_sweep_computes_a_digest_once(

@@ -481,7 +481,7 @@ def test_another_pickle_protocol_is_not_called_code(protocol: int, tmp_path: Pat
     if protocol == 3:  # it has only instructions that torch knows
         is_read({"model": STATE}, path, pickle_protocol=protocol)
         return
-    assert "save it again without pickle_protocol" in refusal(path)
+    assert "save it again without the argument pickle_protocol" in refusal(path)
     torch.save({"model": STATE, "args": Code()}, path, pickle_protocol=protocol)
     assert "asks to run code" in refusal(path)
     assert "exec" in refusal(path)

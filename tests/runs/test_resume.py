@@ -200,7 +200,7 @@ def test_another_device_resumes_only_between_epochs(
         torch.save(state | moved, path)
         if in_mid_epoch:
             with pytest.raises(
-                UserError, match=r"mid-epoch on 'cuda', .* cannot continue on 'cpu'"
+                UserError, match=r"mid-epoch on 'cuda', .* cannot be restored on 'cpu'"
             ):
                 train(config)
             torch.save(state, path)
