@@ -121,6 +121,8 @@ def test_a_tool_takes_its_arguments(
     monkeypatch.setattr(time, "sleep", ctrl_c)  # ends --watch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", words[2:])
+    if wandb := sys.modules.get("wandb"):
+        wandb.teardown()  # an earlier test may have left it offline, which it warns about
     for module in TOOL_MODULES:  # other tests have imported them
         monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(SystemExit) as stop:
