@@ -6,6 +6,7 @@ import copy
 import csv
 import json
 import os
+import re
 import signal
 import time
 from collections import Counter, defaultdict
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from breaking import outcome
 from conftest import Command, Compose
 from crashes import CrashError, at_step, crash
@@ -59,7 +61,6 @@ def published_weights(table: str) -> dict[str, dict[str, float]]:
 TABLES = {
     "similar": ("published.csv", "similar"),
     "cross": ("published.csv", "cross"),
-    "grid": ("published.csv", "similar", "cross"),
 }
 
 
@@ -99,7 +100,24 @@ def composed_jobs(command: Command, monkeypatch: pytest.MonkeyPatch) -> Any:
     return jobs_of
 
 
-@pytest.mark.parametrize("name", SWEEPS)
+def test_the_grid_is_both_tables() -> None:
+    """So its jobs need not be composed again."""
+    similar, cross, grid = (
+        yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
+        for name in ("similar", "cross", "grid")
+    )
+    pairs = [
+        re.split(r",\s*", sweep["hydra"]["sweeper"]["params"].pop("pair").strip())
+        for sweep in (similar, cross, grid)
+    ]
+    assert [sweep.pop("wandb")["tags"] for sweep in (similar, cross, grid)] == [
+        ["similar"], ["cross"], ["grid"],
+    ]  # fmt: skip
+    assert pairs[0] + pairs[1] == pairs[2]
+    assert similar == cross == grid
+
+
+@pytest.mark.parametrize("name", [name for name in SWEEPS if name != "grid"])
 def test_every_job_of_every_sweep_composes(composed_jobs: Any, name: str) -> None:
     jobs = composed_jobs(name).jobs
     assert len({job.folder for job in jobs}) == len(jobs) > 0
