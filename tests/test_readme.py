@@ -82,7 +82,7 @@ def jobs(overrides: list[str]) -> Iterator[list[str]]:
 
 
 def run_of(words: list[str]) -> frozenset[str]:
-    """Return what tells the run of a job from others: the student alone has no teacher."""
+    """Return the overrides that identify the run of a job; the student alone has no teacher."""
     values = dict(word.split("=", 1) for word in words)
     if values.get("method") == "vanilla" and "pair" in values:
         values["pair"] = values["pair"].rpartition("-")[2]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sskd import CONF
 from sskd.commands.process import run_tool
-from sskd.errors import CheckError, UserError
+from sskd.errors import CheckError, UserError, one_line
 from sskd.invocation.composition import compose_config
 from sskd.invocation.extensions import load_extensions
 from sskd.invocation.names import tool_command
@@ -65,7 +65,7 @@ def _passes(check: Check) -> bool:
         say(f"{'refused' if passed else 'FAILED '} {check.name}: {error}")
         return passed
     except Exception as error:  # a fault in the code that is checked
-        say(f"FAILED  {check.name}: {type(error).__name__}: {' '.join(str(error).split())}")
+        say(f"FAILED  {check.name}: {type(error).__name__}: {one_line(error)}")
         return False
     say(f"ok      {check.name}")
     return True

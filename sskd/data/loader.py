@@ -64,7 +64,7 @@ class Loader:
 
     @property
     def device(self) -> torch.device:
-        """Where the images are, and where the batches are drawn."""
+        """The device of the images, on which the batches are drawn."""
         return self._labels.device
 
     @property

@@ -23,9 +23,10 @@ class Result(ABC):
     run: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain values, ``run`` last."""
+        """Return the fields as plain values; ``run`` comes last, and only if it is known."""
         values = asdict(self)
-        return values | {"run": values.pop("run")}
+        run = values.pop("run")
+        return values if run is None else values | {"run": run}
 
     @classmethod
     @abstractmethod
@@ -127,7 +128,7 @@ class RunResult(Result):
             top1=_nested(values, "top1", _top1) or Top1(),
             holdout_top1=_nested(values, "holdout_top1", _holdout_top1),
             digest=_nested(values, "digest", _digests) or WeightsDigests(),
-            run=fields.mapping_or_none(values, "run"),
+            run=fields.mapping(values, "run") if "run" in values else None,
         )
 
 
@@ -192,5 +193,5 @@ class SharedResult(Result):
             stage=fields.text_or_none(values, "stage"),
             seconds=fields.number_or_none(values, "seconds"),
             digest=fields.text_or_none(values, "digest"),
-            run=fields.mapping_or_none(values, "run"),
+            run=fields.mapping(values, "run") if "run" in values else None,
         )

@@ -185,9 +185,10 @@ def test_a_result_that_names_no_run_is_used(composed: Compose, tmp_path: Path) -
     folder = finished(tmp_path, config)
     (folder / "result.json").write_text(json.dumps(RESULT.to_json()))
     assert Run(folder, config).finished(RunResult) == RESULT
-    (folder / "result.json").write_text(json.dumps(RESULT.to_json() | {"run": "resnet8"}))
-    with pytest.raises(UserError, match="'run' is not an object"):
-        Run(folder, config).finished(RunResult)
+    for run in ("resnet8", None):
+        (folder / "result.json").write_text(json.dumps(RESULT.to_json() | {"run": run}))
+        with pytest.raises(UserError, match="'run' is not an object"):
+            Run(folder, config).finished(RunResult)
 
 
 def test_a_teacher_with_another_runs_result_is_refused(composed: Compose, tmp_path: Path) -> None:
