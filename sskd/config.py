@@ -123,15 +123,17 @@ class Config(Settings):
     batch_size: Count
     precision: Literal["auto", "fp32", "bf16"]
     compile: Literal["auto", "off", "default"]
+    graph: Literal["auto", "on", "off"]
     device: str
     runs: NonEmpty
     force: bool
     checkpoint_minutes: Positive
 
-    @field_validator("compile", mode="before")
+    @field_validator("compile", "graph", mode="before")
     @classmethod
-    def _off_is_a_word(cls, value: Any) -> Any:
-        return "off" if value is False else value  # YAML and Hydra read it as false
+    def _on_and_off_are_words(cls, value: Any) -> Any:
+        # YAML and Hydra read them as true and false.
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     @field_validator("runs")
     @classmethod

@@ -8,7 +8,7 @@ import itertools
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,24 @@ def tune_device(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = True
     if device.type == "cpu":
         keep_freed_memory()
+
+
+@contextlib.contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """Compute on a new stream of ``device`` inside a ``with`` block, if it is an NVIDIA GPU.
+
+    A CUDA graph cannot be captured on the default stream.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    outer, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    stream.wait_stream(outer)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        outer.wait_stream(stream)
 
 
 def best_precision(device: str) -> str:

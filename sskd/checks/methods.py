@@ -84,7 +84,7 @@ def check_overfits(method: Method, images: Images) -> None:
             output = phase.loss(batch)
             if output.metrics.get("top1") == 100:
                 break
-            _step(optimizer, _total(phase, output))
+            _step(phase, optimizer, output)
         output = phase.loss(batch)
     require("top1" in output.metrics, "the last phase has no metric 'top1'")
     reached = float(output.metrics["top1"])
@@ -217,10 +217,11 @@ def _optimizer(phase: Phase) -> torch.optim.Optimizer:
     return torch.optim.SGD(phase.trains.parameters(), lr=0.05, momentum=0.9)
 
 
-def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+def _step(phase: Phase, optimizer: torch.optim.Optimizer, output: LossOutput) -> None:
     optimizer.zero_grad()
-    loss.backward()
+    _total(phase, output).backward()
     optimizer.step()
+    phase.after_step()
 
 
 def _start(method: Method, phase: Phase) -> torch.optim.Optimizer:
@@ -231,7 +232,7 @@ def _start(method: Method, phase: Phase) -> torch.optim.Optimizer:
 
 def _train(phase: Phase, optimizer: torch.optim.Optimizer, loader: Loader, steps: int) -> None:
     for _ in range(steps):
-        _step(optimizer, _total(phase, phase.losses(loader.next_batch())))
+        _step(phase, optimizer, phase.losses(loader.next_batch()))
 
 
 def _checkpoint(method: Method, optimizer: torch.optim.Optimizer, loader: Loader) -> dict[str, Any]:

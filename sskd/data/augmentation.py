@@ -1,15 +1,15 @@
 """Flips, rotations, random crops and normalisation of whole batches, on any device.
 
-The random choices (``draw_crops``) are separate from the pixels (``crop_views``). So each crop has
-a number, under which the outputs of a teacher for it can be stored.
+The random choices (``draw_crops``) are separate from the pixels (``Cropper``). So each crop has a
+number, under which the outputs of a teacher for it can be stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PADDING = 4  # pixels on each side
@@ -38,88 +38,68 @@ def draw_crops(images: int, views: int, generator: torch.Generator) -> Tensor:
     return ((turn * 2 + flip) * OFFSETS + top) * OFFSETS + left
 
 
-def crop_views(images: Tensor, crops: Tensor, views: int) -> Tensor:
-    """Cut crops out of images: uint8 [B, 3, S, S] to uint8 [B, k, 3, S, S].
+class Cropper:
+    """Cuts crops out of ``images``, uint8 [N, 3, S, S], by one gather, for at most ``views`` views.
 
-    ``crops`` are numbers from ``draw_crops`` for at most ``views`` views, int64 [B, k], on the
-    device of the images. The host never waits for that device.
+    A table has the position in the image of each pixel of each crop, so that a GPU starts four
+    kernels for a batch of any crops.
     """
-    orientation = _orientations(images.device)[crops // OFFSETS**2]
-    offset = crops % OFFSETS**2
-    cropped = _cut_crops(
-        _pad_orientations(images.permute(0, 2, 3, 1), views),
-        orientation,
-        offset // OFFSETS,
-        offset % OFFSETS,
-    )
-    return cropped.permute(0, 1, 4, 2, 3)
+
+    def __init__(self, images: Tensor, views: int) -> None:
+        count, channels, self._side = len(images), images.shape[1], images.shape[2]
+        self._pixels_of_image = self._side**2 + 1
+        pixels = images.new_zeros(count, self._pixels_of_image, channels)  # the last one is black
+        pixels[:, :-1] = images.permute(0, 2, 3, 1).flatten(1, 2)
+        self._pixels = pixels.flatten(0, 1)
+        self._positions = _pixel_positions(self._side, views).to(images.device)
+
+    def __call__(self, indices: Tensor, crops: Tensor) -> Tensor:
+        """Return the ``crops`` [B, k] of the images ``indices`` [B]: uint8 [B * k, 3, S, S].
+
+        ``crops`` are numbers from ``draw_crops``. The host never waits for the device. The result
+        is channels last in memory, the layout that the networks take.
+        """
+        positions = self._positions.index_select(0, crops.flatten())
+        first = indices * self._pixels_of_image
+        positions = positions.view(*crops.shape, -1) + first[:, None, None]
+        pixels = self._pixels.index_select(0, positions.flatten())
+        return pixels.view(-1, self._side, self._side, pixels.shape[1]).permute(0, 3, 1, 2)
 
 
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Turn uint8 [N, 3, H, W] into normalised float32, channels last in memory.
+def _pixel_positions(side: int, views: int) -> Tensor:
+    """Return where each crop has its pixels from: int64 [162 * views, S * S].
 
-    ``mean`` and ``std`` are [3, 1, 1], in units of [0, 1], on the device of the images.
+    A position is ``row * S + column`` in the image, or ``S * S`` for a black pixel.
     """
-    pixels = images.permute(0, 2, 3, 1)
-    # Rows of an image instead of pixels: an inner loop over three values would be slow.
-    rows = pixels.reshape(-1, pixels.shape[2] * pixels.shape[3]).float()
-    mean_row, std_row = (each.flatten().repeat(pixels.shape[2]) for each in (mean, std))
-    rows.div_(255).sub_(mean_row).div_(std_row)
-    return rows.view(pixels.shape).permute(0, 3, 1, 2)
+    upright = torch.arange(side**2).view(side, side)
+    tables = []
+    for turns in range(views):
+        for image in (upright, upright.flip(1)):
+            turned = torch.rot90(image, turns, (0, 1))
+            padded = F.pad(turned, [PADDING] * 4, value=side**2)
+            offsets = padded.unfold(0, side, 1).unfold(1, side, 1)
+            tables.append(offsets.reshape(OFFSETS**2, side**2))
+    return torch.cat(tables)
 
 
-def per_channel(values: Sequence[float], device: torch.device) -> Tensor:
-    """Return one value for each channel as float32 [3, 1, 1], as ``normalise`` takes them."""
-    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+class Normaliser:
+    """Turns uint8 images [N, 3, H, ``width``] into normalised float32, channels last in memory.
 
-
-def _pad_orientations(pixels: Tensor, views: int) -> Tensor:
-    """Return padded copies of the images, the ones that ``_orientations`` refers to.
-
-    ``pixels`` is uint8 [B, S, S, 3]. The result is uint8 [copies, B, S + 8, S + 8, 3], with 2
-    copies for one view and 4 for several.
+    ``mean`` and ``std`` hold one value for each channel, in units of [0, 1].
     """
-    batch, side, _, channels = pixels.shape
-    padded_side = side + 2 * PADDING
-    shape = (2 if views == 1 else 4, batch, padded_side, padded_side, channels)
-    padded = torch.zeros(shape, dtype=pixels.dtype, device=pixels.device)
-    inner = padded[:, :, PADDING:-PADDING, PADDING:-PADDING]
-    inner[0] = pixels
-    inner[1] = pixels.flip(2)
-    if views > 1:
-        inner[2] = pixels.transpose(1, 2)
-        inner[3] = inner[2].flip(2)
-    return padded
 
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], *, width: int, device: torch.device
+    ) -> None:
+        # Rows of an image instead of pixels: an inner loop over three values would be slow.
+        self._mean, self._std = (
+            torch.tensor(values, dtype=torch.float32, device=device).repeat(width)
+            for values in (mean, std)
+        )
 
-@cache
-def _orientations(device: torch.device) -> Tensor:
-    """Return how each orientation is read from the copies: int64 [2 * turns + flipped, 2].
-
-    The first number selects one of four copies of an image: unchanged, flipped left to right,
-    transposed, transposed and then flipped. The second is 1 if the rows are read from the bottom
-    up. So a rotation needs no copy of the image; it only changes which rows are copied.
-    """
-    upright, half_turn = [(0, 0), (1, 0)], [(1, 1), (0, 1)]
-    quarter_turn, three_quarters = [(2, 1), (2, 0)], [(3, 0), (3, 1)]
-    return torch.tensor(upright + quarter_turn + half_turn + three_quarters, device=device)
-
-
-def _cut_crops(padded: Tensor, orientation: Tensor, top: Tensor, left: Tensor) -> Tensor:
-    """Cut crops out of padded images: uint8 [B, k, S, S, 3].
-
-    ``padded`` is uint8 [copies, B, S + 8, S + 8, 3]. ``orientation`` [B, k, 2] holds rows of
-    ``_orientations``. ``top`` and ``left`` are [B, k]. In flat memory, one row of a crop is a run
-    of ``3 * S`` bytes; copying whole runs makes this fast on a CPU.
-    """
-    _, batch, padded_side, _, channels = padded.shape
-    side, device = padded_side - 2 * PADDING, padded.device
-    runs = padded.flatten().unfold(0, side * channels, 1)
-    copy, upwards = orientation[..., None].unbind(2)
-    image = copy * batch + torch.arange(batch, device=device)[:, None, None]
-    line = torch.arange(side, device=device)
-    row = image * padded_side + top[..., None]
-    row = row + torch.where(upwards > 0, side - 1 - line, line)
-    starts = (row * padded_side + left[..., None]) * channels
-    crops = runs.index_select(0, starts.flatten())
-    return crops.view(batch, top.shape[1], side, side, channels)
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return ``(images / 255 - mean) / std``."""
+        pixels = images.permute(0, 2, 3, 1)
+        rows = pixels.reshape(-1, len(self._mean)).float()
+        rows.div_(255).sub_(self._mean).div_(self._std)
+        return rows.view(pixels.shape).permute(0, 3, 1, 2)

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from sskd.data.augmentation import crop_views, draw_crops, normalise, per_channel
+from sskd.data.augmentation import Cropper, Normaliser, draw_crops
 from sskd.data.images import Split
 
 
@@ -28,19 +28,21 @@ class Batch(NamedTuple):
 
 
 class LoaderState(TypedDict):
-    """The state of a loader: the epoch's seed, the batches drawn, the state of its generator."""
+    """The state of a loader: the epoch's seed, and the batches drawn."""
 
     seed: int
     position: int
-    generator: Tensor
 
 
 class Loader:
     """Shuffled and augmented batches of ``split``, on the device of its images.
 
-    One generator on that device draws the order and the augmentation of an epoch, so the seed of
-    an epoch determines all of its batches. A new loader is at the start of an epoch with seed 0.
-    ``mean`` and ``std`` hold one value for each channel, in units of [0, 1].
+    The order and the crops of an epoch are drawn at its start, on the CPU, so the seed of an epoch
+    determines all of its batches on any device. A new loader is at the start of an epoch with seed
+    0. ``mean`` and ``std`` hold one value for each channel, in units of [0, 1].
+
+    A batch is drawn on the device alone (``draw``), from tensors that stay in place. So a CUDA
+    graph can contain it. ``advance`` then counts it on the host.
     """
 
     def __init__(
@@ -52,85 +54,97 @@ class Loader:
         batch_size: int,
         views: int = 1,
     ) -> None:
-        device = split.images.device
-        # Channels last: the layout that the networks take, and a third of the rows to crop.
-        self._images = split.images.permute(0, 2, 3, 1).contiguous()
-        self._labels = split.labels
-        self._mean, self._std = per_channel(mean, device), per_channel(std, device)
-        self._batch_size = batch_size
+        self.device = split.images.device
+        self.batch_size = batch_size
         self._views = views
-        self._generator = torch.Generator(device)
+        self._labels = split.labels
+        self._crop = Cropper(split.images, views)
+        width = split.images.shape[-1]
+        self._normalise = Normaliser(mean, std, width=width, device=self.device)
+        self._order = torch.empty(len(split), dtype=torch.int64, device=self.device)
+        self._crops = torch.empty(len(split), views, dtype=torch.int64, device=self.device)
+        self._places = torch.arange(min(batch_size, len(split)), device=self.device)
+        self._start = torch.zeros(1, dtype=torch.int64, device=self.device)  # of the next batch
         self.begin_epoch(0)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the images, on which the batches are drawn."""
-        return self._labels.device
 
     @property
     def steps(self) -> int:
         """Batches in an epoch, including the last one, which may be smaller."""
-        return -(-len(self._labels) // self._batch_size)
+        return -(-len(self._labels) // self.batch_size)
 
     @property
     def position(self) -> int:
         """Batches drawn in this epoch."""
         return self._position
 
+    @property
+    def next_size(self) -> int:
+        """Images in the next batch; 0 at the end of the epoch."""
+        return min(self.batch_size, len(self._labels) - self._position * self.batch_size)
+
     def begin_epoch(self, seed: int) -> None:
-        """Seed the generator and draw the order of the epoch."""
+        """Draw the order and the crops of an epoch."""
+        generator = torch.Generator().manual_seed(seed)
+        count = len(self._labels)
+        self._order.copy_(torch.randperm(count, generator=generator))
+        self._crops.copy_(draw_crops(count, self._views, generator))
         self._seed = seed
-        self._position = 0
-        self._generator.manual_seed(seed)
-        self._order = torch.randperm(
-            len(self._labels), generator=self._generator, device=self._generator.device
-        )
+        self._move_to(0)
 
     def next_batch(self) -> Batch:
         """Draw the next batch of the epoch. Raises IndexError after the last one."""
         if self._position >= self.steps:
             raise IndexError(f"all {self.steps} batches of the epoch are drawn")
-        start = self._position * self._batch_size
-        indices = self._order[start : start + self._batch_size]
-        crops = draw_crops(len(indices), self._views, self._generator)
-        x = self.crops_of(indices, crops)
+        batch = self.draw(self.next_size)
+        self.advance()
+        return batch
+
+    def draw(self, size: int) -> Batch:
+        """Draw the next ``size`` images, on the device alone; call ``advance`` after it."""
+        indices = self._order.index_select(0, self._places[:size] + self._start)
+        self._start += size
+        crops = self._crops.index_select(0, indices)
+        labels = self._labels.index_select(0, indices)
+        return Batch(self.crops_of(indices, crops), labels, indices, crops.flatten())
+
+    def advance(self) -> None:
+        """Count a batch that was drawn."""
         self._position += 1
-        return Batch(x, self._labels[indices], indices, crops.flatten())
 
     def crops_of(self, indices: Tensor, crops: Tensor) -> Tensor:
         """Return the given ``crops`` [B, k] of the images ``indices`` [B], in the form of ``x``."""
-        images = self._images.index_select(0, indices).permute(0, 3, 1, 2)
-        return normalise(
-            crop_views(images, crops, self._views).flatten(0, 1), self._mean, self._std
-        )
+        return self._normalise(self._crop(indices, crops))
 
     def state_dict(self) -> LoaderState:
         """Return everything that is needed to resume in the middle of an epoch."""
-        return {
-            "seed": self._seed,
-            "position": self._position,
-            "generator": self._generator.get_state(),
-        }
+        return {"seed": self._seed, "position": self._position}
 
     def load_state_dict(self, state: LoaderState) -> None:
         """Resume at ``state``, bit for bit.
 
         Raises:
-            ValueError: the position is not in this epoch, because the data were different.
+            ValueError: the position is not in this epoch, because the data were different; or an
+                earlier version drew the order of the epoch on a GPU.
         """
         if not isinstance(state["position"], int) or not 0 <= state["position"] <= self.steps:
             raise ValueError(f"step {state['position']} of {self.steps}")
+        if "generator" in state and self.device.type != "cpu":
+            # On a CPU that version drew the same order. Only the crops of the rest are others.
+            raise ValueError("an earlier version drew the order of the epoch's images on the GPU")
         self.begin_epoch(state["seed"])
-        self._position = state["position"]
-        self._generator.set_state(state["generator"])
+        self._move_to(state["position"])
+
+    def _move_to(self, position: int) -> None:
+        self._position = position
+        self._start.fill_(position * self.batch_size)
 
 
 def eval_batches(
     split: Split, mean: Sequence[float], std: Sequence[float], batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield normalised images [B, 3, H, W] and labels [B], in order and without augmentation."""
-    device = split.images.device
-    channel_mean, channel_std = per_channel(mean, device), per_channel(std, device)
+    width, device = split.images.shape[-1], split.images.device
+    normalise = Normaliser(mean, std, width=width, device=device)
     for start in range(0, len(split), batch_size):
         part = slice(start, start + batch_size)
-        yield normalise(split.images[part], channel_mean, channel_std), split.labels[part]
+        yield normalise(split.images[part]), split.labels[part]

@@ -49,6 +49,7 @@ class Phase:
             of that teacher with the same settings.
         settings: the method's settings that the result of a ``teacher_only`` phase depends on,
             beside its weights, views and schedule.
+        after_step: is called after each step, when the backward pass no longer needs any tensor.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Phase:
     schedule: PhaseSettings | None = None
     teacher_only: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    after_step: Callable[[], None] = lambda: None
 
     def weigh(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``terms`` times their weights.
@@ -110,11 +112,14 @@ class Method(nn.Module, ABC):
     - lists in ``adapters`` the modules that are trained together with the student (regressors,
       embeddings);
     - names in ``teacher_outputs`` the fields of the teacher's ``Features`` that its losses read
-      from ``teacher_features``; the other fields may be None.
+      from ``teacher_features``; the other fields may be None;
+    - changes its buffers in place, and those that the backward pass needs in ``after_step``, so
+      that a CUDA graph can contain its step. If it cannot, it sets ``capturable`` to False.
     """
 
     views: ClassVar[int] = 1
     needs_teacher: ClassVar[bool] = True
+    capturable: ClassVar[bool] = True
     # The last phase, which trains the student; its accuracy is measured after each epoch of it.
     evaluated_phase: ClassVar[str] = "distill"
     terms: ClassVar[tuple[str, ...]]
@@ -145,6 +150,7 @@ class Method(nn.Module, ABC):
             loss=self.loss,
             weights=self.weights,
             views=self.views,
+            after_step=self.after_step,
         )
 
     @torch.no_grad()
@@ -157,6 +163,9 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def loss(self, batch: Batch) -> LossOutput:
         """Return the losses of one batch of the last phase."""
+
+    def after_step(self) -> None:
+        """Change buffers after a step of the last phase: nothing here."""
 
 
 def forward_in_chunks(network: nn.Module, x: Tensor, fields: Sequence[str]) -> Features:

@@ -107,17 +107,17 @@ class ContrastMemory(nn.Module):
         scores = score(embedding, other.bank, index, temperature)
         with torch.no_grad():  # torch.where, because an ``if`` would wait for the device
             estimate = len(self.bank) * scores.mean()
-            self.normaliser = torch.where(self.normaliser > 0, self.normaliser, estimate)
+            self.normaliser.copy_(torch.where(self.normaliser > 0, self.normaliser, estimate))
         return nce_loss(scores / self.normaliser, len(self.bank))
 
     @torch.no_grad()
     def update(self, embedding: Tensor, index: Tensor, momentum: float) -> None:
         """Move the rows ``index`` [B] of the bank towards ``embedding`` [B, d], and normalise them.
 
-        The bank is replaced, not modified: the backward pass still needs the old one.
+        Call it after the backward pass, which needs the old rows.
         """
         rows = momentum * self.bank[index] + (1 - momentum) * embedding
-        self.bank = self.bank.index_copy(0, index, F.normalize(rows, dim=1))
+        self.bank.index_copy_(0, index, F.normalize(rows, dim=1))
 
 
 class CRD(KD):
@@ -149,9 +149,11 @@ class CRD(KD):
         self.student_memory = ContrastMemory(student, dimension, len(self.labels))
         self.teacher_memory = ContrastMemory(teacher, dimension, len(self.labels))
         self.adapters = (self.student_memory, self.teacher_memory)
+        # Of the step that is being computed: embeddings [B, d] of both networks, images [B].
+        self.latest: tuple[Tensor, Tensor, Tensor] | None = None
 
     def feature_terms(self, outputs: Outputs) -> dict[str, Tensor]:
-        """Return ``crd``, the sum of both directions; then update the batch's rows of the banks."""
+        """Return ``crd``, the sum of both directions."""
         batch, student, teacher = outputs.batch, self.student_memory, self.teacher_memory
         student_embedding = student(outputs.student.pooled)
         teacher_embedding = teacher(outputs.teacher.pooled)
@@ -159,6 +161,13 @@ class CRD(KD):
         index = torch.cat([batch.indices[:, None], negatives], dim=1)
         loss = student.contrast(student_embedding, teacher, index, self.contrast_temperature)
         loss = loss + teacher.contrast(teacher_embedding, student, index, self.contrast_temperature)
-        student.update(student_embedding, batch.indices, self.momentum)
-        teacher.update(teacher_embedding, batch.indices, self.momentum)
+        self.latest = student_embedding.detach(), teacher_embedding.detach(), batch.indices
         return {"crd": loss}
+
+    def after_step(self) -> None:
+        """Update the batch's rows of the banks."""
+        if self.latest is not None:
+            student, teacher, indices = self.latest
+            self.student_memory.update(student, indices, self.momentum)
+            self.teacher_memory.update(teacher, indices, self.momentum)
+            self.latest = None

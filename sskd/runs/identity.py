@@ -15,6 +15,7 @@ _IRRELEVANT_TO_RESULT = (
     ("wandb",),
     ("device",),
     ("compile",),
+    ("graph",),
     ("runs",),
     ("force",),
     ("checkpoint_minutes",),

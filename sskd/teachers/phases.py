@@ -14,7 +14,7 @@ from torch import nn
 from sskd.config import Config
 from sskd.data import Images
 from sskd.files import read_bounded
-from sskd.methods import Phase
+from sskd.methods import Method, Phase
 from sskd.models import weights_digest
 from sskd.runs.epoch_line import EpochLine
 from sskd.runs.identity import full_config, identity
@@ -28,7 +28,7 @@ from sskd.training.trainer import Trainer, phase_schedule
 
 
 def find_or_train_phase(
-    phase: Phase, method: nn.Module, images: Images, plan: RunPlan
+    phase: Phase, method: Method, images: Images, plan: RunPlan
 ) -> list[EpochLine]:
     """Load the result of a teacher-only ``phase`` into ``phase.trains``; return its epochs.
 
@@ -45,7 +45,7 @@ def find_or_train_phase(
     return run.metrics.read()
 
 
-def _train(run: Run, *, phase: Phase, method: nn.Module, images: Images, config: Config) -> None:
+def _train(run: Run, *, phase: Phase, method: Method, images: Images, config: Config) -> None:
     state = run.checkpoints.load([phase.name])
     run.announce({phase.name: phase_schedule(phase, config).epochs})
     trainer = Trainer(

@@ -50,7 +50,7 @@ from sskd.training.progress import Progress
 from sskd.training.signals import StopSignals
 
 PHASE = "teacher_outputs"
-FORMAT = 1  # file format version; increase it if rows or crop numbers change meaning
+FORMAT = 2  # file format version; increase it if rows or crop numbers change meaning
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,11 @@ from sskd.errors import UserError, shortened
 
 
 class Meter:
-    """Sums of metrics over images; only ``read`` and ``first_non_finite`` copy to the host."""
+    """Sums of metrics over images; only ``read`` and ``first_non_finite`` copy to the host.
+
+    The sums stay in the same tensors, so that a CUDA graph can contain ``add``; ``count`` then
+    counts the images on the host.
+    """
 
     def __init__(self) -> None:
         self.images = 0
@@ -22,28 +26,42 @@ class Meter:
         self._finite: Tensor | None = None  # for each metric, the number of steps with a finite sum
 
     def add(self, metrics: Mapping[str, Tensor], images: int) -> None:
-        """Add ``metrics``, scalars that are means over ``images`` images.
+        """Add ``metrics``, scalars that are means over ``images`` images, on the device alone.
 
         Raises:
             UserError: their names differ from those of the first step, or of the checkpoint.
         """
-        if self._sums is not None and list(metrics) != self._names:
+        values = torch.stack([value.detach().float() for value in metrics.values()]) * images
+        if self._sums is None or self._finite is None:
+            self._names = list(metrics)
+            self._sums = torch.zeros_like(values)
+            self._finite = torch.zeros_like(values, dtype=torch.long)
+        if list(metrics) != self._names:
             raise UserError(
                 f"the names of the metrics changed from {shortened(self._names)} to "
-                f"{shortened(list(metrics))} within an epoch; a method must return the same names "
-                "in each step (if the checkpoint was changed, start from scratch with force=true)"
+                f"{shortened(list(metrics))} between two steps; a method must return the same "
+                "names in each step (if the checkpoint was changed, start from scratch with "
+                "force=true)"
             )
-        values = torch.stack([value.detach().float() for value in metrics.values()]) * images
-        self._names = list(metrics)
-        self._sums = values if self._sums is None else self._sums + values
+        self._sums += values
+        # A sum never becomes finite again. The product is 0 if it is finite, else NaN.
+        self._finite += self._sums.mul(0) == 0
+
+    def count(self, images: int) -> None:
+        """Count the ``images`` of a step that was added."""
         self.images += images
-        finite = self._sums.isfinite().long()  # a sum never becomes finite again
-        self._finite = finite if self._finite is None else self._finite + finite
         self._steps += 1
+
+    def reset(self) -> None:
+        """Start a new average of the same metrics."""
+        self.images = self._steps = 0
+        for tensor in (self._sums, self._finite):
+            if tensor is not None:
+                tensor.zero_()
 
     def read(self) -> dict[str, float]:
         """Return the means over all images so far."""
-        if self._sums is None:
+        if self._sums is None or not self.images:
             return {}
         return dict(zip(self._names, (self._sums / self.images).tolist(), strict=True))
 
@@ -75,3 +93,4 @@ class Meter:
         if sums.shape != (len(names),):
             raise ValueError(f"{len(names)} metrics of the shape {tuple(sums.shape)}")
         self.images, self._names, self._sums = images, list(names), sums.to(device)
+        self._finite = torch.zeros_like(self._sums, dtype=torch.long)

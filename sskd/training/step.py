@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from sskd.data import Batch
+from sskd.data import Batch, Loader
 from sskd.methods import Phase
+from sskd.training.meter import Meter
 
 
 def set_trainable(phase: Phase, method: nn.Module) -> None:
@@ -34,7 +37,42 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
+    phase.after_step()
     measured = {"loss": loss}
     measured |= {f"loss/{name}": term for name, term in terms.items()}
     measured |= {f"weighted/{name}": term for name, term in weighted.items()}
     return measured | metrics
+
+
+@dataclass(kw_only=True)
+class TrainingStep:
+    """A whole training step, from the choice of the batch to the sums of the metrics.
+
+    Everything that lasts from step to step stays in the same tensors: parameters, buffers, the
+    optimizer's state, the order of the epoch, the sums. So a CUDA graph can contain the step
+    (``sskd.training.graph``).
+    """
+
+    phase: Phase
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    meter: Meter
+    precision: str
+
+    def take(self) -> int:
+        """Train on the next batch of the epoch; return the number of its images."""
+        size = self.loader.next_size
+        self.run(size)
+        self.loader.advance()
+        self.meter.count(size)
+        return size
+
+    def run(self, size: int) -> None:
+        """Train on the next ``size`` images."""
+        self.compute(size)
+
+    def compute(self, size: int) -> None:
+        """Do the step's work on the device: nothing here waits for it, or counts on the host."""
+        batch = self.loader.draw(size)
+        metrics = train_step(self.phase, self.optimizer, batch, self.precision)
+        self.meter.add(metrics, size)

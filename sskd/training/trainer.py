@@ -12,8 +12,9 @@ from torch import nn
 
 from sskd.config import Config
 from sskd.data import Images, Loader
+from sskd.device import own_stream
 from sskd.errors import NotFiniteError
-from sskd.methods import Phase
+from sskd.methods import Method, Phase
 from sskd.optimizers import build_optimizer
 from sskd.runs.epoch_line import EpochLine
 from sskd.runs.run import Run
@@ -21,12 +22,12 @@ from sskd.schedule import Schedule
 from sskd.seeding import derive_seed, seed_torch
 from sskd.training.acceleration import compile_loss
 from sskd.training.evaluation import evaluate_epoch
-from sskd.training.meter import Meter
+from sskd.training.graph import build_step
 from sskd.training.not_finite import FiniteCheck
 from sskd.training.progress import Progress
 from sskd.training.signals import StopSignals
 from sskd.training.state import PhaseCheckpoint, TrainingState
-from sskd.training.step import set_trainable, train_step
+from sskd.training.step import TrainingStep, set_trainable
 
 
 def phase_schedule(phase: Phase, config: Config) -> Schedule:
@@ -51,7 +52,7 @@ class Trainer:
     """
 
     phase: Phase
-    method: nn.Module
+    method: Method
     checkpointed: nn.Module
     images: Images
     run: Run
@@ -75,7 +76,7 @@ class Trainer:
             optimizer=self.optimizer,
             loader=self.loader,
         )
-        self._compiled = compile_loss(self.phase, self.config)
+        self.step = _training_step(self)
         self._finite = FiniteCheck(self.phase, self.method, images, self.config, where=self._where)
 
     def train(self, resume: Mapping[str, Any] | None = None) -> TrainingState:
@@ -93,7 +94,7 @@ class Trainer:
         verb = "starts" if resume is None else "resumes"
         self.progress.line(f"{verb} in {self.run.folder}, {state.epoch}/{epochs} epochs")
         try:
-            with StopSignals() as signals:
+            with StopSignals() as signals, own_stream(self.loader.device):
                 while state.epoch < epochs:
                     self._train_epoch(state, signals)
                     signals.raise_if_received()
@@ -106,16 +107,14 @@ class Trainer:
             purpose = (self.config.seed, self.phase.name, state.epoch)
             self.loader.begin_epoch(derive_seed(*purpose, "batches"))
             seed_torch(*purpose, "model")
-            self.checkpoint.meter, state.epoch_seconds = Meter(), 0.0
+            self.checkpoint.meter.reset()
+            state.epoch_seconds = 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr_at(state.epoch)
         set_trainable(self.phase, self.method)
         started = time.monotonic() - state.epoch_seconds
         while self.loader.position < self.loader.steps:
-            batch = self.loader.next_batch()
-            metrics = train_step(self._compiled, self.optimizer, batch, self.config.precision)
-            self.checkpoint.meter.add(metrics, len(batch.y))
-            self.progress.advance(len(batch.y))
+            self.progress.advance(self.step.take())
             save = self.checkpoint.is_due(self.config.checkpoint_minutes) or signals.received
             if save and self.loader.position < self.loader.steps:  # at its end, all is saved
                 state.mid_epoch = True
@@ -157,6 +156,17 @@ class Trainer:
     def _where(self) -> str:
         epoch = self.checkpoint.state.epoch + 1
         return f"{self.run.folder}: phase {self.phase.name}, epoch {epoch}"
+
+
+def _training_step(trainer: Trainer) -> TrainingStep:
+    step = TrainingStep(
+        phase=compile_loss(trainer.phase, trainer.config),
+        optimizer=trainer.optimizer,
+        loader=trainer.loader,
+        meter=trainer.checkpoint.meter,
+        precision=trainer.config.precision,
+    )
+    return build_step(step, trainer.method, trainer.config)
 
 
 def _timing(images: int, seconds: float) -> dict[str, float]:

@@ -21,7 +21,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from starting import DEVNULL, Started, run
 
-import sskd.training.trainer
+import sskd.training.step
 import train_student
 import train_teacher
 from sskd.commands.hydra_errors import user_message
@@ -172,7 +172,7 @@ def test_an_error_with_an_empty_cause_is_one_line(
     def refuse(*_: Any) -> None:
         raise UserError("what to do about it") from EOFError()
 
-    monkeypatch.setattr(sskd.training.trainer, "train_step", refuse)
+    monkeypatch.setattr(sskd.training.step, "train_step", refuse)
     status, _, err = command(*sweep, *SMALL, "method=vanilla")
     line, *at_the_end = err.splitlines()
     assert (status, line) == (1, "error: what to do about it")
@@ -186,7 +186,7 @@ def test_a_sweep_reports_each_job_that_breaks(
     def broken(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(sskd.training.trainer, "train_step", broken)
+    monkeypatch.setattr(sskd.training.step, "train_step", broken)
     status, _, err = command("-m", *SMALL, "method=vanilla", "seed=0,1")
     assert status == 1
     assert err.count("Traceback") == err.count("error: out of memory") == 2

@@ -9,7 +9,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from scipy.stats import binomtest, chisquare
 
 from sskd.data import Split
-from sskd.data.augmentation import crop_views, draw_crops, normalise
+from sskd.data.augmentation import Cropper, Normaliser, draw_crops
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 UNLIKELY = 1e-3  # the significance level of the frequency tests; their seeds are fixed
@@ -42,10 +42,12 @@ def choices(count: int, views: int, side: int, seed: int) -> np.ndarray:
     images = noise_split(count, side, seed).images
     before = images.clone()
     crops = draw_crops(count, views, torch.Generator().manual_seed(seed))
-    augmented = crop_views(images, crops, views)
+    order = torch.randperm(count)
+    cut = Cropper(images, views)(order, crops[order])
     assert torch.equal(images, before)
-    assert augmented.dtype == torch.uint8
-    assert augmented.shape == (count, views, 3, side, side)
+    assert cut.dtype == torch.uint8
+    assert cut.shape == (count * views, 3, side, side)
+    augmented = cut.unflatten(0, (count, views))[order.argsort()]
     recovered = np.empty((count, views, 3), dtype=int)
     for i, image in enumerate(images.numpy()):
         for view in range(views):
@@ -87,6 +89,13 @@ def test_half_of_the_images_are_flipped(many_choices: np.ndarray) -> None:
     assert binomtest(int(neighbours.sum()), len(neighbours), 0.5).pvalue > UNLIKELY
 
 
+def test_a_crop_is_rotated_padded_and_then_cut(many_choices: np.ndarray) -> None:
+    """Check the numbers of ``draw_crops``, under which the outputs of a teacher are stored."""
+    crops = draw_crops(1000, 4, torch.Generator().manual_seed(3)).numpy()
+    flip, top, left = np.moveaxis(many_choices, -1, 0)
+    assert (crops == ((np.arange(4) * 2 + flip) * 9 + top) * 9 + left).all()
+
+
 @pytest.mark.parametrize("views", [0, 5])
 def test_more_than_four_views_are_refused(views: int) -> None:
     with pytest.raises(ValueError, match=f"not {views}"):
@@ -95,9 +104,9 @@ def test_more_than_four_views_are_refused(views: int) -> None:
 
 def test_normalise_uses_the_mean_and_std_of_a_channel() -> None:
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
-    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
-    result = normalise(images, mean, std)
-    expected = (images.numpy().astype(np.float64) / 255 - mean.numpy()) / std.numpy()
+    result = Normaliser(MEAN, STD, width=16, device=images.device)(images)
+    mean, std = np.reshape(MEAN, (3, 1, 1)), np.reshape(STD, (3, 1, 1))
+    expected = (images.numpy().astype(np.float64) / 255 - mean) / std
     np.testing.assert_allclose(result.numpy(), expected, rtol=1e-5, atol=1e-6)
     assert result.dtype == torch.float32
     assert result.is_contiguous(memory_format=torch.channels_last)

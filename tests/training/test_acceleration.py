@@ -302,7 +302,7 @@ def trace(loss: Callable[[Batch], LossOutput], **_: object) -> Callable[[Batch],
 def test_a_compiled_loss_is_the_same(
     composed: Compose, monkeypatch: pytest.MonkeyPatch, method: str, compiler: Any
 ) -> None:
-    """CRD is compiled because its loss draws random numbers and changes its banks.
+    """CRD is compiled because its loss draws random numbers and keeps its embeddings.
 
     SSKD is only traced, because its machine code takes a minute to generate.
     """

@@ -75,12 +75,17 @@ STEPS: dict[str, tuple[list[dict[str, float]], str]] = {
 }
 
 
+def add(meter: Meter, images: int, **terms: float) -> None:
+    meter.add(step_metrics(**terms), images)
+    meter.count(images)
+
+
 @pytest.mark.parametrize("kind", STEPS)
 def test_the_error_names_the_first_term_and_step(kind: str) -> None:
     steps, message = STEPS[kind]
     meter = Meter()
     for terms in steps:
-        meter.add(step_metrics(**terms), 1)
+        add(meter, 1, **terms)
     found, _ = first_non_finite(meter, meter.read(), 10 + len(steps))
     assert found.startswith(message)
     assert bool(found) == bool(message)
@@ -88,11 +93,11 @@ def test_the_error_names_the_first_term_and_step(kind: str) -> None:
 
 def test_metrics_from_a_checkpoint_count_as_finite() -> None:
     before, meter = Meter(), Meter()
-    before.add(step_metrics(ce=1, kd=1), 4)
+    add(before, 4, ce=1, kd=1)
     meter.load_state_dict(before.state_dict(), torch.device("cpu"))
     assert first_non_finite(meter, meter.read(), 1) == ("", [])
-    meter.add(step_metrics(ce=1, kd=1), 4)
-    meter.add(step_metrics(ce=1, kd=NAN), 4)
+    add(meter, 4, ce=1, kd=1)
+    add(meter, 4, ce=1, kd=NAN)
     found = first_non_finite(meter, meter.read(), 3)
     assert found == ("the term 'kd' is not finite, in step 3", ["kd"])
 
@@ -324,7 +329,8 @@ def test_a_teacher_of_weight_0_must_be_finite_too(composed: Compose, tmp_path: P
 def test_metrics_with_other_names_are_refused() -> None:
     meter = Meter()
     meter.add({"a": torch.tensor(1.0)}, 1)
-    with pytest.raises(UserError, match="changed from \\['a'\\] to \\['b'\\] within an epoch"):
+    meter.count(1)
+    with pytest.raises(UserError, match="changed from \\['a'\\] to \\['b'\\] between two steps"):
         meter.add({"b": torch.tensor(3.0)}, 1)
     assert meter.read() == {"a": 1.0}
 

@@ -1,0 +1,128 @@
+"""A whole training step as one CUDA graph.
+
+A step of a small network starts hundreds of short kernels, and the host needs longer to start them
+than a GPU to compute them. A CUDA graph records them once; a replay starts all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from sskd.config import Config
+from sskd.errors import UserError, one_line
+from sskd.methods import Method
+from sskd.output import say
+from sskd.training.step import TrainingStep
+
+# Steps before the capture: cuDNN chooses its algorithms and the optimizer creates its state.
+WARMUP_STEPS = 3
+
+# Records a function's work on the device without doing it, and returns a function that does it.
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+def build_step(step: TrainingStep, method: Method, config: Config) -> TrainingStep:
+    """Return ``step``, as a CUDA graph if ``config.graph`` asks for one and the device has them.
+
+    Raises:
+        UserError: ``graph=on``, and there is no NVIDIA GPU or the method cannot be captured.
+    """
+    reason = _why_not(step.loader.device, method)
+    if config.graph == "on" and reason:
+        raise UserError(f"graph=on: {reason}; use graph=auto")
+    if config.graph == "off" or reason:
+        if config.graph == "auto" and not method.capturable:
+            say(f"graph=auto: {reason}; each step starts its kernels one by one")
+        return step
+    return GraphedStep(**vars(step), capture=capture_cuda_graph)
+
+
+def _why_not(device: torch.device, method: Method) -> str:
+    """Return why a step of ``method`` cannot be a CUDA graph; "" if it can."""
+    if device.type != "cuda":
+        return f"a CUDA graph needs an NVIDIA GPU, and the run computes on '{device.type}'"
+    if not method.capturable:
+        return f"class {type(method).__name__} has capturable = False"
+    return ""
+
+
+def capture_cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
+    """Record ``work`` as a CUDA graph; return the function that replays it.
+
+    Random numbers of the device's default generator are drawn anew in each replay.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # The stream of the steps before: autograd would wait for another one, which cannot be captured.
+    stream = torch.cuda.current_stream()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        work()
+    return graph.replay
+
+
+@dataclass(kw_only=True)
+class GraphedStep(TrainingStep):
+    """A training step that is captured once and then replayed.
+
+    The first steps, and the smaller batch at the end of an epoch, are computed as without a graph,
+    by the same function. The learning rate is a constant of the graph, so a new one needs a new
+    graph.
+
+    Attributes:
+        capture: records the work of a step.
+    """
+
+    capture: Capture
+
+    def __post_init__(self) -> None:
+        self._steps = 0
+        self._replay: Callable[[], None] | None = None
+        self._captured_lr = self._lr()
+
+    def run(self, size: int) -> None:
+        """Train on the next ``size`` images.
+
+        Raises:
+            UserError: the step cannot be captured.
+        """
+        if self._lr() != self._captured_lr:
+            self._replay = None
+        if size < self.loader.batch_size:
+            self.compute(size)
+        elif self._steps < WARMUP_STEPS:
+            self._steps += 1
+            self.compute(size)
+        else:
+            self._replay = self._replay or self._captured(size)
+            self._replay()
+
+    def _captured(self, size: int) -> Callable[[], None]:
+        self._captured_lr = self._lr()
+        self.optimizer.zero_grad(set_to_none=True)  # the graph has gradients of its own
+        try:
+            with _capturable(self.optimizer):
+                return self.capture(lambda: self.compute(size))
+        except RuntimeError as error:
+            raise UserError(
+                f"phase {self.phase.name}: the step cannot be captured as a CUDA graph "
+                f"({one_line(error)[:200]}); use graph=off"
+            ) from error
+
+    def _lr(self) -> list[float]:
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+
+@contextmanager
+def _capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Set the flag of optimizers that have one; outside of a capture they warn about it."""
+    groups = [group for group in optimizer.param_groups if "capturable" in group]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False
