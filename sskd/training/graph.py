@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from sskd.config import Config
+from sskd.data import Loader
 from sskd.errors import UserError, one_line
 from sskd.methods import Method
 from sskd.output import say
@@ -25,20 +27,23 @@ WARMUP_STEPS = 3
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
-def build_step(step: TrainingStep, method: Method, config: Config) -> TrainingStep:
-    """Return ``step``, as a CUDA graph if ``config.graph`` asks for one and the device has them.
+def build_step(config: Config, *, method: Method, loader: Loader, **parts: Any) -> TrainingStep:
+    """Return a training step, as a CUDA graph if ``config.graph`` asks for one and it is possible.
+
+    ``parts`` are the other attributes of a ``TrainingStep``.
 
     Raises:
         UserError: ``graph=on``, and there is no NVIDIA GPU or the method cannot be captured.
     """
-    reason = _why_not(step.loader.device, method)
+    parts |= {"method": method, "loader": loader, "precision": config.precision}
+    reason = _why_not(loader.device, method)
     if config.graph == "on" and reason:
         raise UserError(f"graph=on: {reason}; use graph=auto")
     if config.graph == "off" or reason:
         if config.graph == "auto" and not method.capturable:
             say(f"graph=auto: {reason}; each step starts its kernels one by one")
-        return step
-    return GraphedStep(**vars(step), capture=capture_cuda_graph)
+        return TrainingStep(**parts)
+    return GraphedStep(**parts, capture=capture_cuda_graph)
 
 
 def _why_not(device: torch.device, method: Method) -> str:
@@ -78,6 +83,7 @@ class GraphedStep(TrainingStep):
     capture: Capture
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._steps = 0
         self._replay: Callable[[], None] | None = None
         self._captured_lr = self._lr()

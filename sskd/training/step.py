@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from sskd.data import Batch, Loader
 from sskd.methods import Phase
 from sskd.training.meter import Meter
+from sskd.training.multi_tensor import CastWeights, batch_norms_counted_together
 
 
 def set_trainable(phase: Phase, method: nn.Module) -> None:
@@ -19,23 +21,30 @@ def set_trainable(phase: Phase, method: nn.Module) -> None:
 
 
 def train_step(
-    phase: Phase, optimizer: torch.optim.Optimizer, batch: Batch, precision: str
+    phase: Phase,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    precision: str,
+    *,
+    weights: CastWeights | None = None,
 ) -> dict[str, Tensor]:
     """Train ``phase`` on one batch.
 
     Args:
         precision: ``fp32``, or ``bf16`` for autocast of the networks.
+        weights: the networks' weights in bf16; without them, autocast casts each by itself.
 
     Returns:
         Metrics on the device, scalars: ``loss``, each term as ``loss/<term>`` and
         ``weighted/<term>``, and the phase's metrics.
     """
-    with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        terms, metrics = phase.losses(batch)
-    weighted = phase.weigh(terms)
-    loss = torch.stack(list(weighted.values())).sum()
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    with weights.in_place() if weights else nullcontext():
+        with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            terms, metrics = phase.losses(batch)
+        weighted = phase.weigh(terms)
+        loss = torch.stack(list(weighted.values())).sum()
+        loss.backward()
     optimizer.step()
     phase.after_step()
     measured = {"loss": loss}
@@ -51,13 +60,21 @@ class TrainingStep:
     Everything that lasts from step to step stays in the same tensors: parameters, buffers, the
     optimizer's state, the order of the epoch, the sums. So a CUDA graph can contain the step
     (``sskd.training.graph``).
+
+    Attributes:
+        method: every module that takes part.
     """
 
     phase: Phase
+    method: nn.Module
     optimizer: torch.optim.Optimizer
     loader: Loader
     meter: Meter
     precision: str
+
+    def __post_init__(self) -> None:
+        is_bf16 = self.precision == "bf16"
+        self._weights = CastWeights(self.method, self.phase.trains) if is_bf16 else None
 
     def take(self) -> int:
         """Train on the next batch of the epoch; return the number of its images."""
@@ -74,5 +91,8 @@ class TrainingStep:
     def compute(self, size: int) -> None:
         """Do the step's work on the device: nothing here waits for it, or counts on the host."""
         batch = self.loader.draw(size)
-        metrics = train_step(self.phase, self.optimizer, batch, self.precision)
+        with batch_norms_counted_together(self.phase.trains):
+            metrics = train_step(
+                self.phase, self.optimizer, batch, self.precision, weights=self._weights
+            )
         self.meter.add(metrics, size)

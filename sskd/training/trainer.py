@@ -27,7 +27,7 @@ from sskd.training.not_finite import FiniteCheck
 from sskd.training.progress import Progress
 from sskd.training.signals import StopSignals
 from sskd.training.state import PhaseCheckpoint, TrainingState
-from sskd.training.step import TrainingStep, set_trainable
+from sskd.training.step import set_trainable
 
 
 def phase_schedule(phase: Phase, config: Config) -> Schedule:
@@ -76,7 +76,14 @@ class Trainer:
             optimizer=self.optimizer,
             loader=self.loader,
         )
-        self.step = _training_step(self)
+        self.step = build_step(
+            self.config,
+            method=self.method,
+            loader=self.loader,
+            phase=compile_loss(self.phase, self.config),
+            optimizer=self.optimizer,
+            meter=self.checkpoint.meter,
+        )
         self._finite = FiniteCheck(self.phase, self.method, images, self.config, where=self._where)
 
     def train(self, resume: Mapping[str, Any] | None = None) -> TrainingState:
@@ -156,17 +163,6 @@ class Trainer:
     def _where(self) -> str:
         epoch = self.checkpoint.state.epoch + 1
         return f"{self.run.folder}: phase {self.phase.name}, epoch {epoch}"
-
-
-def _training_step(trainer: Trainer) -> TrainingStep:
-    step = TrainingStep(
-        phase=compile_loss(trainer.phase, trainer.config),
-        optimizer=trainer.optimizer,
-        loader=trainer.loader,
-        meter=trainer.checkpoint.meter,
-        precision=trainer.config.precision,
-    )
-    return build_step(step, trainer.method, trainer.config)
 
 
 def _timing(images: int, seconds: float) -> dict[str, float]:

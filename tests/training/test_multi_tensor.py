@@ -1,0 +1,84 @@
+"""Work on many tensors at once, compared with PyTorch's own for each of them."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sskd.models import build_model
+from sskd.training.multi_tensor import CastWeights, batch_norms_counted_together
+
+
+class Two(nn.Module):
+    """A trained network that computes twice, and a frozen one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained = build_model("resnet8", 5).train()
+        self.frozen = build_model("resnet8", 5).eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            first, second = self.trained(x), self.trained(-x)
+            gap = first.logits - self.frozen(x).logits
+        return gap.float().square().mean() + second.pooled.float().square().mean()
+
+
+def test_weights_cast_at_once_have_autocasts_gradients() -> None:
+    torch.manual_seed(0)
+    plain = Two()
+    cast = copy.deepcopy(plain)
+    x = torch.randn(4, 3, 32, 32)
+    weights = CastWeights(cast, cast.trained)
+    optimizers = [torch.optim.SGD(each.trained.parameters(), 0.1) for each in (plain, cast)]
+    for _ in range(2):
+        losses = []
+        blocks: list[AbstractContextManager[None]] = [nullcontext(), weights.in_place()]
+        for module, optimizer, block in zip((plain, cast), optimizers, blocks, strict=True):
+            optimizer.zero_grad()
+            with block:
+                losses.append(module(x))
+                losses[-1].backward()
+            optimizer.step()
+        assert losses[0] == losses[1]
+        same = zip(plain.named_parameters(), cast.parameters(), strict=True)
+        for (name, expected), found in same:
+            assert torch.equal(expected, found), name
+            if expected.grad is not None:
+                assert found.grad is not None, name
+                assert torch.equal(expected.grad, found.grad), name
+    assert all(parameter.dtype == torch.float32 for parameter in cast.parameters())
+
+
+def test_an_error_leaves_the_own_weights_and_counters() -> None:
+    network = build_model("resnet8", 5)
+    before = network.state_dict(keep_vars=True)
+    weights = CastWeights(network, network)
+    with weights.in_place():
+        assert network.get_parameter("conv1.weight").dtype == torch.bfloat16
+    with pytest.raises(KeyError), weights.in_place(), batch_norms_counted_together(network):
+        raise KeyError
+    after = network.state_dict(keep_vars=True)
+    assert all(after[name] is tensor for name, tensor in before.items())
+
+
+def test_batch_norms_count_each_of_their_batches() -> None:
+    torch.manual_seed(0)
+    network = build_model("resnet8", 5).train()
+    averaged = nn.BatchNorm2d(3, momentum=None)  # divides by its counter
+    module = nn.ModuleList([network, averaged])
+    plain = copy.deepcopy(module)
+    x = torch.randn(4, 3, 8, 8)
+    for each, block in ((plain, nullcontext()), (module, batch_norms_counted_together(module))):
+        with block:
+            each[1](x)
+            each[0](each[1](x))
+            each[0].eval()(x)
+            each[0].train()(x)
+    for (name, expected), found in zip(plain.named_buffers(), module.buffers(), strict=True):
+        assert torch.equal(expected, found), name
+    assert network.state_dict()["bn1.num_batches_tracked"] == 2
