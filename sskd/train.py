@@ -24,7 +24,7 @@ from sskd.teachers.phases import find_or_train_phase
 from sskd.teachers.precompute import find_or_compute_outputs
 from sskd.tracking.environment import check_environment, started_by_agent
 from sskd.tracking.tracker import Tracker, report_finished
-from sskd.training.acceleration import fold_teacher
+from sskd.training.acceleration import fold_teacher, fuse_teacher
 from sskd.training.preview import save_views
 from sskd.training.result import last_top1, measure_result
 from sskd.training.trainer import Trainer, phase_schedule
@@ -100,8 +100,9 @@ def _assemble(
 ) -> tuple[Method, Sequence[Phase]]:
     """Return the method on ``device`` and its phases; UserError if these cannot be trained."""
     method = assemble(plan.config, images, plan.teacher)
+    fold_teacher(method)
     to_device(method, device)
-    fold_teacher(method, device)
+    fuse_teacher(method, device)
     phases = list(method.phases())
     if fault := fault_of_phases(phases):
         raise UserError(f"method={plan.config.method.name}: {fault}")

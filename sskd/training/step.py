@@ -90,9 +90,12 @@ class TrainingStep:
 
     def compute(self, size: int) -> None:
         """Do the step's work on the device: nothing here waits for it, or counts on the host."""
-        batch = self.loader.draw(size)
+        self.train(self.loader.draw(size))
+
+    def train(self, batch: Batch) -> None:
+        """Train on ``batch`` and add its metrics."""
         with batch_norms_counted_together(self.phase.trains):
             metrics = train_step(
                 self.phase, self.optimizer, batch, self.precision, weights=self._weights
             )
-        self.meter.add(metrics, size)
+        self.meter.add(metrics, len(batch.y))

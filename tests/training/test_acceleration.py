@@ -80,6 +80,30 @@ def test_a_folded_network_has_the_same_features(name: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
+# Convolutions with a ReLU that something else reads first: three pre-activations of stages.
+FUSED = {
+    "resnet20": (19, 16),  # 21 convolutions, two of them in shortcuts
+    "wrn_16_2": (16, 6),
+    "vgg8": (5, 1),
+}
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_a_fused_network_has_the_same_features(name: str) -> None:
+    torch.manual_seed(0)
+    folded = fold_batch_norms(with_statistics(build_model(name, 7)))
+    assert isinstance(folded, fx.GraphModule)
+    kept = folded.state_dict()
+    fused = fuse(folded)
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        for one, other in zip(tensors(fused(x)), tensors(folded(x)), strict=True):
+            assert_close(one, other, 1e-5)
+    count = sum(isinstance(layer, FusedConvolution) for layer in fused.modules())
+    assert count > 0
+    assert all(tensor is other for tensor, other in zip(kept.values(), folded.state_dict().values()))
+
+
 class Odd(nn.Module):
     """Two convolutions that must stay as they are, and one that can be folded."""
 
@@ -255,12 +279,13 @@ def test_losses_and_gradients_equal_the_plain_path(composed: Compose, method: st
     fast.load_state_dict(plain.state_dict())
     batch = batch._replace(x=batch.x.double())
     plain_batch = batch._replace(x=batch.x.contiguous(memory_format=torch.contiguous_format))
-    to_device(fast.double(), CPU)
+    fast.double()
     plain.double()
     if METHODS[method].needs_teacher:
         before = batch_norms(fast.teacher)
-        fold_teacher(fast, CPU)
+        fold_teacher(fast)
         assert batch_norms(fast.teacher) < before
+    to_device(fast, CPU)
     for fast_phase, plain_phase in zip(fast_phases, plain_phases, strict=True):
         metrics = []
         for phase, module, images, fused in (
