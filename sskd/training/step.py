@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sskd.data import Batch
 from sskd.methods import Phase
+from sskd.precision import autocast, multiplying
 
 
 def set_trainable(phase: Phase, method: nn.Module) -> None:
@@ -21,19 +22,20 @@ def train_step(
     """Train ``phase`` on one batch.
 
     Args:
-        precision: ``fp32``, or ``bf16`` for autocast of the networks.
+        precision: one of ``sskd.precision.PRECISIONS``; losses are computed in float32.
 
     Returns:
         Metrics on the device, scalars: ``loss``, each term as ``loss/<term>`` and
         ``weighted/<term>``, and the phase's metrics.
     """
-    with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        terms, metrics = phase.losses(batch)
-    weighted = phase.weigh(terms)
-    loss = torch.stack(list(weighted.values())).sum()
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
+    with multiplying(precision):
+        with autocast(precision, batch.x.device):
+            terms, metrics = phase.losses(batch)
+        weighted = phase.weigh(terms)
+        loss = torch.stack(list(weighted.values())).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
     measured = {"loss": loss}
     measured |= {f"loss/{name}": term for name, term in terms.items()}
     measured |= {f"weighted/{name}": term for name, term in weighted.items()}
