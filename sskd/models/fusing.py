@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,8 @@ _TOLERANCE = 1e-5  # of the features, relative to a tensor's largest entry
 class FusedConvolution(nn.Module):
     """``relu(layer(x))`` or ``relu(layer(x) + summand)``.
 
-    An NVIDIA GPU computes it in one kernel if no gradient passes through it. Otherwise a convolution
-    with a bias and a ReLU is three, and the sum a fourth.
+    An NVIDIA GPU computes it in one kernel if no gradient passes through it. A convolution with a
+    bias and a ReLU is otherwise three kernels, and the sum a fourth.
     """
 
     def __init__(self, layer: nn.Conv2d) -> None:
@@ -38,11 +38,13 @@ class FusedConvolution(nn.Module):
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
         x, weight = x.to(dtype), layer.weight.to(dtype)
         bias = None if layer.bias is None else layer.bias.to(dtype)
-        shape = layer.stride, layer.padding, layer.dilation, layer.groups
+        stride, dilation, groups = layer.stride, layer.dilation, layer.groups
+        padding = cast(tuple[int, int], layer.padding)
         if summand is None:
-            return torch.cudnn_convolution_relu(x, weight, bias, *shape)
-        z = summand.to(dtype)
-        return torch.cudnn_convolution_add_relu(x, weight, z, 1.0, bias, *shape)
+            return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
+        return torch.cudnn_convolution_add_relu(
+            x, weight, summand.to(dtype), 1.0, bias, stride, padding, dilation, groups
+        )
 
 
 def fuse_convolutions(network: nn.Module) -> nn.Module:
@@ -107,7 +109,7 @@ def _can_fuse(node: object, network: fx.GraphModule) -> TypeGuard[fx.Node]:
     used_once = len(network.graph.find_nodes(op="call_module", target=node.target)) == 1
     # PyTorch has kernels of its own for convolutions of single channels.
     plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
-    return plain and used_once
+    return used_once and plain and isinstance(layer.padding, tuple)
 
 
 @torch.no_grad()
