@@ -17,6 +17,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,11 +35,11 @@ from sskd.training.acceleration import fold_teacher
 from sskd.training.meter import Meter
 from sskd.training.step import set_trainable, train_step
 
+PRECISIONS = ["fp32", "bf16"]
 COLUMNS = (
-    "method", "phase", "precision", "kernels", "library calls", "memsets", "all", "waits",
-    "to the host", "to the device", "on the device",
+    "method", "phase", "precision", "kernels", "library calls", "memsets", "all work", "waits",
+    "copies to host", "copies to device", "copies on device",
 )  # fmt: skip
-
 # In the arguments of a kernel's template: words that do not say what it computes.
 _PLUMBING = re.compile(
     r"at|native|c10|std|detail|internal|binary_internal|templates|cuda|anonymous|namespace|const|array"
@@ -60,8 +62,8 @@ class Launches:
     kernels: dict[str, int]
 
     @property
-    def all(self) -> int:
-        """The pieces of work that the host queues: kernels, library calls, memsets, copies."""
+    def work(self) -> int:
+        """What the host queues: kernels, library calls, memsets and copies."""
         counts = self.counts
         copies = counts.host_to_device + counts.device_to_host + counts.device_to_device
         return counts.launches + counts.library_calls + counts.memsets + copies
@@ -70,35 +72,39 @@ class Launches:
 def main() -> None:
     """Count and print row by row; write the tables if the options name a path."""
     options = parse_options()
+    machine = harness.machine_of(options)
     images = noise(options.images, torch.device("cpu"))
     tune_device(torch.device(options.device))
     found: list[Launches] = []
     for pair in options.pairs:
-        print("\n" + "\n".join(heading(pair, options)), flush=True)
+        print("\n" + "\n".join(heading(pair, options, machine)), flush=True)
         for case, phase in cases(pair, options):
             found.append(count(case, images, phase))
             print("\n".join(lines_of(found[-1], options)), flush=True)
-            measured = {"launches": [asdict(each) for each in found]}
-            harness.write_results(options, measured, tables(found, options))
+            measured = {"launches": [recorded(each, options) for each in found]}
+            harness.write_results(options, measured, tables(found, options, machine))
 
 
 def parse_options() -> argparse.Namespace:
     """Return the options of the command line, in a process on the stand-in."""
-    parser = harness.new_parser(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", nargs="+", default=["resnet56-resnet20", "wrn_40_2-wrn_16_2"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument(
-        "--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"]
-    )
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--batch", type=int, default=64, help="images a step")
-    parser.add_argument("--kernels", action="store_true", help="print the launches by kernel")
-    parser.parse_args()
+    parser.add_argument("--images", type=int, default=50_000, help="training images")
+    parser.add_argument("--kernels", action="store_true", help="list the launches by kernel")
+    parser.add_argument("--out", type=Path, help="also write OUT.md and OUT.json")
+    parser.set_defaults(device="cuda", compile="off", precompute=False)
+    options = parser.parse_args()
     if not stand_in.is_active():
         try:
             run_python(["-m", "benchmarks.launches", *sys.argv[1:]])
         except UserError as error:
             sys.exit(f"error: {error}")
-    return harness.parse(parser)
+    return options
 
 
 def cases(pair: str, options: argparse.Namespace) -> Iterator[tuple[Case, str]]:
@@ -172,20 +178,19 @@ def operation(name: str) -> str:
     return " ".join(part for part in parts if part)
 
 
-def heading(pair: str, options: argparse.Namespace) -> list[str]:
+def heading(pair: str, options: argparse.Namespace, machine: str) -> list[str]:
     """Return the lines above the rows of a pair."""
-    settings = f"batch {options.batch}, torch {torch.__version__}"
-    title = f"**{pair}**, one training step, {settings}"
+    title = f"**{pair}**, one training step, batch {options.batch}, {machine}"
     return [title, "", *harness.table_head(COLUMNS, text_columns=3)]
 
 
 def row(launches: Launches) -> str:
     """Return a row of the table."""
     counts = launches.counts
-    queued = (counts.launches, counts.library_calls, counts.memsets, launches.all)
+    work = (counts.launches, counts.library_calls, counts.memsets, launches.work)
     copies = (counts.device_to_host, counts.host_to_device, counts.device_to_device)
     names = (launches.method, launches.phase, launches.precision)
-    return harness.table_row([*names, *queued, counts.syncs, *copies])
+    return harness.table_row([*names, *work, counts.syncs, *copies])
 
 
 def lines_of(launches: Launches, options: argparse.Namespace) -> list[str]:
@@ -196,12 +201,18 @@ def lines_of(launches: Launches, options: argparse.Namespace) -> list[str]:
     return [row(launches), "", *listed, ""]
 
 
-def tables(found: Sequence[Launches], options: argparse.Namespace) -> list[str]:
+def recorded(launches: Launches, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the file of results holds of a row: its kernels only if they are listed."""
+    values = asdict(launches)
+    return values if options.kernels else {**values, "kernels": {}}
+
+
+def tables(found: Sequence[Launches], options: argparse.Namespace, machine: str) -> list[str]:
     """Return the lines of a table for each pair."""
     blocks = []
     for pair in dict.fromkeys(each.pair for each in found):
         rows = [row(each) for each in found if each.pair == pair]
-        blocks.append("\n".join([*heading(pair, options), *rows]))
+        blocks.append("\n".join([*heading(pair, options, machine), *rows]))
     return "\n\n".join(blocks).splitlines()
 
 

@@ -6,14 +6,19 @@
 Each call of CUDA, cuDNN and cuBLAS succeeds, and the memory of the device is memory of the host.
 So a machine without a GPU shows how many kernels a training step launches, how often the host
 waits, and whether the step can be captured as a graph: a call that CUDA forbids during a capture
-raises the same error. The contents of tensors are arbitrary, because no kernel writes them.
-
-In such a process the functions below read the counters::
+raises the same error, with the name of the function. In such a process::
 
     reset()
     step()
-    torch.cuda.synchronize()
-    print(counts().launches, kernels())
+    print(counts(), kernels())
+
+``torch.cuda.set_sync_debug_mode("error")`` raises where a step waits, as on a card.
+
+The contents of tensors are arbitrary, because no kernel writes them, so code that reads a value
+from the device may fail. Counts are those of an H100's host code. They differ from a card's where a
+library chooses: cuDNN and cuBLAS may start more than one kernel in a call. Kernels that are
+compiled while the program runs (NVRTC, Triton, ``torch.compile``) and linear algebra (cuSOLVER) are
+not supported.
 """
 
 from __future__ import annotations
@@ -28,10 +33,10 @@ from dataclasses import dataclass
 class Counts:
     """What the host asked of the device since ``reset``.
 
-    ``launches`` are kernels, and replays of graphs. ``library_calls`` are calls of cuBLAS, cuDNN
-    and others that compute: each starts one kernel or more. ``syncs`` are calls by which the host
-    waits. ``illegal`` are calls that CUDA refuses because a capture is going on, and ``outside`` is
-    work that is queued meanwhile on a stream that is not captured, so that the graph lacks it.
+    ``launches`` are kernels, and replays of graphs. ``library_calls`` are the calls of cuBLAS,
+    cuDNN and others that compute. ``syncs`` are calls by which the host waits. ``illegal`` are
+    calls that CUDA refuses during a capture. ``outside`` is work that is queued during a capture on
+    a stream that is not captured, so that the graph lacks it.
     """
 
     launches: int

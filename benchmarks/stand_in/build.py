@@ -24,16 +24,16 @@ LIBRARY = "libstand_in.so"
 DRIVER = "libcuda.so.1"  # what PyTorch loads by this name
 HEADERS = {"nvidia/cu13/include": "cuda_runtime_api.h", "nvidia/cudnn/include": "cudnn.h"}
 
-# Symbols of CUDA's libraries: some have a version such as @libcublas.so.13.
-_NEEDED = re.compile(r"@lib(?:cu|nv)|^(?:cu[A-Z]|cuFile|nccl|nvshmem|cusparseLt)")
+# Symbols of CUDA's libraries. Most have a version such as @libcublas.so.13.
+_NEEDED = re.compile(r"@lib(?:cu|nv)|^(?:cu[A-Z]|cusparseLt|nccl|nvshmem)")
 # Functions that write a new handle to their first argument, and those that give one a stream.
-_CREATES = re.compile(r"^(?!cufft|cuda|cu[A-Z])\w*Create")
-_SETS_STREAM = re.compile(r"^cu(?:blas|dnn|sparse|solver)\w*SetStream")
-# Functions that start kernels: all of a library that computes but those that only keep its books.
-_COMPUTES = re.compile(r"^(?:cublas|cudnn|cusparse|cusolver|cufftXtExec|cufftExec)")
-_KEEPS_BOOKS = re.compile(
+_CREATES = re.compile(r"^(?:cublas|cudnn|cusparse|cusolver|nvrtc)\w*Create")
+_SETS_STREAM = re.compile(r"^(?:cublas|cudnn|cusparse|cusolver)\w*SetStream")
+# Functions that start kernels: those of the libraries that compute, except for preparations.
+_COMPUTES = re.compile(r"^(?:cublas|cudnn|cusparse|cusolver|cufft\w*Exec)")
+_PREPARES = re.compile(
     r"Create|Destroy|Set|Get|Init|Heuristic|AlgoCheck|Finalize|Query|Find|Restore"
-    r"|(?i:buffer_?size)|_preprocess|_analysis|cusparse(?:CsrSet|DnMat|SpMat)"
+    r"|(?i:buffer_?size)|_preprocess|_analysis"
 )
 
 
@@ -41,26 +41,40 @@ def built() -> Path:
     """Return the folder that holds the library; build it if there is none for these sources.
 
     Raises:
-        UserError: PyTorch is built without CUDA, or the compiler or a header is missing.
+        UserError: PyTorch is built without CUDA, a program or a header is missing, or the compiler
+            refuses the sources.
     """
-    torch_folder = _torch_folder()
     folder = _own_folder() / _key()
     if not (folder / LIBRARY).exists():
+        check_requirements()
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            _build(Path(temporary), torch_folder)
-            _move(Path(temporary), folder)
+            _move(_build(Path(temporary)), folder)
     return folder
+
+
+def check_requirements() -> None:
+    """Raise UserError if this machine lacks what the build needs."""
+    if not (_torch_folder() / "lib" / "libtorch_cuda.so").exists():
+        raise UserError(
+            "the stand-in GPU needs a PyTorch that is built with CUDA, and this one is not; "
+            "install torch from the default index of PyPI, on Linux"
+        )
+    for program in ("g++", "nm"):
+        if shutil.which(program) is None:
+            raise UserError(f"the stand-in GPU needs {program}; install it: apt-get install g++")
+    packages = _torch_folder().parent
+    for folder, header in HEADERS.items():
+        if not (packages / folder / header).exists():
+            raise UserError(
+                f"the stand-in GPU needs {folder}/{header}, which PyTorch for CUDA 13 installs in "
+                f"{packages}; install torch from the default index of PyPI"
+            )
 
 
 def _torch_folder() -> Path:
-    spec = find_spec("torch")
-    folder = Path(((spec and spec.submodule_search_locations) or [""])[0])
-    if not (folder / "lib" / "libtorch_cuda.so").exists():
-        raise UserError(
-            "the stand-in GPU needs a PyTorch that is built with CUDA; this one has no "
-            "libtorch_cuda.so: install torch from the default index of PyPI, on Linux"
-        )
-    return folder
+    spec = find_spec("torch")  # an import takes seconds
+    locations = spec.submodule_search_locations if spec else None
+    return Path(locations[0] if locations else "")
 
 
 def _own_folder() -> Path:
@@ -81,66 +95,50 @@ def _key() -> str:
     return digest.hexdigest()[:16]
 
 
-def _move(temporary: Path, folder: Path) -> None:
+def _build(temporary: Path) -> Path:
+    """Build the library in ``temporary`` and return the folder that holds it."""
+    out = temporary / "out"
+    out.mkdir()
+    packages = _torch_folder().parent
+    folders = [SOURCE, *(packages / folder for folder in HEADERS)]
+    compiler = ["g++", "-std=c++17", "-O1", "-fPIC", "-w", *(f"-I{folder}" for folder in folders)]
+    objects = []
+    for path in sorted(SOURCE.glob("*.cc")):
+        objects.append(str(temporary / f"{path.stem}.o"))
+        _run([*compiler, "-c", str(path), "-o", objects[-1]])
+    stubs = temporary / "stubs.cc"
+    stubs.write_text(stubs_of(_needed() - _symbols(objects, "--defined-only")))
+    _run([*compiler, "-shared", str(stubs), *objects, "-o", str(out / LIBRARY), "-ldl"])
+    (out / DRIVER).symlink_to(LIBRARY)
+    return out
+
+
+def _move(out: Path, folder: Path) -> None:
     try:
-        os.rename(temporary / "out", folder)  # noqa: PTH104
+        out.rename(folder)
     except OSError:  # another process was faster
         if not (folder / LIBRARY).exists():
             raise
 
 
-def _build(temporary: Path, torch_folder: Path) -> None:
-    out = temporary / "out"
-    out.mkdir()
-    includes = [str(SOURCE), *map(str, _header_folders(torch_folder.parent))]
-    compiler = _program("g++")
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-w", *(f"-I{each}" for each in includes)]
-    objects = []
-    for path in sorted(SOURCE.glob("*.cc")):
-        objects.append(str(temporary / f"{path.stem}.o"))
-        _run([*command, "-c", str(path), "-o", objects[-1]])
-    stubs = temporary / "stubs.cc"
-    stubs.write_text(stubs_of(_needed(torch_folder) - _symbols(objects, "--defined-only")))
-    _run([*command, "-shared", str(stubs), *objects, "-o", str(out / LIBRARY), "-ldl"])
-    (out / DRIVER).symlink_to(LIBRARY)
+def _needed() -> set[str]:
+    """Return the names of the symbols of CUDA's libraries that PyTorch's libraries need."""
+    libraries = map(str, sorted((_torch_folder() / "lib").glob("*.so")))
+    symbols = _symbols(libraries, "-D", "--undefined-only")
+    return {symbol.partition("@")[0] for symbol in symbols if _NEEDED.search(symbol)}
 
 
-def _header_folders(packages: Path) -> list[Path]:
-    for folder, header in HEADERS.items():
-        if not (packages / folder / header).exists():
-            raise UserError(
-                f"the stand-in GPU needs {folder}/{header}, which PyTorch for CUDA 13 installs; "
-                f"{packages} does not have it: install torch from the default index of PyPI"
-            )
-    return [packages / folder for folder in HEADERS]
-
-
-def _program(name: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        raise UserError(f"the stand-in GPU needs {name}; install it: apt-get install g++")
-    return found
+def _symbols(paths: Iterable[str], *which: str) -> set[str]:
+    listed = _run(["nm", "--format=posix", *which, *paths])
+    return {line.split()[0] for line in listed.splitlines() if line and not line.endswith(":")}
 
 
 def _run(command: Sequence[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
-        raise UserError(f"the stand-in GPU cannot be built: {Path(command[0]).name}: {first}")
+        raise UserError(f"the stand-in GPU cannot be built: {command[0]}: {first.strip()}")
     return done.stdout
-
-
-def _symbols(paths: Iterable[str], which: str) -> set[str]:
-    listed = _run([_program("nm"), which, *paths])
-    return {line.split()[-1] for line in listed.splitlines() if len(line.split()) >= 2}
-
-
-def _needed(torch_folder: Path) -> set[str]:
-    """Return the names of the symbols of CUDA's libraries that PyTorch's libraries need."""
-    libraries = map(str, sorted((torch_folder / "lib").glob("*.so")))
-    listed = _run([_program("nm"), "-D", "--undefined-only", *libraries])
-    symbols = {line.split()[-1] for line in listed.splitlines() if line.startswith(" ")}
-    return {symbol.partition("@")[0] for symbol in symbols if _NEEDED.search(symbol)}
 
 
 def stubs_of(names: Iterable[str]) -> str:
@@ -158,7 +156,7 @@ def _stub(name: str) -> str:
         arguments, body = "void *handle, CUstream_st *stream", "set_stream(handle, stream);"
     elif _CREATES.match(name):
         arguments, body = "void **handle", "*handle = new_handle();"
-    elif _COMPUTES.match(name) and not _KEEPS_BOOKS.search(name):
+    elif _COMPUTES.match(name) and not _PREPARES.search(name):
         return f'int {name}(void *handle) {{ return library_call("{name}", handle); }}'
     else:
         arguments, body = "", ""

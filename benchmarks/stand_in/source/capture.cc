@@ -48,10 +48,10 @@ Frontier *frontier_of(cudaStream_t stream) {
   return found == captured_streams.end() ? nullptr : &found->second;
 }
 
-cudaError_t invalidate(Capture &capture) {
+cudaError_t invalidate(Capture &capture, const char *call) {
   counters.illegal++;
   capture.is_invalid = true;
-  return fail(cudaErrorStreamCaptureUnsupported);
+  return fail(cudaErrorStreamCaptureUnsupported, call);
 }
 
 // The capture that forbids unsafe calls to this thread, or null.
@@ -67,9 +67,9 @@ std::shared_ptr<Capture> strict_capture() {
   return nullptr;
 }
 
-cudaError_t unsafe_call_locked() {
+cudaError_t unsafe_call_locked(const char *call) {
   auto capture = strict_capture();
-  return capture ? invalidate(*capture) : cudaSuccess;
+  return capture ? invalidate(*capture, call) : cudaSuccess;
 }
 
 cudaError_t begin(cudaStream_t stream, cudaStreamCaptureMode mode, Graph *graph) {
@@ -123,30 +123,30 @@ cudaError_t queue_work(cudaStream_t stream, bool *captured) {
   return cudaSuccess;
 }
 
-cudaError_t wait_for_stream(cudaStream_t stream) {
+cudaError_t wait_for_stream(cudaStream_t stream, const char *call) {
   std::lock_guard lock(mutex);
   counters.syncs++;
-  if (auto *frontier = frontier_of(stream)) return invalidate(*frontier->capture);
-  return unsafe_call_locked();
+  if (auto *frontier = frontier_of(stream)) return invalidate(*frontier->capture, call);
+  return unsafe_call_locked(call);
 }
 
-cudaError_t wait_for_device() {
+cudaError_t wait_for_device(const char *call) {
   std::lock_guard lock(mutex);
   counters.syncs++;
   if (captured_streams.empty()) return cudaSuccess;
-  return invalidate(*captured_streams.begin()->second.capture);
+  return invalidate(*captured_streams.begin()->second.capture, call);
 }
 
-cudaError_t look_at_event(cudaEvent_t event) {
+cudaError_t look_at_event(cudaEvent_t event, const char *call) {
   std::lock_guard lock(mutex);
   auto found = captured_events.find(event);
-  if (found != captured_events.end()) return invalidate(*found->second.capture);
-  return unsafe_call_locked();
+  if (found != captured_events.end()) return invalidate(*found->second.capture, call);
+  return unsafe_call_locked(call);
 }
 
-cudaError_t unsafe_call() {
+cudaError_t unsafe_call(const char *call) {
   std::lock_guard lock(mutex);
-  return unsafe_call_locked();
+  return unsafe_call_locked(call);
 }
 
 }  // namespace stand_in
@@ -186,10 +186,10 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   counters.syncs++;
-  return look_at_event(event);
+  return look_at_event(event, __func__);
 }
 
-cudaError_t cudaEventQuery(cudaEvent_t event) { return look_at_event(event); }
+cudaError_t cudaEventQuery(cudaEvent_t event) { return look_at_event(event, __func__); }
 
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
   std::lock_guard lock(mutex);
@@ -217,7 +217,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
   Frontier frontier = *found;
   auto error = error_at_end(stream, frontier);
   if (error == cudaErrorStreamCaptureUnmatched || error == cudaErrorStreamCaptureWrongThread)
-    return fail(error);  // the capture goes on
+    return fail(error);  // the capture continues
   forget(captured_streams, *frontier.capture);
   forget(captured_events, *frontier.capture);
   if (error != cudaSuccess) return fail(error);

@@ -144,7 +144,7 @@ cudnnStatus_t cudnnBackendSetAttribute(cudnnBackendDescriptor_t descriptor,
   return CUDNN_STATUS_SUCCESS;
 }
 
-// Whoever asks for descriptors passes empty ones to fill. There is one engine, without notes and
+// PyTorch passes empty descriptors to fill. There is one engine, without notes and
 // knobs, and no plan needs a workspace.
 cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t descriptor,
                                        cudnnBackendAttributeName_t, cudnnBackendAttributeType_t type,

@@ -8,6 +8,7 @@
 #include <map>
 #include <mutex>
 #include <utility>
+#include <vector>
 
 #include "stand_in.h"
 
@@ -15,6 +16,33 @@ namespace stand_in {
 namespace {
 
 thread_local cudaError_t last_error = cudaSuccess;
+thread_local std::string refused;  // the function that the last error names
+
+struct ErrorText {
+  const char *name, *text;
+};
+
+// The names and texts of CUDA, for the errors that the stand-in returns.
+const std::map<cudaError_t, ErrorText> error_texts = {
+#define STAND_IN_ERROR(error, text) {error, {#error, text}}
+    STAND_IN_ERROR(cudaSuccess, "no error"),
+    STAND_IN_ERROR(cudaErrorInvalidValue, "invalid argument"),
+    STAND_IN_ERROR(cudaErrorMemoryAllocation, "out of memory"),
+    STAND_IN_ERROR(cudaErrorIllegalState, "the operation cannot be performed in the present state"),
+    STAND_IN_ERROR(cudaErrorStreamCaptureUnsupported,
+                   "operation not permitted when stream is capturing"),
+    STAND_IN_ERROR(cudaErrorStreamCaptureInvalidated,
+                   "operation failed due to a previous error during capture"),
+    STAND_IN_ERROR(cudaErrorStreamCaptureMerge,
+                   "operation would result in a merge of separate capture sequences"),
+    STAND_IN_ERROR(cudaErrorStreamCaptureUnmatched, "capture was not ended in its original stream"),
+    STAND_IN_ERROR(cudaErrorStreamCaptureUnjoined, "capturing stream has unjoined work"),
+    STAND_IN_ERROR(cudaErrorStreamCaptureIsolation,
+                   "dependency created on uncaptured work in another stream"),
+    STAND_IN_ERROR(cudaErrorStreamCaptureWrongThread,
+                   "attempt to terminate a thread-local capture sequence from another thread"),
+#undef STAND_IN_ERROR
+};
 
 // An H100, so that PyTorch takes the paths of a current card. Only what it reads is set.
 constexpr int kThreadsPerBlock = 1024;
@@ -60,11 +88,22 @@ cudaError_t launch(const void *function, cudaStream_t stream) {
   return queue_work(stream);
 }
 
+// What `<<<blocks, threads, shared, stream>>>` passes from the caller to the kernel's host function.
+struct Configuration {
+  dim3 blocks, threads;
+  size_t shared;
+  cudaStream_t stream;
+};
+thread_local std::vector<Configuration> configurations;
+
 }  // namespace
 
 void *new_handle() { return std::malloc(64); }
 
-cudaError_t fail(cudaError_t error) { return last_error = error; }
+cudaError_t fail(cudaError_t error, const char *call) {
+  refused = call ? call : "";
+  return last_error = error;
+}
 
 }  // namespace stand_in
 
@@ -149,7 +188,7 @@ cudaError_t cudaRuntimeGetVersion(int *version) {
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceSynchronize() { return wait_for_device(); }
+cudaError_t cudaDeviceSynchronize() { return wait_for_device(__func__); }
 
 // ---- errors ----
 
@@ -158,25 +197,16 @@ cudaError_t cudaPeekAtLastError() { return last_error; }
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 
 const char *cudaGetErrorName(cudaError_t error) {
-  static thread_local std::string name;
-  return (name = "stand-in error " + std::to_string(error)).c_str();
+  auto found = error_texts.find(error);
+  return found == error_texts.end() ? "unknown" : found->second.name;
 }
 
 const char *cudaGetErrorString(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorIllegalState: return "the operation cannot be performed in the present state";
-    case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
-    case cudaErrorStreamCaptureInvalidated:
-      return "operation failed due to a previous error during capture";
-    case cudaErrorStreamCaptureMerge: return "operation would result in a merge of separate captures";
-    case cudaErrorStreamCaptureUnmatched: return "capture was not ended in the stream where it began";
-    case cudaErrorStreamCaptureUnjoined: return "capturing stream has unjoined work";
-    case cudaErrorStreamCaptureIsolation:
-      return "dependency created on uncaptured work in another stream";
-    case cudaErrorStreamCaptureWrongThread: return "capture was not ended in the thread where it began";
-    default: return cudaGetErrorName(error);
-  }
+  static thread_local std::string text;
+  auto found = error_texts.find(error);
+  text = found == error_texts.end() ? "unknown error" : found->second.text;
+  if (error != cudaSuccess && !refused.empty()) text += " (" + refused + ")";
+  return text.c_str();
 }
 
 // ---- memory ----
@@ -185,7 +215,7 @@ cudaError_t cudaMalloc(void **start, size_t size) {
   counters.mallocs++;
   *start = nullptr;
   if (size == 0) return cudaSuccess;
-  if (auto error = unsafe_call()) return error;
+  if (auto error = unsafe_call(__func__)) return error;
   // Nothing is written to most of it, so it costs nothing: a page is there once it is touched.
   int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
   void *block = mmap(nullptr, size, PROT_READ | PROT_WRITE, flags, -1, 0);
@@ -197,7 +227,7 @@ cudaError_t cudaMalloc(void **start, size_t size) {
 
 cudaError_t cudaFree(void *start) {
   if (!start) return cudaSuccess;
-  if (auto error = unsafe_call()) return error;
+  if (auto error = unsafe_call(__func__)) return error;
   std::lock_guard lock(mutex);
   auto found = blocks.find(static_cast<char *>(start));
   if (found == blocks.end()) return fail(cudaErrorInvalidValue);
@@ -212,7 +242,7 @@ cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
 }
 
 cudaError_t cudaHostAlloc(void **start, size_t size, unsigned) {
-  if (auto error = unsafe_call()) return error;
+  if (auto error = unsafe_call(__func__)) return error;
   std::lock_guard lock(mutex);
   *start = std::aligned_alloc(4096, (size + 4095) & ~size_t{4095});
   pinned[static_cast<char *>(*start)] = size;
@@ -222,7 +252,7 @@ cudaError_t cudaHostAlloc(void **start, size_t size, unsigned) {
 cudaError_t cudaMallocHost(void **start, size_t size) { return cudaHostAlloc(start, size, 0); }
 
 cudaError_t cudaFreeHost(void *start) {
-  if (auto error = unsafe_call()) return error;
+  if (auto error = unsafe_call(__func__)) return error;
   std::lock_guard lock(mutex);
   pinned.erase(static_cast<char *>(start));
   std::free(start);
@@ -248,7 +278,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyK
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, cudaMemcpyKind kind) {
   count_copy(to, from, kind);
   std::memmove(to, from, size);
-  return wait_for_stream(nullptr);
+  return wait_for_stream(nullptr, __func__);
 }
 
 cudaError_t cudaMemsetAsync(void *start, int value, size_t size, cudaStream_t stream) {
@@ -295,7 +325,7 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
   return cudaSuccess;
 }
 
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return wait_for_stream(stream); }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return wait_for_stream(stream, __func__); }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
   *event = static_cast<cudaEvent_t>(new_handle());
@@ -314,6 +344,22 @@ cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t, cudaEvent_t) 
 void __cudaRegisterFunction(void **, const char *function, char *, const char *name, int, uint3 *,
                             uint3 *, dim3 *, dim3 *, int *) {
   name_kernel(function, name);
+}
+
+unsigned __cudaPushCallConfiguration(dim3 blocks, dim3 threads, size_t shared,
+                                     cudaStream_t stream) {
+  configurations.push_back({blocks, threads, shared, stream});
+  return 0;
+}
+
+cudaError_t __cudaPopCallConfiguration(dim3 *blocks, dim3 *threads, size_t *shared, void *stream) {
+  auto &given = configurations.back();
+  *blocks = given.blocks;
+  *threads = given.threads;
+  *shared = given.shared;
+  *static_cast<cudaStream_t *>(stream) = given.stream;
+  configurations.pop_back();
+  return cudaSuccess;
 }
 
 cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function) {

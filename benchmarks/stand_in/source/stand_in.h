@@ -37,21 +37,22 @@ void record_kernel(const void *function);
 void record_name(const std::string &name);
 
 // Every failure passes through here: PyTorch reads the error of a launch by cudaGetLastError.
-cudaError_t fail(cudaError_t error);
+// `call`, if known, is the function that is refused; the text of the error names it.
+cudaError_t fail(cudaError_t error, const char *call = nullptr);
 
 // ---- captures (capture.cc); each returns what CUDA would return ----
 
 // Work is queued on `stream`. If the stream is captured, the work becomes a node of the graph and
 // `*captured` true: it must not be done now. If another stream is captured, it is `outside`.
 cudaError_t queue_work(cudaStream_t stream, bool *captured = nullptr);
-// A call that waits for `stream`.
-cudaError_t wait_for_stream(cudaStream_t stream);
-// A call that waits for the whole device.
-cudaError_t wait_for_device();
-// A call that waits for or asks about `event`.
-cudaError_t look_at_event(cudaEvent_t event);
-// A call that may wait inside the driver, such as cudaMalloc. CUDA forbids it while a capture of a
-// strict mode goes on, whichever stream it concerns.
-cudaError_t unsafe_call();
+// `call` waits for `stream`.
+cudaError_t wait_for_stream(cudaStream_t stream, const char *call);
+// `call` waits for the whole device.
+cudaError_t wait_for_device(const char *call);
+// `call` waits for `event` or asks about it.
+cudaError_t look_at_event(cudaEvent_t event, const char *call);
+// `call`, such as cudaMalloc, may wait inside the driver. During a capture of a strict mode CUDA
+// forbids it, whichever stream it concerns.
+cudaError_t unsafe_call(const char *call);
 
 }  // namespace stand_in
