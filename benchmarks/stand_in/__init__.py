@@ -14,11 +14,11 @@ raises the same error, with the name of the function. In such a process::
 
 ``torch.cuda.set_sync_debug_mode("error")`` raises where a step waits, as on a card.
 
-The contents of tensors are arbitrary, because no kernel writes them, so code that reads a value
-from the device may fail. Counts are those of an H100's host code. They differ from a card's where a
-library chooses: cuDNN and cuBLAS may start more than one kernel in a call. Kernels that are
-compiled while the program runs (NVRTC, Triton, ``torch.compile``) and linear algebra (cuSOLVER) are
-not supported.
+The contents of tensors are arbitrary, because no kernel writes them. So a step runs, and a whole
+run does not: its losses are not finite. The host code is that for an H100 (capability 9.0, with
+bf16). A library call counts as one, although cuDNN and cuBLAS may start several kernels. Kernels
+that are compiled while the program runs (NVRTC, Triton, ``torch.compile``) and linear algebra
+(cuSOLVER) are not supported.
 """
 
 from __future__ import annotations

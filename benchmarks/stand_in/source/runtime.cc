@@ -98,8 +98,6 @@ thread_local std::vector<Configuration> configurations;
 
 }  // namespace
 
-void *new_handle() { return std::malloc(64); }
-
 cudaError_t fail(cudaError_t error, const char *call) {
   refused = call ? call : "";
   return last_error = error;
