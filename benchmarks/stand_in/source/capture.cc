@@ -273,7 +273,8 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *executable, cudaGraph
 
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
   counters.launches++;
-  record_name("graph of " + std::to_string(reinterpret_cast<Graph *>(executable)->nodes) + " nodes");
+  auto nodes = reinterpret_cast<Graph *>(executable)->nodes;
+  record_name("graph of " + std::to_string(nodes) + " nodes");
   return queue_work(stream);
 }
 

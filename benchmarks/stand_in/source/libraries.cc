@@ -1,8 +1,8 @@
 // cuBLAS and cuDNN: a call that computes is counted, and a question gets the simplest answer.
 //
-// PyTorch describes a convolution to cuDNN by descriptors with attributes, asks for the engines that
-// compute it, makes a plan of one and executes the plan. So this part knows descriptors, and no
-// convolution but by its name. BatchNorms in fp32 take the older functions, one for each task.
+// PyTorch describes a convolution to cuDNN by descriptors with attributes, asks for the engines
+// that compute it, makes a plan of one and executes the plan. So this part knows descriptors, and a
+// convolution only by its name. BatchNorms in fp32 take older functions, one for each task.
 #include <cublasLt.h>
 #include <cublas_v2.h>
 #include <cudnn.h>
@@ -140,8 +140,9 @@ cudnnStatus_t cudnnBackendDestroyDescriptor(cudnnBackendDescriptor_t) {
 }
 
 cudnnStatus_t cudnnBackendSetAttribute(cudnnBackendDescriptor_t descriptor,
-                                       cudnnBackendAttributeName_t, cudnnBackendAttributeType_t type,
-                                       int64_t count, const void *values) {
+                                       cudnnBackendAttributeName_t,
+                                       cudnnBackendAttributeType_t type, int64_t count,
+                                       const void *values) {
   if (type != CUDNN_TYPE_BACKEND_DESCRIPTOR) return CUDNN_STATUS_SUCCESS;
   auto *parts = static_cast<Descriptor *const *>(values);
   static_cast<Descriptor *>(descriptor)->parts.assign(parts, parts + count);
@@ -151,8 +152,9 @@ cudnnStatus_t cudnnBackendSetAttribute(cudnnBackendDescriptor_t descriptor,
 // PyTorch passes empty descriptors to fill. There is one engine, without notes and
 // knobs, and no plan needs a workspace.
 cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t descriptor,
-                                       cudnnBackendAttributeName_t, cudnnBackendAttributeType_t type,
-                                       int64_t capacity, int64_t *count, void *values) {
+                                       cudnnBackendAttributeName_t,
+                                       cudnnBackendAttributeType_t type, int64_t capacity,
+                                       int64_t *count, void *values) {
   bool is_number = type == CUDNN_TYPE_INT64;
   bool is_descriptor = type == CUDNN_TYPE_BACKEND_DESCRIPTOR;
   if (count) *count = is_number || is_descriptor;

@@ -88,7 +88,7 @@ cudaError_t launch(const void *function, cudaStream_t stream) {
   return queue_work(stream);
 }
 
-// What `<<<blocks, threads, shared, stream>>>` passes from the caller to the kernel's host function.
+// What `<<<blocks, threads, shared, stream>>>` passes to the kernel's host function.
 struct Configuration {
   dim3 blocks, threads;
   size_t shared;
