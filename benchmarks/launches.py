@@ -19,21 +19,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from benchmarks import harness, stand_in
 from benchmarks.stand_in.process import run_python
-from benchmarks.workload import Case, case_of, loader_of, noise
+from benchmarks.workload import Case, case_of, loader_of, noise, training_step
 from sskd.data import Images
-from sskd.device import to_device, tune_device
+from sskd.device import tune_device
 from sskd.errors import UserError
 from sskd.methods import METHODS
-from sskd.optimizers import build_optimizer
 from sskd.teachers.assembly import assemble
-from sskd.training.acceleration import fold_teacher
-from sskd.training.meter import Meter
-from sskd.training.step import set_trainable, train_step
 
 PRECISIONS = ["fp32", "bf16"]
 COLUMNS = (
@@ -97,7 +94,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=50_000, help="training images")
     parser.add_argument("--kernels", action="store_true", help="list the launches by kernel")
     parser.add_argument("--out", type=Path, help="also write OUT.md and OUT.json")
-    parser.set_defaults(device="cuda", compile="off", precompute=False)
+    parser.set_defaults(device="cuda", compile="off", graph="off", precompute=False)
     options = parser.parse_args()
     if not stand_in.is_active():
         try:
@@ -133,25 +130,16 @@ def count(case: Case, images: Images, phase: str) -> Launches:
     return Launches(case.pair, case.method, phase, case.precision, counts=counts, kernels=kernels)
 
 
-def stepper(case: Case, images: Images, name: str) -> Callable[[], None]:
+def stepper(case: Case, images: Images, name: str) -> Callable[[], int]:
     """Return a function that takes one whole training step of the phase ``name``.
 
     A method that is built reads values, which only a CPU has here, so ``images`` are on a CPU.
     """
-    device, config = torch.device(case.device), case.config
-    method = assemble(config, images)
-    to_device(method, device)
-    fold_teacher(method, device)
-    phase = next(phase for phase in method.phases() if phase.name == name)
-    set_trainable(phase, method)
-    optimizer = build_optimizer(config.optimizer, phase.trains.parameters(), config.optimizer.lr)
-    loader, meter = loader_of(case, images.to(device)), Meter()
-
-    def step() -> None:
-        batch = loader.next_batch()
-        meter.add(train_step(phase, optimizer, batch, config.precision), len(batch.y))
-
-    return step
+    loader = loader_of(case, images.to(case.device))
+    # Kernels that are not executed leave garbage, which never agrees.
+    with patch("sskd.models.fusing._agree", return_value=True):
+        step = training_step(case.config, images, loader, name)
+    return step.take
 
 
 def by_operation(kernels: Mapping[str, int]) -> dict[str, int]:

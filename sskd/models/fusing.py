@@ -1,4 +1,4 @@
-"""Convolutions of a frozen network with their sum and their ReLU, in one kernel of cuDNN."""
+"""Layers of a frozen network that an NVIDIA GPU computes in one kernel instead of several."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FusedConvolution(nn.Module):
     def forward(self, x: Tensor, summand: Tensor | None = None) -> Tensor:
         """Return the map [N, C, H, W] of ``x``; ``summand`` has the shape of the result."""
         layer = self.layer
-        if x.device.type != "cuda" or (torch.is_grad_enabled() and x.requires_grad):
+        if not _has_kernel(x):
             found = layer(x)
             return F.relu(found if summand is None else found + summand)
         # Autocast does not know these functions.
@@ -47,11 +47,43 @@ class FusedConvolution(nn.Module):
         )
 
 
-def fuse_convolutions(network: nn.Module) -> nn.Module:
+class FrozenBatchNorm(nn.Module):
+    """``layer(x)`` in eval mode, with the standard deviations computed once.
+
+    In bf16 PyTorch otherwise copies the running mean and computes the standard deviations again.
+    """
+
+    inverse_std: Tensor
+
+    def __init__(self, layer: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.layer = layer
+        assert layer.running_var is not None
+        inverse_std = (layer.running_var + layer.eps).rsqrt()
+        self.register_buffer("inverse_std", inverse_std, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised map of ``x`` [N, C, H, W]."""
+        layer = self.layer
+        if not _has_kernel(x):
+            normalised: Tensor = layer(x)
+            return normalised
+        assert layer.running_mean is not None
+        return torch.batch_norm_elemt(
+            x, layer.weight, layer.bias, layer.running_mean, self.inverse_std, layer.eps
+        )
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Return whether the kernels of this module exist for ``x``: without a gradient, on a GPU."""
+    return x.device.type == "cuda" and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+def fuse_layers(network: nn.Module) -> nn.Module:
     """Return a network with the same features as ``network`` on its GPU, in fewer kernels.
 
     ``network`` is a result of ``fold_batch_norms``, in eval mode on an NVIDIA GPU. If it could not
-    be traced, or cuDNN's features differ by more than 1e-5 of the largest, it is returned itself.
+    be traced, or the features differ by more than 1e-5 of the largest, it is returned itself.
     """
     if not isinstance(network, fx.GraphModule):
         return network
@@ -68,12 +100,15 @@ def _fuse(network: fx.GraphModule) -> fx.GraphModule:
         if _is_relu(relu, fused) and (found := _convolution_before(relu.args[0], fused)):
             convolution, summands = found
             target = str(convolution.target)
-            layer = FusedConvolution(fused.get_submodule(target))  # type: ignore[arg-type]
-            fused.set_submodule(target, layer)
+            layer = cast(nn.Conv2d, fused.get_submodule(target))
+            fused.set_submodule(target, FusedConvolution(layer))
             with fused.graph.inserting_before(relu):
                 node = fused.graph.call_module(target, (*convolution.args, *summands))
             relu.replace_all_uses_with(node)
             fused.graph.erase_node(relu)
+    for name, layer in list(fused.named_modules()):
+        if isinstance(layer, nn.BatchNorm2d) and layer.affine and layer.running_var is not None:
+            fused.set_submodule(name, FrozenBatchNorm(layer))
     fused.graph.eliminate_dead_code()
     fused.recompile()
     return fused

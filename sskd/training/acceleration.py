@@ -10,7 +10,7 @@ from sskd.config import Config
 from sskd.data import Batch
 from sskd.errors import UserError, one_line
 from sskd.methods import LossOutput, Method, Phase
-from sskd.models import fold_batch_norms, fuse_convolutions
+from sskd.models import fold_batch_norms, fuse_layers
 
 
 def fold_teacher(method: Method) -> None:
@@ -25,7 +25,7 @@ def fold_teacher(method: Method) -> None:
 def fuse_teacher(method: Method, device: torch.device) -> None:
     """Let the folded teacher of ``method``, which is on ``device``, use fused kernels of a GPU."""
     if method.needs_teacher and device.type == "cuda":
-        method.teacher = fuse_convolutions(method.teacher).requires_grad_(False)
+        method.teacher = fuse_layers(method.teacher).requires_grad_(False)
 
 
 def compile_loss(phase: Phase, config: Config) -> Phase:

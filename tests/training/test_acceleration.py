@@ -25,7 +25,7 @@ from sskd.models import (
     Features,
     build_model,
     fold_batch_norms,
-    fuse_convolutions,
+    fuse_layers,
 )
 from sskd.models.fusing import FusedConvolution
 from sskd.teachers.assembly import assemble
@@ -98,7 +98,7 @@ def test_a_fused_network_has_the_same_features(name: str) -> None:
     torch.manual_seed(0)
     folded = fold_batch_norms(with_statistics(build_model(name, 7)))
     before = folded.state_dict(keep_vars=True)
-    fused = fuse_convolutions(folded)
+    fused = fuse_layers(folded)
     assert isinstance(fused, fx.GraphModule)
     x = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
