@@ -49,6 +49,7 @@ class Case:
     precompute: bool
     method: str = "kd"
     precision: str = "fp32"
+    optimizer: str = "sgd"
     workers: int = 0
 
     @property
@@ -59,6 +60,7 @@ class Case:
             f"arch@teacher={teacher}",
             f"arch@student={student}",
             f"method={self.method}",
+            f"optimizer={self.optimizer}",
             f"batch_size={self.batch}",
             f"precision={self.precision}",
             f"compile={self.compile}",
@@ -125,8 +127,11 @@ def drawer(loader: Loader) -> Callable[[], Batch]:
 def training_step(config: Config, images: Images, loader: Loader, name: str | None) -> TrainingStep:
     """Return the training step of the phase ``name``, as the training loop takes it.
 
-    If ``name`` is None, it is the method's last phase.
+    If ``name`` is None, it is the method's last phase. On an NVIDIA GPU the current stream of this
+    process becomes another than the default one, as in a run.
     """
+    if loader.device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(loader.device))
     method = assemble(config, images)
     fold_teacher(method)
     to_device(method, loader.device)

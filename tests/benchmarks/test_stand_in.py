@@ -21,6 +21,7 @@ from benchmarks.launches import operation
 from benchmarks.stand_in.build import check_requirements, stubs_of
 from sskd import CONF
 from sskd.errors import UserError
+from sskd.methods import METHODS
 from sskd.models import build_model
 
 # Takes steps on the stand-in; prints for each of them the counts, the kernels and the errors.
@@ -82,6 +83,62 @@ capture("another stream", lambda: elsewhere(""))
 capture("a stream that joins", lambda: elsewhere("both"))
 capture("a stream that does not join", lambda: elsewhere("begin"))
 print(json.dumps({"found": found, "device": torch.cuda.get_device_capability()}))
+"""
+
+
+# Captures the step of each method and phase; prints for each what it asked of the stand-in during
+# the capture and in ten replays, and which of the tensors that last from step to step moved.
+CAPTURES = """
+import json
+from dataclasses import asdict
+from unittest.mock import patch
+import torch
+from benchmarks import stand_in
+from benchmarks.workload import Case, loader_of, noise, training_step
+from sskd.methods import METHODS
+from sskd.teachers.assembly import assemble
+from sskd.training.graph import WARMUP_STEPS, GraphedStep
+
+PAIR, SIZES = "resnet14-resnet8", {"batch": 8, "images": 160}
+CHOICES = {"device": "cuda", "compile": "off", "graph": "on", "precompute": False}
+
+def places(step):
+    meter, loader = step.meter, step.loader
+    tensors = {**dict(step.method.named_parameters()), **dict(step.method.named_buffers())}
+    for index, state in enumerate(step.optimizer.state.values()):
+        tensors |= {f"{name} of parameter {index}": value for name, value in state.items()}
+    for owner in (meter, loader):
+        tensors |= {k: v for k, v in vars(owner).items() if isinstance(v, torch.Tensor)}
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+def capture(case, images, name):
+    step = training_step(case.config, images, loader_of(case, images.to("cuda")), name)
+    assert type(step) is GraphedStep
+    for _ in range(WARMUP_STEPS):
+        step.take()
+    before = places(step)
+    stand_in.reset()
+    step.take()
+    captured = asdict(stand_in.counts())
+    stand_in.reset()
+    for _ in range(10):
+        step.take()
+    replayed = asdict(stand_in.counts())
+    after = places(step)
+    moved = [name for name, place in before.items() if after[name] != place]
+    return {"captured": captured, "replayed": replayed, "moved": moved, "tensors": len(before)}
+
+found = {}
+images = noise(SIZES["images"], torch.device("cpu"))
+with patch("sskd.models.fusing._agree", return_value=True):
+    for method in METHODS:
+        for precision, optimizer in (("fp32", "adamw"), ("bf16", "sgd")):
+            settings = {"method": method, "precision": precision, "optimizer": optimizer}
+            case = Case(pair=PAIR, **SIZES, **CHOICES, **settings)
+            for phase in assemble(case.config, images).phases():
+                key = f"{method} {phase.name} {precision} {optimizer}"
+                found[key] = capture(case, images, phase.name)
+print(json.dumps(found))
 """
 
 
@@ -241,3 +298,17 @@ def test_a_missing_header_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_process_is_not_on_the_stand_in_by_itself() -> None:
     assert not stand_in.is_active()
+
+
+def test_every_step_is_captured_and_nothing_moves() -> None:
+    found = json.loads(on_stand_in("-c", CAPTURES).stdout)
+    assert {name.split()[0] for name in found} == set(METHODS)
+    for name, step in found.items():
+        captured, replayed = step["captured"], step["replayed"]
+        assert captured["illegal"] == captured["outside"] == 0, name
+        assert step["tensors"] > 50, name
+        assert step["moved"] == [], name
+        waits = ("syncs", "host_to_device", "device_to_host", "library_calls")
+        assert {kind: replayed[kind] for kind in waits} == dict.fromkeys(waits, 0), name
+        # One for the graph, and two for each generator that it draws from.
+        assert 10 <= replayed["launches"] + replayed["memsets"] <= 10 * 5, name
