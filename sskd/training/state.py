@@ -131,7 +131,7 @@ class PhaseCheckpoint:
         folder = self.run.folder
         with _reject_foreign_checkpoint(folder):
             state, device = read_training_state(content["position"]), str(content["device"])
-            # Earlier versions had no ``auto`` here, so the identity agrees already.
+            # Earlier versions lack it, and their runs are identified by it instead of ``auto``.
             precision = str(content.get("precision", self.precision))
         if precision != self.precision:
             raise UserError(f"{folder}: {self._about_precision(precision, device)}")
