@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sskd.data import Loader
-from sskd.errors import UserError
+from sskd.errors import UserError, shortened
 from sskd.methods import load_state_without_teacher, state_without_teacher
 from sskd.optimizers import load_optimizer
 from sskd.runs.run import Run
@@ -71,12 +71,14 @@ class PhaseCheckpoint:
         module: the module whose state is saved, without its teacher.
         eval_model: the network that is evaluated, whose weights are saved once more in the
             published layout; None if the phase evaluates none.
+        precision: the precision that the phase is trained in.
     """
 
     run: Run
     phase: str
     module: nn.Module
     eval_model: nn.Module | None
+    precision: str
     optimizer: torch.optim.Optimizer
     loader: Loader
     state: TrainingState = field(default_factory=TrainingState)
@@ -125,6 +127,7 @@ class PhaseCheckpoint:
             "loader": self.loader.state_dict(),
             "generators": generator_states(self.loader.device),
             "device": self.loader.device.type,
+            "precision": self.precision,
         }
         if self.eval_model is not None:
             content["model"] = self.eval_model.state_dict()
@@ -137,12 +140,16 @@ class PhaseCheckpoint:
         """Restore the ``content`` of a checkpoint.
 
         Raises:
-            UserError: the checkpoint belongs to another run, or was saved in mid-epoch on another
-                kind of device.
+            UserError: the checkpoint belongs to another run, was trained in another precision, or
+                was saved in mid-epoch on another kind of device.
         """
         folder = self.run.folder
         with _reject_foreign_checkpoint(folder):
             state, device = read_training_state(content["position"]), str(content["device"])
+            # Earlier versions had no ``auto`` here, so the identity agrees already.
+            precision = str(content.get("precision", self.precision))
+        if precision != self.precision:
+            raise UserError(f"{folder}: {self._about_precision(precision, device)}")
         if state.mid_epoch and device != self.loader.device.type:
             raise UserError(
                 f"{folder}: stopped mid-epoch on '{device}', whose random state cannot be restored "
@@ -168,6 +175,15 @@ class PhaseCheckpoint:
             self._unsaved_best = best.state_dict()
         elif not self.state.mid_epoch:  # the first versions saved each epoch, the best too
             self.keep_if_best()
+
+    def _about_precision(self, saved: str, device: str) -> str:
+        """Return why training in ``saved`` on a kind of ``device`` cannot continue on this one."""
+        here = self.loader.device.type
+        use = f"device={device}" if device != here else f"the same model of '{device}' again"
+        return (
+            f"stopped in {shortened(saved)} on '{device}', but precision=auto is "
+            f"'{self.precision}' on this '{here}'; use {use}, or start from scratch with force=true"
+        )
 
 
 @contextmanager

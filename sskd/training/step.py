@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sskd.data import Batch, Loader
 from sskd.methods import Phase
+from sskd.precision import autocast, multiplying
 from sskd.training.meter import Meter
 from sskd.training.multi_tensor import CastWeights, batch_norms_counted_together
 
@@ -31,7 +32,7 @@ def train_step(
     """Train ``phase`` on one batch.
 
     Args:
-        precision: ``fp32``, or ``bf16`` for autocast of the networks.
+        precision: one of ``sskd.precision.PRECISIONS``; losses are computed in float32.
         weights: the networks' weights in bf16; without them, autocast casts each by itself.
 
     Returns:
@@ -39,8 +40,8 @@ def train_step(
         ``weighted/<term>``, and the phase's metrics.
     """
     optimizer.zero_grad(set_to_none=True)
-    with weights.in_place() if weights else nullcontext():
-        with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with multiplying(precision), weights.in_place() if weights else nullcontext():
+        with autocast(precision, batch.x.device):
             terms, metrics = phase.losses(batch)
         weighted = phase.weigh(terms)
         loss = torch.stack(list(weighted.values())).sum()
@@ -90,9 +91,12 @@ class TrainingStep:
 
     def compute(self, size: int) -> None:
         """Do the step's work on the device: nothing here waits for it, or counts on the host."""
-        batch = self.loader.draw(size)
+        self.train(self.loader.draw(size))
+
+    def train(self, batch: Batch) -> None:
+        """Train on ``batch`` and add its metrics."""
         with batch_norms_counted_together(self.phase.trains):
             metrics = train_step(
                 self.phase, self.optimizer, batch, self.precision, weights=self._weights
             )
-        self.meter.add(metrics, size)
+        self.meter.add(metrics, len(batch.y))

@@ -44,8 +44,7 @@ class Trainer:
         method: every module that takes part; all but ``phase.trains`` is frozen in eval mode.
         checkpointed: the module whose state the checkpoints carry.
         images: the data, on the device of the networks.
-        run: receives the metrics and the checkpoints.
-        config: the run's configuration.
+        run, config: what receives the metrics and the checkpoints, and the run's configuration.
         eval_model: the network whose accuracy is measured after each epoch, if any.
     """
 
@@ -71,6 +70,7 @@ class Trainer:
             phase=self.phase.name,
             module=self.checkpointed,
             eval_model=self.eval_model,
+            precision=self.config.precision,
             optimizer=self.optimizer,
             loader=self.loader,
         )
