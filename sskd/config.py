@@ -131,6 +131,7 @@ class Config(Settings):
     runs: NonEmpty
     force: bool
     checkpoint_minutes: Positive
+    checkpoint_seconds: NonNegative
 
     @field_validator("compile", "graph", mode="before")
     @classmethod

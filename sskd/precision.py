@@ -83,7 +83,7 @@ def multiplying(precision: str) -> AbstractContextManager[None]:
 
     In ``tf32`` convolutions use TF32 and matrix products do not, as PyTorch does by default. In
     ``fp32`` and ``bf16`` neither does. A GPU's convolution reads the setting when it is called, so
-    the backward pass belongs into the block too.
+    the backward pass belongs in the block too.
     """
     return tf32(convolutions=precision == "tf32", products=False)
 

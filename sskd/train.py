@@ -137,7 +137,6 @@ def _train_phases(
             if phase.teacher_only and plan.teacher:
                 for line in find_or_train_phase(phase, method, images, plan):
                     run.metrics.log(line)
-                    run.metrics.notify(line)
                 continue
             trainer = Trainer(
                 phase=phase,
