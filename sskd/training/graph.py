@@ -36,6 +36,7 @@ def build_step(config: Config, *, method: Method, loader: Loader, **parts: Any) 
         UserError: ``graph=on``, and there is no NVIDIA GPU or the method cannot be captured.
     """
     parts |= {"method": method, "loader": loader, "precision": config.precision}
+    parts |= {"is_compiled": config.compile == "default"}
     reason = _why_not(loader.device, method)
     if config.graph == "on" and reason:
         raise UserError(f"graph=on: {reason}; use graph=auto")

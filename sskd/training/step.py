@@ -64,6 +64,7 @@ class TrainingStep:
 
     Attributes:
         method: every module that takes part.
+        is_compiled: the compiler combines the work on many tensors itself.
     """
 
     phase: Phase
@@ -72,10 +73,11 @@ class TrainingStep:
     loader: Loader
     meter: Meter
     precision: str
+    is_compiled: bool = False
 
     def __post_init__(self) -> None:
-        is_bf16 = self.precision == "bf16"
-        self._weights = CastWeights(self.method, self.phase.trains) if is_bf16 else None
+        casts = self.precision == "bf16" and not self.is_compiled
+        self._weights = CastWeights(self.method, self.phase.trains) if casts else None
 
     def take(self) -> int:
         """Train on the next batch of the epoch; return the number of its images."""
@@ -95,7 +97,10 @@ class TrainingStep:
 
     def train(self, batch: Batch) -> None:
         """Train on ``batch`` and add its metrics."""
-        with batch_norms_counted_together(self.phase.trains):
+        counted = (
+            nullcontext() if self.is_compiled else batch_norms_counted_together(self.phase.trains)
+        )
+        with counted:
             metrics = train_step(
                 self.phase, self.optimizer, batch, self.precision, weights=self._weights
             )

@@ -30,8 +30,9 @@ def test_a_run_of_the_first_version_resumes(
     train(config)
     assert "resumes in" in capsys.readouterr().out
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open()]
-    # The first version itself had these losses.
-    assert losses == pytest.approx([2.37721, 2.33152, 2.29741, 2.24246], rel=1e-3)
+    # The first version itself had these losses. From step 9 on it drew other crops.
+    assert losses == pytest.approx([2.37721, 2.33152, 2.29741, 2.24246], rel=1e-2)
+    assert losses[0] == pytest.approx(2.37721, rel=1e-5)
 
     networks = ("arch@teacher=resnet8", "arch@student=resnet8", f"teacher.checkpoint={folder}")
     train(composed(*SETTINGS, *networks, "method=kd"))
