@@ -59,7 +59,7 @@ def _why_not(device: torch.device, method: Method) -> str:
 def capture_cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
     """Record ``work`` as a CUDA graph; return the function that replays it.
 
-    Random numbers of the device's default generator are drawn anew in each replay.
+    Each replay draws new random numbers from the device's default generator.
     """
     graph = torch.cuda.CUDAGraph()
     # The stream of the steps before: autograd would wait for another one, which cannot be captured.
