@@ -97,6 +97,7 @@ def _build(given: argparse.Namespace, images: Images, pair: str = PAIR) -> Metho
 
 def _method_checks(given: argparse.Namespace) -> Iterator[Check]:
     from sskd.checks import methods
+    from sskd.checks.device import check_device
     from sskd.checks.samples import fitted_teacher, random_images
 
     def overfit() -> None:
@@ -118,6 +119,7 @@ def _method_checks(given: argparse.Namespace) -> Iterator[Check]:
     yield Check("resumes with the same bits", lambda: methods.check_resume(build, few))
     yield Check("batch of one image", lambda: methods.check_single_image(build(), few))
     yield Check("teacher_outputs", lambda: methods.check_teacher_outputs(build(), few))
+    yield Check("a CUDA graph can contain a step", lambda: check_device(build(), few))
     yield Check("overfits a batch", overfit)
     for path in sorted((CONF / "pair").glob("*.yaml")):
         yield Check(f"gradients with {path.stem}", partial(phases, path.stem), may_refuse=True)

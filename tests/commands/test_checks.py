@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Compose, SmallTeacher
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from sskd import errors
 from sskd.checks.__main__ import main
+from sskd.checks.device import check_device
 from sskd.checks.methods import (
     check_overfits,
     check_phases,
@@ -278,6 +280,198 @@ def test_a_constant_buffer_may_be_outside_of_the_state(build: Callable[..., KD])
     images = random_images(12, 4)
     check_state(lambda: build(Constant, images))
     check_resume(lambda: build(Constant, images), images)
+
+
+class Planted(Extra):
+    """Has a fault that each test defines: what it makes of the student's pooled feature."""
+
+    fault: Callable[[Tensor], Tensor]
+
+    def term(self, student: Features, teacher: Features) -> Tensor:
+        return type(self).fault(student.pooled).float().mean()
+
+
+class WaitsAfterwards(Constant):
+    """Waits for the device after a step."""
+
+    def after_step(self) -> None:
+        self.memory.fill_(float(self.memory.sum()))
+
+
+class WaitsForStored(Constant):
+    """Waits for the device if the teacher's outputs are stored: then there are no stages."""
+
+    def term(self, student: Features, teacher: Features) -> Tensor:
+        if not teacher.stages:
+            teacher.logits.sum().item()
+        return student.pooled.mean()
+
+
+class OutsideOfBuffers(Constant):
+    """Keeps a tensor in an attribute, which stays on the host."""
+
+    def __init__(self, *networks: Any, **shared: Any) -> None:
+        super().__init__(*networks, **shared)
+        self.scale = torch.ones(64)
+
+    def term(self, student: Features, teacher: Features) -> Tensor:
+        return (student.pooled * self.scale).mean()
+
+
+class FirstPhase(Constant):
+    """Waits for the device in a phase before the last one."""
+
+    def phases(self) -> Any:
+        (last,) = super().phases()
+        yield dataclasses.replace(last, name="first", after_step=self.wait)
+        yield last
+
+    def wait(self) -> None:
+        self.memory.tolist()
+
+
+class InPlace(Constant):
+    """Changes a buffer in place."""
+
+    def after_step(self) -> None:
+        self.memory.copy_(self.memory.roll(1) + 1)
+
+
+class Replaced(Constant):
+    """Puts another tensor in the place of a buffer."""
+
+    def after_step(self) -> None:
+        self.memory = self.memory + 1
+
+
+class ReplacedData(Constant):
+    """Puts another tensor's memory in the place of a buffer's."""
+
+    def after_step(self) -> None:
+        self.memory.data = self.memory + 1
+
+
+class Swapped(Constant):
+    """Swaps two buffers."""
+
+    other: Tensor
+
+    def __init__(self, *networks: Any, **shared: Any) -> None:
+        super().__init__(*networks, **shared)
+        self.register_buffer("other", torch.zeros(3))
+
+    def after_step(self) -> None:
+        self.memory, self.other = self.other, self.memory
+
+
+Fault = Callable[[Tensor], Tensor]
+WAITING: list[Fault] = [
+    lambda pooled: pooled / pooled.max().item(),
+    lambda pooled: pooled if pooled.mean() > 0 else -pooled,
+    lambda pooled: pooled * len(pooled.tolist()),
+    lambda pooled: pooled.cpu().mean(),
+    lambda pooled: pooled * pooled.detach().numpy().max(),
+    lambda pooled: pooled[pooled > 0],
+    lambda pooled: pooled[pooled[:, 0].nonzero()],
+    lambda pooled: pooled.unique(),
+    lambda pooled: pooled[:, 0].long().bincount() + pooled.mean(),
+    lambda pooled: pooled.repeat_interleave(pooled[:, 0].long(), 0),
+    lambda pooled: pooled.clone().index_put_((pooled[:, 0] > 0,), pooled.mean(0)),
+    lambda pooled: (pooled, pooled.register_hook(lambda grad: grad / grad.max().item()))[0],
+]
+ON_HOST: list[Fault] = [
+    lambda pooled: pooled * torch.tensor(3.0),
+    lambda pooled: pooled[torch.arange(2)],
+    lambda pooled: pooled + torch.from_numpy(np.ones(64, "float32")).to(pooled.device),
+]
+MIXED: list[Fault] = [
+    lambda pooled: pooled + torch.ones(64),
+    lambda pooled: torch.cat([pooled, torch.zeros(2, 64)]),
+]
+SOUND: list[Fault] = [
+    lambda pooled: pooled[torch.arange(2, device=pooled.device)],
+    lambda pooled: torch.where(pooled > 0, pooled, 0) * torch.rand_like(pooled),
+    lambda pooled: pooled.clone().index_put_((pooled[:, 0] > 0,), pooled.new_zeros(())),
+    lambda pooled: torch.repeat_interleave(pooled, pooled[:, 0].long(), 0, output_size=9),
+]
+
+
+def check_planted(build: Callable[..., KD], fault: Fault, **attributes: Any) -> None:
+    kind = type("Planted", (Planted,), {"fault": staticmethod(fault), **attributes})
+    check_built(build, kind)
+
+
+def check_built(build: Callable[..., KD], kind: type[KD]) -> None:
+    images = random_images(8, 4)
+    check_device(build(kind, images), images)
+
+
+@pytest.mark.parametrize("fault", [*WAITING, *ON_HOST, *MIXED])
+def test_a_step_that_leaves_the_device_fails(build: Callable[..., KD], fault: Fault) -> None:
+    what = "needs the values of a tensor" if fault in WAITING else "uses a tensor of the CPU"
+    place = rf"\S*test_checks\.py:{fault.__code__.co_firstlineno}"
+    with pytest.raises(CheckError, match=rf"^phase distill: {place} {what} \("):
+        check_planted(build, fault)
+
+
+@pytest.mark.parametrize(
+    ("fault", "operation"),
+    [(WAITING[6], "aten.nonzero.default"), (ON_HOST[1], "aten.arange.default")],
+)
+def test_a_fault_on_the_device_names_its_operation(
+    build: Callable[..., KD], fault: Fault, operation: str
+) -> None:
+    with pytest.raises(CheckError, match=rf"a tensor.* \({operation}\);"):
+        check_planted(build, fault)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.15", reason="torch does not report the copy")
+def test_a_copy_of_numbers_fails(build: Callable[..., KD]) -> None:
+    with pytest.raises(CheckError, match=r"uses a tensor of the CPU \(aten.lift_fresh.default\)"):
+        check_planted(build, lambda pooled: pooled[[0, 2]])
+
+
+@pytest.mark.parametrize("fault", SOUND)
+def test_a_step_that_stays_on_the_device_passes(build: Callable[..., KD], fault: Fault) -> None:
+    check_planted(build, fault)
+
+
+@pytest.mark.parametrize("fault", [WAITING[0], WAITING[3], WAITING[5], *ON_HOST])
+def test_a_step_without_a_graph_may_wait(build: Callable[..., KD], fault: Fault) -> None:
+    check_planted(build, fault, capturable=False)
+
+
+@pytest.mark.parametrize("fault", MIXED)
+def test_no_step_mixes_devices(build: Callable[..., KD], fault: Fault) -> None:
+    with pytest.raises(CheckError, match="uses a tensor of the CPU"):
+        check_planted(build, fault, capturable=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (WaitsAfterwards, r"^phase distill: .*needs the values of a tensor \("),
+        (WaitsForStored, r"^phase distill: .*needs the values of a tensor \("),
+        (FirstPhase, r"^phase first: .*needs the values of a tensor \("),
+        (OutsideOfBuffers, r"^phase distill: .*uses a tensor of the CPU \("),
+        (Replaced, r"^phase distill: .*in the place of memory; change it in place \(copy_\)"),
+        (ReplacedData, "in the place of memory;"),
+        (Swapped, "in the place of memory, other;"),
+    ],
+)
+def test_a_method_that_leaves_the_device_fails(
+    build: Callable[..., KD], kind: type[KD], message: str
+) -> None:
+    with pytest.raises(CheckError, match=message):
+        check_built(build, kind)
+
+
+def test_a_buffer_may_change_in_place(build: Callable[..., KD]) -> None:
+    check_built(build, InPlace)
+
+
+def test_without_a_graph_a_buffer_may_be_replaced(build: Callable[..., KD]) -> None:
+    check_built(build, type("Free", (Replaced,), {"capturable": False}))
 
 
 class Network(nn.Module):

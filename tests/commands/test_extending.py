@@ -129,7 +129,7 @@ def test_a_method_is_at_most_40_lines() -> None:
 def test_the_method_passes_the_checks(mine: Path) -> None:
     (checked,) = run_block("A method", 0, mine)
     lines = checked.stdout.splitlines()
-    assert len(lines) == 5 + 13
+    assert len(lines) == 6 + 13
     assert all(line.startswith("ok ") for line in lines)
 
 

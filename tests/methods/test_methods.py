@@ -10,6 +10,7 @@ import torch
 from conftest import Compose, random_images
 from torch import nn
 
+from sskd.checks.device import check_device
 from sskd.checks.methods import (
     check_overfits,
     check_phases,
@@ -107,6 +108,13 @@ def test_the_teacher_outputs_suffice(composed: Compose, few_images: Images, meth
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_last_batch_of_one_image(composed: Compose, few_images: Images, method: str) -> None:
     check_single_image(make(composed, method, "resnet14-resnet8", few_images), few_images)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_cuda_graph_can_contain_a_step(
+    composed: Compose, few_images: Images, method: str
+) -> None:
+    check_device(make(composed, method, "resnet14-resnet8", few_images), few_images)
 
 
 def test_the_teacher_head_is_the_same_for_all_students(
