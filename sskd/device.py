@@ -112,8 +112,7 @@ def _claim(index: int, number: int) -> bool:
 
 def reset_peak_memory(device: torch.device) -> None:
     """Start a new measurement of ``peak_memory``; an earlier run of a sweep may have used more."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak_gpu_memory(device)
     trim_heap()
     if device.type == "cpu":
         ask_for_large_pages()  # again, for the memory that is allocated next
@@ -121,8 +120,19 @@ def reset_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
 
 
+def reset_peak_gpu_memory(device: torch.device) -> None:
+    """Start a new measurement on an NVIDIA GPU; on another ``device`` this does nothing.
+
+    cuDNN tries its algorithms in the first steps (``torch.backends.cudnn.benchmark``), some with
+    workspaces that are larger than what training needs. A new measurement after these steps does
+    not count them. It counts a CUDA graph if it starts before the capture.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> float | None:
-    """Return the peak memory in MiB since ``reset_peak_memory``, or None if it is not reported.
+    """Return the peak memory in MiB since the last reset, or None if it is not reported.
 
     On a GPU it is the memory that PyTorch allocated there. On a CPU it is the resident memory of
     the process, with the pages of mapped files (``sskd.teachers.outputs``), which other processes

@@ -13,7 +13,14 @@ import pytest
 import torch
 from starting import PIPE, Started
 
-from sskd.device import choose_device, copy_to_host, peak_memory, reset_peak_memory
+import sskd.device
+from sskd.device import (
+    choose_device,
+    copy_to_host,
+    peak_memory,
+    reset_peak_gpu_memory,
+    reset_peak_memory,
+)
 from sskd.errors import UserError
 
 # A process that sees three GPUs, prints which one it chooses, and waits for a line to end.
@@ -44,6 +51,19 @@ def test_the_peak_on_a_cpu_is_since_the_reset() -> None:
     small, large, again = peak_of(1), peak_of(size), peak_of(1)
     assert large - small == pytest.approx(512, rel=0.1)
     assert again == pytest.approx(small, rel=0.1)
+
+
+@pytest.mark.parametrize(("name", "resets"), [("cuda:1", ["cuda:1"]), ("cpu", []), ("mps", [])])
+def test_only_the_peak_of_a_gpu_starts_again(
+    monkeypatch: pytest.MonkeyPatch, name: str, resets: list[str]
+) -> None:
+    found: list[str] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda at: found.append(str(at)))
+    monkeypatch.setattr(sskd.device, "trim_heap", lambda: pytest.fail("it is for a whole run"))
+    before = peak_memory(torch.device("cpu")) or 0
+    reset_peak_gpu_memory(torch.device(name))
+    assert found == resets
+    assert (peak_memory(torch.device("cpu")) or 0) >= before
 
 
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
