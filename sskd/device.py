@@ -8,7 +8,7 @@ import itertools
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,6 +22,10 @@ from sskd.errors import UserError, one_line
 # GPU the batch keeps it busy.
 _INFERENCE_BATCH_SIZE = {"cpu": 64}
 _GPU_BATCH_SIZE = 500
+# Images whose vectors are copied to the host and written together. A GPU computes 500 in a few
+# milliseconds, and each copy and each write has a cost of its own.
+_OUTPUTS_AT_ONCE = {"cpu": 64}
+_GPU_OUTPUTS_AT_ONCE = 4000
 
 _gpu_claims: list[FileLock] = []  # referenced, because a garbage-collected lock is released
 
@@ -108,8 +112,7 @@ def _claim(index: int, number: int) -> bool:
 
 def reset_peak_memory(device: torch.device) -> None:
     """Start a new measurement of ``peak_memory``; an earlier run of a sweep may have used more."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak_gpu_memory(device)
     trim_heap()
     if device.type == "cpu":
         ask_for_large_pages()  # again, for the memory that is allocated next
@@ -117,8 +120,19 @@ def reset_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
 
 
+def reset_peak_gpu_memory(device: torch.device) -> None:
+    """Start a new measurement on an NVIDIA GPU; on another ``device`` this does nothing.
+
+    cuDNN tries its algorithms in the first steps (``torch.backends.cudnn.benchmark``), some with
+    workspaces that are larger than what training needs. A new measurement after these steps does
+    not count them. It counts a CUDA graph if it starts before the capture.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> float | None:
-    """Return the peak memory in MiB since ``reset_peak_memory``, or None if it is not reported.
+    """Return the peak memory in MiB since the last reset, or None if it is not reported.
 
     On a GPU it is the memory that PyTorch allocated there. On a CPU it is the resident memory of
     the process, with the pages of mapped files (``sskd.teachers.outputs``), which other processes
@@ -135,6 +149,31 @@ def peak_memory(device: torch.device) -> float | None:
 def inference_batch_size(device: torch.device) -> int:
     """Return how many images to give a network at once without a backward pass."""
     return _INFERENCE_BATCH_SIZE.get(device.type, _GPU_BATCH_SIZE)
+
+
+def outputs_at_once(device: torch.device) -> int:
+    """Return for how many images to compute vectors before they are copied to the host."""
+    return _OUTPUTS_AT_ONCE.get(device.type, _GPU_OUTPUTS_AT_ONCE)
+
+
+def copy_to_host(x: Tensor) -> Callable[[], Tensor]:
+    """Start copying ``x`` to the CPU; return a function that waits for the copy and returns it.
+
+    This thread does not wait for an NVIDIA GPU. Another thread may call the function.
+    """
+    if x.device.type != "cuda":
+        copy = x.cpu()
+        return lambda: copy
+    pinned = torch.empty_like(x, device="cpu", pin_memory=True)  # into other memory it would wait
+    pinned.copy_(x, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(x.device))
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return pinned
+
+    return wait
 
 
 def chunks(x: Tensor) -> tuple[Tensor, ...]:

@@ -140,6 +140,7 @@ def _lease(folder: Path) -> SoftFileLease:
         lease_duration=DURATION,
         heartbeat_interval=HEARTBEAT,
         poll_interval=_POLL,
+        thread_local=False,  # a thread that writes checks it too
     )
 
 

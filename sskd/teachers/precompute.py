@@ -14,7 +14,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from sskd.config import Config
 from sskd.data import CROPS, Images, Loader
-from sskd.device import inference_batch_size
+from sskd.device import copy_to_host, outputs_at_once
 from sskd.errors import UserError
 from sskd.files import write_at
 from sskd.invocation.extensions import extension_digests
@@ -119,13 +120,20 @@ def _fill(run: Run, *, teacher: nn.Module, images: Images, config: Config, layou
         f"teacher's forward pass; {done}/{layout.images} images are done"
     )
     try:
-        with StopSignals() as signals:
+        # The thread writes the rows of a piece while the next piece is computed.
+        with StopSignals() as signals, ThreadPoolExecutor(max_workers=1) as thread:
+            written = thread.submit(lambda: None)
             for rows in _outputs(teacher, images, config.precision, layout, first=done):
+                host_rows = copy_to_host(rows)
+                written.result()  # raises what the thread raised
                 save = writer.is_due(config.checkpoint_minutes) or signals.received is not None
-                saved_now = writer.write(rows, save=save)
+                written = thread.submit(writer.write, host_rows, save=save)
                 progress.advance(len(rows))
-                if saved_now:
+                if save:
+                    written.result()
                     signals.raise_if_received()
+            written.result()
+            signals.raise_if_received()
     finally:
         progress.close()
     point = writer.point
@@ -147,14 +155,15 @@ class _Writer:
         """Return whether the last checkpoint is more than ``minutes`` old."""
         return time.monotonic() - self._last_save_time > 60 * minutes
 
-    def write(self, rows: Tensor, *, save: bool) -> bool:
-        """Write the ``rows`` [k, crops, numbers] of the next k images; return whether it saved.
+    def write(self, host_rows: Callable[[], Tensor], *, save: bool) -> None:
+        """Write the rows [k, crops, numbers] of the next k images, which ``host_rows`` returns.
 
-        It does if ``save`` is true, and after the last image.
+        Then save how far the file is, if ``save`` is true or these are the last images.
         """
         first = self.point.images
+        rows = host_rows()
         _refuse_non_finite(rows, first, self._run.folder)
-        data = rows.cpu().view(torch.uint8).numpy().tobytes()
+        data = rows.view(torch.uint8).numpy().tobytes()
         done = first + len(rows)
         save = save or done == self._layout.images
         path, offset = self._run.folder / OUTPUTS, first * self._layout.image_size
@@ -166,7 +175,6 @@ class _Writer:
         if save:
             self._run.checkpoints.save({"stage": PHASE, **vars(self.point)})
             self._last_save_time = time.monotonic()
-        return save
 
 
 def _refuse_non_finite(rows: Tensor, first: int, folder: Path) -> None:
@@ -228,7 +236,7 @@ def _outputs(
 ) -> Iterator[Tensor]:
     """Yield the outputs of all crops of the images from ``first`` on, [k, crops, numbers] each."""
     device = images.train.images.device
-    images_at_once = -(-inference_batch_size(device) // layout.crops)
+    images_at_once = -(-outputs_at_once(device) // layout.crops)
     views = layout.crops // CROPS
     loader = Loader(images.train, images.mean, images.std, batch_size=images_at_once, views=views)
     crops = torch.arange(layout.crops, device=device)

@@ -164,17 +164,11 @@ class PhaseCheckpoint:
                 self.loader.load_state_dict(content["loader"])
                 restore_generator_states(content["generators"], self.loader.device)
             self.state = state
-            self._restore_best(content)
+            if self.eval_model is not None and "best" in content:
+                self._unsaved_best = _state_with(self.eval_model, content["best"])
+            elif not state.mid_epoch:  # an earlier version, which saved each best epoch
+                self.keep_if_best()
         self._save_best()
-
-    def _restore_best(self, content: Mapping[str, Any]) -> None:
-        """Keep the best weights in ``content``, if it has them, for ``_save_best``."""
-        if self.eval_model is not None and "best" in content:
-            best = copy.deepcopy(self.eval_model)
-            best.load_state_dict(dict(zip(best.state_dict(), content["best"], strict=True)))
-            self._unsaved_best = best.state_dict()
-        elif not self.state.mid_epoch:  # the first versions saved each epoch, the best too
-            self.keep_if_best()
 
     def _about_precision(self, saved: str, device: str) -> str:
         """Return why training in ``saved`` on a kind of ``device`` cannot continue on this one."""
@@ -184,6 +178,13 @@ class PhaseCheckpoint:
             f"stopped in {shortened(saved)} on '{device}', but precision=auto is "
             f"'{self.precision}' on this '{here}'; use {use}, or start from scratch with force=true"
         )
+
+
+def _state_with(network: nn.Module, values: Any) -> dict[str, Tensor]:
+    """Return a state of ``network`` with these ``values``; raise an error if they do not fit."""
+    other = copy.deepcopy(network)
+    other.load_state_dict(dict(zip(other.state_dict(), values, strict=True)))
+    return other.state_dict()
 
 
 @contextmanager

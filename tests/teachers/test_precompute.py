@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from breaking import Undisturbed, check_survives, outcome
 from conftest import Compose, random_images
 from faults import SMALL, Attempt
+from stand_in import wait_until
 from torch import Tensor
 
 import sskd.teachers.outputs
@@ -366,14 +368,62 @@ def stop(words: list[str], composed: Compose, monkeypatch: pytest.MonkeyPatch) -
 def test_a_process_that_lost_the_folder_stops_writing(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    written = 5 * 162 * 10 * 4
+
     def lose_lease() -> None:
+        wait_until(lambda: outputs(tmp_path).stat().st_size == written)
         (lease,) = outputs(tmp_path).parent.glob(".lease")
         lease.unlink()
 
     before_sixth_write(monkeypatch, lose_lease)
     with pytest.raises(BusyError):
         sskd.train.train(composed(*kd(tmp_path)))
-    assert outputs(tmp_path).stat().st_size == 5 * 162 * 10 * 4
+    assert outputs(tmp_path).stat().st_size == written
+
+
+def test_an_image_is_computed_while_the_last_is_written(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But only one: each write waits for the next image, and no image comes before that write."""
+    compute, write_at = sskd.teachers.precompute._outputs, sskd.teachers.precompute.write_at
+    computed = written = 0
+    ahead: list[int] = []
+
+    def counted(*arguments: Any, **named: Any) -> Iterator[Tensor]:
+        nonlocal computed
+        for rows in compute(*arguments, **named):
+            computed += 1
+            ahead.append(computed - written)
+            yield rows
+        computed += 1
+
+    def slow(*arguments: Any, **named: Any) -> None:
+        nonlocal written
+        wait_until(lambda: computed == written + 2)
+        write_at(*arguments, **named)
+        written += 1
+
+    monkeypatch.setattr(sskd.teachers.precompute, "_outputs", counted)
+    monkeypatch.setattr(sskd.teachers.precompute, "write_at", slow)
+    sskd.train.train(composed(*kd(tmp_path)))
+    assert ahead == [1] + [2] * 9
+
+
+def test_an_error_of_the_writing_thread_ends_the_run(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = sskd.teachers.precompute._outputs
+
+    def not_finite(*arguments: Any, **named: Any) -> Iterator[Tensor]:
+        for number, rows in enumerate(compute(*arguments, **named)):
+            yield rows.log() if number == 4 else rows
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sskd.teachers.precompute, "_outputs", not_finite)
+        with pytest.raises(UserError, match=r"for training image 4 \(counting from 0\) are not fi"):
+            sskd.train.train(composed(*kd(tmp_path)))
+    assert outputs(tmp_path).stat().st_size == 4 * 162 * 10 * 4
+    assert not [one for one in threading.enumerate() if "ThreadPool" in one.name]
 
 
 def test_a_stopped_computation_resumes(
