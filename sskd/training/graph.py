@@ -18,10 +18,7 @@ from sskd.data import Loader
 from sskd.errors import UserError, one_line
 from sskd.methods import Method
 from sskd.output import say
-from sskd.training.step import TrainingStep
-
-# Steps before the capture: cuDNN chooses its algorithms and the optimizer creates its state.
-WARMUP_STEPS = 3
+from sskd.training.step import WARMUP_STEPS, TrainingStep
 
 # Records a function's work on the device without doing it, and returns a function that does it.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
@@ -85,7 +82,6 @@ class GraphedStep(TrainingStep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._steps = 0
         self._replay: Callable[[], None] | None = None
         self._captured_lr = self._lr()
 
@@ -97,10 +93,7 @@ class GraphedStep(TrainingStep):
         """
         if self._lr() != self._captured_lr:
             self._replay = None
-        if size < self.loader.batch_size:
-            self.compute(size)
-        elif self._steps < WARMUP_STEPS:
-            self._steps += 1
+        if size < self.loader.batch_size or self._taken < WARMUP_STEPS:
             self.compute(size)
         else:
             self._replay = self._replay or self._captured(size)

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from sskd.data import Batch, Loader
+from sskd.device import reset_peak_gpu_memory
 from sskd.methods import Phase
 from sskd.precision import autocast, multiplying
 from sskd.training.meter import Meter
 from sskd.training.multi_tensor import CastWeights, batch_norms_counted_together
+
+# In these cuDNN chooses its algorithms, and the optimizer creates its state.
+WARMUP_STEPS = 3
 
 
 def set_trainable(phase: Phase, method: nn.Module) -> None:
@@ -78,6 +82,7 @@ class TrainingStep:
     def __post_init__(self) -> None:
         casts = self.precision == "bf16" and not self.is_compiled
         self._weights = CastWeights(self.method, self.phase.trains) if casts else None
+        self._taken = 0
 
     def take(self) -> int:
         """Train on the next batch of the epoch; return the number of its images."""
@@ -85,6 +90,9 @@ class TrainingStep:
         self.run(size)
         self.loader.advance()
         self.meter.count(size)
+        self._taken += 1
+        if self._taken == WARMUP_STEPS:
+            reset_peak_gpu_memory(self.loader.device)
         return size
 
     def run(self, size: int) -> None:

@@ -97,7 +97,8 @@ from benchmarks import stand_in
 from benchmarks.workload import Case, loader_of, noise, training_step
 from sskd.methods import METHODS
 from sskd.teachers.assembly import assemble
-from sskd.training.graph import WARMUP_STEPS, GraphedStep
+from sskd.training.graph import GraphedStep
+from sskd.training.step import WARMUP_STEPS
 
 PAIR, SIZES = "resnet14-resnet8", {"batch": 8, "images": 160}
 CHOICES = {"device": "cuda", "compile": "off", "graph": "on", "precompute": False}

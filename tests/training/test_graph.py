@@ -16,9 +16,9 @@ from sskd.errors import UserError
 from sskd.methods import METHODS
 from sskd.optimizers import build_optimizer
 from sskd.teachers.assembly import assemble
-from sskd.training.graph import WARMUP_STEPS, GraphedStep, build_step
+from sskd.training.graph import GraphedStep, build_step
 from sskd.training.meter import Meter
-from sskd.training.step import TrainingStep, set_trainable
+from sskd.training.step import WARMUP_STEPS, TrainingStep, set_trainable
 
 RATES = [0.05, 0.05, 0.005]  # one for each epoch, of 5 whole batches and a smaller one
 
