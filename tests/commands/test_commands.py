@@ -169,7 +169,7 @@ def test_a_disk_that_refuses_is_one_line(
 def test_an_error_with_an_empty_cause_is_one_line(
     command: Command, monkeypatch: pytest.MonkeyPatch, sweep: list[str]
 ) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise UserError("what to do about it") from EOFError()
 
     monkeypatch.setattr(sskd.training.step, "train_step", refuse)
@@ -183,7 +183,7 @@ def test_an_error_with_an_empty_cause_is_one_line(
 def test_a_sweep_reports_each_job_that_breaks(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(sskd.training.step, "train_step", broken)
