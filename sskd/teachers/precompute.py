@@ -48,6 +48,7 @@ from sskd.teachers.outputs import (
 from sskd.teachers.shared import corrupt_file_error, find_or_compute
 from sskd.training.progress import Progress
 from sskd.training.signals import StopSignals
+from sskd.turns import pass_turn
 
 PHASE = "teacher_outputs"
 FORMAT = 2  # file format version; increase it if rows or crop numbers change meaning
@@ -125,6 +126,7 @@ def _fill(run: Run, *, teacher: nn.Module, images: Images, config: Config, layou
                 progress.advance(len(rows))
                 if saved_now:
                     signals.raise_if_received()
+                pass_turn()
     finally:
         progress.close()
     point = writer.point
