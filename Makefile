@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-oldest test-newest test-slurm coverage torture fuzz soak lint lock clean
+.PHONY: demo test test-oldest test-newest test-slurm test-stand-in coverage torture fuzz soak lint lock clean
 
 # Train a teacher, the student alone, KD and SSKD on the digits of scikit-learn; print the table.
 demo: $(READY)
@@ -34,6 +34,10 @@ test-newest: $(READY)
 # Run sweeps on a real SLURM, which is installed on this machine, started and stopped: Debian, root.
 test-slurm: $(READY)
 	$(BIN)/python -m pytest tests/robustness/slurm.py
+
+# Build the stand-in GPU with g++, and run a training step on it: Linux, PyTorch for CUDA 13.
+test-stand-in: $(READY)
+	SSKD_STAND_IN=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmarks/test_stand_in.py
 
 # Report the code that the tests reach and miss, in all of the processes that they start.
 coverage: $(READY)

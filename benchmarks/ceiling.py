@@ -3,8 +3,8 @@
 The FLOPs are those of matrix products and convolutions, by the direct algorithm. The rate is that
 of square matrix products in the precision of the step, measured on the same device. Everything else
 in a step (BatchNorm, ReLU, data, launches) takes time but adds no FLOPs, and so lowers the share.
-So do the products that a bf16 step computes in float32. The step must be eager, because a compiled
-one runs operations that the counter does not see.
+So do the products that a bf16 or tf32 step computes in float32. The step must be eager, because a
+compiled one runs operations that the counter does not see.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import seconds_per_step
+from sskd.precision import tf32
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 SIZES = {"cpu": (512, 1024, 2048)}  # rows of the square matrices
 GPU_SIZES = (2048, 4096, 8192)
 SECONDS = 0.3  # spent on each size
@@ -28,7 +29,9 @@ def flop_share(
     step: Callable[[], object], seconds: float, device: torch.device, precision: str
 ) -> float:
     """Return the FLOP/s of ``step``, which takes ``seconds``, over the matrix-product rate."""
-    return count_flops(step) / seconds / matrix_rate(device, DTYPES[precision])
+    with tf32(convolutions=False, products=precision == "tf32"):
+        rate = matrix_rate(device, DTYPES[precision])
+    return count_flops(step) / seconds / rate
 
 
 def count_flops(step: Callable[[], object]) -> int:

@@ -29,6 +29,7 @@ class Pipeline:
     """A step in two parts: ``draw`` returns a batch, ``train`` uses it.
 
     A step processes ``images`` images. The first ``warmup`` steps of a round are not timed.
+    ``whole`` does both parts, if they can be one, as in a CUDA graph.
     """
 
     draw: Callable[[], Any]
@@ -36,10 +37,14 @@ class Pipeline:
     device: torch.device
     images: int
     warmup: int = 1
+    whole: Callable[[], object] | None = None
 
     def step(self) -> None:
         """Draw a batch and train on it."""
-        self.train(self.draw())
+        if self.whole is None:
+            self.train(self.draw())
+        else:
+            self.whole()
 
     def warm_up(self) -> None:
         """Take the steps that are not timed."""
@@ -58,6 +63,7 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--images", type=int, default=50_000, help="training images")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--compile", default="auto", help="compile= of the training commands")
+    parser.add_argument("--graph", default="auto", help="graph= of the training commands")
     parser.add_argument(
         "--precompute",
         action="store_true",
@@ -83,6 +89,7 @@ def machine_of(options: argparse.Namespace) -> str:
         f"{device.type} ({torch.cuda.get_device_name(device) if on_gpu else platform.machine()})",
         *([f"{torch.get_num_threads()} threads"] if device.type == "cpu" else []),
         f"compile={options.compile}",
+        *([f"graph={options.graph}"] if on_gpu else []),
         f"torch {torch.__version__}",
         *(["teacher's outputs precomputed"] if options.precompute else []),
     ]

@@ -24,6 +24,7 @@ from benchmarks.workload import Case, case_of, loader_of, noise, suite_step
 from sskd.device import choose_device, tune_device
 from sskd.errors import UserError
 from sskd.methods import METHODS
+from sskd.precision import PRECISIONS
 from sskd.teachers.assembly import assemble
 
 BASE = "kd"
@@ -73,7 +74,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--batch", type=int, default=64, help="images a step")
     parser.add_argument("--rounds", type=int, default=30, help="pairs of steps")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     options = harness.parse(parser)
     if options.rounds < 2:
         parser.error("--rounds must be at least 2")

@@ -23,6 +23,7 @@ from benchmarks.harness import Pipeline
 from benchmarks.workload import Case, case_of, loader_of, noise, suite_step
 from sskd.device import choose_device, tune_device
 from sskd.methods import METHODS
+from sskd.precision import PRECISIONS
 
 STEPS = 3  # between two readings of the clock, each of which waits for a GPU
 
@@ -59,7 +60,7 @@ def parse_options() -> argparse.Namespace:
         "--cells", nargs="+", type=int, default=[1, 2, 4, 8], help="numbers of jobs side by side"
     )
     parser.add_argument("--seconds", type=float, default=10, help="of each measurement")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     return harness.parse(parser)
 
 

@@ -3,7 +3,8 @@
     python -m benchmarks.throughput --out results/throughput
 
 Each kind of work has one process for the conventional pipeline (benchmarks/conventional.py), which
-computes in float32, and one for the suite in each precision. The processes take turns, in reverse
+computes in float32 (on an NVIDIA GPU with PyTorch's default, convolutions in TF32), and one for the
+suite in each precision. The processes take turns, in reverse
 order every other round. A round starts with untimed steps, which use up the batches that workers
 have loaded in advance. The ratio is the median over the rounds, with the smallest and the largest.
 The images are noise, with the number and size of CIFAR-100.
@@ -42,6 +43,7 @@ from benchmarks.workload import Case, case_of, drawer, loader_of, noise, suite_s
 from sskd.data import Images, Split
 from sskd.device import choose_device, to_device, tune_device
 from sskd.models import build_model
+from sskd.precision import PRECISIONS
 from sskd.training.evaluation import accuracy, predict
 
 TEST_IMAGES = 10_000
@@ -326,7 +328,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--precisions",
         nargs="+",
-        choices=["fp32", "bf16"],
+        choices=PRECISIONS,
         default=["fp32", "bf16"],
         metavar="PRECISION",
     )

@@ -24,9 +24,10 @@ from sskd.methods import METHODS
 from sskd.optimizers import build_optimizer
 from sskd.teachers.assembly import assemble
 from sskd.teachers.outputs import Layout, Precomputed, can_precompute, layout_of, map_rows
-from sskd.training.acceleration import compile_loss, fold_teacher
+from sskd.training.acceleration import compile_loss, fold_teacher, fuse_teacher
+from sskd.training.graph import build_step
 from sskd.training.meter import Meter
-from sskd.training.step import set_trainable, train_step
+from sskd.training.step import TrainingStep, set_trainable
 
 CLASSES = 100
 
@@ -44,9 +45,11 @@ class Case:
     images: int
     device: str
     compile: str
+    graph: str
     precompute: bool
     method: str = "kd"
     precision: str = "fp32"
+    optimizer: str = "sgd"
     workers: int = 0
 
     @property
@@ -57,9 +60,11 @@ class Case:
             f"arch@teacher={teacher}",
             f"arch@student={student}",
             f"method={self.method}",
+            f"optimizer={self.optimizer}",
             f"batch_size={self.batch}",
             f"precision={self.precision}",
             f"compile={self.compile}",
+            f"graph={self.graph}",
             f"teacher.precompute={self.precompute}",
         ]
         with initialize_config_dir(str(CONF), version_base=None):
@@ -97,8 +102,15 @@ def loader_of(case: Case, images: Images) -> Loader:
 
 def suite_step(case: Case, images: Images, loader: Loader, phase: str | None = None) -> Pipeline:
     """Return the suite's training step of a phase, by default the last."""
-    device = images.train.images.device
-    return Pipeline(drawer(loader), trainer(case.config, images, phase), device, case.batch)
+    step = training_step(case.config, images, loader, phase)
+    draw = drawer(loader)
+
+    def whole() -> None:
+        if loader.position == loader.steps:
+            loader.begin_epoch(0)
+        step.take()
+
+    return Pipeline(draw, step.train, loader.device, case.batch, whole=whole)
 
 
 def drawer(loader: Loader) -> Callable[[], Batch]:
@@ -112,28 +124,32 @@ def drawer(loader: Loader) -> Callable[[], Batch]:
     return draw
 
 
-def trainer(config: Config, images: Images, name: str | None) -> Callable[[Batch], None]:
-    """Return a function that trains the phase ``name`` on a batch, as the training loop does.
+def training_step(config: Config, images: Images, loader: Loader, name: str | None) -> TrainingStep:
+    """Return the training step of the phase ``name``, as the training loop takes it.
 
-    If ``name`` is None, it is the method's last phase.
+    If ``name`` is None, it is the method's last phase. On an NVIDIA GPU the current stream of this
+    process becomes another than the default one, as in a run.
     """
-    device = images.train.images.device
+    if loader.device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(loader.device))
     method = assemble(config, images)
-    to_device(method, device)
-    fold_teacher(method, device)
+    fold_teacher(method)
+    to_device(method, loader.device)
+    fuse_teacher(method, loader.device)
     if config.teacher and config.teacher.precompute and can_precompute(method):
         method.precomputed = outputs_of_noise(layout_of(method, images, config.precision), images)
     phases = [phase for phase in method.phases() if name in (None, phase.name)]
     phase = phases[-1]
     set_trainable(phase, method)
-    compiled = compile_loss(phase, config)
     optimizer = build_optimizer(config.optimizer, phase.trains.parameters(), config.optimizer.lr)
-    meter = Meter()
-
-    def train(batch: Batch) -> None:
-        meter.add(train_step(compiled, optimizer, batch, config.precision), len(batch.y))
-
-    return train
+    return build_step(
+        config,
+        method=method,
+        loader=loader,
+        phase=compile_loss(phase, config),
+        optimizer=optimizer,
+        meter=Meter(),
+    )
 
 
 def outputs_of_noise(layout: Layout, images: Images) -> Precomputed:

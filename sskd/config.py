@@ -23,7 +23,6 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from sskd.data import SOURCES, DatasetSettings
-from sskd.device import best_precision
 from sskd.errors import UserError, did_you_mean, one_line, shortened
 from sskd.files import expanded
 from sskd.invocation.extensions import VARIABLE
@@ -45,6 +44,10 @@ from sskd.settings import (
     ShareBelowAll,
     ShareOfAny,
 )
+
+# ``auto`` is resolved when the run starts (``sskd.precision.resolve_precision``), so that a command
+# names the same run on every machine.
+Precision = Literal["auto", "fp32", "tf32", "bf16"]
 
 
 class ArchSettings(Settings):
@@ -73,7 +76,7 @@ class TeacherSettings(ArchSettings):
     train: bool
     precompute: bool
     epochs: Epochs | None
-    precision: Literal["fp32", "bf16"] | None
+    precision: Precision | None
     fraction: ShareOfAny
     label_noise: ShareBelowAll
 
@@ -121,13 +124,14 @@ class Config(Settings):
     wandb: WandbSettings
     seed: Seed
     batch_size: Count
-    precision: Literal["auto", "fp32", "bf16"]
+    precision: Precision
     compile: Literal["auto", "off", "default"]
     graph: Literal["auto", "on", "off"]
     device: str
     runs: NonEmpty
     force: bool
     checkpoint_minutes: Positive
+    checkpoint_seconds: NonNegative
 
     @field_validator("compile", "graph", mode="before")
     @classmethod
@@ -223,8 +227,6 @@ def _validated(model: type[M], values: Mapping[str, Any]) -> M:
 
 def parse_config(values: Mapping[str, Any]) -> Config:
     """Return the typed configuration of plain ``values``; raise UserError if they are wrong."""
-    if values.get("precision") == "auto":  # the resolved precision is part of the run's identity
-        values = {**values, "precision": best_precision(str(values.get("device")))}
     source = _choice(values, "dataset", SOURCES, "source")
     config = _validated(config_model(values), values)
     if config.dataset.name != source and config.dataset.name in SOURCES:

@@ -9,9 +9,8 @@ import os
 import re
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -118,25 +117,6 @@ def _record_event() -> torch.cuda.Event:
     event = torch.cuda.Event(blocking=True)  # the thread sleeps while it waits
     event.record()
     return event
-
-
-def best_precision(device: str) -> str:
-    """Return ``bf16`` if the device of that name multiplies in it, else ``fp32``."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return "bf16" if _HAS_BF16.get(device.partition(":")[0], lambda: False)() else "fp32"
-
-
-def _cpu_has_bf16() -> bool:
-    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # since torch 2.10
-    known: Mapping[str, Any] = get_capabilities()
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
-
-
-_HAS_BF16: dict[str, Callable[[], bool]] = {
-    "cpu": _cpu_has_bf16,
-    "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-}
 
 
 @functools.cache  # a process stays on its GPU

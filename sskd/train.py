@@ -12,6 +12,7 @@ from sskd.device import choose_device, reset_peak_memory, to_device, tune_device
 from sskd.errors import UserError
 from sskd.methods import Method, Phase, fault_of_phases
 from sskd.output import say
+from sskd.precision import resolve_precision
 from sskd.runs.folder import archive_run
 from sskd.runs.own_code import warn_of_changed_code
 from sskd.runs.plan import RunPlan
@@ -24,7 +25,7 @@ from sskd.teachers.phases import find_or_train_phase
 from sskd.teachers.precompute import find_or_compute_outputs
 from sskd.tracking.environment import check_environment, started_by_agent
 from sskd.tracking.tracker import Tracker, report_finished
-from sskd.training.acceleration import fold_teacher
+from sskd.training.acceleration import fold_teacher, fuse_teacher
 from sskd.training.preview import save_views
 from sskd.training.result import last_top1, measure_result
 from sskd.training.trainer import Trainer, phase_schedule
@@ -49,7 +50,7 @@ def carry_out(
     check_environment(config.wandb.mode)
     under_agent = from_command_line and started_by_agent()
     device = choose_device(config.device)
-    _train_missing_teacher(config)
+    _train_missing_teacher(config, device)
     plan = resolve_plan(config)
     run = Run(plan.folder, plan.full_config)
     force = config.force and not forced_in_this_sweep(plan.folder)  # a requeued job resumes
@@ -59,6 +60,7 @@ def carry_out(
         return _reuse(run, plan, result, under_agent=under_agent)
 
     # ---- data, networks, method ----
+    plan = plan.computed_in(resolve_precision(config.precision, device))
     tune_device(device)
     reset_peak_memory(device)
     images = load_images(config.dataset, plan.data_digest).to(device)
@@ -75,7 +77,7 @@ def carry_out(
     return plan, result
 
 
-def _train_missing_teacher(config: Config) -> None:
+def _train_missing_teacher(config: Config, device: torch.device) -> None:
     """Train the teacher first if its run is missing and ``teacher.train`` is true."""
     missing = missing_teacher(config)
     if missing is None:
@@ -83,6 +85,8 @@ def _train_missing_teacher(config: Config) -> None:
     refuse_missing(config.dataset)  # report missing data first
     check_compatible(config)  # before training a teacher for an incompatible pair
     if config.teacher and config.teacher.train:
+        resolve_precision(config.precision, device)
+        resolve_precision(missing.precision, device, "teacher.precision")
         carry_out(missing, wait=True, from_command_line=False)
 
 
@@ -91,7 +95,7 @@ def _reuse(
 ) -> tuple[RunPlan, RunResult]:
     """Return the result of a finished run; log it to the W&B run of an agent first."""
     if under_agent:
-        report_finished(run, plan, result)
+        report_finished(run, plan.computed_in(result.precision or plan.config.precision), result)
     return plan, result
 
 
@@ -100,8 +104,9 @@ def _assemble(
 ) -> tuple[Method, Sequence[Phase]]:
     """Return the method on ``device`` and its phases; UserError if these cannot be trained."""
     method = assemble(plan.config, images, plan.teacher)
+    fold_teacher(method)
     to_device(method, device)
-    fold_teacher(method, device)
+    fuse_teacher(method, device)
     phases = list(method.phases())
     if fault := fault_of_phases(phases):
         raise UserError(f"method={plan.config.method.name}: {fault}")
@@ -132,7 +137,6 @@ def _train_phases(
             if phase.teacher_only and plan.teacher:
                 for line in find_or_train_phase(phase, method, images, plan):
                     run.metrics.log(line)
-                    run.metrics.notify(line)
                 continue
             trainer = Trainer(
                 phase=phase,

@@ -267,6 +267,22 @@ def test_the_front_page_has_the_measured_speed() -> None:
             assert float(factor.strip("* x")) == pytest.approx(float(measured[2]), abs=0.0501)
 
 
+def test_the_page_of_performance_has_the_counted_launches() -> None:
+    phases = {"KD": "kd distill", "CRD": "crd distill", "SSKD": "sskd distill"}
+    phases["SSKD's first phase"] = "sskd ss_head"
+    _, *rows = table("docs/performance.md", "Steps on a GPU")
+    for name, *counts in rows:
+        label, pair = name.split(", ")
+        found = []
+        for precision in ("fp32", "bf16"):
+            for source in ("results/launches_before.md", "results/launches.md"):
+                block = read(source).split(f"**{pair}**")[1].split("**")[0]
+                start = f"| {' | '.join(phases[label].split())} | {precision} |"
+                (line,) = (each for each in block.splitlines() if each.startswith(start))
+                found.append(line.split("|")[7].strip())
+        assert counts == found, name
+
+
 def test_the_front_page_has_the_published_row() -> None:
     header, _, row = table("README.md", "Measured so far")
     top1 = published_for("cifar100")[0].top1

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sskd.data import Batch
 from sskd.methods.adapters import ProjectionHead
 from sskd.methods.base import LossOutput, Method, Phase, in_float32, top1
-from sskd.methods.kd import kd_loss, softened_kl
+from sskd.methods.kd import softened_kl
 from sskd.methods.networks import Networks
 from sskd.schedule import PhaseSettings
 from sskd.settings import Positive, Share
@@ -148,16 +148,16 @@ class SSKD(Method):
         scores = self._similarities(self.student_head, student.pooled)
         target = positives(batch.y)
 
-        normal, transformed = split_views(student.logits.float())
-        teacher_normal, teacher_transformed = split_views(teacher.logits.float())
+        normal, _ = split_views(student.logits.float())
+        _, teacher_transformed = split_views(teacher.logits.float())
         labels = batch.y.repeat_interleave(VIEWS - 1)
         keep_tf = keep_rows(teacher_transformed, labels, self.tf_ratio)
         keep_ss = keep_rows(teacher_scores, target, self.ss_ratio)
-        tf = softened_kl(transformed, teacher_transformed, self.temperature)
+        kd, tf = split_views(softened_kl(student.logits, teacher.logits, self.temperature))
         ss = softened_kl(scores, teacher_scores, self.ss_temperature)
         terms = {
             "ce": F.cross_entropy(normal, batch.y),
-            "kd": kd_loss(normal, teacher_normal, self.temperature),
+            "kd": kd.mean(),
             "tf": masked_mean(tf, keep_tf),
             "ss": masked_mean(ss, keep_ss),
         }

@@ -11,6 +11,7 @@ from sskd.models.checkpoints import (
 )
 from sskd.models.features import VECTOR_FIELDS, Features, partial_features
 from sskd.models.folding import fold_batch_norms
+from sskd.models.fusing import fuse_layers
 from sskd.models.recognition import recognise
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "build_model",
     "find_checkpoint",
     "fold_batch_norms",
+    "fuse_layers",
     "load_weights",
     "partial_features",
     "read_checkpoint",

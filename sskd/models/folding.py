@@ -79,20 +79,27 @@ def _agree(folded: nn.Module, network: nn.Module) -> bool:
     dtype = next((p.dtype for p in network.parameters()), torch.float32)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.random.fork_rng(devices=[]):  # a forward may draw random numbers
-        found, expected = (
-            list(_tensors(copy.deepcopy(each).cpu()(images))) for each in (folded, network)
-        )
-    return 0 < len(found) == len(expected) and all(
-        one.shape == other.shape and _is_close(one.double(), other.double())
-        for one, other in zip(found, expected, strict=True)
+        found, expected = (copy.deepcopy(each).cpu()(images) for each in (folded, network))
+    return outputs_agree(found, expected, _TOLERANCE)
+
+
+def outputs_agree(found: Any, expected: Any, tolerance: float) -> bool:
+    """Return whether two outputs of networks, which may be nested, have the same tensors.
+
+    A difference may be ``tolerance`` times the largest entry of its tensor.
+    """
+    ones, others = list(_tensors(found)), list(_tensors(expected))
+    return 0 < len(ones) == len(others) and all(
+        one.shape == other.shape and _is_close(one.double(), other.double(), tolerance)
+        for one, other in zip(ones, others, strict=True)
     )
 
 
-def _is_close(found: Tensor, expected: Tensor) -> bool:
+def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     finite = expected[expected.isfinite()].abs()
     largest = float(finite.max()) if len(finite) else 0.0
     # A network whose outputs are not finite is reported when it is evaluated.
-    return torch.allclose(found, expected, rtol=0, atol=_TOLERANCE * largest, equal_nan=True)
+    return torch.allclose(found, expected, rtol=0, atol=tolerance * largest, equal_nan=True)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

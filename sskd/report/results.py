@@ -195,7 +195,7 @@ def parse_result(text: str, folder: Path) -> FinishedRun | None:
         epochs=result.epoch,
         origin=Origin(result.dataset_source, result.dataset_digest, result.teacher_digest),
         folder=folder,
-        settings=_settings(record),
+        settings=_settings(record, result.precision),
     )
 
 
@@ -235,12 +235,17 @@ def _config_value(text: str, group: str, key: str) -> str | None:
     return line[2] if line and line[2] != "null" else None
 
 
-def _settings(record: fields.Record) -> Settings:
-    """Return the recorded settings of the run as text by dotted key, sorted."""
+def _settings(record: fields.Record, precision: str | None) -> Settings:
+    """Return the recorded settings of the run as text by dotted key, sorted.
+
+    ``precision=auto`` is the ``precision`` that the run was computed in.
+    """
     recorded = record.get(NAME)
     if not isinstance(recorded, dict):
         return ()
     flat = flatten(recorded)
+    if flat.get("precision") == "auto" and precision is not None:
+        flat["precision"] = precision
     return tuple(sorted((k, _as_text(v)) for k, v in flat.items() if k not in NOT_SETTINGS))
 
 

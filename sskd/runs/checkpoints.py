@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sskd.errors import CorruptFileError, UserError
 from sskd.output import complain
@@ -33,11 +33,15 @@ class Checkpoints:
         self._folder, self._config, self._lock, self._metrics = folder, config, lock, metrics
 
     def save(self, state: State) -> None:
-        """Write ``last.pt``, from which the run resumes; the one before it becomes previous.pt."""
+        """Write ``last.pt``, from which the run resumes; the one before it becomes previous.pt.
+
+        Then the subscribers of the metrics receive the lines that it covers.
+        """
         content = {**state, **self._metrics.position(), NAME: identity(self._config)}
         last, previous = self._folder / LAST, self._folder / PREVIOUS
         with self._lock.writing() as still_ours:
             save_checkpoint(last, content, keep=previous, still_ours=still_ours)
+        self._metrics.notify()
 
     def load(self, phases: Collection[str]) -> State | None:
         """Return the last saved state, on the CPU, and cut the metrics back to its position.
@@ -104,9 +108,9 @@ class Checkpoints:
         except ValueError as error:
             raise CorruptFileError(path.name, str(error)) from None
 
-    def save_best(self, model: nn.Module, epoch: int, accuracy: float) -> None:
-        """Write ``best.pt``: the weights of the best epoch, in the published layout."""
-        state = {"model": model.state_dict(), "epoch": epoch, "accuracy": accuracy}
+    def save_best(self, weights: Mapping[str, Tensor], epoch: int, accuracy: float) -> None:
+        """Write ``best.pt``: the ``weights`` of the best epoch, in the published layout."""
+        state = {"model": weights, "epoch": epoch, "accuracy": accuracy}
         content = {**state, NAME: identity(self._config)}
         with self._lock.writing() as still_ours:
             save_checkpoint(self._folder / BEST, content, still_ours=still_ours)

@@ -19,6 +19,7 @@ _IRRELEVANT_TO_RESULT = (
     ("runs",),
     ("force",),
     ("checkpoint_minutes",),
+    ("checkpoint_seconds",),
     ("dataset", "root"),
     ("dataset", "download"),
     ("teacher", "train"),

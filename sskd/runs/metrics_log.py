@@ -31,12 +31,14 @@ class MetricsLog:
         self._lock = lock
         self._digest = hashlib.sha256()
         self._subscribers: list[Callable[[EpochLine], object]] = []
+        self._notified = 0
 
     def subscribe(self, subscriber: Callable[[EpochLine], object]) -> None:
         """Call ``subscriber`` with each line so far, and in each later ``notify``."""
         for line in self.lines:
             subscriber(line)
         self._subscribers.append(subscriber)
+        self._notified = len(self.lines)
 
     def log(self, line: EpochLine) -> None:
         """Append one line."""
@@ -46,10 +48,15 @@ class MetricsLog:
         self._digest.update(f"{text}\n".encode())
         self.lines.append(line)
 
-    def notify(self, line: EpochLine) -> None:
-        """Pass a line to the subscribers, after the checkpoint that covers it."""
-        for subscriber in self._subscribers:
-            subscriber(line)
+    def notify(self) -> None:
+        """Pass the lines since the last call to the subscribers; a checkpoint covers them.
+
+        A line that none covers is cut off if the run crashes, and its epoch is computed again.
+        """
+        for line in self.lines[self._notified :]:
+            for subscriber in self._subscribers:
+                subscriber(line)
+        self._notified = len(self.lines)
 
     def position(self) -> dict[str, Any]:
         """Return the number of lines and their SHA-256, as a checkpoint keeps them."""

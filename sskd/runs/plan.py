@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sskd.config import Config
+from sskd.runs.recipe import diff_from_recipe
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class RunPlan:
         config: the checked configuration.
         folder: the run's folder.
         difference: the settings that differ from the recipe, by dotted key; the folder's name has
-            a hash of them.
+            a hash of them, as they were before ``computed_in``.
         teacher: the teacher's weights; None for a network alone.
         full_config: the configuration as ``config.yaml`` keeps it: plain values, with the digests
             of the teacher and of the data.
@@ -43,3 +44,13 @@ class RunPlan:
         """The digest of the dataset's files; None for a source with one content only."""
         digest: str | None = self.full_config["dataset"].get("digest")
         return digest
+
+    def computed_in(self, precision: str) -> RunPlan:
+        """Return the plan with the ``precision`` of the device in place of ``precision=auto``.
+
+        The folder and ``full_config`` keep ``auto``, so that they are the same on every device.
+        """
+        config = self.config.model_copy(update={"precision": precision})
+        settings = diff_from_recipe(self.config)
+        digest = {key: self.difference[key] for key in self.difference if key not in settings}
+        return replace(self, config=config, difference=diff_from_recipe(config) | digest)

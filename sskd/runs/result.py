@@ -69,8 +69,9 @@ class RunResult(Result):
     ``kind`` is ``scratch`` or ``distill``. ``difference`` holds the settings that differ from
     version ``recipe`` of the recipe, by dotted key. ``follows_weighting`` is true if the method has
     the weights of ``weighting`` by default. ``epoch`` and ``accuracy`` are those of the last epoch,
-    under the names that published checkpoints have. ``extensions`` has the SHA-256 of the user's
-    code, by choices such as ``method=dist``.
+    under the names that published checkpoints have. ``precision`` is that of the device, never
+    ``auto``, here and in ``difference``; ``tf32`` is true if convolutions used TF32. ``extensions``
+    has the SHA-256 of the user's code, by choices such as ``method=dist``.
     """
 
     kind: str | None = None
@@ -98,6 +99,7 @@ class RunResult(Result):
     parameters: int | None = None
     digest: WeightsDigests = WeightsDigests()
     precision: str | None = None
+    tf32: bool | None = None
     compile: str | None = None
     precomputed: bool | None = None
     extensions: Mapping[str, Any] = field(default_factory=dict)
@@ -124,6 +126,7 @@ class RunResult(Result):
             extensions=fields.mapping_or_none(values, "extensions") or {},
             commit=fields.one_line(values.get("commit")),
             follows_weighting=fields.flag_or_none(values, "follows_weighting"),
+            tf32=fields.flag_or_none(values, "tf32"),
             precomputed=fields.flag_or_none(values, "precomputed"),
             top1=_nested(values, "top1", _top1) or Top1(),
             holdout_top1=_nested(values, "holdout_top1", _holdout_top1),

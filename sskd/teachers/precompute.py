@@ -32,6 +32,7 @@ from sskd.invocation.extensions import extension_digests
 from sskd.methods import Method
 from sskd.methods.base import forward_in_chunks
 from sskd.output import say
+from sskd.precision import computing
 from sskd.runs.names import LAST, OUTPUTS
 from sskd.runs.plan import RunPlan
 from sskd.runs.result import SharedResult
@@ -236,7 +237,7 @@ def _outputs(
     for start in range(first, layout.images, images_at_once):
         index = torch.arange(start, min(start + images_at_once, layout.images), device=device)
         x = loader.crops_of(index, crops.expand(len(index), -1))
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with computing(precision, device):
             features = forward_in_chunks(teacher, x, tuple(layout.widths))
         rows = torch.cat([getattr(features, name) for name in layout.widths], dim=1)
         yield rows.to(layout.dtype).view(len(index), *layout.shape[1:])

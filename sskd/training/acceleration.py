@@ -8,18 +8,25 @@ import torch
 
 from sskd.config import Config
 from sskd.data import Batch
-from sskd.device import to_device
 from sskd.errors import UserError, one_line
 from sskd.methods import LossOutput, Method, Phase
-from sskd.models import fold_batch_norms
+from sskd.models import fold_batch_norms, fuse_layers
 from sskd.turns import shares_process
 
 
-def fold_teacher(method: Method, device: torch.device) -> None:
-    """Replace the teacher of ``method``, if it has one, by an equal one with fewer operations."""
+def fold_teacher(method: Method) -> None:
+    """Replace the teacher of ``method``, if it has one, by an equal one with fewer operations.
+
+    On the CPU, the folded weights are the same for every device.
+    """
     if method.needs_teacher:
         method.teacher = fold_batch_norms(method.teacher).requires_grad_(False)
-        to_device(method.teacher, device)
+
+
+def fuse_teacher(method: Method, device: torch.device) -> None:
+    """Let the folded teacher of ``method``, which is on ``device``, use fused kernels of a GPU."""
+    if method.needs_teacher and device.type == "cuda":
+        method.teacher = fuse_layers(method.teacher).requires_grad_(False)
 
 
 def compile_loss(phase: Phase, config: Config) -> Phase:

@@ -7,24 +7,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sskd.data import Images, Split, eval_batches
-from sskd.device import inference_batch_size
+from sskd.device import inference_batch_size, wait_for
 from sskd.errors import NotFiniteError
+from sskd.precision import exact
 
 
 @torch.inference_mode()
 def predict(network: nn.Module, split: Split, images: Images, of: str = "the network") -> Tensor:
     """Return ``network``'s logits [N, C] for the images of ``split``, unrotated and uncropped.
 
-    Computed in float32 and in eval mode, whatever precision the network trains in.
+    Computed in eval mode and in float32 with TF32 off, whatever precision the network trains in.
 
     Raises:
         NotFiniteError: they are not finite; ``of`` names the network or the images in its message.
     """
     network.eval()
-    batches = eval_batches(
-        split, images.mean, images.std, inference_batch_size(split.images.device)
-    )
-    logits = torch.cat([network(x).logits for x, _ in batches])
+    device = split.images.device
+    batches = eval_batches(split, images.mean, images.std, inference_batch_size(device))
+    with exact(device):
+        logits = torch.cat([network(x).logits for x, _ in batches])
+    wait_for(device)
     non_finite = (~logits.isfinite()).any(1)
     if non_finite.any():
         first = int(non_finite.int().argmax())

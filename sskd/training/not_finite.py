@@ -13,7 +13,7 @@ from sskd.config import Config
 from sskd.data import Images
 from sskd.errors import NotFiniteError, UserError
 from sskd.methods import Phase
-from sskd.training.evaluation import predict
+from sskd.training.evaluation import evaluate_epoch, predict
 from sskd.training.meter import Meter
 
 _WEIGHTED = "weighted/"
@@ -84,6 +84,13 @@ class FiniteCheck:
         if not all_finite(self.phase.trains):
             raise self.error("weights are not finite")
         return metrics
+
+    def evaluate(self, network: nn.Module) -> dict[str, float]:
+        """Return the accuracies of ``network``; raise UserError if its logits are not finite."""
+        try:
+            return evaluate_epoch(network, self.images)
+        except NotFiniteError as error:
+            raise self.error(str(error)) from None
 
     def error(self, problem: str, terms: Sequence[str] = ()) -> UserError:
         """Return the error about ``problem``, which began in ``terms``, with advice."""

@@ -58,6 +58,7 @@ def measure_result(
         parameters=sum(parameter.numel() for parameter in student.parameters()),
         digest=WeightsDigests(weights_digest(student), best_digest),
         precision=config.precision,
+        tf32=config.precision == "tf32",
         compile=config.compile,
         precomputed=method.precomputed is not None,
         extensions=code_digests(config),
@@ -118,6 +119,7 @@ def _circumstances(images: Images) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
+            **({"cudnn": torch.backends.cudnn.version()} if on_gpu else {}),
             "sskd": sskd.__version__,
         },
         "commit": _commit(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -11,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sskd.data import Loader
-from sskd.errors import UserError
+from sskd.errors import UserError, shortened
 from sskd.methods import load_state_without_teacher, state_without_teacher
 from sskd.optimizers import load_optimizer
 from sskd.runs.run import Run
@@ -70,12 +71,14 @@ class PhaseCheckpoint:
         module: the module whose state is saved, without its teacher.
         eval_model: the network that is evaluated, whose weights are saved once more in the
             published layout; None if the phase evaluates none.
+        precision: the precision that the phase is trained in.
     """
 
     run: Run
     phase: str
     module: nn.Module
     eval_model: nn.Module | None
+    precision: str
     optimizer: torch.optim.Optimizer
     loader: Loader
     state: TrainingState = field(default_factory=TrainingState)
@@ -83,28 +86,39 @@ class PhaseCheckpoint:
 
     def __post_init__(self) -> None:
         self._last_save_time = time.monotonic()
+        self._unsaved_best: dict[str, Tensor] | None = None  # that best.pt lacks
 
     def save(self) -> None:
-        """Write ``last.pt``."""
-        self.run.checkpoints.save(self._content())
-        self._last_save_time = time.monotonic()
-
-    def is_due(self, minutes: float) -> bool:
-        """Return whether the last checkpoint is more than ``minutes`` old."""
-        return time.monotonic() - self._last_save_time > 60 * minutes
-
-    def save_if_best(self) -> None:
-        """Write ``best.pt`` if the last epoch is the best so far; call it after ``save``.
+        """Write ``last.pt``, and then ``best.pt`` if it lacks the best weights so far.
 
         In the reverse order, a crash could leave best weights from an epoch that is later retrained
-        with a different result. ``restore`` writes them if a crash prevented it.
+        with a different result. ``last.pt`` has them too, and ``restore`` writes ``best.pt`` if a
+        crash prevented it.
         """
-        state = self.state
-        if self.eval_model is not None and state.best_epoch == state.epoch:
-            self.run.checkpoints.save_best(self.eval_model, state.best_epoch, state.best_top1)
+        self.run.checkpoints.save(self._content())
+        self._save_best()
+        self._last_save_time = time.monotonic()
+
+    def is_due(self, seconds: float) -> bool:
+        """Return whether the last checkpoint is at least ``seconds`` old."""
+        return time.monotonic() - self._last_save_time >= seconds
+
+    def keep_if_best(self) -> None:
+        """Keep a copy of the weights of the last epoch, if it is the best, for the next ``save``.
+
+        Early in training most epochs are the best so far, and a copy is faster than a file.
+        """
+        if self.eval_model is not None and self.state.best_epoch == self.state.epoch:
+            self._unsaved_best = copy.deepcopy(self.eval_model.state_dict())
+
+    def _save_best(self) -> None:
+        if self._unsaved_best is not None:
+            state = self.state
+            self.run.checkpoints.save_best(self._unsaved_best, state.best_epoch, state.best_top1)
+            self._unsaved_best = None
 
     def _content(self) -> dict[str, Any]:
-        content = {
+        content: dict[str, Any] = {
             "stage": self.phase,
             "position": vars(self.state),
             "meter": self.meter.state_dict(),
@@ -113,21 +127,29 @@ class PhaseCheckpoint:
             "loader": self.loader.state_dict(),
             "generators": generator_states(self.loader.device),
             "device": self.loader.device.type,
+            "precision": self.precision,
         }
         if self.eval_model is not None:
             content["model"] = self.eval_model.state_dict()
+        if self._unsaved_best is not None:
+            # Not a dict, in which a reader of the file would find a second network that fits.
+            content["best"] = list(self._unsaved_best.values())
         return content
 
     def restore(self, content: Mapping[str, Any]) -> None:
         """Restore the ``content`` of a checkpoint.
 
         Raises:
-            UserError: the checkpoint belongs to another run, or was saved in mid-epoch on another
-                kind of device.
+            UserError: the checkpoint belongs to another run, was trained in another precision, or
+                was saved in mid-epoch on another kind of device.
         """
         folder = self.run.folder
         with _reject_foreign_checkpoint(folder):
             state, device = read_training_state(content["position"]), str(content["device"])
+            # Earlier versions lack it, and their runs are identified by it instead of ``auto``.
+            precision = str(content.get("precision", self.precision))
+        if precision != self.precision:
+            raise UserError(f"{folder}: {self._about_precision(precision, device)}")
         if state.mid_epoch and device != self.loader.device.type:
             raise UserError(
                 f"{folder}: stopped mid-epoch on '{device}', whose random state cannot be restored "
@@ -141,9 +163,27 @@ class PhaseCheckpoint:
                 self.meter.load_state_dict(content["meter"], self.loader.device)
                 self.loader.load_state_dict(content["loader"])
                 restore_generator_states(content["generators"], self.loader.device)
-        self.state = state
-        if not state.mid_epoch:
-            self.save_if_best()
+            self.state = state
+            self._restore_best(content)
+        self._save_best()
+
+    def _restore_best(self, content: Mapping[str, Any]) -> None:
+        """Keep the best weights in ``content``, if it has them, for ``_save_best``."""
+        if self.eval_model is not None and "best" in content:
+            best = copy.deepcopy(self.eval_model)
+            best.load_state_dict(dict(zip(best.state_dict(), content["best"], strict=True)))
+            self._unsaved_best = best.state_dict()
+        elif not self.state.mid_epoch:  # the first versions saved each epoch, the best too
+            self.keep_if_best()
+
+    def _about_precision(self, saved: str, device: str) -> str:
+        """Return why training in ``saved`` on a kind of ``device`` cannot continue on this one."""
+        here = self.loader.device.type
+        use = f"device={device}" if device != here else f"the same model of '{device}' again"
+        return (
+            f"stopped in {shortened(saved)} on '{device}', but precision=auto is "
+            f"'{self.precision}' on this '{here}'; use {use}, or start from scratch with force=true"
+        )
 
 
 @contextmanager

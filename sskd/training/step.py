@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sskd.data import Batch, Loader
+from sskd.device import StepQueue
 from sskd.methods import Phase
+from sskd.precision import autocast, multiplying
 from sskd.training.meter import Meter
 from sskd.training.multi_tensor import CastWeights, batch_norms_counted_together
 
@@ -31,7 +33,7 @@ def train_step(
     """Train ``phase`` on one batch.
 
     Args:
-        precision: ``fp32``, or ``bf16`` for autocast of the networks.
+        precision: one of ``sskd.precision.PRECISIONS``; losses are computed in float32.
         weights: the networks' weights in bf16; without them, autocast casts each by itself.
 
     Returns:
@@ -39,8 +41,8 @@ def train_step(
         ``weighted/<term>``, and the phase's metrics.
     """
     optimizer.zero_grad(set_to_none=True)
-    with weights.in_place() if weights else nullcontext():
-        with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with multiplying(precision), weights.in_place() if weights else nullcontext():
+        with autocast(precision, batch.x.device):
             terms, metrics = phase.losses(batch)
         weighted = phase.weigh(terms)
         loss = torch.stack(list(weighted.values())).sum()
@@ -75,13 +77,18 @@ class TrainingStep:
     def __post_init__(self) -> None:
         is_bf16 = self.precision == "bf16"
         self._weights = CastWeights(self.method, self.phase.trains) if is_bf16 else None
+        self._queue = StepQueue(self.loader.device)
 
     def take(self) -> int:
-        """Train on the next batch of the epoch; return the number of its images."""
+        """Train on the next batch of the epoch; return the number of its images.
+
+        Other jobs of this process may then work, before it returns.
+        """
         size = self.loader.next_size
         self.run(size)
         self.loader.advance()
         self.meter.count(size)
+        self._queue.step_started()
         return size
 
     def run(self, size: int) -> None:
@@ -90,9 +97,12 @@ class TrainingStep:
 
     def compute(self, size: int) -> None:
         """Do the step's work on the device: nothing here waits for it, or counts on the host."""
-        batch = self.loader.draw(size)
+        self.train(self.loader.draw(size))
+
+    def train(self, batch: Batch) -> None:
+        """Train on ``batch`` and add its metrics."""
         with batch_norms_counted_together(self.phase.trains):
             metrics = train_step(
                 self.phase, self.optimizer, batch, self.precision, weights=self._weights
             )
-        self.meter.add(metrics, size)
+        self.meter.add(metrics, len(batch.y))

@@ -13,7 +13,6 @@ from torch import nn
 from sskd.config import Config
 from sskd.data import Images, Loader
 from sskd.device import own_stream
-from sskd.errors import NotFiniteError
 from sskd.methods import Method, Phase
 from sskd.optimizers import build_optimizer
 from sskd.runs.epoch_line import EpochLine
@@ -21,7 +20,6 @@ from sskd.runs.run import Run
 from sskd.schedule import Schedule
 from sskd.seeding import derive_seed, seed_torch
 from sskd.training.acceleration import compile_loss
-from sskd.training.evaluation import evaluate_epoch
 from sskd.training.graph import build_step
 from sskd.training.not_finite import FiniteCheck
 from sskd.training.progress import Progress
@@ -46,8 +44,7 @@ class Trainer:
         method: every module that takes part; all but ``phase.trains`` is frozen in eval mode.
         checkpointed: the module whose state the checkpoints carry.
         images: the data, on the device of the networks.
-        run: receives the metrics and the checkpoints.
-        config: the run's configuration.
+        run, config: what receives the metrics and the checkpoints, and the run's configuration.
         eval_model: the network whose accuracy is measured after each epoch, if any.
     """
 
@@ -73,6 +70,7 @@ class Trainer:
             phase=self.phase.name,
             module=self.checkpointed,
             eval_model=self.eval_model,
+            precision=self.config.precision,
             optimizer=self.optimizer,
             loader=self.loader,
         )
@@ -104,7 +102,6 @@ class Trainer:
             with StopSignals() as signals, own_stream(self.loader.device):
                 while state.epoch < epochs:
                     self._train_epoch(state, signals)
-                    signals.raise_if_received()
         finally:
             self.progress.close()
         return state
@@ -122,40 +119,36 @@ class Trainer:
         started = time.monotonic() - state.epoch_seconds
         while self.loader.position < self.loader.steps:
             self.progress.advance(self.step.take())
-            save = self.checkpoint.is_due(self.config.checkpoint_minutes) or signals.received
-            if save and self.loader.position < self.loader.steps:  # at its end, all is saved
+            save = self.checkpoint.is_due(60 * self.config.checkpoint_minutes) or signals.received
+            if save and self.loader.position < self.loader.steps:
                 state.mid_epoch = True
                 state.epoch_seconds = time.monotonic() - started
                 self._finite.checked_metrics(self.checkpoint.meter, self.loader.position)
                 self.checkpoint.save()
                 signals.raise_if_received()
-        self._end_epoch(started)
+        self._end_epoch(started, signals)
 
-    def _end_epoch(self, started: float) -> None:
+    def _end_epoch(self, started: float, signals: StopSignals) -> None:
         state, meter = self.checkpoint.state, self.checkpoint.meter
         metrics = self._finite.checked_metrics(meter, self.loader.position)  # waits for the device
         state.epoch_seconds = time.monotonic() - started
         if self.eval_model is not None:
-            metrics |= self._evaluate(self.eval_model)
+            accuracies = self._finite.evaluate(self.eval_model)
+            state.record_top1(accuracies["test/top1"])
+            metrics |= accuracies | {"best/top1": state.best_top1}
         state.end_epoch(meter.images)
         lr = self.optimizer.param_groups[0]["lr"]
         metrics = {"lr": lr, **metrics, **_timing(meter.images, state.epoch_seconds)}
         line = EpochLine(self.phase.name, state.epoch, metrics, datetime.now(UTC))
         self.run.metrics.log(line)
-        self.checkpoint.save()
-        self.checkpoint.save_if_best()
-        self.run.metrics.notify(line)
+        self.checkpoint.keep_if_best()
+        is_last = state.epoch == self.schedule.epochs
+        save = is_last or self.checkpoint.is_due(self.config.checkpoint_seconds) or signals.received
+        if save:
+            self.checkpoint.save()
         self.progress.epoch(line)
-
-    def _evaluate(self, network: nn.Module) -> dict[str, float]:
-        """Return the accuracies of ``network``, and record its test accuracy."""
-        state = self.checkpoint.state
-        try:
-            accuracies = evaluate_epoch(network, self.images)
-        except NotFiniteError as error:
-            raise self._finite.error(str(error)) from None
-        state.record_top1(accuracies["test/top1"])
-        return accuracies | {"best/top1": state.best_top1}
+        if save:  # otherwise the next step notices a signal, and is saved
+            signals.raise_if_received()
 
     def _metrics(self) -> dict[str, float]:
         return self._finite.metrics(self.checkpoint.meter, self.loader.position)

@@ -62,11 +62,16 @@ def test_the_matrix_rate_is_measured(precision: str, monkeypatch: pytest.MonkeyP
 
 def test_the_share_compares_flops_with_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = {torch.float32: 100.0, torch.bfloat16: 400.0}
-    monkeypatch.setattr(ceiling, "matrix_rate", lambda device, dtype: rates[dtype])
+
+    def rate(device: torch.device, dtype: torch.dtype) -> float:
+        return rates[dtype] * (2 if torch.backends.cuda.matmul.allow_tf32 else 1)
+
+    monkeypatch.setattr(ceiling, "matrix_rate", rate)
     left, right = torch.ones(3, 5), torch.ones(5, 10)
 
     def share(precision: str) -> float:
         return flop_share(lambda: left @ right, 6.0, torch.device("cpu"), precision)
 
     assert share("fp32") == 0.5
+    assert share("tf32") == 0.25
     assert share("bf16") == 0.125

@@ -70,7 +70,7 @@ MISTAKES = [
     (["wandb.project=a/b"], "wandb.project: "),
     (["teacher.checkpoint="], "teacher.checkpoint: should have at least 1 character"),
     (["~method.weights.tf"], "method.weights.tf: missing"),
-    (["precision=fp8"], "precision: should be 'auto', 'fp32' or 'bf16'"),
+    (["precision=fp8"], "precision: should be 'auto', 'fp32', 'tf32' or 'bf16'"),
     (["compile=yes"], "compile: should be 'auto', 'off' or 'default'"),
     (["device=cuda:99"], "device=cuda:99: there is no such device"),
     (["device=gpu"], "device=gpu: there is no such device"),

@@ -53,6 +53,15 @@ def notes_of(tables: list[Table]) -> str:
     return " ".join(note for table in tables for note in table.notes)
 
 
+def test_a_run_of_auto_is_shown_with_its_precision(tmp_path: Path) -> None:
+    values = record(
+        difference={"precision": "bf16"}, precision="bf16", run={"precision": "auto", "seed": 0}
+    )
+    named = values | {"run": {"precision": "bf16", "seed": 1}, "seed": 1}
+    for result in read(tmp_path, values, named):
+        assert result.settings == result.difference == (("precision", "bf16"),)
+
+
 def test_mean_deviation_and_difference(tmp_path: Path) -> None:
     runs = [record(seed=seed, top1=top1(70.0 + seed, 75.0)) for seed in range(3)]
     results = read(tmp_path, *runs)

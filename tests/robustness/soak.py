@@ -167,7 +167,8 @@ def soak_epochs(count: int, out: Path) -> bool:
     words = (
         "dataset=folder", f"dataset.root={folder / 'images'}", "batch_size=10", "method=kd",
         "arch@teacher=resnet8", "arch@student=resnet8", "teacher.train=true", "teacher.epochs=1",
-        f"schedule.epochs={count}", "wandb.mode=offline", f"runs={folder / 'runs'}",
+        f"schedule.epochs={count}", "checkpoint_seconds=0", "wandb.mode=offline",
+        f"runs={folder / 'runs'}",
     )  # fmt: skip
     times: list[float] = []  # of the second start, and of the end of its first epoch
 

@@ -145,5 +145,5 @@ def reporting_run(url: str, runs: Path, *more: str) -> Started:
     }  # fmt: skip
     environment.pop("WANDB_SERVICE", None)  # set if a test in this process used W&B
     words = ["train_teacher.py", "arch=resnet8", "dataset=digits", "dataset.fraction=0.05"]
-    words += [f"schedule.epochs={EPOCHS}", f"runs={runs}", *more]
+    words += [f"schedule.epochs={EPOCHS}", "checkpoint_seconds=0", f"runs={runs}", *more]
     return Started(*words, env=environment, stderr=STDOUT)

@@ -57,7 +57,7 @@ def take_over(folder: Path, runs: list[Run]) -> None:
     for epoch in (2, 3):
         run.metrics.log(line(epoch, "new"))
         run.checkpoints.save({"stage": "train", "holder": "new"})
-        run.checkpoints.save_best(network(2.0), epoch, 50.0)
+        run.checkpoints.save_best(network(2.0).state_dict(), epoch, 50.0)
     run.announce({"train": 3})
 
 
@@ -68,7 +68,7 @@ def content(folder: Path) -> dict[str, bytes]:
 WRITES: dict[str, Callable[[Run], object]] = {
     "metrics.jsonl": lambda run: run.metrics.log(line(2, LATE)),
     "last.pt": lambda run: run.checkpoints.save({"stage": "train", "holder": LATE}),
-    "best.pt": lambda run: run.checkpoints.save_best(network(1.0), 2, 40.0),
+    "best.pt": lambda run: run.checkpoints.save_best(network(1.0).state_dict(), 2, 40.0),
     "status.json": lambda run: run.announce({"train": 999}),
     "result.json": lambda run: run.finish(None, SharedResult(stage=LATE)),
     "model.safetensors": lambda run: run.finish(network(1.0), SharedResult(stage=LATE)),

@@ -108,7 +108,7 @@ def test_a_run_without_its_best_weights_has_a_result(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(
-        PhaseCheckpoint, "save_if_best", lambda self: write_corrupt_best(self.run.folder)
+        PhaseCheckpoint, "_save_best", lambda self: write_corrupt_best(self.run.folder)
     )
     with pytest.raises(UserError, match=r"no digest of the best epoch's weights; .*teacher\.epoch"):
         train(composed(*SMALL, "method=kd"))

@@ -38,7 +38,7 @@ def stopped(folder: Path, config: dict[str, Any]) -> Path:
     with Run(folder, config).open() as run:
         run.checkpoints.load(["train"])
         run.checkpoints.save({"stage": "train"})
-        run.checkpoints.save_best(nn.Linear(1, 1), 1, 10.0)
+        run.checkpoints.save_best(nn.Linear(1, 1).state_dict(), 1, 10.0)
     return folder
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,14 +22,18 @@ import sskd.models.checkpoints
 import sskd.runs.checkpoint_file
 import sskd.tracking.tracker
 import sskd.training.preview
+import sskd.training.state
 from sskd.errors import UserError
 from sskd.methods import METHODS
-from sskd.models import build_model
+from sskd.models import build_model, load_weights
 from sskd.runs.checkpoints import Checkpoints
+from sskd.runs.epoch_line import EpochLine
 from sskd.runs.metrics_log import MetricsLog
 from sskd.runs.status import read_status
 from sskd.train import train
+from sskd.training.progress import Progress
 from sskd.training.signals import Interrupted, StopSignals
+from sskd.training.state import TrainingState
 
 TEACHER_STEPS = 3  # 40 images in a batch of the recipe's 64, three times
 
@@ -205,6 +210,120 @@ def test_another_device_resumes_only_between_epochs(
                 train(config)
             torch.save(state, path)
     assert train(config).epoch == 3
+
+
+class Clock:
+    """The clock of the checkpoints, on which each epoch takes six seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.saved: list[int] = []  # the epochs that ended with a checkpoint
+        log, save = MetricsLog.log, Checkpoints.save
+
+        def timed_log(metrics: MetricsLog, line: EpochLine) -> None:
+            self.now += 6
+            log(metrics, line)
+
+        def noted_save(checkpoints: Checkpoints, state: dict[str, Any]) -> None:
+            self.saved.append(state["position"]["epoch"])
+            save(checkpoints, state)
+
+        monkeypatch.setattr(MetricsLog, "log", timed_log)
+        monkeypatch.setattr(Checkpoints, "save", noted_save)
+        monkeypatch.setattr(
+            sskd.training.state, "time", SimpleNamespace(monotonic=lambda: self.now)
+        )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [("0", [1, 2, 3, 4, 5, 6, 7]), ("12", [2, 4, 6, 7]), ("15", [3, 6, 7]), ("1e9", [7])],
+)
+def test_short_epochs_share_a_checkpoint(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, seconds: str, expected: list[int]
+) -> None:
+    clock = Clock(monkeypatch)
+    words = (*SMALL, "batch_size=40", "method=vanilla", "schedule.epochs=7")
+    train(composed(*words, f"checkpoint_seconds={seconds}"))
+    assert clock.saved == expected
+
+
+def test_epochs_without_a_checkpoint_are_computed_again(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The run ends in its sixth epoch, before the checkpoint that would end it."""
+    words = (*SMALL, "batch_size=20", "method=vanilla", "schedule.epochs=7")
+    reported: list[tuple[int, float]] = []
+    monkeypatch.setattr(
+        sskd.tracking.tracker.Tracker,
+        "log",
+        lambda _, line: reported.append((line.epoch, line.metrics["loss"])),
+    )
+    train(composed(*words, f"runs={tmp_path / 'undisturbed'}"))
+    expected = [*reported]
+    reported.clear()
+    broken = composed(*words, f"runs={tmp_path / 'broken'}", "checkpoint_seconds=15")
+    clock = Clock(monkeypatch)
+    with monkeypatch.context() as patch:
+        at_step(patch, 5 * 2 + 1, crash)
+        with pytest.raises(CrashError):
+            train(broken)
+    (path,) = (tmp_path / "broken").rglob("metrics.jsonl")
+    assert len(path.read_text().splitlines()) == 5
+    assert clock.saved == [3]
+    assert reported == expected[:3]  # what W&B has, no crash takes back
+    reported.clear()
+    train(broken)
+    assert "3/7 epochs" in capsys.readouterr().out
+    assert reported == expected
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("crashes", ["never", "before best.pt"])
+def test_best_weights_wait_for_the_next_checkpoint(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crashes: str
+) -> None:
+    """The second epoch is the best, and the third ends with a checkpoint."""
+    record = TrainingState.record_top1
+    monkeypatch.setattr(
+        TrainingState,
+        "record_top1",
+        lambda self, _: record(self, [20.0, 30.0, 10.0, 10.0][self.epoch]),
+    )
+    words = (*SMALL, "batch_size=20", "method=vanilla", "schedule.epochs=4")
+    train(composed(*words, f"runs={tmp_path / 'undisturbed'}"))
+    late = composed(*words, f"runs={tmp_path / 'late'}", "checkpoint_seconds=15")
+    Clock(monkeypatch)
+    with monkeypatch.context() as patch:
+        if crashes == "never":
+            at_step(patch, 3 * 2 + 1, crash)
+        else:
+            patch.setattr(Checkpoints, "save_best", lambda *_: crash())
+        with pytest.raises(CrashError):
+            train(late)
+    (last,) = (tmp_path / "late").rglob("last.pt")
+    assert load_weights(build_model("resnet8", 10), last).state  # it has one network, not two
+    assert last.with_name("best.pt").exists() == (crashes == "never")
+    train(late)
+    assert torch.load(last.with_name("best.pt"), weights_only=True)["epoch"] == 2
+    assert outcome(tmp_path / "late") == outcome(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("moment", ["in the last step", "after the epoch"])
+def test_a_signal_saves_an_epoch_without_a_checkpoint(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    config = composed(*SMALL, "method=vanilla", "checkpoint_seconds=1e9")
+    with monkeypatch.context() as patch:
+        if moment == "in the last step":
+            at_step(patch, 5, lambda: signal.raise_signal(signal.SIGTERM))
+        else:  # it was decided that the epoch needs no checkpoint
+            patch.setattr(Progress, "epoch", lambda *_: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            train(config)
+    (saved,) = (tmp_path / "runs").rglob("last.pt")
+    position = torch.load(saved, weights_only=True)["position"]
+    assert (position["epoch"], position["mid_epoch"]) == (1, moment == "after the epoch")
 
 
 @pytest.mark.parametrize("method", ["sskd", "crd", "ft"])

@@ -1,4 +1,4 @@
-"""A run from its configuration to its result: seeds, reuse, force, precision."""
+"""A run from its configuration to its result: seeds, reuse, force."""
 
 from __future__ import annotations
 
@@ -122,20 +122,6 @@ def test_force_archives_nothing_before_the_data_load(composed: Compose, tmp_path
     with pytest.raises(UserError, match="there is no folder"):
         train(composed(*arguments, f"dataset.root={root}", "force=true"))
     assert outcome(tmp_path / "runs") == before
-
-
-def test_automatic_precision_is_a_run_of_that_precision(
-    composed: Compose, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = [*SMALL, "method=sskd", "precision=auto"]
-    for capabilities, precision in (({"avx512_bf16": True}, "bf16"), ({}, "fp32")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c, raising=False)
-        config, named = composed(*words), composed(*words, f"precision={precision}")
-        assert config.precision == precision
-        assert train(config).precision == precision
-        # The folder depends on the teacher too, which has the same precision.
-        assert run_location(config) == run_location(named)
-        assert train(named).precision == precision
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(composed: Compose, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def build(config: Config, images: Images) -> Method:
         for _ in range(3):
             loader.begin_epoch(0)
             method.teacher(loader.next_batch().x)
-    fold_teacher(method, torch.device("cpu"))
+    fold_teacher(method)
     return method
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from breaking import outcome
-from conftest import Compose, SmallTeacher
+from conftest import Compose, SmallTeacher, plan_of
 from faults import SMALL
 
 from sskd.data import Images
@@ -16,7 +16,10 @@ from sskd.errors import UserError
 from sskd.invocation import extensions
 from sskd.runs.plan import TeacherWeights
 from sskd.teachers.assembly import assemble
+from sskd.teachers.outputs import layout_of
 from sskd.teachers.phases import phase_settings
+from sskd.teachers.precompute import _settings
+from sskd.teachers.shared import shared_folder
 from sskd.train import train
 
 
@@ -78,6 +81,36 @@ def test_a_shared_phase_depends_on_these_settings_alone(
                    "method.paraphraser.epochs=0.5", "batch_size=32", "precision=bf16",
                    "optimizer.momentum=0", "dataset.fraction=0.5"):  # fmt: skip
         assert settings(change) != default, change
+
+
+# Commit e2621d5 named the folders so.
+@pytest.mark.parametrize(
+    ("method", "precision", "name"),
+    [
+        ("ft", "fp32", "paraphraser/seed0-8544e82e"),
+        ("ft", "bf16", "paraphraser/seed0-dbc36f8a"),
+        ("sskd", "fp32", "ss_head/seed0-e848747d"),
+        ("sskd", "bf16", "ss_head/seed0-ff4a4c77"),
+        ("kd", "fp32", "teacher_outputs/10daa5c5"),
+        ("kd", "bf16", "teacher_outputs/6c8ecda6"),
+    ],
+)
+@pytest.mark.parametrize("auto", [False, True])
+def test_shared_phases_keep_their_names(
+    composed: Compose, few_images: Images, method: str, precision: str, name: str, auto: bool
+) -> None:
+    words = (f"method={method}", "dataset=digits", "arch@teacher=resnet14", "arch@student=resnet8")
+    config = composed(*words, f"precision={'auto' if auto else precision}")
+    plan = plan_of(config, "digest").computed_in(precision)
+    assert plan.teacher is not None
+    built = assemble(config, few_images)
+    first, *more = built.phases()
+    if more:
+        settings = phase_settings(first, plan.config, plan.teacher)
+    else:
+        layout = layout_of(built, few_images, plan.config.precision)
+        settings = {**_settings(layout, few_images, plan), "images": "0" * 64}
+    assert shared_folder(config, settings) == Path(config.runs, "digits/phases/resnet14", name)
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,21 @@ import pytest
 import torch
 from conftest import Compose, random_images
 from faults import SMALL
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sskd.data import Batch, Loader
 from sskd.device import to_device
 from sskd.errors import UserError
 from sskd.methods import METHODS, LossOutput, Method, Phase
 from sskd.methods.base import forward_in_chunks
-from sskd.models import ARCHITECTURES, Features, build_model, fold_batch_norms
+from sskd.models import (
+    ARCHITECTURES,
+    Features,
+    build_model,
+    fold_batch_norms,
+    fuse_layers,
+)
+from sskd.models.fusing import FusedConvolution
 from sskd.teachers.assembly import assemble
 from sskd.train import train
 from sskd.training.acceleration import compile_loss, fold_teacher
@@ -78,6 +85,46 @@ def test_a_folded_network_has_the_same_features(name: str) -> None:
             for one, other in zip(tensors(found), tensors(expected), strict=True):
                 assert_close(one, other, 1e-5)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+# Fused convolutions, and those of them with a sum, by the architecture's definition: each but the
+# last of a stage of a ResNet, whose sum is a pre-activation; the first of each block of a wide
+# ResNet; the ones inside of VGG's blocks.
+FUSED = {"resnet56": (1 + 27 + 24, 24), "wrn_40_2": (18, 0), "vgg13": (10 - 4, 0)}
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_a_fused_network_has_the_same_features(name: str) -> None:
+    torch.manual_seed(0)
+    folded = fold_batch_norms(with_statistics(build_model(name, 7)))
+    before = folded.state_dict(keep_vars=True)
+    fused = fuse_layers(folded)
+    assert isinstance(fused, fx.GraphModule)
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        for one, other in zip(tensors(fused(x)), tensors(folded(x)), strict=True):
+            assert_close(one, other, 1e-5)
+    layers = dict(fused.named_modules())
+    found = [
+        node
+        for node in fused.graph.nodes
+        if isinstance(layers.get(str(node.target)), FusedConvolution)
+    ]
+    assert found
+    with_sum = sum(len(node.args) == 2 for node in found)
+    assert FUSED.get(name, (len(found), with_sum)) == (len(found), with_sum)
+    after = folded.state_dict(keep_vars=True)
+    assert all(after[key] is tensor for key, tensor in before.items())
+
+
+def test_a_gradient_passes_a_fused_convolution() -> None:
+    layer = FusedConvolution(nn.Conv2d(3, 3, 3, padding=1))
+    x, z = torch.randn(2, 1, 3, 5, 5).requires_grad_().unbind()
+    expected = nn.functional.relu(layer.layer(x) + z).sum()
+    assert torch.equal(layer(x, z).sum(), expected)
+    (slope,) = torch.autograd.grad(layer(x).sum(), x)
+    (same,) = torch.autograd.grad(nn.functional.relu(layer.layer(x)).sum(), x)
+    assert torch.equal(slope, same)
 
 
 class Odd(nn.Module):
@@ -255,12 +302,13 @@ def test_losses_and_gradients_equal_the_plain_path(composed: Compose, method: st
     fast.load_state_dict(plain.state_dict())
     batch = batch._replace(x=batch.x.double())
     plain_batch = batch._replace(x=batch.x.contiguous(memory_format=torch.contiguous_format))
-    to_device(fast.double(), CPU)
+    fast.double()
     plain.double()
     if METHODS[method].needs_teacher:
         before = batch_norms(fast.teacher)
-        fold_teacher(fast, CPU)
+        fold_teacher(fast)
         assert batch_norms(fast.teacher) < before
+    to_device(fast, CPU)
     for fast_phase, plain_phase in zip(fast_phases, plain_phases, strict=True):
         metrics = []
         for phase, module, images, fused in (

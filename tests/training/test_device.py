@@ -12,7 +12,7 @@ import pytest
 import torch
 from starting import PIPE, Started
 
-from sskd.device import best_precision, choose_device, peak_memory, reset_peak_memory
+from sskd.device import choose_device, peak_memory, reset_peak_memory
 from sskd.errors import UserError
 
 # A process that sees three GPUs, prints which one it chooses, and waits for a line to end.
@@ -118,18 +118,6 @@ def test_freed_memory_is_used_again() -> None:
     )
     usual, kept = map(float, done.stdout.split())
     assert kept < usual / 10  # usually 16,384 faults with pages of 4 KiB, fewer with larger pages
-
-
-def test_the_best_precision_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for capabilities, expected in (({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "fp32")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c, raising=False)
-        assert best_precision("cpu") == best_precision("auto") == expected
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for has_bf16, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_bf16, **_: has)
-        assert best_precision("cuda:1") == best_precision("auto") == expected
-    assert best_precision("mps") == "fp32"
 
 
 def test_a_device_without_free_memory_is_not_called_missing(

@@ -1,0 +1,314 @@
+"""The stand-in GPU counts what PyTorch asks of it, and refuses what CUDA refuses in a capture.
+
+The tests that build it and run on it need ``g++``, and run with ``make test-stand-in``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from benchmarks import stand_in
+from benchmarks.launches import operation
+from benchmarks.stand_in.build import check_requirements, stubs_of
+from sskd import CONF
+from sskd.errors import UserError
+from sskd.methods import METHODS
+from sskd.models import build_model
+
+# Takes steps on the stand-in; prints for each of them the counts, the kernels and the errors.
+STEPS = """
+import json
+from dataclasses import asdict
+import torch
+from torch.nn.functional import conv2d
+from benchmarks import stand_in
+
+found = {}
+
+def record(name, step):
+    step()  # sets up cuBLAS, cuDNN and the allocator
+    stand_in.reset()
+    step()
+    found[name] = {"counts": asdict(stand_in.counts()), "kernels": stand_in.kernels()}
+
+def capture(name, work):
+    graph, errors = torch.cuda.CUDAGraph(), []
+    stand_in.reset()
+    try:
+        with torch.cuda.graph(graph):
+            work()
+    except RuntimeError as error:
+        errors = [str(error), str(error.__context__)]
+    found[name] = {"counts": asdict(stand_in.counts()), "errors": errors}
+    return graph
+
+a, b = torch.ones(8, 8, device="cuda"), torch.ones(8, 8, device="cuda")
+out, host = torch.empty_like(a), torch.ones(8, 8)
+x = torch.ones(2, 8, 4, 4, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+weight = torch.ones(8, 8, 3, 3, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+side = torch.cuda.Stream()
+record("addition", lambda: a + b)
+record("item", lambda: a[0, 0].item())
+record("matmul", lambda: a @ b)
+record("to the device", lambda: host.to("cuda"))
+record("on the device", lambda: out.copy_(a))
+record("convolution", lambda: conv2d(x, weight, padding=1).sum().backward())
+record("waiting", torch.cuda.synchronize)
+
+graph = capture("two additions", lambda: a + b + b)
+record("replay", graph.replay)
+capture("backward", lambda: (a.clone().requires_grad_() * b).sum().backward())
+capture("item in a capture", lambda: a.sum().item())
+capture("after that", lambda: a + b)
+
+def elsewhere(joins):
+    if joins:
+        side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.add(a, b, out=out)
+    if joins == "both":
+        torch.cuda.current_stream().wait_stream(side)
+    a + b
+
+capture("another stream", lambda: elsewhere(""))
+capture("a stream that joins", lambda: elsewhere("both"))
+capture("a stream that does not join", lambda: elsewhere("begin"))
+print(json.dumps({"found": found, "device": torch.cuda.get_device_capability()}))
+"""
+
+
+# Captures the step of each method and phase; prints for each what it asked of the stand-in during
+# the capture and in ten replays, and which of the tensors that last from step to step moved.
+CAPTURES = """
+import json
+from dataclasses import asdict
+from unittest.mock import patch
+import torch
+from benchmarks import stand_in
+from benchmarks.workload import Case, loader_of, noise, training_step
+from sskd.methods import METHODS
+from sskd.teachers.assembly import assemble
+from sskd.training.graph import WARMUP_STEPS, GraphedStep
+
+PAIR, SIZES = "resnet14-resnet8", {"batch": 8, "images": 160}
+CHOICES = {"device": "cuda", "compile": "off", "graph": "on", "precompute": False}
+
+def places(step):
+    meter, loader = step.meter, step.loader
+    tensors = {**dict(step.method.named_parameters()), **dict(step.method.named_buffers())}
+    for index, state in enumerate(step.optimizer.state.values()):
+        tensors |= {f"{name} of parameter {index}": value for name, value in state.items()}
+    for owner in (meter, loader):
+        tensors |= {k: v for k, v in vars(owner).items() if isinstance(v, torch.Tensor)}
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+def capture(case, images, name):
+    step = training_step(case.config, images, loader_of(case, images.to("cuda")), name)
+    assert type(step) is GraphedStep
+    for _ in range(WARMUP_STEPS):
+        step.take()
+    before = places(step)
+    stand_in.reset()
+    step.take()
+    captured = asdict(stand_in.counts())
+    stand_in.reset()
+    for _ in range(10):
+        step.take()
+    replayed = asdict(stand_in.counts())
+    after = places(step)
+    moved = [name for name, place in before.items() if after[name] != place]
+    return {"captured": captured, "replayed": replayed, "moved": moved, "tensors": len(before)}
+
+found = {}
+images = noise(SIZES["images"], torch.device("cpu"))
+with patch("sskd.models.fusing._agree", return_value=True):
+    for method in METHODS:
+        for precision, optimizer in (("fp32", "adamw"), ("bf16", "sgd")):
+            settings = {"method": method, "precision": precision, "optimizer": optimizer}
+            case = Case(pair=PAIR, **SIZES, **CHOICES, **settings)
+            for phase in assemble(case.config, images).phases():
+                key = f"{method} {phase.name} {precision} {optimizer}"
+                found[key] = capture(case, images, phase.name)
+print(json.dumps(found))
+"""
+
+
+def on_stand_in(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python on the stand-in: a new process, because it must load the stand-in first."""
+    if "SSKD_STAND_IN" not in os.environ:
+        pytest.skip("SSKD_STAND_IN is not set: make test-stand-in sets it")
+    try:
+        check_requirements()
+    except UserError as error:
+        pytest.skip(str(error))
+    command = [sys.executable, "-m", "benchmarks.stand_in", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(CONF.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, Any]:
+    """What each of ``STEPS`` asked of the stand-in."""
+    found: dict[str, Any] = json.loads(on_stand_in("-c", STEPS).stdout)
+    return found
+
+
+def counts(steps: dict[str, Any], name: str) -> dict[str, int]:
+    """Return the counts of a step that are not zero."""
+    return {key: count for key, count in steps["found"][name]["counts"].items() if count}
+
+
+def test_the_counts_of_simple_operations_are_known(steps: dict[str, Any]) -> None:
+    assert counts(steps, "addition") == {"launches": 1}
+    assert counts(steps, "item") == {"device_to_host": 1, "syncs": 1}
+    assert counts(steps, "matmul") == {"library_calls": 1}
+    assert counts(steps, "to the device") == {"host_to_device": 1, "syncs": 1}
+    assert counts(steps, "on the device") == {"device_to_device": 1}
+    assert counts(steps, "waiting") == {"syncs": 1}
+
+
+def test_a_kernel_has_its_name(steps: dict[str, Any]) -> None:
+    (name,) = steps["found"]["addition"]["kernels"]
+    assert "CUDAFunctor_add" in name
+
+
+def test_a_convolution_in_bf16_is_three_library_calls(steps: dict[str, Any]) -> None:
+    assert steps["device"] == [9, 0]
+    called = [name for name in steps["found"]["convolution"]["kernels"] if "cudnn" in name]
+    assert called == [f"cudnn convolution {part}" for part in (
+        "backward data", "backward filter", "forward",
+    )]  # fmt: skip
+
+
+def test_a_graph_replays_with_one_launch(steps: dict[str, Any]) -> None:
+    assert steps["found"]["two additions"]["counts"]["launches"] == 2
+    assert counts(steps, "replay") == {"launches": 1}
+    assert steps["found"]["replay"]["kernels"] == {"graph of 2 nodes": 1}
+
+
+def test_the_backward_pass_is_captured(steps: dict[str, Any]) -> None:
+    captured = steps["found"]["backward"]
+    assert captured["errors"] == []
+    assert captured["counts"]["launches"] > 3
+    assert captured["counts"]["illegal"] == captured["counts"]["outside"] == 0
+
+
+def test_an_item_in_a_capture_raises(steps: dict[str, Any]) -> None:
+    last, first = steps["found"]["item in a capture"]["errors"]
+    assert "operation not permitted when stream is capturing (cudaStreamSynchronize)" in first
+    assert "operation failed due to a previous error during capture" in last
+    assert steps["found"]["item in a capture"]["counts"]["illegal"] == 1
+    assert steps["found"]["after that"]["errors"] == []
+
+
+def test_work_on_another_stream_is_not_captured(steps: dict[str, Any]) -> None:
+    assert steps["found"]["another stream"]["errors"] == []
+    assert steps["found"]["another stream"]["counts"]["outside"] == 1
+    assert steps["found"]["a stream that joins"]["errors"] == []
+    assert steps["found"]["a stream that joins"]["counts"]["outside"] == 0
+    last, _ = steps["found"]["a stream that does not join"]["errors"]
+    assert "unjoined work" in last
+
+
+def test_the_launches_of_a_step_are_written(tmp_path: Path) -> None:
+    command = ["-m", "benchmarks.launches", "--pairs", "resnet14-resnet8", "--methods", "kd"]
+    small = ["--precisions", "bf16", "--batch", "4", "--images", "40", "--kernels"]
+    on_stand_in(*command, *small, "--out", str(tmp_path / "launches"))
+    (found,) = json.loads((tmp_path / "launches.json").read_text())["launches"]
+    teacher, student = (
+        sum(isinstance(module, nn.Conv2d) for module in build_model(name, 100).modules())
+        for name in ("resnet14", "resnet8")
+    )
+    called = {
+        name.removeprefix("cudnn convolution "): count
+        for name, count in found["kernels"].items()
+        if name.startswith("cudnn convolution")
+    }
+    # No gradient reaches the images, so the first convolution has none for its input.
+    assert called == {
+        "forward": teacher + student,
+        "backward filter": student,
+        "backward data": student - 1,
+    }
+    assert found["counts"]["syncs"] == found["counts"]["device_to_host"] == 0
+    assert "| kd | distill | bf16 |" in (tmp_path / "launches.md").read_text()
+
+
+# ---- without the stand-in ----
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cublasLtMatmul", "cublasLtMatmul"),
+        ("void at::native::(anonymous namespace)::f<float>", "f float"),
+        (
+            "at::native::vectorized_elementwise_kernel<4, at::native::BinaryFunctor<float, float, "
+            "bool, at::native::(anonymous namespace)::CompareEqFunctor<float> >, std::array<char*, "
+            "3ul>, false>",
+            "vectorized_elementwise_kernel CompareEqFunctor float",
+        ),
+        (
+            "at::native::reduce_kernel<512, 1, at::native::ReduceOp<c10::BFloat16, at::native::"
+            "func_wrapper_t<c10::BFloat16, at::native::sum_functor<c10::BFloat16, float, "
+            "c10::BFloat16> >, unsigned int, c10::BFloat16, 4, 8> >",
+            "reduce_kernel sum_functor BFloat16",
+        ),
+    ],
+)
+def test_a_kernel_is_named_by_its_operation(name: str, expected: str) -> None:
+    assert operation(name) == expected
+
+
+def test_only_functions_that_compute_are_counted() -> None:
+    compute = ["cublasSgemm_v2", "cudnnRNNForward", "cusparseSpMM", "cufftXtExec"]
+    prepare = ["cublasGetVersion", "cudnnCreate", "cusparseSpMM_bufferSize", "cudaIpcOpenMemHandle"]
+    lines = stubs_of(compute + prepare).splitlines()
+    counted = [line.split()[1].partition("(")[0] for line in lines if "library_call(" in line]
+    assert counted == sorted(compute)
+
+
+@pytest.mark.parametrize("program", ["g++", "nm"])
+def test_a_missing_program_is_named(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == program else f"/bin/{name}")
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    with pytest.raises(UserError) as raised:
+        check_requirements()
+    expected = f"the stand-in GPU needs {program}; install it: apt-get install g++"
+    assert str(raised.value) == expected
+
+
+def test_a_missing_header_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(Path, "exists", lambda path: path.name != "cudnn.h")
+    with pytest.raises(UserError, match=r"needs nvidia/cudnn/include/cudnn\.h, which PyTorch"):
+        check_requirements()
+
+
+def test_a_process_is_not_on_the_stand_in_by_itself() -> None:
+    assert not stand_in.is_active()
+
+
+def test_every_step_is_captured_and_nothing_moves() -> None:
+    found = json.loads(on_stand_in("-c", CAPTURES).stdout)
+    assert {name.split()[0] for name in found} == set(METHODS)
+    for name, step in found.items():
+        captured, replayed = step["captured"], step["replayed"]
+        assert captured["illegal"] == captured["outside"] == 0, name
+        assert step["tensors"] > 50, name
+        assert step["moved"] == [], name
+        waits = ("syncs", "host_to_device", "device_to_host", "library_calls")
+        assert {kind: replayed[kind] for kind in waits} == dict.fromkeys(waits, 0), name
+        # One for the graph, and two for each generator that it draws from.
+        assert 10 <= replayed["launches"] + replayed["memsets"] <= 10 * 5, name
