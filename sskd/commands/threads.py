@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from sskd.output import prefixed_lines, steady_output
 from sskd.seeding import OwnGenerators
+from sskd.tracking.session import end_service
 from sskd.training.signals import StopSignals, forward_scheduler_signal
 from sskd.turns import Turns, raise_if_stopped
 
@@ -62,6 +63,7 @@ def run_in_threads(jobs: Mapping[int, Callable[[], T]], at_once: int) -> list[T]
         finally:
             pool.shutdown(wait=False)
             outside.restore()
+        end_service()
         signals.raise_if_received()
     return [each.result() for each in started]
 

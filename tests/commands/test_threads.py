@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -18,7 +19,10 @@ from crashes import at_step
 from faults import SMALL
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
+from test_tracking import history
 
+import sskd.data.loader
+import sskd.train
 import sskd.turns
 from sskd.commands.threads import run_in_threads
 from sskd.errors import Interrupted
@@ -78,6 +82,31 @@ def test_a_job_that_fails_stops_no_other(command: Command, monkeypatch: pytest.M
     assert "#0 error: no such thing\n" in err
     assert "already failed in this sweep: no such thing" in err
     assert "Error executing job" not in err
+
+
+def test_jobs_share_the_images_and_report_to_runs_of_their_own(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[int] = []
+    for module, name in ((sskd.train, "load_images"), (sskd.data.loader, "Cropper")):
+        original = getattr(module, name)
+
+        def counted(what: Any, *more: Any, original: Any = original) -> Any:
+            loaded.append(len(what) if isinstance(what, torch.Tensor) else 0)
+            return original(what, *more)
+
+        monkeypatch.setattr(module, name, counted)
+    words = ("method=vanilla", "seed=0,1", "schedule.epochs=2", "wandb.mode=offline")
+    assert command(*THREADS, *words)[0] == 0
+    assert sorted(loaded) == [0, 8, 8, 40]  # 8 are those of the picture
+    reported = sorted(command.runs.rglob("*.wandb"))
+    assert len(reported) == 2
+    for path in reported:
+        folder = path.parents[2]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        steps = [step for step in history(path) if step["_step"] > 0]
+        assert [step["train/loss"] for step in steps] == [line["loss"] for line in lines]
+        assert '"peak_memory_mib": null' in (folder / "result.json").read_text()
 
 
 @pytest.mark.parametrize(
