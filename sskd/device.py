@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from sskd.allocator import ask_for_large_pages, keep_freed_memory, trim_heap
 from sskd.errors import UserError, one_line
+from sskd.turns import outside_turn, pass_turn, shares_process
 
 # Batch sizes of forward passes without gradients: on a CPU the feature maps fit the caches, on a
 # GPU the batch keeps it busy.
@@ -82,6 +84,45 @@ def own_stream(device: torch.device) -> Iterator[None]:
         outer.wait_stream(stream)
 
 
+class StepQueue:
+    """Steps that were started and that an NVIDIA GPU has not computed yet, of one of several jobs.
+
+    A job that starts too many fills the GPU's queue, and then has the turn until there is room.
+    """
+
+    _PART = 16  # steps
+    _MOST_PARTS = 2
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_limited = device.type == "cuda" and shares_process()
+        self._started = 0
+        self._parts: deque[torch.cuda.Event] = deque()
+
+    def step_started(self) -> None:
+        """Pass the turn to other jobs, after the start of a step."""
+        self._started += 1
+        if self._is_limited and self._started % self._PART == 0:
+            self._parts.append(_record_event())
+            if len(self._parts) > self._MOST_PARTS:
+                with outside_turn():
+                    self._parts.popleft().synchronize()
+        pass_turn()
+
+
+def wait_for(device: torch.device) -> None:
+    """Let other jobs of this process work until an NVIDIA GPU has done the work of this one."""
+    if device.type == "cuda" and shares_process():
+        event = _record_event()
+        with outside_turn():
+            event.synchronize()
+
+
+def _record_event() -> torch.cuda.Event:
+    event = torch.cuda.Event(blocking=True)  # the thread sleeps while it waits
+    event.record()
+    return event
+
+
 @functools.cache  # a process stays on its GPU
 def claim_gpu() -> int:
     """Claim the visible GPU with the fewest claims and return its index.
@@ -136,8 +177,10 @@ def peak_memory(device: torch.device) -> float | None:
 
     On a GPU it is the memory that PyTorch allocated there. On a CPU it is the resident memory of
     the process, with the pages of mapped files (``sskd.teachers.outputs``), which other processes
-    may share.
+    may share. It is not reported if several jobs share the process.
     """
+    if shares_process():
+        return None
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     with contextlib.suppress(OSError):

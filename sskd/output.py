@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
@@ -24,6 +25,23 @@ from sskd.errors import mask_unprintable
 # The codes of progress bars and coloured logs: colours, the cursor up, the start and end of a line.
 _KEPT = re.compile(r"(\x1b\[[0-9;]{0,20}m|\x1b\[A|[\r\n\t])")
 CLEAR_SCREEN = "\x1b[H\x1b[2J\x1b[3J"
+
+
+class _Here(threading.local):
+    prefix = ""
+
+
+_here = _Here()
+
+
+@contextmanager
+def prefixed_lines(prefix: str) -> Iterator[None]:
+    """Begin each line of this thread with ``prefix`` inside a ``with`` block."""
+    _here.prefix = prefix
+    try:
+        yield
+    finally:
+        _here.prefix = ""
 
 
 def say(text: str, *, clear_screen: bool = False) -> None:
@@ -44,8 +62,11 @@ def complain_once(text: str) -> None:
 
 
 def cleaned(text: str) -> str:
-    """Return ``text`` with a question mark for each control character except line ends."""
-    return "\n".join(mask_unprintable(line) for line in text.split("\n"))
+    """Return ``text`` with a question mark for each control character except line ends.
+
+    Each line begins with the prefix of this thread, if it has one.
+    """
+    return "\n".join(_here.prefix + mask_unprintable(line) for line in text.split("\n"))
 
 
 def _write(stream: TextIO | None, text: str) -> None:

@@ -45,3 +45,34 @@ def restore_generator_states(states: Mapping[str, torch.Tensor], device: torch.d
         torch.cuda.set_rng_state(states["cuda"], device)
     if device.type == "mps" and "mps" in states:
         torch.mps.set_rng_state(states["mps"])
+
+
+class OwnGenerators:
+    """The states of PyTorch's global generators that one of several jobs of a process has.
+
+    It begins with the present states. On an NVIDIA GPU a state is exchanged as an object, so that a
+    CUDA graph draws from the state of the job that captured it, whichever job's turn it is.
+    """
+
+    def __init__(self) -> None:
+        self._gpus = [each.clone_state() for each in torch.cuda.default_generators]
+        self._save_copied()
+
+    def save(self) -> None:
+        """Keep the states."""
+        self._gpus = [each.graphsafe_get_state() for each in torch.cuda.default_generators]
+        self._save_copied()
+
+    def _save_copied(self) -> None:
+        self._cpu = torch.get_rng_state()
+        self._mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+
+    def restore(self) -> None:
+        """Set the states that were kept."""
+        for number, generator in enumerate(torch.cuda.default_generators):
+            if number == len(self._gpus):  # another job was the first to use a GPU
+                self._gpus.append(generator.clone_state())
+            generator.graphsafe_set_state(self._gpus[number])
+        torch.set_rng_state(self._cpu)
+        if self._mps is not None:
+            torch.mps.set_rng_state(self._mps)

@@ -29,6 +29,7 @@ from sskd.training.acceleration import fold_teacher, fuse_teacher
 from sskd.training.preview import save_views
 from sskd.training.result import last_top1, measure_result
 from sskd.training.trainer import Trainer, phase_schedule
+from sskd.turns import shared
 
 
 def train(config: Config) -> RunResult:
@@ -63,7 +64,7 @@ def carry_out(
     plan = plan.computed_in(resolve_precision(config.precision, device))
     tune_device(device)
     reset_peak_memory(device)
-    images = load_images(config.dataset, plan.data_digest).to(device)
+    images = _images_on(device, plan)
     method, phases = _assemble(plan, images, device)
 
     # ---- training ----
@@ -97,6 +98,13 @@ def _reuse(
     if under_agent:
         report_finished(run, plan.computed_in(result.precision or plan.config.precision), result)
     return plan, result
+
+
+def _images_on(device: torch.device, plan: RunPlan) -> Images:
+    """Return the images of the run on ``device``; jobs of this process share them."""
+    settings, digest = plan.config.dataset, plan.data_digest
+    key = ("images", settings.model_dump_json(), digest, device)
+    return shared(key, lambda: load_images(settings, digest).to(device))
 
 
 def _assemble(

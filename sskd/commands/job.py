@@ -46,7 +46,9 @@ def run_job(composed: DictConfig) -> float:
         if not is_busy:
             _keep_failure(composed, error)
         # Any launcher can pickle this, and any sweeper takes it for a failure.
-        raise JobError(user_message(error), exit_status(error)) from None
+        failure = JobError(user_message(error), exit_status(error))
+    # Outside of the block: otherwise it would refer to the error, and that to the run's tensors.
+    raise failure
 
 
 def _train(composed: DictConfig) -> float:

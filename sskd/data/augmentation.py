@@ -43,9 +43,13 @@ class Cropper:
 
     A table has the position in the image of each pixel of each crop, so that a GPU starts four
     kernels for a batch of any crops.
+
+    Attributes:
+        images: what the crops are cut out of. While they exist, no other tensor has their id.
     """
 
     def __init__(self, images: Tensor, views: int) -> None:
+        self.images = images
         count, channels, self._side = len(images), images.shape[1], images.shape[2]
         self._pixels_of_image = self._side**2 + 1
         pixels = images.new_zeros(count, self._pixels_of_image, channels)  # the last one is black

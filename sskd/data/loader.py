@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sskd.data.augmentation import Cropper, Normaliser, draw_crops
 from sskd.data.images import Split
+from sskd.turns import shared
 
 
 class Batch(NamedTuple):
@@ -58,7 +59,8 @@ class Loader:
         self.batch_size = batch_size
         self._views = views
         self._labels = split.labels
-        self._crop = Cropper(split.images, views)
+        images = split.images
+        self._crop = shared(("crops", id(images), views), lambda: Cropper(images, views))
         width = split.images.shape[-1]
         self._normalise = Normaliser(mean, std, width=width, device=self.device)
         self._order = torch.empty(len(split), dtype=torch.int64, device=self.device)

@@ -17,6 +17,7 @@ from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from sskd.errors import BusyError, UserError
 from sskd.output import say
+from sskd.turns import must_stop, outside_turn, raise_if_stopped, shares_process
 
 _FILE = ".lease"
 # Seconds, the same in every process that uses a folder. If a node dies, others may take its folders
@@ -66,7 +67,7 @@ class FolderLock:
     def _acquire_from_another(self, wait: bool, watch: bool) -> None:
         if wait:
             say(f"{self._folder}: waiting for {_holder(self._folder)}")
-            self._lease.acquire()
+            self._wait(timeout=-1)
             return
         # A future timestamp is as unreliable as a stale one: a clock has jumped.
         silent = abs(_seconds_since_heartbeat(self._folder)) > _SUSPICIOUS_SILENCE
@@ -74,9 +75,18 @@ class FolderLock:
         if silent and watch:
             say(f"{self._folder}: waiting to see whether {holder} has died")
         try:  # a silent holder on another node counts as dead only after a whole lease
-            self._lease.acquire(timeout=DURATION + HEARTBEAT if silent and watch else 0)
+            self._wait(timeout=DURATION + HEARTBEAT if silent and watch else 0)
         except Timeout:
             raise BusyError(f"{self._folder}: {holder} is working on this run") from None
+
+    def _wait(self, timeout: float) -> None:
+        """Acquire the lease; other jobs of this process work in the meantime."""
+        try:
+            with outside_turn():
+                self._lease.acquire(timeout=timeout, cancel_check=must_stop)
+        except Timeout:
+            raise_if_stopped()
+            raise
 
     def release(self) -> None:
         """Release the folder."""
@@ -155,6 +165,8 @@ def _holder(folder: Path) -> str:
     owner = _lease(folder).owner
     if owner is None:
         return "another process"
+    if shares_process() and owner.pid == os.getpid() and owner.hostname == _own_node():
+        return "another job of this process"
     return f"another process ({owner.pid} on {owner.hostname.partition('?')[0]})"
 
 

@@ -50,6 +50,7 @@ from sskd.teachers.outputs import (
 from sskd.teachers.shared import corrupt_file_error, find_or_compute
 from sskd.training.progress import Progress
 from sskd.training.signals import StopSignals
+from sskd.turns import pass_turn, shared
 
 PHASE = "teacher_outputs"
 FORMAT = 2  # file format version; increase it if rows or crop numbers change meaning
@@ -85,8 +86,11 @@ def find_or_compute_outputs(method: Method, images: Images, plan: RunPlan) -> No
     fill = partial(_fill, teacher=method.teacher, images=images, config=config, layout=layout)
     run, result = find_or_compute(config, _settings(layout, images, plan), fill)
     device = images.train.images.device
-    rows = read_rows(run.folder / OUTPUTS, layout, result.digest, device)
-    method.precomputed = Precomputed(rows, layout.widths)
+    path, digest = run.folder / OUTPUTS, result.digest
+    method.precomputed = shared(
+        ("outputs", path, digest, device),
+        lambda: Precomputed(read_rows(path, layout, digest, device), layout.widths),
+    )
 
 
 def _settings(layout: Layout, images: Images, plan: RunPlan) -> dict[str, Any]:
@@ -132,6 +136,7 @@ def _fill(run: Run, *, teacher: nn.Module, images: Images, config: Config, layou
                 if save:
                     written.result()
                     signals.raise_if_received()
+                pass_turn()
             written.result()
             signals.raise_if_received()
     finally:

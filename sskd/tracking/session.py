@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import re
 import uuid
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from sskd.tracking.environment import (
     requested_mode,
     timeout,
 )
+from sskd.turns import shares_process
 
 _ID = "wandb_id"
 _ID_LENGTH = 16  # characters
@@ -58,11 +61,12 @@ def open_run(
         wandb.teardown()  # an earlier run of this process hid the agent's variables
     else:
         arguments["id"] = run_id(folder, name, still_ours=still_ours)
+    another_id = partial(new_run_id, folder, name, still_ours=still_ours)
     with hide_foreign_variables(mode, under_agent=under_agent):
-        return _open(mode, arguments)
+        return _open(mode, arguments, another_id)
 
 
-def _open(asked: str, arguments: dict[str, Any]) -> wandb.Run:
+def _open(asked: str, arguments: dict[str, Any], another_id: Callable[[], str]) -> wandb.Run:
     mode = "online"
     try:
         mode = choose_mode(asked)
@@ -75,10 +79,15 @@ def _open(asked: str, arguments: dict[str, Any]) -> wandb.Run:
             raise _unusable(error) from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         say(f"W&B cannot be used online ({reason}); this run stays offline")
-        with contextlib.suppress(Exception):
-            wandb.teardown()
+        end_service()
     try:
-        return _init("offline", arguments)
+        try:
+            return _init("offline", arguments)
+        except Exception:
+            if not shares_process():
+                raise
+        # W&B's process, which other jobs use, holds the id of the run that it could not start.
+        return _init("offline", arguments | {"id": another_id()})
     except Exception as error:  # W&B's own process raises undeclared types too
         raise _unusable(error) from None
 
@@ -95,8 +104,19 @@ def _init(mode: str, arguments: dict[str, Any]) -> wandb.Run:
         finish_timeout_raises=True,
         console="off",
         silent=True,
+        reinit="create_new" if shares_process() else "default",  # else there is one for all jobs
     )
     return wandb.init(mode=mode, settings=settings, **arguments)  # type: ignore[arg-type]
+
+
+def end_service() -> None:
+    """End W&B's process, so that nothing waits for it; several jobs leave that to their launcher.
+
+    The others still use it.
+    """
+    if not shares_process():
+        with contextlib.suppress(Exception):
+            wandb.teardown()
 
 
 def offline_folder(run: wandb.Run) -> Path:
@@ -147,7 +167,13 @@ def run_id(folder: Path, name: str, *, still_ours: StillOurs | None = None) -> s
         with contextlib.suppress(ValueError):  # not a W&B id
             known = read_bounded_text(path, _ID_LENGTH)
     if not re.fullmatch("[0-9a-f]+", known) or len(known) != _ID_LENGTH:
-        text = f"{name} {uuid.uuid4()}"
-        known = hashlib.sha256(text.encode()).hexdigest()[:_ID_LENGTH]
-        write_text(path, known, still_ours=still_ours)
+        return new_run_id(folder, name, still_ours=still_ours)
     return known
+
+
+def new_run_id(folder: Path, name: str, *, still_ours: StillOurs | None = None) -> str:
+    """Return a new W&B id for the run in ``folder``, which is kept there."""
+    text = f"{name} {uuid.uuid4()}"
+    created = hashlib.sha256(text.encode()).hexdigest()[:_ID_LENGTH]
+    write_text(folder / _ID, created, still_ours=still_ours)
+    return created

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +17,8 @@ from sskd.runs.recipe import follows_weighting
 from sskd.runs.result import RunResult
 from sskd.runs.run import Run
 from sskd.runs.weightings import CE, KD, RECIPE, find_weighting
-from sskd.tracking.session import offline_folder, open_run, sync_later
+from sskd.tracking.session import end_service, offline_folder, open_run, sync_later
+from sskd.turns import outside_turn
 
 # Metrics of the student as a whole; the others have the name of their phase as prefix.
 _UNPREFIXED = ("test/", "holdout/", "best/")
@@ -83,17 +83,17 @@ class Tracker:
         try:
             if kind is not None and issubclass(kind, Interrupted):
                 self._wandb.mark_preempting()  # W&B then shows "preempted", not "failed"
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+            with outside_turn():  # it may wait for a server
+                self._wandb.finish(exit_code=0 if kind is None else 1)
         except TimeoutError:
             say(sync_later(self._wandb))
         except Exception as lost:  # must not replace the error that ended the run
             self._lose(lost)
         if kind is None and not self._lost and not self._under_agent:
             return
-        with contextlib.suppress(Exception):
-            # Otherwise a later run, or the end of this process, waits for W&B's process, and a
-            # later run takes the agent's settings.
-            wandb.teardown()
+        # Otherwise a later run, or the end of this process, waits for W&B's process, and a later
+        # run takes the agent's settings.
+        end_service()
         if kind is None and self._lost:
             self._keep_offline()
 

@@ -11,6 +11,7 @@ from sskd.data import Batch
 from sskd.errors import UserError, one_line
 from sskd.methods import LossOutput, Method, Phase
 from sskd.models import fold_batch_norms, fuse_layers
+from sskd.turns import shares_process
 
 
 def fold_teacher(method: Method) -> None:
@@ -38,6 +39,11 @@ def compile_loss(phase: Phase, config: Config) -> Phase:
     """
     if config.compile in ("auto", "off"):
         return phase
+    if shares_process():  # what torch.compile keeps is global, and is reset below
+        raise UserError(
+            f"compile={config.compile}: is not possible for jobs in threads; use compile=off, or "
+            "hydra/launcher=processes"
+        )
     torch.compiler.reset()  # graphs of an earlier job count against a limit
     options = {**torch._inductor.list_mode_options(config.compile), "fallback_random": True}
     compiled = torch.compile(phase.losses, dynamic=False, options=options)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sskd.data import Images, Split, eval_batches
-from sskd.device import inference_batch_size
+from sskd.device import inference_batch_size, wait_for
 from sskd.errors import NotFiniteError
 from sskd.precision import exact
 
@@ -26,6 +26,7 @@ def predict(network: nn.Module, split: Split, images: Images, of: str = "the net
     batches = eval_batches(split, images.mean, images.std, inference_batch_size(device))
     with exact(device):
         logits = torch.cat([network(x).logits for x, _ in batches])
+    wait_for(device)
     non_finite = (~logits.isfinite()).any(1)
     if non_finite.any():
         first = int(non_finite.int().argmax())

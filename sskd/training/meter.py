@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sskd.device import wait_for
 from sskd.errors import UserError, shortened
 
 
@@ -63,6 +64,7 @@ class Meter:
         """Return the means over all images so far."""
         if self._sums is None or not self.images:
             return {}
+        wait_for(self._sums.device)
         return dict(zip(self._names, (self._sums / self.images).tolist(), strict=True))
 
     def first_non_finite(self, names: Collection[str]) -> tuple[int, list[str]]:

@@ -1,4 +1,4 @@
-"""Progress of a long phase: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a long phase: a bar on a terminal, plain lines elsewhere and for jobs in threads."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from sskd.output import say
 from sskd.runs.epoch_line import EpochLine
+from sskd.turns import shares_process
 
 # Seconds between two readings of the metrics; each copies from the device to the host.
 _ON_TERMINAL = 1.0
@@ -47,7 +48,7 @@ class Progress:
             initial=done,
             unit=" images",
             unit_scale=True,
-            disable=None,
+            disable=True if shares_process() else None,  # None: show it on a terminal only
             dynamic_ncols=True,
             leave=False,
         )

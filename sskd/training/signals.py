@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any, Self
 
 from sskd.errors import Interrupted, UserError
+from sskd.turns import received_signal
 
 # Schedulers send these before they end a job. They stop a run only if a handler is installed:
 # submitit installs one that requeues the job and ends the process.
@@ -19,12 +20,21 @@ _WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 class StopSignals:
     """Records SIGTERM, SIGINT and a scheduler's warning inside a ``with`` block.
 
-    The second SIGINT raises KeyboardInterrupt at once.
+    The second SIGINT raises KeyboardInterrupt at once. In a thread of a launcher, the signals are
+    those that the launcher has recorded.
+
+    Attributes:
+        noted: the signal that came to this block itself, if any.
     """
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.noted: int | None = None
         self._previous: dict[int, Any] = {}
+
+    @property
+    def received(self) -> int | None:
+        """The signal that has come, if any."""
+        return received_signal() if self.noted is None else self.noted
 
     def __enter__(self) -> Self:
         # Python delivers signals to the main thread only.
@@ -44,9 +54,9 @@ class StopSignals:
             raise Interrupted(self.received)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if signum == signal.SIGINT and self.received is not None:
+        if signum == signal.SIGINT and self.noted is not None:
             raise KeyboardInterrupt
-        self.received = signum
+        self.noted = signum
 
 
 @contextmanager
@@ -76,12 +86,14 @@ def forward_scheduler_signal() -> Iterator[None]:
     """Forward the warning that stopped the run to the scheduler's handler, at the end.
 
     By then the run is saved and closed. The handler usually ends the process, and SLURM ends its
-    children as soon as submitit has requeued the job.
+    children as soon as submitit has requeued the job. A thread of a launcher leaves it to the
+    launcher, which waits for the other jobs.
     """
     try:
         yield
     except Interrupted as stop:
-        if stop.signum in _WARNINGS:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if stop.signum in _WARNINGS and in_main_thread:
             try:
                 signal.raise_signal(stop.signum)
             except Exception as error:

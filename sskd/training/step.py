@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sskd.data import Batch, Loader
-from sskd.device import reset_peak_gpu_memory
+from sskd.device import StepQueue, reset_peak_gpu_memory
 from sskd.methods import Phase
 from sskd.precision import autocast, multiplying
 from sskd.training.meter import Meter
@@ -83,9 +83,13 @@ class TrainingStep:
         casts = self.precision == "bf16" and not self.is_compiled
         self._weights = CastWeights(self.method, self.phase.trains) if casts else None
         self._taken = 0
+        self._queue = StepQueue(self.loader.device)
 
     def take(self) -> int:
-        """Train on the next batch of the epoch; return the number of its images."""
+        """Train on the next batch of the epoch; return the number of its images.
+
+        Other jobs of this process may then work, before it returns.
+        """
         size = self.loader.next_size
         self.run(size)
         self.loader.advance()
@@ -93,6 +97,7 @@ class TrainingStep:
         self._taken += 1
         if self._taken == WARMUP_STEPS:
             reset_peak_gpu_memory(self.loader.device)
+        self._queue.step_started()
         return size
 
     def run(self, size: int) -> None:

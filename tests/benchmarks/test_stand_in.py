@@ -143,6 +143,46 @@ print(json.dumps(found))
 """
 
 
+# Takes steps of three jobs, one after another and in threads; prints for each whether it was
+# captured, how many random numbers it drew, from which seed, and the identity of its images.
+THREADS = """
+import json
+from unittest.mock import patch
+import torch
+from benchmarks.workload import Case, loader_of, noise, training_step
+from sskd.commands.threads import run_in_threads
+from sskd.device import own_stream
+from sskd.seeding import seed_torch
+from sskd.turns import shared
+
+METHODS, STEPS = ("crd", "kd", "crd"), 100
+SETTINGS = {"batch": 8, "images": 80, "compile": "off", "graph": "on", "precompute": False}
+
+def job(method):
+    def work():
+        case = Case(pair="resnet14-resnet8", device="cuda", method=method, **SETTINGS)
+        mine = shared("images", lambda: images.to("cuda"))
+        step = training_step(case.config, images, loader_of(case, mine), None)
+        generator = torch.cuda.default_generators[0]
+        seed_torch(method)
+        first = generator.get_offset()
+        with own_stream(step.loader.device):
+            for _ in range(STEPS):
+                if step.loader.position == step.loader.steps:
+                    step.loader.begin_epoch(0)
+                step.take()
+            step.meter.read()
+        drawn = generator.get_offset() - first
+        return step._replay is not None, drawn, generator.initial_seed(), id(step.loader._crop)
+    return work
+
+images = noise(80, torch.device("cpu"))
+with patch("sskd.models.fusing._agree", return_value=True):
+    jobs = {number: job(method) for number, method in enumerate(METHODS)}
+    print(json.dumps([run_in_threads(jobs, at_once) for at_once in (1, 3)]))
+"""
+
+
 def on_stand_in(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python on the stand-in: a new process, because it must load the stand-in first."""
     if "SSKD_STAND_IN" not in os.environ:
@@ -313,3 +353,12 @@ def test_every_step_is_captured_and_nothing_moves() -> None:
         assert {kind: replayed[kind] for kind in waits} == dict.fromkeys(waits, 0), name
         # One for the graph, and two for each generator that it draws from.
         assert 10 <= replayed["launches"] + replayed["memsets"] <= 10 * 5, name
+
+
+def test_jobs_in_threads_draw_their_own_numbers() -> None:
+    alone, together = json.loads(on_stand_in("-c", THREADS).stdout)
+    assert [job[:3] for job in together] == [job[:3] for job in alone]
+    assert all(captured for captured, *_ in together)
+    drawn = [job[1] for job in together]
+    assert drawn[0] == drawn[2] > drawn[1] == 0
+    assert len({job[3] for job in together}) == 1  # the images
