@@ -19,7 +19,7 @@ import torch
 
 from sskd.device import choose_device
 
-WARMUP = 3
+WARMUP = 4  # steps that are not timed; on a GPU the last of them captures the CUDA graph
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -45,6 +45,10 @@ class Pipeline:
             self.train(self.draw())
         else:
             self.whole()
+
+    def one_by_one(self) -> None:
+        """Take a step in its two parts: a replay hides its operations and its memory."""
+        self.train(self.draw())
 
     def warm_up(self) -> None:
         """Take the steps that are not timed."""

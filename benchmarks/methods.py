@@ -103,8 +103,9 @@ def measure(case: Case, phase: str, rounds: int) -> Cost:
     base_case = replace(case, method=BASE)
     loader, base_loader = loader_of(case, images), loader_of(base_case, images)
     before = harness.peak_memory(device)
-    step = suite_step(case, images, loader, phase).step
-    memory = harness.peak_memory(device, after=step) - before
+    built = suite_step(case, images, loader, phase)
+    step = built.step
+    memory = harness.peak_memory(device, after=built.one_by_one) - before
     base = suite_step(base_case, images, base_loader).step
     for _ in range(harness.WARMUP):
         step()

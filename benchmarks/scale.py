@@ -94,7 +94,7 @@ def run(case: Case, jobs: int, seconds: float) -> tuple[float, float]:
         harness.synchronise(built.device)
         steps += STEPS
     rate = steps / (time.perf_counter() - started)
-    return rate, harness.peak_memory(built.device, after=built.step)
+    return rate, harness.peak_memory(built.device, after=built.one_by_one)
 
 
 @cache

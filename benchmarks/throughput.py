@@ -203,11 +203,11 @@ def measure(side: Side, steps: int, rounds: list[float], flops: bool) -> Measure
     """Add to the ``rounds`` the share of data, the memory and, if ``flops``, the FLOP share."""
     built = pipeline(side)
     share = data_share(built, steps)
-    memory = harness.peak_memory(built.device, after=built.step) + _workers_memory()
+    memory = harness.peak_memory(built.device, after=built.one_by_one) + _workers_memory()
     measured = Measured(rounds, built.images, share, memory)
     if not flops:
         return measured
-    reached = flop_share(built.step, measured.seconds, built.device, side.case.precision)
+    reached = flop_share(built.one_by_one, measured.seconds, built.device, side.case.precision)
     return replace(measured, flop_share=reached)
 
 

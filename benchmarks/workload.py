@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
+from benchmarks import harness
 from benchmarks.harness import Pipeline
 from sskd import CONF
 from sskd.config import Config, read_config
@@ -110,7 +111,8 @@ def suite_step(case: Case, images: Images, loader: Loader, phase: str | None = N
             loader.begin_epoch(0)
         step.take()
 
-    return Pipeline(draw, step.train, loader.device, case.batch, whole=whole)
+    warmup = harness.WARMUP if loader.device.type == "cuda" else 1  # with the capture of a graph
+    return Pipeline(draw, step.train, loader.device, case.batch, warmup=warmup, whole=whole)
 
 
 def drawer(loader: Loader) -> Callable[[], Batch]:
@@ -135,7 +137,7 @@ def training_step(config: Config, images: Images, loader: Loader, name: str | No
     method = assemble(config, images)
     fold_teacher(method)
     to_device(method, loader.device)
-    fuse_teacher(method, loader.device)
+    fuse_teacher(method, config, loader.device)
     if config.teacher and config.teacher.precompute and can_precompute(method):
         method.precomputed = outputs_of_noise(layout_of(method, images, config.precision), images)
     phases = [phase for phase in method.phases() if name in (None, phase.name)]

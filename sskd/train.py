@@ -114,7 +114,7 @@ def _assemble(
     method = assemble(plan.config, images, plan.teacher)
     fold_teacher(method)
     to_device(method, device)
-    fuse_teacher(method, device)
+    fuse_teacher(method, plan.config, device)
     phases = list(method.phases())
     if fault := fault_of_phases(phases):
         raise UserError(f"method={plan.config.method.name}: {fault}")

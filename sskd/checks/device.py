@@ -1,9 +1,9 @@
 """Whether a CUDA graph can contain a training step, without a GPU.
 
 The step is computed on PyTorch's device ``meta``, whose tensors have a shape but no values. It
-stands for the GPU, and the CPU for the host. PyTorch computes a
-few gradients, such as that of ``torch.prod``, with values only if there are values, so the check
-does not find that they wait for a GPU.
+stands for the GPU, and the CPU for the host. PyTorch computes a few gradients, such as that of
+``torch.prod``, with values only if there are values, so the check does not find that they wait for
+a GPU.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ _OR_NOT = "or set capturable = False in the class"
 def check_device(method: Method, images: Images) -> None:
     """Check that a CUDA graph can contain a training step of each phase.
 
-    All tensors are on one device, the host needs none of their values, and those that last from
-    step to step stay in place. With ``capturable = False`` only the first is checked, up to the
-    first value that the host needs. A method that can use stored outputs of its teacher is checked
-    with them too. ``method`` has no values afterwards.
+    All tensors are on one device, the host needs none of their values, those that last from step to
+    step stay in place, and each step computes with the same numbers of Python. With
+    ``capturable = False`` only the first is checked, up to the first value that the host needs. A
+    method that can use stored outputs of its teacher is checked with them too. ``method`` has no
+    values afterwards.
     """
     stored = _stored_outputs(method, images) if can_precompute(method) else None
     to_device(method, _DEVICE)
@@ -53,12 +54,18 @@ def check_device(method: Method, images: Images) -> None:
         set_trainable(phase, method)
         step = _step(method, phase, images)
         before: dict[str, torch.UntypedStorage] = {}
-        for outputs in (None, stored):  # the first step also creates the optimizer's state
+        works: list[list[str]] = []
+        # The first step also creates the optimizer's state.
+        for outputs in (None, stored, stored):
             method.precomputed = outputs
             before = _memory(method, step)
-            fault = _fault_of(step, strict=method.capturable)
+            watch = _Watch(strict=method.capturable)
+            fault = _fault_of(step, watch)
             require(not fault, f"phase {phase.name}: {fault}")
+            works.append(watch.work)
         after = _memory(method, step)
+        if method.capturable:
+            _compare(phase, *works[1:])
         moved = [name for name, memory in before.items() if after.get(name) is not memory]
         require(
             not moved or not method.capturable,
@@ -94,38 +101,54 @@ def _memory(method: Method, step: TrainingStep) -> dict[str, torch.UntypedStorag
     return {name: t.untyped_storage() for name, t in tensors.items() if isinstance(t, Tensor)}
 
 
-def _fault_of(step: TrainingStep, *, strict: bool) -> str:
-    """Compute ``step``; return what is wrong with it, and in which line; "" if nothing is.
+def _compare(phase: Phase, work: list[str], again: list[str]) -> None:
+    """Raise CheckError if two steps computed with other numbers, or with other operations."""
+    differing = (one for one, other in zip(work, again, strict=False) if one != other)
+    found = next(differing, "" if len(work) == len(again) else "one has more operations")
+    require(
+        not found,
+        f"phase {phase.name}: two steps differ in what Python decides ({found[:100]}), and a CUDA "
+        f"graph would repeat one of them; draw random numbers with torch, and keep what changes "
+        f"from step to step in a tensor, {_OR_NOT}",
+    )
 
-    Args:
-        strict: a CUDA graph will contain the step; else only a mixture of devices is wrong.
-    """
+
+def _fault_of(step: TrainingStep, watch: _Watch) -> str:
+    """Compute ``step``; return what is wrong with it, and in which line; "" if nothing is."""
     try:
-        with _no_autocast(), _Watch(strict=strict):
+        with _no_autocast(), watch:
             step.compute(_BATCH_SIZE)
     except CheckError as error:
         return f"{_line_of(error)} {error}"
     except Exception as error:  # the device has no values, so what needs one fails
-        return f"{_line_of(error)} {_needs_values(one_line(error)[:100])}" if strict else ""
+        fault = f"{_line_of(error)} {_needs_values(one_line(error)[:100])}"
+        return fault if watch.strict else ""
     return ""
 
 
 class _Watch(TorchDispatchMode):
     """Raises CheckError for an operation that takes tensors of the device and of the host.
 
-    If ``strict``, also for any tensor of the host, and for an operation that needs values.
+    If ``strict``, as for a step in a CUDA graph, also for any tensor of the host, and for an
+    operation that needs values.
+
+    Attributes:
+        work: the operations, with their numbers.
     """
 
     def __init__(self, *, strict: bool) -> None:
         super().__init__()
-        self._strict = strict
+        self.strict = strict
+        self.work: list[str] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         taken = _tensors((args, kwargs))
-        if not self._strict:
+        numbers = [each for each in tree_leaves((args, kwargs)) if isinstance(each, int | float)]
+        self.work.append(f"{func} {numbers}" if numbers else str(func))
+        if not self.strict:
             if _mixes(func, taken):
                 raise CheckError(_uses_host(func))
             return func(*args, **kwargs)

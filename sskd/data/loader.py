@@ -122,7 +122,7 @@ class Loader:
         return {"seed": self._seed, "position": self._position}
 
     def load_state_dict(self, state: LoaderState) -> None:
-        """Resume at ``state``, bit for bit.
+        """Resume at ``state``: bit for bit, if this version saved it.
 
         Raises:
             ValueError: the position is not in this epoch, because the data were different; or an

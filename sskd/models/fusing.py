@@ -4,42 +4,44 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sskd.models.folding import outputs_agree
-from sskd.precision import exact
+from sskd.precision import computing, exact
 
 _RELU_FUNCTIONS = (F.relu, torch.relu)
 _TOLERANCE = 1e-5  # of the features, relative to a tensor's largest entry
 
 
-class FusedConvolution(nn.Module):
-    """``relu(layer(x))`` or ``relu(layer(x) + summand)``.
+class FusedConvolution(nn.Conv2d):
+    """``relu(layer(x))`` or ``relu(layer(x) + summand)``, with the weights of ``layer``.
 
     An NVIDIA GPU computes it in one kernel if no gradient passes through it. A convolution with a
     bias and a ReLU is otherwise three kernels, and the sum a fourth.
     """
 
     def __init__(self, layer: nn.Conv2d) -> None:
-        super().__init__()
-        self.layer = layer
+        kernel: Any = layer.kernel_size
+        shape = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+        super().__init__(layer.in_channels, layer.out_channels, kernel, **shape, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
 
-    def forward(self, x: Tensor, summand: Tensor | None = None) -> Tensor:
-        """Return the map [N, C, H, W] of ``x``; ``summand`` has the shape of the result."""
-        layer = self.layer
-        if not _has_kernel(x):
-            found = layer(x)
+    def forward(self, input: Tensor, summand: Tensor | None = None) -> Tensor:
+        """Return the map [N, C, H, W] of ``input``; ``summand`` has the shape of the result."""
+        if not _has_kernel(input):
+            found = self._conv_forward(input, self.weight, self.bias)
             return F.relu(found if summand is None else found + summand)
         # Autocast does not know these functions.
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-        x, weight = x.to(dtype), layer.weight.to(dtype)
-        bias = None if layer.bias is None else layer.bias.to(dtype)
-        stride, dilation, groups = layer.stride, layer.dilation, layer.groups
-        padding = cast(tuple[int, int], layer.padding)
+        is_cast = torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if is_cast else input.dtype
+        x, weight = input.to(dtype), self.weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        stride, dilation, groups = self.stride, self.dilation, self.groups
+        padding = cast(tuple[int, int], self.padding)
         if summand is None:
             return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
         return torch.cudnn_convolution_add_relu(
@@ -79,19 +81,25 @@ def _has_kernel(x: Tensor) -> bool:
     return x.device.type == "cuda" and not (torch.is_grad_enabled() and x.requires_grad)
 
 
-def fuse_layers(network: nn.Module) -> nn.Module:
+def fuse_layers(network: nn.Module, precision: str = "fp32", images: int = 2) -> nn.Module:
     """Return a network with the same features as ``network`` on its GPU, in fewer kernels.
 
-    ``network`` is a result of ``fold_batch_norms``, in eval mode on an NVIDIA GPU. If it could not
-    be traced, or the features differ by more than 1e-5 of the largest, it is returned itself.
+    ``network`` is a result of ``fold_batch_norms``, in eval mode on an NVIDIA GPU. It is returned
+    itself if it could not be traced, if the features differ by more than 1e-5 of the largest, or if
+    cuDNN has no kernel for a batch of ``images`` in ``precision``.
     """
     if not isinstance(network, fx.GraphModule):
         return network
     try:
         fused = _fuse(network)
-        return fused if _agree(fused, network) else network
-    except RuntimeError:  # of cuDNN, which does not support each shape on each GPU
+        if not _agree(fused, network):
+            return network
+        x = _noise(network, images)
+        with torch.no_grad(), computing(precision, x.device):
+            fused(x)
+    except RuntimeError:  # of cuDNN, which does not support each shape and type on each GPU
         return network
+    return fused
 
 
 def _fuse(network: fx.GraphModule) -> fx.GraphModule:
@@ -149,8 +157,12 @@ def _can_fuse(node: object, network: fx.GraphModule) -> TypeGuard[fx.Node]:
 
 @torch.no_grad()
 def _agree(fused: nn.Module, network: nn.Module) -> bool:
+    x = _noise(network, 2)
+    with exact(x.device):
+        return outputs_agree(fused(x), network(x), _TOLERANCE)
+
+
+def _noise(network: nn.Module, images: int) -> Tensor:
     parameter = next(network.parameters())
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, 3, 32, 32, generator=generator).to(parameter.device, parameter.dtype)
-    with exact(parameter.device):
-        return outputs_agree(fused(images), network(images), _TOLERANCE)
+    x = torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return x.to(parameter).to(memory_format=torch.channels_last)

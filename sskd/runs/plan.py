@@ -51,6 +51,9 @@ class RunPlan:
         The folder and ``full_config`` keep ``auto``, so that they are the same on every device.
         """
         config = self.config.model_copy(update={"precision": precision})
+        if config.teacher and config.teacher.precision == self.config.precision:  # it has no effect
+            teacher = config.teacher.model_copy(update={"precision": None})
+            config = config.model_copy(update={"teacher": teacher})
         settings = diff_from_recipe(self.config)
         digest = {key: self.difference[key] for key in self.difference if key not in settings}
         return replace(self, config=config, difference=diff_from_recipe(config) | digest)

@@ -23,10 +23,12 @@ def fold_teacher(method: Method) -> None:
         method.teacher = fold_batch_norms(method.teacher).requires_grad_(False)
 
 
-def fuse_teacher(method: Method, device: torch.device) -> None:
+def fuse_teacher(method: Method, config: Config, device: torch.device) -> None:
     """Let the folded teacher of ``method``, which is on ``device``, use fused kernels of a GPU."""
     if method.needs_teacher and device.type == "cuda":
-        method.teacher = fuse_layers(method.teacher).requires_grad_(False)
+        images = config.batch_size * method.views
+        fused = fuse_layers(method.teacher, config.precision, images)
+        method.teacher = fused.requires_grad_(False)
 
 
 def compile_loss(phase: Phase, config: Config) -> Phase:

@@ -105,10 +105,14 @@ class GraphedStep(TrainingStep):
         try:
             with _capturable(self.optimizer):
                 return self.capture(lambda: self.compute(size))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
+            # The end of a capture that has failed raises another error.
+            cause = error.__context__ or error
             raise UserError(
                 f"phase {self.phase.name}: the step cannot be captured as a CUDA graph "
-                f"({one_line(error)[:200]}); use graph=off"
+                f"({one_line(cause)[:200]}); use graph=off"
             ) from error
 
     def _lr(self) -> list[float]:

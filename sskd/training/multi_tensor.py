@@ -7,14 +7,36 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# The layers whose weights autocast casts to bf16 (torch.amp, "CUDA Ops that can autocast").
-_CAST_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+from sskd.models.fusing import FusedConvolution
+
+# Layers that autocast computes in bf16 (torch.amp, "CUDA Ops that can autocast to float16"). A
+# subclass may use its weights in another way.
+_CAST_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, FusedConvolution)
+
+
+class Batching:
+    """The small work of a step of ``trained``, a part of ``module``, on many tensors at once.
+
+    Args:
+        casts: the step computes in bf16.
+    """
+
+    def __init__(self, module: nn.Module, trained: nn.Module, *, casts: bool) -> None:
+        self._trained = trained
+        self._weights = CastWeights(module, trained) if casts else None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Work so in the forward and backward pass inside a ``with`` block."""
+        cast = self._weights.in_place() if self._weights else nullcontext()
+        with cast, batch_norms_counted_together(self._trained):
+            yield
 
 
 class CastWeights:
@@ -27,30 +49,43 @@ class CastWeights:
     def __init__(self, module: nn.Module, trained: nn.Module) -> None:
         trainable = {id(parameter) for parameter in trained.parameters()}
         self._copies: dict[nn.Parameter, nn.Parameter] = {}
-        self._places: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._layers: dict[nn.Module, dict[str, nn.Parameter]] = {}
         for layer in module.modules():
-            if isinstance(layer, _CAST_LAYERS):
-                for name, weight in layer.named_parameters(recurse=False):
+            if type(layer) in _CAST_LAYERS:
+                # Not a weight that something computes before each forward, such as weight_norm.
+                own = {k: p for k, p in layer._parameters.items() if p is not None}
+                self._layers[layer] = {k: own[k] for k in ("weight", "bias") if k in own}
+                for weight in self._layers[layer].values():
                     copy = torch.empty_like(weight, dtype=torch.bfloat16)
                     self._copies.setdefault(weight, nn.Parameter(copy, id(weight) in trainable))
-                    self._places.append((layer, name, weight))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Cast the weights; let the layers compute with the copies inside a ``with`` block.
 
-        The weights then have the gradients of a backward pass inside the block.
+        A layer does so where autocast is on. The weights then have the gradients of a backward
+        pass inside the block.
         """
         with torch.no_grad():
             torch._foreach_copy_(list(self._copies.values()), list(self._copies))
+        hooks = [layer.register_forward_pre_hook(self._swap_in) for layer in self._layers]
+        hooks += [
+            layer.register_forward_hook(self._swap_out, always_call=True) for layer in self._layers
+        ]
         try:
-            for layer, name, weight in self._places:
-                layer._parameters[name] = self._copies[weight]
             yield
         finally:
-            for layer, name, weight in self._places:
-                layer._parameters[name] = weight
+            for hook in hooks:
+                hook.remove()
         self._return_gradients()
+
+    def _swap_in(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if torch.is_autocast_enabled(inputs[0].device.type):
+            for name, weight in self._layers[layer].items():
+                layer._parameters[name] = self._copies[weight]
+
+    def _swap_out(self, layer: nn.Module, *_: object) -> None:
+        layer._parameters.update(self._layers[layer])
 
     @torch.no_grad()
     def _return_gradients(self) -> None:
@@ -59,7 +94,9 @@ class CastWeights:
             gradients = [torch.empty_like(weight) for weight in found]
             torch._foreach_copy_(gradients, list(found.values()))
             for weight, gradient in zip(found, gradients, strict=True):
-                weight.grad, self._copies[weight].grad = gradient, None
+                # A loss that reads a weight itself has given it a gradient already.
+                weight.grad = gradient if weight.grad is None else weight.grad + gradient
+                self._copies[weight].grad = None
 
 
 @contextmanager
@@ -83,7 +120,7 @@ def batch_norms_counted_together(module: nn.Module) -> Iterator[None]:
 
 
 def _counter(layer: _BatchNorm) -> Tensor | None:
-    """Return the tensor that counts the batches of ``layer``, if nothing else reads it."""
+    """Return the tensor that counts the batches of ``layer``, unless its forward reads it."""
     return None if layer.momentum is None else layer.num_batches_tracked
 
 

@@ -13,7 +13,7 @@ from sskd.device import StepQueue, reset_peak_gpu_memory
 from sskd.methods import Phase
 from sskd.precision import autocast, multiplying
 from sskd.training.meter import Meter
-from sskd.training.multi_tensor import CastWeights, batch_norms_counted_together
+from sskd.training.multi_tensor import Batching
 
 # In these cuDNN chooses its algorithms, and the optimizer creates its state.
 WARMUP_STEPS = 3
@@ -31,20 +31,20 @@ def train_step(
     batch: Batch,
     precision: str,
     *,
-    weights: CastWeights | None = None,
+    batching: Batching | None = None,
 ) -> dict[str, Tensor]:
     """Train ``phase`` on one batch.
 
     Args:
         precision: one of ``sskd.precision.PRECISIONS``; losses are computed in float32.
-        weights: the networks' weights in bf16; without them, autocast casts each by itself.
+        batching: does the same small work on many tensors at once.
 
     Returns:
         Metrics on the device, scalars: ``loss``, each term as ``loss/<term>`` and
         ``weighted/<term>``, and the phase's metrics.
     """
     optimizer.zero_grad(set_to_none=True)
-    with multiplying(precision), weights.in_place() if weights else nullcontext():
+    with multiplying(precision), batching.active() if batching else nullcontext():
         with autocast(precision, batch.x.device):
             terms, metrics = phase.losses(batch)
         weighted = phase.weigh(terms)
@@ -80,8 +80,8 @@ class TrainingStep:
     is_compiled: bool = False
 
     def __post_init__(self) -> None:
-        casts = self.precision == "bf16" and not self.is_compiled
-        self._weights = CastWeights(self.method, self.phase.trains) if casts else None
+        modules = None if self.is_compiled else (self.method, self.phase.trains)
+        self._batching = modules and Batching(*modules, casts=self.precision == "bf16")
         self._taken = 0
         self._queue = StepQueue(self.loader.device)
 
@@ -110,11 +110,7 @@ class TrainingStep:
 
     def train(self, batch: Batch) -> None:
         """Train on ``batch`` and add its metrics."""
-        counted = (
-            nullcontext() if self.is_compiled else batch_norms_counted_together(self.phase.trains)
+        metrics = train_step(
+            self.phase, self.optimizer, batch, self.precision, batching=self._batching
         )
-        with counted:
-            metrics = train_step(
-                self.phase, self.optimizer, batch, self.precision, weights=self._weights
-            )
         self.meter.add(metrics, len(batch.y))

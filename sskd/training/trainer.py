@@ -44,7 +44,8 @@ class Trainer:
         method: every module that takes part; all but ``phase.trains`` is frozen in eval mode.
         checkpointed: the module whose state the checkpoints carry.
         images: the data, on the device of the networks.
-        run, config: what receives the metrics and the checkpoints, and the run's configuration.
+        run: receives the metrics and the checkpoints.
+        config: the run's configuration.
         eval_model: the network whose accuracy is measured after each epoch, if any.
     """
 
@@ -143,7 +144,8 @@ class Trainer:
         self.run.metrics.log(line)
         self.checkpoint.keep_if_best()
         is_last = state.epoch == self.schedule.epochs
-        save = is_last or self.checkpoint.is_due(self.config.checkpoint_seconds) or signals.received
+        shortest = min(self.config.checkpoint_seconds, 60 * self.config.checkpoint_minutes)
+        save = is_last or self.checkpoint.is_due(shortest) or signals.received
         if save:
             self.checkpoint.save()
         self.progress.epoch(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -404,6 +405,21 @@ def check_planted(build: Callable[..., KD], fault: Fault, **attributes: Any) -> 
 def check_built(build: Callable[..., KD], kind: type[KD]) -> None:
     images = random_images(8, 4)
     check_device(build(kind, images), images)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda pooled: pooled * random.random(),
+        lambda pooled: pooled[: random.choice([2, 3])],
+        lambda pooled: pooled.sin() if random.random() < 0.5 else pooled.cos(),
+    ],
+)
+def test_what_python_draws_in_a_step_fails(build: Callable[..., KD], fault: Fault) -> None:
+    random.seed(3)  # with it each fault differs between the last two steps
+    with pytest.raises(CheckError, match=r"phase distill: two steps differ in what Python decides"):
+        check_planted(build, fault)
+    check_planted(build, fault, capturable=False)
 
 
 @pytest.mark.parametrize("fault", [*WAITING, *ON_HOST, *MIXED])

@@ -11,6 +11,7 @@ from breaking import outcome
 from conftest import Compose, SmallTeacher, plan_of
 from faults import SMALL
 
+import sskd.teachers.precompute
 from sskd.data import Images
 from sskd.errors import UserError
 from sskd.invocation import extensions
@@ -83,7 +84,7 @@ def test_a_shared_phase_depends_on_these_settings_alone(
         assert settings(change) != default, change
 
 
-# Commit e2621d5 named the folders so.
+# Commit e2621d5 named the folders so. The format of the outputs was 1 then.
 @pytest.mark.parametrize(
     ("method", "precision", "name"),
     [
@@ -97,8 +98,10 @@ def test_a_shared_phase_depends_on_these_settings_alone(
 )
 @pytest.mark.parametrize("auto", [False, True])
 def test_shared_phases_keep_their_names(
-    composed: Compose, few_images: Images, method: str, precision: str, name: str, auto: bool
-) -> None:
+    composed: Compose, few_images: Images, monkeypatch: pytest.MonkeyPatch,
+    method: str, precision: str, name: str, auto: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sskd.teachers.precompute, "FORMAT", 1)
     words = (f"method={method}", "dataset=digits", "arch@teacher=resnet14", "arch@student=resnet8")
     config = composed(*words, f"precision={'auto' if auto else precision}")
     plan = plan_of(config, "digest").computed_in(precision)

@@ -124,7 +124,10 @@ def test_a_step_that_cannot_be_captured_is_a_short_error(composed: Compose) -> N
     (parts,) = phases_of(composed("arch@teacher=resnet8", "arch@student=resnet8", "method=kd"))
 
     def capture(_: Callable[[], None]) -> Callable[[], None]:
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        try:  # as torch.cuda.graph does
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     message = r"phase distill: .* \(operation not permitted when .*\); use graph=off"
     with pytest.raises(UserError, match=message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -14,18 +15,34 @@ from sskd.training.multi_tensor import CastWeights, batch_norms_counted_together
 
 
 class Two(nn.Module):
-    """A trained network that computes twice, and a frozen one."""
+    """A trained network that computes twice, and a frozen one.
+
+    A layer of the trained one also computes in float32, its weight is also read by itself, and a
+    subclass of a layer uses its weight in another way.
+    """
+
+    trained: Any
 
     def __init__(self) -> None:
         super().__init__()
         self.trained = build_model("resnet8", 5).train()
+        self.trained.add_module("scaled", Scaled(64, 5))
         self.frozen = build_model("resnet8", 5).eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             first, second = self.trained(x), self.trained(-x)
-            gap = first.logits - self.frozen(x).logits
-        return gap.float().square().mean() + second.pooled.float().square().mean()
+            gap = first.logits - self.frozen(x).logits + self.trained.scaled(first.pooled)
+            with torch.autocast("cpu", enabled=False):
+                again = self.trained.fc(second.pooled.float())
+        assert again.dtype == torch.float32
+        terms = (gap, second.pooled, again, self.trained.fc.weight)
+        return torch.stack([term.float().square().mean() for term in terms]).sum()
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight * (1 + 1e-3))
 
 
 def test_weights_cast_at_once_have_autocasts_gradients() -> None:
@@ -55,11 +72,15 @@ def test_weights_cast_at_once_have_autocasts_gradients() -> None:
 
 
 def test_an_error_leaves_the_own_weights_and_counters() -> None:
-    network = build_model("resnet8", 5)
+    network: Any = build_model("resnet8", 5)
     before = network.state_dict(keep_vars=True)
     weights = CastWeights(network, network)
-    with weights.in_place():
-        assert network.get_parameter("conv1.weight").dtype == torch.bfloat16
+    used: list[torch.dtype] = []
+    network.bn1.register_forward_pre_hook(lambda *_: used.append(network.conv1.weight.dtype))
+    network.conv1.register_forward_hook(lambda layer, *_: used.append(layer.weight.dtype))
+    with weights.in_place(), torch.autocast("cpu", torch.bfloat16):
+        network(torch.randn(1, 3, 8, 8))
+    assert used == [torch.bfloat16, torch.float32]
     with pytest.raises(KeyError), weights.in_place(), batch_norms_counted_together(network):
         raise KeyError
     after = network.state_dict(keep_vars=True)
