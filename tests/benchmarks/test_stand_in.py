@@ -94,6 +94,7 @@ from dataclasses import asdict
 from unittest.mock import patch
 import torch
 from benchmarks import stand_in
+from benchmarks.gpu.agree import places
 from benchmarks.workload import Case, loader_of, noise, training_step
 from sskd.methods import METHODS
 from sskd.teachers.assembly import assemble
@@ -101,15 +102,6 @@ from sskd.training.graph import WARMUP_STEPS, GraphedStep
 
 PAIR, SIZES = "resnet14-resnet8", {"batch": 8, "images": 160}
 CHOICES = {"device": "cuda", "compile": "off", "graph": "on", "precompute": False}
-
-def places(step):
-    meter, loader = step.meter, step.loader
-    tensors = {**dict(step.method.named_parameters()), **dict(step.method.named_buffers())}
-    for index, state in enumerate(step.optimizer.state.values()):
-        tensors |= {f"{name} of parameter {index}": value for name, value in state.items()}
-    for owner in (meter, loader):
-        tensors |= {k: v for k, v in vars(owner).items() if isinstance(v, torch.Tensor)}
-    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 def capture(case, images, name):
     step = training_step(case.config, images, loader_of(case, images.to("cuda")), name)
@@ -312,3 +304,29 @@ def test_every_step_is_captured_and_nothing_moves() -> None:
         assert {kind: replayed[kind] for kind in waits} == dict.fromkeys(waits, 0), name
         # One for the graph, and two for each generator that it draws from.
         assert 10 <= replayed["launches"] + replayed["memsets"] <= 10 * 5, name
+
+
+def test_the_stages_on_a_gpu_write_every_row(tmp_path: Path) -> None:
+    """The numbers are arbitrary, so some of the rows that read them fail."""
+    pairs = ["--agree-pair", "resnet14-resnet8", "--pairs", "resnet14-resnet8", "--grid-pairs"]
+    chosen = ["--methods", "crd", "sskd", "--teachers", "vgg8", "--works", "kd", "ss_head"]
+    small = ["--precisions", "bf16", "--modes", "graph", "eager", "--jobs", "2", "--batch", "4"]
+    few = ["--images", "80", "--rounds", "1", "--steps", "2", "--workers", "1"]
+    command = ["-m", "benchmarks.gpu", "agree", "throughput", "--out", str(tmp_path)]
+    done = on_stand_in(*command, *pairs, *chosen, *small, *few)
+    assert done.stdout.splitlines()[-1] == "throughput: done"
+    agree, throughput = (
+        {row.pop("key"): row for row in map(json.loads, path.read_text().splitlines())}
+        for path in (tmp_path / "agree.jsonl", tmp_path / "throughput.jsonl")
+    )
+    steps = [f"{name} bf16" for name in ("crd distill", "sskd ss_head", "sskd distill")]
+    assert sorted(agree) == sorted(
+        [f"{kind} {name}" for kind in ("cpu", "graph") for name in steps] + ["teacher vgg8 bf16"]
+    )
+    assert [agree[f"cpu {name}"]["wait"] for name in steps] == [""] * 3
+    assert [agree[f"graph {name}"]["moved"] for name in steps] == [[]] * 3
+    timed = [f"resnet14-resnet8 {work} {mode} bf16 {jobs}" for work in ("kd", "ss_head")
+             for mode, jobs in (("graph", 1), ("eager", 1), ("graph", 2))]  # fmt: skip
+    assert all(throughput[key]["seconds"] > 0 for key in timed)
+    others = {"evaluation", "checkpoint", "resnet14-resnet8 kd conventional fp32 1"}
+    assert set(throughput) == others | set(timed)
