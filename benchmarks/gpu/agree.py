@@ -324,7 +324,7 @@ def faults_of(values: Values, limits: Mapping[str, float]) -> Iterator[str]:
     if "error" in values:
         yield values["error"]
     for key, limit in limits.items():
-        if key in values and not values[key] <= limit:
+        if key in values and not (values[key] <= limit and math.isfinite(values[key])):
             yield f"{key} above {limit:g}"
     if values.get("wait"):
         yield values["wait"]

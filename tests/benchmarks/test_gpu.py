@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -110,6 +111,8 @@ def test_a_folded_teacher_agrees(name: str) -> None:
     assert "agree" in agree.teacher_row(f"teacher {name} fp32", found)
     wrong = agree.teacher_row(f"teacher {name} fp32", {**found, "features": 0.1})
     assert "features above 0.001" in wrong
+    both = {**found, "features": math.inf, "plain": math.inf}
+    assert "features above inf" in agree.teacher_row(f"teacher {name} fp32", both)
 
 
 def test_negatives_are_of_other_classes_and_the_same_everywhere() -> None:
