@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from torch import nn
 
 from benchmarks import harness
 from benchmarks.harness import Pipeline
 from sskd import CONF
 from sskd.config import Config, read_config
-from sskd.data import Batch, Images, Loader, Split
+from sskd.data import Batch, Images, Loader, Split, eval_batches
 from sskd.device import to_device
 from sskd.methods import METHODS
 from sskd.optimizers import build_optimizer
@@ -130,11 +131,12 @@ def training_step(config: Config, images: Images, loader: Loader, name: str | No
     """Return the training step of the phase ``name``, as the training loop takes it.
 
     If ``name`` is None, it is the method's last phase. On an NVIDIA GPU the current stream of this
-    process becomes another than the default one, as in a run.
+    process becomes another than the default one, as in a run. The teacher has random weights.
     """
-    if loader.device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream(loader.device))
+    use_new_stream(loader.device)
     method = assemble(config, images)
+    if method.needs_teacher:
+        set_statistics(method.teacher, images)
     fold_teacher(method)
     to_device(method, loader.device)
     fuse_teacher(method, config, loader.device)
@@ -152,6 +154,34 @@ def training_step(config: Config, images: Images, loader: Loader, name: str | No
         optimizer=optimizer,
         meter=Meter(),
     )
+
+
+def use_new_stream(device: torch.device) -> None:
+    """Compute on a new stream from now on, if ``device`` is an NVIDIA GPU."""
+    if device.type == "cuda":
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        torch.cuda.set_stream(stream)
+
+
+@torch.no_grad()
+def set_statistics(network: nn.Module, images: Images) -> None:
+    """Set the statistics of the BatchNorms of ``network``, on the CPU, to those of a batch.
+
+    Without them the feature maps of a network that is not trained grow with its depth, so much that
+    some losses overflow.
+    """
+    layers = [each for each in network.modules() if isinstance(each, nn.BatchNorm2d)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 1.0
+    few = Split(images.train.images[:16], images.train.labels[:16]).to("cpu")
+    ((x, _),) = eval_batches(few, images.mean, images.std, len(few))
+    network.train()
+    network(x)
+    network.eval()
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
 
 
 def outputs_of_noise(layout: Layout, images: Images) -> Precomputed:

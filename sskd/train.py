@@ -24,7 +24,7 @@ from sskd.teachers.find import missing_teacher, resolve_plan
 from sskd.teachers.phases import find_or_train_phase
 from sskd.teachers.precompute import find_or_compute_outputs
 from sskd.tracking.environment import check_environment, started_by_agent
-from sskd.tracking.tracker import Tracker, report_finished
+from sskd.tracking.opening import report_finished, tracker_of
 from sskd.training.acceleration import fold_teacher, fuse_teacher
 from sskd.training.preview import save_views
 from sskd.training.result import last_top1, measure_result
@@ -136,7 +136,7 @@ def _train_phases(
     checkpoint = run.checkpoints.load(epochs)
     run.announce(epochs)
     current = checkpoint["stage"] if checkpoint else phases[0].name
-    with Tracker(run, plan, under_agent=under_agent) as tracker:
+    with tracker_of(run, plan, under_agent=under_agent) as tracker:
         tracker.picture("views", save_views(run, images, config, method.views))
         run.metrics.subscribe(tracker.log)
         if config.teacher and config.teacher.precompute:

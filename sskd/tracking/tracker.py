@@ -8,8 +8,8 @@ from typing import Any, Self
 
 import wandb
 
-from sskd.errors import Interrupted, UserError
-from sskd.output import complain, say
+from sskd.errors import Interrupted
+from sskd.output import say
 from sskd.overrides import as_override, flatten
 from sskd.runs.epoch_line import EpochLine
 from sskd.runs.plan import RunPlan
@@ -34,17 +34,6 @@ _SUMMARY = {
     "images_per_second": "images_per_second",
     "peak_memory_mib": "peak_memory_mib",
 }
-
-
-def report_finished(run: Run, plan: RunPlan, result: RunResult) -> None:
-    """Log a run that had finished before to the W&B run that ``wandb agent`` has named for it."""
-    try:
-        run.metrics.lines = run.metrics.read()
-    except UserError as error:
-        complain(f"warning: {error}")
-    with Tracker(run, plan, under_agent=True) as tracker:
-        run.metrics.subscribe(tracker.log)
-        tracker.summarise(result)
 
 
 class Tracker:

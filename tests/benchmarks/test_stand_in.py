@@ -95,6 +95,7 @@ from dataclasses import asdict
 from unittest.mock import patch
 import torch
 from benchmarks import stand_in
+from benchmarks.gpu.agree import places
 from benchmarks.workload import Case, loader_of, noise, training_step
 from sskd.methods import METHODS
 from sskd.teachers.assembly import assemble
@@ -103,15 +104,6 @@ from sskd.training.step import WARMUP_STEPS
 
 PAIR, SIZES = "resnet14-resnet8", {"batch": 8, "images": 100}  # the last batch is smaller
 CHOICES = {"device": "cuda", "compile": "off", "graph": "on", "precompute": False}
-
-def places(step):
-    meter, loader = step.meter, step.loader
-    tensors = {**dict(step.method.named_parameters()), **dict(step.method.named_buffers())}
-    for index, state in enumerate(step.optimizer.state.values()):
-        tensors |= {f"{name} of parameter {index}": value for name, value in state.items()}
-    for owner in (meter, loader):
-        tensors |= {k: v for k, v in vars(owner).items() if isinstance(v, torch.Tensor)}
-    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 def capture(case, images, name):
     step = training_step(case.config, images, loader_of(case, images.to("cuda")), name)
@@ -374,3 +366,29 @@ def test_jobs_in_threads_draw_their_own_numbers() -> None:
     drawn = [job[1] for job in together]
     assert drawn[0] == drawn[2] > drawn[1] == 0
     assert len({job[3] for job in together}) == 1  # the images
+
+
+def test_the_stages_on_a_gpu_write_every_row(tmp_path: Path) -> None:
+    """The numbers are arbitrary, so some of the rows that read them fail."""
+    pairs = ["--agree-pair", "resnet14-resnet8", "--pairs", "resnet14-resnet8", "--grid-pairs"]
+    chosen = ["--methods", "crd", "sskd", "--teachers", "vgg8", "--works", "kd", "ss_head"]
+    small = ["--precisions", "bf16", "--modes", "graph", "eager", "--jobs", "2", "--batch", "4"]
+    few = ["--images", "80", "--rounds", "1", "--steps", "2", "--workers", "1"]
+    command = ["-m", "benchmarks.gpu", "agree", "throughput", "--out", str(tmp_path)]
+    done = on_stand_in(*command, *pairs, *chosen, *small, *few)
+    assert done.stdout.splitlines()[-1] == "throughput: done"
+    agree, throughput = (
+        {row.pop("key"): row for row in map(json.loads, path.read_text().splitlines())}
+        for path in (tmp_path / "agree.jsonl", tmp_path / "throughput.jsonl")
+    )
+    steps = [f"{name} bf16" for name in ("crd distill", "sskd ss_head", "sskd distill")]
+    assert sorted(agree) == sorted(
+        [f"{kind} {name}" for kind in ("cpu", "graph") for name in steps] + ["teacher vgg8 bf16"]
+    )
+    assert [agree[f"cpu {name}"]["wait"] for name in steps] == [""] * 3
+    assert [agree[f"graph {name}"]["moved"] for name in steps] == [[]] * 3
+    timed = [f"resnet14-resnet8 {work} {mode} bf16 {jobs}" for work in ("kd", "ss_head")
+             for mode, jobs in (("graph", 1), ("eager", 1), ("graph", 2))]  # fmt: skip
+    assert all(throughput[key]["seconds"] > 0 for key in timed)
+    others = {"evaluation", "checkpoint", "resnet14-resnet8 kd conventional fp32 1"}
+    assert set(throughput) == others | set(timed)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import sskd.files
 import sskd.models.checkpoints
 import sskd.runs.checkpoint_file
-import sskd.tracking.tracker
+import sskd.tracking.opening
 import sskd.training.preview
 import sskd.training.state
 from sskd.errors import UserError
@@ -98,7 +98,7 @@ def test_a_signal_after_the_result_leaves_a_run_finished(
     def stop(*_: Any) -> None:
         raise Interrupted(signal.SIGTERM)
 
-    monkeypatch.setattr(sskd.tracking.tracker.Tracker, "__exit__", stop)
+    monkeypatch.setattr(sskd.tracking.opening.NoTracker, "__exit__", stop)
     with pytest.raises(Interrupted):
         train(composed(*SMALL, "method=vanilla", "schedule.epochs=1"))
     (folder,) = (path.parent for path in (tmp_path / "runs").rglob("result.json"))

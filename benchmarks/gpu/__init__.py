@@ -1,0 +1,1 @@
+"""What to measure first on a GPU that is lent for half an hour (``__main__``)."""

@@ -1,0 +1,100 @@
+"""Runs of the full recipe, worked off in order: each stops with its state saved, and resumes."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from benchmarks.gpu.rows import Job, Values
+from benchmarks.gpu.speed import PAIRS
+from benchmarks.harness import table_head, table_row
+from sskd import CONF
+from sskd.errors import UserError
+from sskd.methods import METHODS
+
+ROOT = CONF.parent
+COMMANDS = {"teacher": "train_teacher.py", "student": "train_student.py"}
+SAVE_SECONDS = 60  # for a run that was asked to stop
+FIRST_METHODS = ("kd", "sskd")
+
+
+def default_lines() -> list[str]:
+    """Return the teachers of the pairs, then their students, those of KD and SSKD first."""
+    teachers = [f"teacher arch={pair.split('-')[0]}" for pair in PAIRS]
+    methods = dict.fromkeys([*FIRST_METHODS, *METHODS])
+    return [
+        *teachers,
+        *(f"student pair={pair} method={each}" for each in methods for pair in PAIRS),
+    ]
+
+
+def rows(options: argparse.Namespace) -> Iterator[tuple[str, Job]]:
+    """Yield a job for each line of the list.
+
+    Raises:
+        UserError: a line does not begin with the name of a command.
+    """
+    lines = options.runs.read_text().splitlines() if options.runs else default_lines()
+    folder = options.out.resolve()
+    shared = [f"device={options.device}", f"runs={folder / 'runs'}", "wandb.mode=disabled"]
+    for line in filter(None, map(str.strip, lines)):
+        name, *words = shlex.split(line)
+        if name not in COMMANDS:
+            raise UserError(f"{options.runs}: '{line}' should begin with {' or '.join(COMMANDS)}")
+        command = [COMMANDS[name], *words, *options.set, *shared]
+        yield line, partial(train, command, folder / "train.log")
+
+
+def perform(job: Job, seconds: float) -> Values | None:
+    """Do ``job``, which stops by itself after ``seconds``."""
+    return job(seconds)
+
+
+def train(command: Sequence[str], log: Path, seconds: float) -> Values | None:
+    """Run a training command; None if it was stopped after ``seconds``, with its state saved."""
+    with log.open("a") as file:
+        process = start(command, file)
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            stop(process)
+            return None
+        except KeyboardInterrupt:
+            stop(process)
+            raise
+    if status == 0:
+        return {"state": "finished"}
+    *_, last = [f"ended with status {status}", *log.read_text().splitlines()]
+    return {"error": last}
+
+
+def start(command: Sequence[str], output: IO[str]) -> subprocess.Popen[str]:
+    """Start a script of the suite, which writes to ``output``."""
+    words = [sys.executable, *command]
+    return subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, text=True)
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """Let a run save its state and end."""
+    process.terminate()
+    try:
+        process.wait(SAVE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def table(found: Mapping[str, Values], options: argparse.Namespace) -> list[str]:
+    """Return the lines of the table: a row for each run."""
+    states = {key: found.get(key, {}) for key, _ in rows(options)}
+    lines = [
+        table_row([key, values.get("error") or values.get("state", "not finished")])
+        for key, values in states.items()
+    ]
+    return [*table_head(("run", "state"), text_columns=2), *lines]

@@ -1,0 +1,330 @@
+"""The stages of ``benchmarks.gpu``, without a GPU: what they compare, write and resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import starting
+import torch
+from faults import SMALL
+
+import sskd.methods.kd
+from benchmarks.gpu import agree, rows, runs, targets
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.rows import Stage, Values, work_off
+from benchmarks.workload import Case
+from sskd.errors import UserError
+from sskd.training.step import TrainingStep
+
+KD = Case(
+    pair="resnet14-resnet8", batch=4, images=18, device="cpu", compile="off", graph="auto",
+    precompute=False,
+)  # fmt: skip
+CRD = Case(**{**vars(KD), "method": "crd"})
+KEY = "kd distill fp32"
+SHORT = "schedule.epochs=30"
+
+
+def verdict(**found: Values) -> str:
+    """Return the last cell of the row of KD's step."""
+    cells = agree.step_row(KEY, {f"{kind} {KEY}": values for kind, values in found.items()})
+    return cells.strip("| ").rpartition("| ")[2]
+
+
+# ---- agree ----
+
+
+@pytest.mark.parametrize("case", [KD, CRD])
+def test_the_cpu_agrees_with_the_cpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agree, "GRAPH_STEPS", 8)
+    agree.steps_on_cpu.cache_clear()
+    cpu, graph = agree.compare_with_cpu(case, "distill"), agree.compare_graph(case, "distill")
+    assert cpu == {"losses": 0, "weights": 0, "wait": ""}
+    assert graph == {"losses": 0, "weights": 0, "moved": []}
+    assert verdict(cpu=cpu, graph=graph) == "agree"
+
+
+def test_a_wrong_loss_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    agree.steps_on_cpu.cache_clear()
+    agree.compare_with_cpu(KD, "distill")  # keeps the steps of the CPU
+    right = sskd.methods.kd.kd_loss
+    monkeypatch.setattr(sskd.methods.kd, "kd_loss", lambda *logits: 1.01 * right(*logits))
+    found = agree.compare_with_cpu(KD, "distill")
+    assert found["losses"] == pytest.approx(0.01, rel=0.1)
+    assert "losses above 0.001" in verdict(cpu=found)
+
+
+def test_a_wrong_update_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    agree.steps_on_cpu.cache_clear()
+    agree.compare_with_cpu(KD, "distill")
+    monkeypatch.setattr(agree, "SLOWER", 1.1 * agree.SLOWER)
+    found = agree.compare_with_cpu(KD, "distill")
+    assert found["weights"] == pytest.approx(0.1, rel=0.1)
+    assert "weights above 0.05" in verdict(cpu=found)
+
+
+def test_a_tensor_that_moves_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = TrainingStep.take
+
+    def take_and_move(step: TrainingStep) -> int:
+        assert step.meter._sums is None or step.meter._sums.numel()
+        taken = take(step)
+        step.meter._sums = torch.cat([step.meter._sums]) if step.meter._sums is not None else None
+        return taken
+
+    monkeypatch.setattr(TrainingStep, "take", take_and_move)
+    monkeypatch.setattr(agree, "GRAPH_STEPS", 6)
+    found = agree.compare_graph(KD, "distill")
+    assert found["moved"] == ["_sums"]
+    assert verdict(graph=found) == "graph: moved: _sums"
+
+
+def test_a_step_that_waits_is_found_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device, *, allowed: bool) -> Any:
+        if not allowed:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return torch.enable_grad()
+
+    monkeypatch.setattr(agree, "no_waiting", refuse)
+    agree.steps_on_cpu.cache_clear()
+    found = agree.compare_with_cpu(KD, "distill")
+    assert found["losses"] == found["weights"] == 0
+    assert "called a synchronizing CUDA operation" in verdict(cpu=found)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "vgg8"])
+def test_a_folded_teacher_agrees(name: str) -> None:
+    found = agree.compare_teacher(name, "cpu", "fp32")
+    assert found["plain"] == 0
+    assert 0 < found["features"] < 1e-4
+    assert "agree" in agree.teacher_row(f"teacher {name} fp32", found)
+    wrong = agree.teacher_row(f"teacher {name} fp32", {**found, "features": 0.1})
+    assert "features above 0.001" in wrong
+    both = {**found, "features": math.inf, "plain": math.inf}
+    assert "features above inf" in agree.teacher_row(f"teacher {name} fp32", both)
+
+
+def test_negatives_are_of_other_classes_and_the_same_everywhere() -> None:
+    labels = torch.arange(50_000) % 100
+    classes = torch.tensor([3, 3, 7])
+    negatives = agree.same_negatives(labels, classes, 400)
+    assert (labels[negatives] != classes[:, None]).all()
+    assert [len(set(row)) for row in negatives.tolist()] == [400] * 3
+    assert set(negatives[0].tolist()) != set(negatives[1].tolist())
+    assert torch.equal(negatives, agree.same_negatives(labels, classes, 400))
+
+
+# ---- rows ----
+
+
+@pytest.fixture(autouse=True)
+def _fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the workers, which would otherwise start a new Python."""
+    monkeypatch.setattr(rows, "get_context", lambda method: get_context("fork"))
+
+
+def fail() -> Values:
+    raise UserError("no such pair")
+
+
+def number(path: Path, value: int) -> Values:
+    """Return a row, and note the call."""
+    with path.open("a") as file:
+        file.write(f"{value}\n")
+    return {"value": value, "process": os.getpid()}
+
+
+def stage_of(jobs: dict[str, Any]) -> Stage:
+    return Stage(lambda options: jobs.items(), lambda found, options: list(found))
+
+
+def options_of(folder: Path, minutes: float = 1, *, retry: bool = False) -> Namespace:
+    return Namespace(out=folder, minutes=minutes, retry=retry)
+
+
+def test_finished_rows_are_not_computed_again(tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    jobs: dict[str, Any] = {name: partial(number, calls, i) for i, name in enumerate("abc")}
+    jobs["d"] = fail
+    work_off("test", stage_of({"b": jobs["b"]}), options_of(tmp_path), "title")
+    for _ in "12":
+        work_off("test", stage_of(jobs), options_of(tmp_path), "title")
+    assert calls.read_text().split() == ["1", "0", "2"]
+    found = rows.read_rows(tmp_path / "test.jsonl", retry=False)
+    assert [found[name].get("value") for name in "abcd"] == [0, 1, 2, None]
+    assert found["d"]["error"] == "UserError: no such pair"
+    assert list(rows.read_rows(tmp_path / "test.jsonl", retry=True)) == ["b", "a", "c"]
+    assert (tmp_path / "test.md").read_text().splitlines()[:2] == ["title", ""]
+
+
+def test_a_failure_does_not_stop_the_stage(tmp_path: Path, capsys: Any) -> None:
+    calls = tmp_path / "calls"
+    jobs = {"a": partial(number, calls, 1), "b": partial(os._exit, 3), "c": fail,
+            "d": partial(number, calls, 2), "e": partial(number, calls, 3)}  # fmt: skip
+    work_off("test", stage_of(jobs), options_of(tmp_path), "title")
+    found = rows.read_rows(tmp_path / "test.jsonl", retry=False)
+    assert found["b"]["error"] == "the process ended with status 3"
+    assert "error" in found["c"]
+    assert found["a"]["process"] != found["d"]["process"] == found["e"]["process"]
+    assert capsys.readouterr().out.splitlines()[-1] == "test: done"
+
+
+def test_a_stage_ends_at_its_limit(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = tmp_path / "calls"
+    jobs = {"a": partial(number, calls, 1), "b": partial(time.sleep, 60)}
+    started = time.monotonic()
+    work_off("test", stage_of(jobs), options_of(tmp_path, 0.5 / 60), "title")
+    assert time.monotonic() - started < 10
+    assert list(rows.read_rows(tmp_path / "test.jsonl", retry=False)) == ["a"]
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == "test: 1 row is left; the same command continues"
+    monkeypatch.setattr(rows, "ROW_SECONDS", 0.1)
+    work_off("test", stage_of(jobs), options_of(tmp_path), "title")
+    assert rows.read_rows(tmp_path / "test.jsonl", retry=False)["b"]["error"] == "hangs for 0.1 s"
+
+
+# ---- throughput ----
+
+
+def test_the_stages_write_every_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    words = ["agree", "throughput", "--device", "cpu", "--out", str(tmp_path), "--batch", "4"]
+    pair = ["--agree-pair", "resnet14-resnet8", "--pairs", "resnet14-resnet8", "--grid-pairs"]
+    chosen = ["--methods", "kd", "--teachers", "resnet8", "--works", "kd", "--modes", "graph"]
+    small = ["--precisions", "bf16", "--jobs", "2", "--images", "18", "--workers", "1"]
+    few = ["--rounds", "1", "--steps", "1"]
+    for minutes in ("0", "2"):
+        command = ["gpu", *words, *pair, *chosen, *small, *few, "--minutes", minutes]
+        monkeypatch.setattr(sys, "argv", command)
+        main()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "agree: 3 rows are left; the same command continues"
+    assert said[1] == "throughput: 5 rows are left; the same command continues"
+    assert said[-1] == "throughput: done"
+    lines = (tmp_path / "throughput.jsonl").read_text().splitlines()
+    found = {row["key"]: row for row in map(json.loads, lines)}
+    networks = "resnet14-resnet8 kd"
+    assert list(found) == [
+        *("evaluation", "checkpoint", f"{networks} graph bf16 1"),
+        *(f"{networks} conventional fp32 1", f"{networks} graph bf16 2"),
+    ]
+    assert all(row["seconds"] > 0 for row in found.values())
+    assert (
+        "| resnet14-resnet8 | kd | graph | bf16 | 2 |" in (tmp_path / "throughput.md").read_text()
+    )
+    (row,) = (line for line in (tmp_path / "agree.md").read_text().splitlines() if "| kd |" in line)
+    assert row.endswith("| agree |")
+
+
+def targets_of(milliseconds: dict[str, float]) -> dict[str, list[str]]:
+    """Return the other cells of each target."""
+    found = {key: {"seconds": value / 1000} for key, value in milliseconds.items()}
+    options = Namespace(
+        batch=64, jobs=[1, 8], grid_pairs=["a-b"], device="cpu", images=50_000, compile="off",
+        graph="auto", precompute=False,
+    )  # fmt: skip
+    measured = targets.Measurements(found, options)
+    return {
+        target.text: targets.target_row(target, target.measure(measured))
+        .strip("| ")
+        .split(" | ")[1:]
+        for target in targets.TARGETS
+    }
+
+
+def test_the_targets_follow_from_the_steps() -> None:
+    pair, other = "wrn_40_2-wrn_16_2", "resnet56-resnet20"
+    milliseconds = {
+        "evaluation": 50, "checkpoint": 30,
+        f"{pair} kd graph bf16 1": 1.5, f"{pair} kd conventional fp32 1": 15,
+        f"{pair} sskd graph bf16 1": 4, f"{pair} sskd conventional fp32 1": 20,
+        f"{pair} ss_head graph bf16 1": 2, f"{pair} kd graph bf16 8": 0.3,
+        f"{pair} sskd graph bf16 8": 2, f"{other} kd graph bf16 8": 0.5,
+        f"{other} crd graph bf16 8": 1.1, "a-b kd graph bf16 8": 0.4, "a-b sskd graph bf16 8": 3,
+    }  # fmt: skip
+    found = list(targets_of(milliseconds).values())
+    # 240 epochs of SSKD and 60 of its first phase, in batches of 64 of 50,000 images.
+    minutes = (782 * (240 * 0.004 + 60 * 0.002) + 240 * 0.08) / 60
+    # 10 methods as KD, one of them with what CRD adds, and SSKD; 11 evaluated runs.
+    hours = (50_000 / 64 * 240 * (10 * 0.0004 + 0.0006 + 0.003) + 11 * 240 * 0.08) / 3600
+    assert found == [
+        ["1.50", "yes"], ["4.00", "no"], ["10.00", "yes"], ["5.00", "no"], ["5.00", "yes"],
+        ["2.00", "no"], [f"{minutes:.2f}", "no"], [f"{hours:.2f}", "yes"],
+    ]  # fmt: skip
+    for key in milliseconds:
+        fewer = targets_of({name: value for name, value in milliseconds.items() if name != key})
+        assert any("not measured" in cells[-1] for cells in fewer.values())
+
+
+# ---- train ----
+
+
+class Stopped(starting.Started):
+    """A command for which the time is up as soon as it has saved its state."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        if timeout is None or "seed=1" in self.args or timeout == runs.SAVE_SECONDS:
+            return super().wait(timeout)
+        folder = next(word.removeprefix("runs=") for word in self.args if word.startswith("runs="))
+        while len(list(Path(folder).rglob("last.pt"))) < 2:
+            assert self.poll() is None
+            time.sleep(0.01)
+        raise subprocess.TimeoutExpired(self.args, timeout)
+
+
+def test_runs_are_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = [word for word in SMALL if not word.startswith(("arch", "teacher", "schedule"))]
+    lines = [f"teacher {words}" for words in ("arch=resnet8 seed=1", "arch=resnet8", "arch=no")]
+    (tmp_path / "list").write_text("\n\n".join(lines))
+    options = options_of(tmp_path)
+    options.runs, options.set, options.device = tmp_path / "list", [*small, SHORT], "cpu"
+    stage = Stage(runs.rows, runs.table, perform=runs.perform)
+    for kind in (Stopped, starting.Started):
+        start = partial(start_as, kind)
+        monkeypatch.setattr(runs, "start", start)
+        work_off("train", stage, options, "title")
+        found = rows.read_rows(tmp_path / "train.jsonl", retry=False)
+        assert [found.get(line, {}).get("state") for line in lines] == [
+            "finished", None if kind is Stopped else "finished", None,
+        ]  # fmt: skip
+    assert "arch=no: no such arch" in found[lines[2]]["error"]
+    assert len(list((tmp_path / "runs").rglob("result.json"))) == 2
+    log = (tmp_path / "train.log").read_text()
+    assert "stopped by SIGTERM: the state is saved" in log
+    assert "resumes in" in log
+    assert f"| {lines[1]} | finished |" in (tmp_path / "train.md").read_text()
+
+
+def start_as(kind: type[starting.Started], words: list[str], output: Any) -> starting.Started:
+    """Fork a command from a process that has imported torch."""
+    return kind(*words, stdout=output.fileno(), stderr=starting.STDOUT)
+
+
+def test_a_list_with_an_unknown_command_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("pupil arch=vgg8\n")
+    options = Namespace(runs=tmp_path / "list", out=tmp_path, set=[], device="cpu")
+    with pytest.raises(UserError, match="'pupil arch=vgg8' should begin with teacher or student"):
+        list(runs.rows(options))
+
+
+def test_the_default_list_begins_with_the_teachers() -> None:
+    lines = runs.default_lines()
+    assert lines[:4] == [
+        "teacher arch=wrn_40_2", "teacher arch=resnet56",
+        "student pair=wrn_40_2-wrn_16_2 method=kd", "student pair=resnet56-resnet20 method=kd",
+    ]  # fmt: skip
+    assert len(set(lines)) == len(lines) == 2 + 2 * 15
