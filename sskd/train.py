@@ -23,6 +23,7 @@ from sskd.teachers.assembly import assemble, check_compatible
 from sskd.teachers.find import missing_teacher, resolve_plan
 from sskd.teachers.phases import find_or_train_phase
 from sskd.teachers.precompute import find_or_compute_outputs
+from sskd.teachers.side_by_side import share_forward
 from sskd.tracking.environment import check_environment, started_by_agent
 from sskd.tracking.opening import report_finished, tracker_of
 from sskd.training.acceleration import fold_teacher, fuse_teacher
@@ -115,6 +116,7 @@ def _assemble(
     fold_teacher(method)
     to_device(method, device)
     fuse_teacher(method, plan.config, device)
+    share_forward(method, plan, device)
     phases = list(method.phases())
     if fault := fault_of_phases(phases):
         raise UserError(f"method={plan.config.method.name}: {fault}")

@@ -20,6 +20,8 @@ from sskd.schedule import PhaseSettings
 
 P = ParamSpec("P")
 R = TypeVar("R")
+# Takes a network, its input, and the names of the features that it has to return.
+TeacherForward = Callable[[nn.Module, Tensor, Sequence[str]], Features]
 
 
 class LossOutput(NamedTuple):
@@ -137,6 +139,8 @@ class Method(nn.Module, ABC):
         self.adapters: tuple[nn.Module, ...] = ()
         # If set, returns the teacher's outputs from a file instead (sskd.teachers.outputs).
         self.precomputed: Callable[[Batch], Features] | None = None
+        # Computes them; jobs in threads share it (sskd.teachers.side_by_side).
+        self.teacher_forward: TeacherForward = forward_in_chunks
         self.register_module("teacher", networks.teacher)
         if networks.teacher is not None:
             networks.teacher.requires_grad_(False)
@@ -155,10 +159,10 @@ class Method(nn.Module, ABC):
 
     @torch.no_grad()
     def teacher_features(self, batch: Batch) -> Features:
-        """Return the teacher's features of ``batch``, without a gradient."""
+        """Return the teacher's features of ``batch``, without a gradient; do not change them."""
         if self.precomputed is not None:
             return self.precomputed(batch)
-        return forward_in_chunks(self.teacher, batch.x, self.teacher_outputs)
+        return self.teacher_forward(self.teacher, batch.x, self.teacher_outputs)
 
     @abstractmethod
     def loss(self, batch: Batch) -> LossOutput:
@@ -174,14 +178,18 @@ def forward_in_chunks(network: nn.Module, x: Tensor, fields: Sequence[str]) -> F
     If all ``fields`` are vectors, a large batch is computed in chunks, which is faster. Maps would
     have to be concatenated, which is not.
     """
-    parts = chunks(x)
-    if len(parts) == 1 or not set(fields) <= set(VECTOR_FIELDS):
+    if computes_whole(x, fields):
         whole: Features = network(x)
         return whole
-    outputs = [network(part) for part in parts]
+    outputs = [network(part) for part in chunks(x)]
     return partial_features(
         {name: torch.cat([getattr(output, name) for output in outputs]) for name in fields}
     )
+
+
+def computes_whole(x: Tensor, fields: Sequence[str]) -> bool:
+    """Return whether ``forward_in_chunks`` computes all features of ``x`` at once."""
+    return len(chunks(x)) == 1 or not set(fields) <= set(VECTOR_FIELDS)
 
 
 def state_without_teacher(module: nn.Module) -> dict[str, Tensor]:

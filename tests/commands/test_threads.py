@@ -26,8 +26,10 @@ import sskd.train
 import sskd.turns
 from sskd.commands.threads import run_in_threads
 from sskd.errors import Interrupted
+from sskd.models import build_model
 from sskd.runs.status import read_status
 from sskd.seeding import OwnGenerators
+from sskd.teachers.side_by_side import RememberedForward
 from sskd.turns import Turns, outside_turn, pass_turn, shared
 
 THREADS = ("-m", *SMALL, "hydra/launcher=threads", "hydra.launcher.n_jobs=3")
@@ -276,3 +278,24 @@ def test_jobs_share_an_object_while_one_uses_it() -> None:
         shared("b", lambda: Large("b"))  # nothing refers to the first one any more
     assert shared("b", lambda: Large("b")) is not shared("b", lambda: Large("b"))
     assert made == ["a", *"bbbb"]
+
+
+def test_a_teacher_computes_the_batch_of_several_jobs_once() -> None:
+    """But not for another batch, other outputs or another precision."""
+    network = build_model("resnet8", 10).eval()
+    passes: list[int] = []
+    network.register_forward_hook(lambda *_: passes.append(1))
+    forward = RememberedForward()
+    first, second, third = (torch.randn(4, 3, 32, 32) for _ in range(3))
+    with torch.no_grad():
+        for x in (first, first.clone(), second, first, second):
+            assert torch.equal(forward(network, x, ["logits"]).logits, network(x).logits)
+        assert len(passes) == 5 + 2
+        with torch.autocast("cpu", torch.bfloat16):
+            assert forward(network, first, ["logits"]).logits.dtype == torch.bfloat16
+        forward(network, third, ["logits"])
+        forward(network, first, ["logits"])  # two batches later it is forgotten
+        assert len(passes) == 7 + 3
+        many = torch.randn(65, 3, 32, 32)  # more than a network computes at once
+        assert not forward(network, many, ["logits"]).stages
+        assert forward(network, many, ["stages"]).stages
