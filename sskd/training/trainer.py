@@ -60,12 +60,10 @@ class Trainer:
     def __post_init__(self) -> None:
         images, size = self.images, self.config.batch_size
         self.schedule = phase_schedule(self.phase, self.config)
-        self.loader = Loader(
-            images.train, images.mean, images.std, batch_size=size, views=self.phase.views
-        )
-        self.optimizer = build_optimizer(
-            self.config.optimizer, self.phase.trains.parameters(), self.schedule.lr
-        )
+        normalisation, views = (images.mean, images.std), self.phase.views
+        self.loader = Loader(images.train, *normalisation, batch_size=size, views=views)
+        trained = self.phase.trains.parameters()
+        self.optimizer = build_optimizer(self.config.optimizer, trained, self.schedule.lr)
         self.checkpoint = PhaseCheckpoint(
             run=self.run,
             phase=self.phase.name,
