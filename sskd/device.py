@@ -94,6 +94,7 @@ class StepQueue:
     _MOST_PARTS = 2
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._is_limited = device.type == "cuda" and shares_process()
         self._started = 0
         self._parts: deque[torch.cuda.Event] = deque()
@@ -102,7 +103,7 @@ class StepQueue:
         """Pass the turn to other jobs, after the start of a step."""
         self._started += 1
         if self._is_limited and self._started % self._PART == 0:
-            self._parts.append(_record_event())
+            self._parts.append(_record_event(self._device))
             if len(self._parts) > self._MOST_PARTS:
                 with outside_turn():
                     self._parts.popleft().synchronize()
@@ -112,14 +113,14 @@ class StepQueue:
 def wait_for(device: torch.device) -> None:
     """Let other jobs of this process work until an NVIDIA GPU has done the work of this one."""
     if device.type == "cuda" and shares_process():
-        event = _record_event()
+        event = _record_event(device)
         with outside_turn():
             event.synchronize()
 
 
-def _record_event() -> torch.cuda.Event:
+def _record_event(device: torch.device) -> torch.cuda.Event:
     event = torch.cuda.Event(blocking=True)  # the thread sleeps while it waits
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
 
 

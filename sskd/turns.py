@@ -61,8 +61,8 @@ class Turns:
         ``own`` are the values of this job.
         """
         turn = _here.turn = _Turn(self, own)
-        turn.begin()
         try:
+            turn.begin()
             yield
         finally:
             _here.turn = None
@@ -114,10 +114,12 @@ class _Turn:
         self.turns = turns
         self._own = own
         self._since = 0.0
+        self._has_turn = False
         self._was_abandoned = False
 
     def begin(self) -> None:
         self.turns.take()
+        self._has_turn = True
         self._start()
 
     def _start(self) -> None:
@@ -125,8 +127,12 @@ class _Turn:
         self._since = time.monotonic()
 
     def end(self) -> None:
-        self._own.save()
-        self.turns.give()
+        if self._has_turn:
+            self._has_turn = False
+            try:
+                self._own.save()
+            finally:  # otherwise the other jobs would wait for ever
+                self.turns.give()
 
     def pass_on(self) -> None:
         if self.turns.is_awaited() and time.monotonic() - self._since >= _SHORTEST_TURN:

@@ -219,7 +219,7 @@ def compare_teacher(name: str, device_name: str, precision: str) -> Values:
         expected = network(x)
     for each in (network, folded):
         to_device(each, device)
-    fused = fuse_layers(folded) if device.type == "cuda" else folded
+    fused = fuse_layers(folded, precision, len(x)) if device.type == "cuda" else folded
     with computing(precision, device):
         plain, faster = (
             difference_of_features(each(x.to(device)), expected) for each in (network, fused)

@@ -115,8 +115,9 @@ def _noted_interrupts() -> Iterator[list[int]]:
 
 
 def _end_interrupted() -> int:
-    if "wandb" in sys.modules:
-        _end_at_once(130)  # else W&B might wait for its server
+    # W&B might wait for its server, and Python for a job in a thread.
+    if {"wandb", "sskd.commands.threads"} & sys.modules.keys():
+        _end_at_once(130)
     return 130
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
@@ -10,7 +11,6 @@ from hydra.core.hydra_config import HydraConfig
 
 from sskd.output import prefixed_lines, steady_output
 from sskd.seeding import OwnGenerators
-from sskd.tracking.session import end_service
 from sskd.training.signals import StopSignals, forward_scheduler_signal
 from sskd.turns import Turns, raise_if_stopped
 
@@ -51,7 +51,11 @@ def run_in_threads(jobs: Mapping[int, Callable[[], T]], at_once: int) -> list[T]
     with steady_output(), forward_scheduler_signal(), StopSignals() as signals:
         turns = Turns(received=lambda: signals.noted)
         pool = ThreadPoolExecutor(at_once)
-        started = [pool.submit(_run, turns, JobGlobals(), each) for each in jobs.items()]
+        own = [JobGlobals() for _ in jobs]  # before any job changes what is global
+        started = [
+            pool.submit(_run, turns, values, job)
+            for values, job in zip(own, jobs.items(), strict=True)
+        ]
         try:
             while wait(started, timeout=_POLL).not_done:
                 pass
@@ -63,7 +67,10 @@ def run_in_threads(jobs: Mapping[int, Callable[[], T]], at_once: int) -> list[T]
         finally:
             pool.shutdown(wait=False)
             outside.restore()
-        end_service()
+        if "wandb" in sys.modules:  # a job has logged
+            from sskd.tracking.session import end_service
+
+            end_service()
         signals.raise_if_received()
     return [each.result() for each in started]
 

@@ -97,6 +97,8 @@ def fuse_layers(network: nn.Module, precision: str = "fp32", images: int = 2) ->
         x = _noise(network, images)
         with torch.no_grad(), computing(precision, x.device):
             fused(x)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # of cuDNN, which does not support each shape and type on each GPU
         return network
     return fused
@@ -146,7 +148,9 @@ def _convolution_before(
 
 
 def _can_fuse(node: object, network: fx.GraphModule) -> TypeGuard[fx.Node]:
-    if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) != 1:
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return False
+    if len(node.users) != 1 or node.kwargs:
         return False
     layer = network.get_submodule(str(node.target))
     used_once = len(network.graph.find_nodes(op="call_module", target=node.target)) == 1

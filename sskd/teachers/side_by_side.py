@@ -30,7 +30,8 @@ def share_forward(method: Method, plan: RunPlan, device: torch.device) -> None:
     host would have to wait for the device.
     """
     if shares_process() and device.type == "cpu" and plan.config.teacher and plan.teacher:
-        key = ("forward", plan.config.teacher.name, plan.teacher.digest)
+        teacher = (plan.config.teacher.name, plan.teacher.digest)
+        key = ("forward", *teacher, plan.config.seed, plan.config.batch_size)
         method.teacher_forward = shared(key, RememberedForward)
 
 

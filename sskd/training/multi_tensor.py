@@ -66,8 +66,9 @@ class CastWeights:
         A layer does so where autocast is on. The weights then have the gradients of a backward
         pass inside the block.
         """
-        with torch.no_grad():
-            torch._foreach_copy_(list(self._copies.values()), list(self._copies))
+        if self._copies:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self._copies.values()), list(self._copies))
         hooks = [layer.register_forward_pre_hook(self._swap_in) for layer in self._layers]
         hooks += [
             layer.register_forward_hook(self._swap_out, always_call=True) for layer in self._layers
@@ -79,9 +80,9 @@ class CastWeights:
                 hook.remove()
         self._return_gradients()
 
-    def _swap_in(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if torch.is_autocast_enabled(inputs[0].device.type):
-            for name, weight in self._layers[layer].items():
+    def _swap_in(self, layer: nn.Module, *_: object) -> None:
+        for name, weight in self._layers[layer].items():
+            if torch.is_autocast_enabled(weight.device.type):
                 layer._parameters[name] = self._copies[weight]
 
     def _swap_out(self, layer: nn.Module, *_: object) -> None:

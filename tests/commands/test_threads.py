@@ -127,7 +127,7 @@ def test_a_wrong_setting_launches_nothing(command: Command, words: list[str], me
 
 
 @pytest.mark.usefixtures("short_turns")
-def test_the_turn_goes_to_who_has_waited_longest() -> None:
+def test_the_turn_goes_to_whoever_has_waited_longest() -> None:
     order: list[int] = []
     arrived: set[int] = set()
 
@@ -171,6 +171,32 @@ def test_a_job_keeps_its_random_numbers_and_settings() -> None:
     for seed, drawn in enumerate(found):
         generator = torch.Generator().manual_seed(seed)
         assert drawn == [torch.rand((), generator=generator).item() for _ in range(20)]
+
+
+class Failing:
+    """Global values of a job that cannot be kept or set; ``at`` names what fails."""
+
+    def __init__(self, at: str) -> None:
+        self._at = at
+
+    def save(self) -> None:
+        if self._at == "save":
+            raise RuntimeError(self._at)
+
+    def restore(self) -> None:
+        if self._at == "restore":
+            raise RuntimeError(self._at)
+
+
+@pytest.mark.parametrize("at", ["save", "restore"])
+def test_a_job_that_fails_in_a_change_ends_its_turn(at: str) -> None:
+    turns = Turns(received=lambda: None)
+    with pytest.raises(RuntimeError, match=at), turns.job(Failing(at)), outside_turn():
+        pass
+    other = threading.Thread(target=turns.take, daemon=True)
+    other.start()
+    other.join(timeout=5)
+    assert not other.is_alive()
 
 
 class State:

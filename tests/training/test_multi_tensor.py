@@ -71,6 +71,17 @@ def test_weights_cast_at_once_have_autocasts_gradients() -> None:
     assert all(parameter.dtype == torch.float32 for parameter in cast.parameters())
 
 
+def test_a_layer_may_take_its_input_by_name_or_be_missing() -> None:
+    layer = nn.Linear(3, 2)
+    with CastWeights(layer, layer).in_place(), torch.autocast("cpu", torch.bfloat16):
+        layer(input=torch.randn(4, 3)).float().sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.float32
+    alone = Scaled(3, 2)
+    with CastWeights(alone, alone).in_place(), torch.autocast("cpu", torch.bfloat16):
+        assert alone(torch.randn(4, 3)).dtype == torch.bfloat16
+
+
 def test_an_error_leaves_the_own_weights_and_counters() -> None:
     network: Any = build_model("resnet8", 5)
     before = network.state_dict(keep_vars=True)
