@@ -12,20 +12,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-import torch
-
 from benchmarks import harness
-from benchmarks.workload import Case, case_of, loader_of, noise, suite_step
+from benchmarks.workload import Case, case_of, loader_of, noise, phase_names, suite_step
 from sskd.device import choose_device, tune_device
-from sskd.errors import UserError
 from sskd.methods import METHODS
 from sskd.precision import PRECISIONS
-from sskd.teachers.assembly import assemble
 
 BASE = "kd"
 COLUMNS = (
@@ -83,16 +78,10 @@ def parse_options() -> argparse.Namespace:
 
 def cases(pair: str, options: argparse.Namespace) -> Iterator[tuple[Case, str]]:
     """Yield KD and the requested methods, with each phase; skip methods the pair cannot have."""
-    images = noise(200, torch.device("cpu"))
     for method in dict.fromkeys([BASE, *options.methods]):
         case = case_of(options, pair=pair, method=method)
-        try:
-            assembled = assemble(case.config, images)
-        except UserError as error:
-            print(f"{error}; skipped", file=sys.stderr, flush=True)
-            continue
-        for phase in assembled.phases():
-            yield case, phase.name
+        for phase in phase_names(case):
+            yield case, phase
 
 
 def measure(case: Case, phase: str, rounds: int) -> Cost:

@@ -6,6 +6,7 @@ The noise has the number, size and classes of CIFAR-100; pixel values do not aff
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -22,6 +23,7 @@ from sskd import CONF
 from sskd.config import Config, read_config
 from sskd.data import Batch, Images, Loader, Split, eval_batches
 from sskd.device import to_device
+from sskd.errors import UserError
 from sskd.methods import METHODS
 from sskd.optimizers import build_optimizer
 from sskd.teachers.assembly import assemble
@@ -94,6 +96,16 @@ def noise(count: int, device: torch.device) -> Images:
         mean=(0.5,) * 3,
         std=(0.25,) * 3,
     ).to(device)
+
+
+def phase_names(case: Case) -> list[str]:
+    """Return the phases of a case's method; none, with a line, if its pair cannot have it."""
+    try:
+        assembled = assemble(case.config, noise(200, torch.device("cpu")))
+    except UserError as error:
+        print(f"{error}; skipped", file=sys.stderr, flush=True)
+        return []
+    return [phase.name for phase in assembled.phases()]
 
 
 def loader_of(case: Case, images: Images) -> Loader:

@@ -192,13 +192,7 @@ def deterministic_cudnn() -> Iterator[None]:
 
 def places(step: TrainingStep) -> dict[str, int]:
     """Return the addresses of all tensors that last from step to step, by name."""
-    meter, loader = step.meter, step.loader
-    tensors = {**dict(step.method.named_parameters()), **dict(step.method.named_buffers())}
-    for index, state in enumerate(step.optimizer.state.values()):
-        tensors |= {f"{name} of parameter {index}": value for name, value in state.items()}
-    for owner in (meter, loader):
-        tensors |= {k: v for k, v in vars(owner).items() if isinstance(v, Tensor)}
-    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    return {name: tensor.data_ptr() for name, tensor in step.lasting_tensors().items()}
 
 
 # ---- a teacher, folded and fused ----

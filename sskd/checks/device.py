@@ -58,12 +58,12 @@ def check_device(method: Method, images: Images) -> None:
         # The first step also creates the optimizer's state.
         for outputs in (None, stored, stored):
             method.precomputed = outputs
-            before = _memory(method, step)
+            before = _memory(step)
             watch = _Watch(strict=method.capturable)
             fault = _fault_of(step, watch)
             require(not fault, f"phase {phase.name}: {fault}")
             works.append(watch.work)
-        after = _memory(method, step)
+        after = _memory(step)
         if method.capturable:
             _compare(phase, *works[1:])
         moved = [name for name, memory in before.items() if after.get(name) is not memory]
@@ -92,13 +92,9 @@ def _step(method: Method, phase: Phase, images: Images) -> TrainingStep:
     )
 
 
-def _memory(method: Method, step: TrainingStep) -> dict[str, torch.UntypedStorage]:
+def _memory(step: TrainingStep) -> dict[str, torch.UntypedStorage]:
     """Return the memory of each tensor that lasts from step to step."""
-    tensors: dict[str, Any] = dict([*method.named_parameters(), *method.named_buffers()])
-    for number, state in enumerate(step.optimizer.state.values()):
-        tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
-    tensors |= vars(step.loader) | vars(step.meter)
-    return {name: t.untyped_storage() for name, t in tensors.items() if isinstance(t, Tensor)}
+    return {name: tensor.untyped_storage() for name, tensor in step.lasting_tensors().items()}
 
 
 def _compare(phase: Phase, work: list[str], again: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,16 @@ class TrainingStep:
         self._batching = modules and Batching(*modules, casts=self.precision == "bf16")
         self._taken = 0
         self._queue = StepQueue(self.loader.device)
+
+    def lasting_tensors(self) -> dict[str, Tensor]:
+        """Return all tensors that last from step to step, by name."""
+        tensors: dict[str, Any] = dict(
+            [*self.method.named_parameters(), *self.method.named_buffers()]
+        )
+        for number, state in enumerate(self.optimizer.state.values()):
+            tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+        tensors |= vars(self.loader) | vars(self.meter)
+        return {name: each for name, each in tensors.items() if isinstance(each, Tensor)}
 
     def take(self) -> int:
         """Train on the next batch of the epoch; return the number of its images.
