@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import io
 import os
 import runpy
@@ -125,10 +126,19 @@ class Started:
         for reader in readers:
             reader.join(None if deadline is None else max(0, deadline - time.monotonic()))
             if reader.is_alive():
-                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+                raise self._unended(readers, timeout)
         self.wait(None if deadline is None else max(0, deadline - time.monotonic()))
         out, err = (reader.text for reader in readers)
         return out, err
+
+    def _unended(self, readers: list[_Reader], timeout: float | None) -> TimeoutError:
+        """Return the error of a command that has not ended, with the stacks of its threads."""
+        status = self.returncode
+        self.send_signal(signal.SIGABRT)
+        for reader in readers:
+            reader.join(5)
+        texts = "\n".join(reader.text for reader in readers)
+        return TimeoutError(f"after {timeout} s, {self.args} has the status {status}:\n{texts}")
 
 
 def run(
@@ -154,7 +164,8 @@ class _Reader(threading.Thread):
     def run(self) -> None:
         if self._stream:
             with self._stream:
-                self.text = self._stream.read()
+                for line in self._stream:
+                    self.text += line
 
 
 class _Descriptor:
@@ -210,6 +221,7 @@ def _run_command(
     if new_session:
         os.setsid()
     _use_streams(streams, unbuffered=bool(environment.get("PYTHONUNBUFFERED")))
+    faulthandler.enable(file=2)  # of a command that hangs
     signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # a background job of a shell ignores it

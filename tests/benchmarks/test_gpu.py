@@ -76,10 +76,13 @@ def test_a_wrong_update_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_tensor_that_moves_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     take = TrainingStep.take
+    kept = []  # otherwise the next tensor may get the address of the one before the last
 
     def take_and_move(step: TrainingStep) -> int:
         taken = take(step)
-        step.meter._sums = torch.cat([step.meter._sums]) if step.meter._sums is not None else None
+        assert step.meter._sums is not None
+        kept.append(step.meter._sums)
+        step.meter._sums = step.meter._sums.clone()
         return taken
 
     monkeypatch.setattr(TrainingStep, "take", take_and_move)

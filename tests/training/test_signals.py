@@ -153,7 +153,8 @@ def test_an_interrupt_that_becomes_an_error_is_an_interrupt(
             raise AttributeError("a value is missing")
 
     monkeypatch.setattr(sys, "argv", ["train_student.py"])
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)  # else the process ends
+    for name in ("wandb", "sskd.commands.threads"):  # with these the process ends at once
+        monkeypatch.delitem(sys.modules, name, raising=False)
     handler = signal.getsignal(signal.SIGINT)
     assert run_command(main) == 130
     assert capsys.readouterr().err == ""
