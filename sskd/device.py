@@ -8,8 +8,6 @@ import itertools
 import os
 import re
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 
 from sskd.allocator import ask_for_large_pages, keep_freed_memory, trim_heap
 from sskd.errors import UserError, one_line
-from sskd.turns import outside_turn, pass_turn, shares_process
+from sskd.turns import shares_process
 
 # Batch sizes of forward passes without gradients: on a CPU the feature maps fit the caches, on a
 # GPU the batch keeps it busy.
@@ -64,64 +62,6 @@ def tune_device(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = True
     if device.type == "cpu":
         keep_freed_memory()
-
-
-@contextlib.contextmanager
-def own_stream(device: torch.device) -> Iterator[None]:
-    """Compute on a new stream of ``device`` inside a ``with`` block, if it is an NVIDIA GPU.
-
-    A CUDA graph cannot be captured on the default stream.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    outer, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    stream.wait_stream(outer)
-    try:
-        with torch.cuda.stream(stream):
-            yield
-    finally:
-        outer.wait_stream(stream)
-
-
-class StepQueue:
-    """Steps that were started and that an NVIDIA GPU has not computed yet, of one of several jobs.
-
-    A job that starts too many fills the GPU's queue, and then has the turn until there is room.
-    """
-
-    _PART = 16  # steps
-    _MOST_PARTS = 2
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._is_limited = device.type == "cuda" and shares_process()
-        self._started = 0
-        self._parts: deque[torch.cuda.Event] = deque()
-
-    def step_started(self) -> None:
-        """Pass the turn to other jobs, after the start of a step."""
-        self._started += 1
-        if self._is_limited and self._started % self._PART == 0:
-            self._parts.append(_record_event(self._device))
-            if len(self._parts) > self._MOST_PARTS:
-                with outside_turn():
-                    self._parts.popleft().synchronize()
-        pass_turn()
-
-
-def wait_for(device: torch.device) -> None:
-    """Let other jobs of this process work until an NVIDIA GPU has done the work of this one."""
-    if device.type == "cuda" and shares_process():
-        event = _record_event(device)
-        with outside_turn():
-            event.synchronize()
-
-
-def _record_event(device: torch.device) -> torch.cuda.Event:
-    event = torch.cuda.Event(blocking=True)  # the thread sleeps while it waits
-    event.record(torch.cuda.current_stream(device))
-    return event
 
 
 @functools.cache  # a process stays on its GPU
@@ -198,26 +138,6 @@ def inference_batch_size(device: torch.device) -> int:
 def outputs_at_once(device: torch.device) -> int:
     """Return for how many images to compute vectors before they are copied to the host."""
     return _OUTPUTS_AT_ONCE.get(device.type, _GPU_OUTPUTS_AT_ONCE)
-
-
-def copy_to_host(x: Tensor) -> Callable[[], Tensor]:
-    """Start copying ``x`` to the CPU; return a function that waits for the copy and returns it.
-
-    This thread does not wait for an NVIDIA GPU. Another thread may call the function.
-    """
-    if x.device.type != "cuda":
-        copy = x.cpu()
-        return lambda: copy
-    pinned = torch.empty_like(x, device="cpu", pin_memory=True)  # into other memory it would wait
-    pinned.copy_(x, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(x.device))
-
-    def wait() -> Tensor:
-        copied.synchronize()
-        return pinned
-
-    return wait
 
 
 def chunks(x: Tensor) -> tuple[Tensor, ...]:

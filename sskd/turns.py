@@ -134,8 +134,8 @@ class _Turn:
             finally:  # otherwise the other jobs would wait for ever
                 self.turns.give()
 
-    def pass_on(self) -> None:
-        if self.turns.is_awaited() and time.monotonic() - self._since >= _SHORTEST_TURN:
+    def pass_on(self, shortest: float) -> None:
+        if self.turns.is_awaited() and time.monotonic() - self._since >= shortest:
             self._own.save()
             self.turns.pass_on()
             self._start()
@@ -159,14 +159,17 @@ def shares_process() -> bool:
     return _here.turn is not None
 
 
-def pass_turn() -> None:
+def pass_turn(*, at_once: bool = False) -> None:
     """Let another job work, if one waits.
+
+    Args:
+        at_once: even if this job's turn has only begun.
 
     Raises:
         KeyboardInterrupt: the user does not want to wait for the jobs.
     """
     if _here.turn is not None:
-        _here.turn.pass_on()
+        _here.turn.pass_on(0 if at_once else _SHORTEST_TURN)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ class Loader:
     ) -> None:
         self.device = split.images.device
         self.batch_size = batch_size
-        self._views = views
+        self.views = views
         self._labels = split.labels
         images = split.images
         self._crop = shared(("crops", id(images), views), lambda: Cropper(images, views))
@@ -89,7 +89,7 @@ class Loader:
         generator = torch.Generator().manual_seed(seed)
         count = len(self._labels)
         self._order.copy_(torch.randperm(count, generator=generator))
-        self._crops.copy_(draw_crops(count, self._views, generator))
+        self._crops.copy_(draw_crops(count, self.views, generator))
         self._seed = seed
         self._move_to(0)
 
@@ -103,8 +103,13 @@ class Loader:
 
     def draw(self, size: int) -> Batch:
         """Draw the next ``size`` images, on the device alone; call ``advance`` after it."""
-        indices = self._order.index_select(0, self._places[:size] + self._start)
+        batch = self.peek(size)
         self._start += size
+        return batch
+
+    def peek(self, size: int) -> Batch:
+        """Return what ``draw`` will return, on the device alone."""
+        indices = self._order.index_select(0, self._places[:size] + self._start)
         crops = self._crops.index_select(0, indices)
         labels = self._labels.index_select(0, indices)
         return Batch(self.crops_of(indices, crops), labels, indices, crops.flatten())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 
@@ -141,6 +141,8 @@ class Method(nn.Module, ABC):
         self.precomputed: Callable[[Batch], Features] | None = None
         # Computes them; jobs in threads share it (sskd.teachers.side_by_side).
         self.teacher_forward: TeacherForward = forward_in_chunks
+        # What decides them, beside the seed of the epoch, if jobs share a GPU.
+        self.shared_teacher: Hashable = None
         self.register_module("teacher", networks.teacher)
         if networks.teacher is not None:
             networks.teacher.requires_grad_(False)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sskd.config import Config
 from sskd.data import CROPS, Images, Loader
-from sskd.device import copy_to_host, outputs_at_once
+from sskd.device import outputs_at_once
 from sskd.errors import UserError
 from sskd.files import write_at
 from sskd.invocation.extensions import extension_digests
@@ -38,6 +38,7 @@ from sskd.runs.names import LAST, OUTPUTS
 from sskd.runs.plan import RunPlan
 from sskd.runs.result import SharedResult
 from sskd.runs.run import Run
+from sskd.streams import copy_to_host
 from sskd.teachers.outputs import (
     Layout,
     Precomputed,

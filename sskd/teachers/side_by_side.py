@@ -26,13 +26,18 @@ _KEPT = 2
 def share_forward(method: Method, plan: RunPlan, device: torch.device) -> None:
     """Let ``method`` share its teacher's forward passes with jobs that have the same teacher.
 
-    Only on a CPU: on a GPU the pass is a part of each job's graph, and to compare two batches the
-    host would have to wait for the device.
+    On a GPU the pass is a graph of its own (``sskd.training.shared_pass``). To compare two batches
+    the host would have to wait there, so the settings and the epoch's seed identify a batch.
     """
-    if shares_process() and device.type == "cpu" and plan.config.teacher and plan.teacher:
-        teacher = (plan.config.teacher.name, plan.teacher.digest)
-        key = ("forward", *teacher, plan.config.seed, plan.config.batch_size)
-        method.teacher_forward = shared(key, RememberedForward)
+    config = plan.config
+    if not (shares_process() and config.teacher and plan.teacher):
+        return
+    key = (config.teacher.name, plan.teacher.digest, config.seed, config.batch_size)
+    if device.type == "cpu":
+        method.teacher_forward = shared(("forward", *key), RememberedForward)
+    else:
+        data = (config.dataset.model_dump_json(), plan.data_digest)
+        method.shared_teacher = (*key, config.precision, *data, device)
 
 
 class RememberedForward:

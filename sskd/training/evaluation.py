@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sskd.data import Images, Split, eval_batches
-from sskd.device import inference_batch_size, wait_for
+from sskd.device import inference_batch_size
 from sskd.errors import NotFiniteError
 from sskd.precision import exact
+from sskd.streams import wait_for
 
 
 @torch.inference_mode()

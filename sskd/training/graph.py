@@ -18,10 +18,8 @@ from sskd.data import Loader
 from sskd.errors import UserError, one_line
 from sskd.methods import Method
 from sskd.output import say
-from sskd.training.step import WARMUP_STEPS, TrainingStep
-
-# Records a function's work on the device without doing it, and returns a function that does it.
-Capture = Callable[[Callable[[], None]], Callable[[], None]]
+from sskd.training.shared_pass import SplitStep, shares_pass
+from sskd.training.step import WARMUP_STEPS, Capture, TrainingStep
 
 
 def build_step(config: Config, *, method: Method, loader: Loader, **parts: Any) -> TrainingStep:
@@ -104,6 +102,8 @@ class GraphedStep(TrainingStep):
         self.optimizer.zero_grad(set_to_none=True)  # the graph has gradients of its own
         try:
             with _capturable(self.optimizer):
+                if shares_pass(self):
+                    return SplitStep(self, self.capture, size)
                 return self.capture(lambda: self.compute(size))
         except torch.OutOfMemoryError:
             raise

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sskd.device import wait_for
 from sskd.errors import UserError, shortened
+from sskd.streams import wait_for
 
 
 class Meter:

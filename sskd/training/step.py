@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from sskd.data import Batch, Loader
-from sskd.device import StepQueue, reset_peak_gpu_memory
-from sskd.methods import Phase
+from sskd.device import reset_peak_gpu_memory
+from sskd.methods import Method, Phase
 from sskd.precision import autocast, multiplying
+from sskd.streams import StepLimit
 from sskd.training.meter import Meter
 from sskd.training.multi_tensor import Batching
+
+# Records a function's work on the device without doing it, and returns a function that does it.
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 # In these cuDNN chooses its algorithms, and the optimizer creates its state.
 WARMUP_STEPS = 3
@@ -73,7 +78,7 @@ class TrainingStep:
     """
 
     phase: Phase
-    method: nn.Module
+    method: Method
     optimizer: torch.optim.Optimizer
     loader: Loader
     meter: Meter
@@ -84,7 +89,7 @@ class TrainingStep:
         modules = None if self.is_compiled else (self.method, self.phase.trains)
         self._batching = modules and Batching(*modules, casts=self.precision == "bf16")
         self._taken = 0
-        self._queue = StepQueue(self.loader.device)
+        self._limit = StepLimit(self.loader.device)
 
     def lasting_tensors(self) -> dict[str, Tensor]:
         """Return all tensors that last from step to step, by name."""
@@ -108,7 +113,7 @@ class TrainingStep:
         self._taken += 1
         if self._taken == WARMUP_STEPS:
             reset_peak_gpu_memory(self.loader.device)
-        self._queue.step_started()
+        self._limit.step_started()
         return size
 
     def run(self, size: int) -> None:

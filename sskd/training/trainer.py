@@ -12,13 +12,13 @@ from torch import nn
 
 from sskd.config import Config
 from sskd.data import Images, Loader
-from sskd.device import own_stream
 from sskd.methods import Method, Phase
 from sskd.optimizers import build_optimizer
 from sskd.runs.epoch_line import EpochLine
 from sskd.runs.run import Run
 from sskd.schedule import Schedule
 from sskd.seeding import derive_seed, seed_torch
+from sskd.streams import own_stream
 from sskd.training.acceleration import compile_loss
 from sskd.training.graph import build_step
 from sskd.training.not_finite import FiniteCheck

@@ -144,16 +144,20 @@ print(json.dumps(found))
 """
 
 
-# Takes steps of three jobs, one after another and in threads; prints for each whether it was
-# captured, how many random numbers it drew, from which seed, and the identity of its images.
+# Takes steps of three jobs with one teacher, one after another and in threads; prints for each
+# whether it was captured as two graphs, how many random numbers it drew, from which seed, and the
+# identity of its images.
 THREADS = """
 import json
+from dataclasses import asdict
 from unittest.mock import patch
 import torch
+from benchmarks import stand_in
 from benchmarks.workload import Case, loader_of, noise, training_step
 from sskd.commands.threads import run_in_threads
-from sskd.device import own_stream
+from sskd.streams import own_stream
 from sskd.seeding import seed_torch
+from sskd.training.shared_pass import SplitStep
 from sskd.turns import shared
 
 METHODS, STEPS = ("crd", "kd", "crd"), 100
@@ -164,6 +168,7 @@ def job(method):
         case = Case(pair="resnet14-resnet8", device="cuda", method=method, **SETTINGS)
         mine = shared("images", lambda: images.to("cuda"))
         step = training_step(case.config, images, loader_of(case, mine), None)
+        step.method.shared_teacher = "of all jobs"
         generator = torch.cuda.default_generators[0]
         seed_torch(method)
         first = generator.get_offset()
@@ -174,13 +179,18 @@ def job(method):
                 step.take()
             step.meter.read()
         drawn = generator.get_offset() - first
-        return step._replay is not None, drawn, generator.initial_seed(), id(step.loader._crop)
+        is_split = type(step._replay) is SplitStep
+        return is_split, drawn, generator.initial_seed(), id(step.loader._crop)
     return work
 
 images = noise(80, torch.device("cpu"))
 with patch("sskd.models.fusing._agree", return_value=True):
     jobs = {number: job(method) for number, method in enumerate(METHODS)}
-    print(json.dumps([run_in_threads(jobs, at_once) for at_once in (1, 3)]))
+    found = []
+    for at_once in (1, 3):
+        stand_in.reset()
+        found.append((run_in_threads(jobs, at_once), asdict(stand_in.counts())))
+    print(json.dumps(found))
 """
 
 
@@ -360,7 +370,8 @@ def test_every_step_is_captured_and_nothing_moves() -> None:
 
 
 def test_jobs_in_threads_draw_their_own_numbers() -> None:
-    alone, together = json.loads(on_stand_in("-c", THREADS).stdout)
+    (alone, _), (together, counts) = json.loads(on_stand_in("-c", THREADS).stdout)
+    assert counts["illegal"] == counts["outside"] == 0
     assert [job[:3] for job in together] == [job[:3] for job in alone]
     assert all(captured for captured, *_ in together)
     drawn = [job[1] for job in together]

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from starting import PIPE, Started
 import sskd.device
 from sskd.device import (
     choose_device,
-    copy_to_host,
     peak_memory,
     reset_peak_gpu_memory,
     reset_peak_memory,
@@ -90,44 +88,6 @@ for _ in range(2):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(int(size) > 2**18 for size in done.stdout.split()), "half of 512 MiB, in KiB"
-
-
-class OnGpu(torch.Tensor):
-    """A tensor in the memory of a GPU that does not exist."""
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return torch.device("cuda:1")
-
-
-class CopyEvent:
-    """An event that notes its use."""
-
-    calls: ClassVar[list[str]] = []
-
-    def record(self, stream: str) -> None:
-        self.calls.append(stream)
-
-    def synchronize(self) -> None:
-        self.calls.append("waited")
-
-
-def test_a_copy_to_the_host_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The GPU is simulated. Only the call of the returned function waits for it."""
-
-    def on_the_host(x: torch.Tensor, *, device: str, pin_memory: bool) -> torch.Tensor:
-        assert (device, pin_memory) == ("cpu", True)
-        return torch.zeros(x.shape)
-
-    monkeypatch.setattr(torch, "empty_like", on_the_host)
-    monkeypatch.setattr(torch.cuda, "Event", CopyEvent)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
-    wait = copy_to_host(torch.arange(6.0).as_subclass(OnGpu))
-    assert CopyEvent.calls == ["stream of cuda:1"]
-    assert wait().tolist() == [0, 1, 2, 3, 4, 5]
-    assert CopyEvent.calls == ["stream of cuda:1", "waited"]
-    on_cpu = torch.arange(6.0)
-    assert copy_to_host(on_cpu)().tolist() == on_cpu.tolist()
 
 
 def test_processes_spread_over_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
