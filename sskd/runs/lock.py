@@ -87,6 +87,9 @@ class FolderLock:
         except Timeout:
             raise_if_stopped()
             raise
+        except BaseException:  # perhaps at the start of the turn after the wait
+            self._lease.release()
+            raise
 
     def release(self) -> None:
         """Release the folder."""

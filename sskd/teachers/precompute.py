@@ -51,7 +51,7 @@ from sskd.teachers.outputs import (
 from sskd.teachers.shared import corrupt_file_error, find_or_compute
 from sskd.training.progress import Progress
 from sskd.training.signals import StopSignals
-from sskd.turns import pass_turn, shared
+from sskd.turns import outside_turn, shared
 
 PHASE = "teacher_outputs"
 FORMAT = 2  # file format version; increase it if rows or crop numbers change meaning
@@ -130,14 +130,14 @@ def _fill(run: Run, *, teacher: nn.Module, images: Images, config: Config, layou
             written = thread.submit(lambda: None)
             for rows in _outputs(teacher, images, config.precision, layout, first=done):
                 host_rows = copy_to_host(rows)
-                written.result()  # raises what the thread raised
+                with outside_turn():
+                    written.result()  # raises what the thread raised
                 save = writer.is_due(config.checkpoint_minutes) or signals.received is not None
                 written = thread.submit(writer.write, host_rows, save=save)
                 progress.advance(len(rows))
                 if save:
                     written.result()
                     signals.raise_if_received()
-                pass_turn()
             written.result()
             signals.raise_if_received()
     finally:

@@ -18,6 +18,7 @@ from sskd.data import Loader
 from sskd.errors import UserError, one_line
 from sskd.methods import Method
 from sskd.output import say
+from sskd.streams import Fence
 from sskd.training.shared_pass import SplitStep, shares_pass
 from sskd.training.step import WARMUP_STEPS, Capture, TrainingStep
 
@@ -100,6 +101,7 @@ class GraphedStep(TrainingStep):
     def _captured(self, size: int) -> Callable[[], None]:
         self._captured_lr = self._lr()
         self.optimizer.zero_grad(set_to_none=True)  # the graph has gradients of its own
+        Fence(self.loader.device).wait()  # an error of an earlier step is not one of the capture
         try:
             with _capturable(self.optimizer):
                 if shares_pass(self):
