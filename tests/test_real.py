@@ -62,7 +62,7 @@ def test_a_student_learns_from_the_trained_teacher(
         "pair=resnet56-resnet20", "arch@student=resnet8", "schedule.epochs=2",
         "schedule.milestones=[]", "dataset.fraction=0.01", "batch_size=32",
         f"dataset.root={cifar100_root}",
-        f"teacher.checkpoint={teachers_root / 'resnet56_cifar100.pth'}", "precision=bf16",
+        f"teacher.checkpoint={teachers_root / 'resnet56_cifar100.pth'}", "precision=auto",
     )  # fmt: skip
     result = train(config)
     loaded = load(config.dataset)

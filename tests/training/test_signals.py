@@ -30,7 +30,7 @@ from sskd.training.signals import (
     raise_on_sigterm,
 )
 
-SIGNALS = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Scheduler:
@@ -155,7 +155,8 @@ def test_an_interrupt_that_becomes_an_error_is_an_interrupt(
     monkeypatch.setattr(sys, "argv", ["train_student.py"])
     for name in ("wandb", "sskd.commands.threads"):  # with these the process ends at once
         monkeypatch.delitem(sys.modules, name, raising=False)
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.default_int_handler  # a background job of a shell ignores it
+    signal.signal(signal.SIGINT, handler)
     assert run_command(main) == 130
     assert capsys.readouterr().err == ""
     assert signal.getsignal(signal.SIGINT) is handler
