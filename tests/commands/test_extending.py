@@ -158,7 +158,8 @@ def test_the_network_passes_the_checks(mine: Path) -> None:
 
 def test_all_three_train_together(mine: Path) -> None:
     write_images(mine / "images.npz", size=24)
-    more = ("schedule.epochs=16", "batch_size=16", "device=cpu", "wandb.mode=disabled")
+    more = ("schedule.epochs=16", "batch_size=16", "optimizer.lr=0.01", "device=cpu",
+            "wandb.mode=disabled")  # fmt: skip
     checked, _ = run_block("A dataset", 0, mine, *more)
     assert [line[:3] for line in checked.stdout.splitlines()] == ["ok "] * 3
 
@@ -172,7 +173,8 @@ def test_all_three_train_together(mine: Path) -> None:
     terms = [line["loss/dist"] for line in lines if line["stage"] == "distill"]
     assert len(terms) == 16
     assert all(map(math.isfinite, terms))
-    assert terms[-1] < terms[0] / 2
+    # Two batches of other crops in each epoch: a single one says little.
+    assert statistics.median(terms[8:]) < terms[0] / 2
     digest = hashlib.sha256((mine / "images.npz").read_bytes()).hexdigest()
     assert f"digest: {digest}" in (path.parent / "config.yaml").read_text()
 
