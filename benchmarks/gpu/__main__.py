@@ -21,7 +21,7 @@ import os
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.gpu import agree, runs, speed, targets
+from benchmarks.gpu import agree, runs, speed, targets, tolerances
 from benchmarks.gpu.rows import Stage, work_off
 from sskd.methods import METHODS
 from sskd.models import ARCHITECTURES
@@ -29,7 +29,7 @@ from sskd.precision import PRECISIONS
 from sskd.training.signals import raise_on_sigterm
 
 STAGES = {
-    "agree": Stage(agree.rows, agree.table),
+    "agree": Stage(agree.rows, tolerances.table),
     "throughput": Stage(speed.rows, targets.table),
     "train": Stage(runs.rows, runs.table, perform=runs.perform),
 }

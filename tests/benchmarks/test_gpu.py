@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -16,115 +15,14 @@ from typing import Any
 
 import pytest
 import starting
-import torch
 from faults import SMALL
 
-import sskd.methods.kd
-from benchmarks.gpu import agree, rows, runs, targets
+from benchmarks.gpu import rows, runs, targets
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.rows import Stage, Values, work_off
-from benchmarks.workload import Case
 from sskd.errors import UserError
-from sskd.training.step import TrainingStep
 
-KD = Case(
-    pair="resnet14-resnet8", batch=4, images=18, device="cpu", compile="off", graph="auto",
-    precompute=False,
-)  # fmt: skip
-CRD = Case(**{**vars(KD), "method": "crd"})
-KEY = "kd distill fp32"
 SHORT = "schedule.epochs=30"
-
-
-def verdict(**found: Values) -> str:
-    """Return the last cell of the row of KD's step."""
-    cells = agree.step_row(KEY, {f"{kind} {KEY}": values for kind, values in found.items()})
-    return cells.strip("| ").rpartition("| ")[2]
-
-
-# ---- agree ----
-
-
-@pytest.mark.parametrize("case", [KD, CRD])
-def test_the_cpu_agrees_with_the_cpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agree, "GRAPH_STEPS", 8)
-    agree.steps_on_cpu.cache_clear()
-    cpu, graph = agree.compare_with_cpu(case, "distill"), agree.compare_graph(case, "distill")
-    assert cpu == {"losses": 0, "weights": 0, "wait": ""}
-    assert graph == {"losses": 0, "weights": 0, "moved": []}
-    assert verdict(cpu=cpu, graph=graph) == "agree"
-
-
-def test_a_wrong_loss_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    agree.steps_on_cpu.cache_clear()
-    agree.compare_with_cpu(KD, "distill")  # keeps the steps of the CPU
-    right = sskd.methods.kd.kd_loss
-    monkeypatch.setattr(sskd.methods.kd, "kd_loss", lambda *logits: 1.01 * right(*logits))
-    found = agree.compare_with_cpu(KD, "distill")
-    assert found["losses"] == pytest.approx(0.01, rel=0.1)
-    assert "losses above 0.001" in verdict(cpu=found)
-
-
-def test_a_wrong_update_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    agree.steps_on_cpu.cache_clear()
-    agree.compare_with_cpu(KD, "distill")
-    monkeypatch.setattr(agree, "SLOWER", 1.1 * agree.SLOWER)
-    found = agree.compare_with_cpu(KD, "distill")
-    assert found["weights"] == pytest.approx(0.1, rel=0.1)
-    assert "weights above 0.05" in verdict(cpu=found)
-
-
-def test_a_tensor_that_moves_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    take = TrainingStep.take
-    kept = []  # otherwise the next tensor may get the address of the one before the last
-
-    def take_and_move(step: TrainingStep) -> int:
-        taken = take(step)
-        assert step.meter._sums is not None
-        kept.append(step.meter._sums)
-        step.meter._sums = step.meter._sums.clone()
-        return taken
-
-    monkeypatch.setattr(TrainingStep, "take", take_and_move)
-    monkeypatch.setattr(agree, "GRAPH_STEPS", 6)
-    found = agree.compare_graph(KD, "distill")
-    assert found["moved"] == ["_sums"]
-    assert verdict(graph=found) == "graph: moved: _sums"
-
-
-def test_a_step_that_waits_is_found_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(device: torch.device, *, allowed: bool) -> Any:
-        if not allowed:
-            raise RuntimeError("called a synchronizing CUDA operation")
-        return torch.enable_grad()
-
-    monkeypatch.setattr(agree, "no_waiting", refuse)
-    agree.steps_on_cpu.cache_clear()
-    found = agree.compare_with_cpu(KD, "distill")
-    assert found["losses"] == found["weights"] == 0
-    assert "called a synchronizing CUDA operation" in verdict(cpu=found)
-
-
-@pytest.mark.parametrize("name", ["resnet8", "vgg8"])
-def test_a_folded_teacher_agrees(name: str) -> None:
-    found = agree.compare_teacher(name, "cpu", "fp32")
-    assert found["plain"] == 0
-    assert 0 < found["features"] < 1e-4
-    assert "agree" in agree.teacher_row(f"teacher {name} fp32", found)
-    wrong = agree.teacher_row(f"teacher {name} fp32", {**found, "features": 0.1})
-    assert "features above 0.001" in wrong
-    both = {**found, "features": math.inf, "plain": math.inf}
-    assert "features above inf" in agree.teacher_row(f"teacher {name} fp32", both)
-
-
-def test_negatives_are_of_other_classes_and_the_same_everywhere() -> None:
-    labels = torch.arange(50_000) % 100
-    classes = torch.tensor([3, 3, 7])
-    negatives = agree.same_negatives(labels, classes, 400)
-    assert (labels[negatives] != classes[:, None]).all()
-    assert [len(set(row)) for row in negatives.tolist()] == [400] * 3
-    assert set(negatives[0].tolist()) != set(negatives[1].tolist())
-    assert torch.equal(negatives, agree.same_negatives(labels, classes, 400))
 
 
 # ---- rows ----

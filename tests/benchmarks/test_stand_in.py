@@ -95,7 +95,7 @@ from dataclasses import asdict
 from unittest.mock import patch
 import torch
 from benchmarks import stand_in
-from benchmarks.gpu.agree import places
+from benchmarks.gpu.graph_steps import places
 from benchmarks.workload import Case, loader_of, noise, training_step
 from sskd.methods import METHODS
 from sskd.teachers.assembly import assemble
