@@ -13,7 +13,7 @@ from functools import partial
 
 from benchmarks.gpu.cpu_steps import compare_with_cpu
 from benchmarks.gpu.graph_steps import compare_graph
-from benchmarks.gpu.rows import Job
+from benchmarks.gpu.rows import Measurement
 from benchmarks.gpu.steps import IMAGES
 from benchmarks.gpu.teachers import compare_teacher
 from benchmarks.launches import cases
@@ -21,12 +21,12 @@ from benchmarks.launches import cases
 TEACHERS = ["resnet56", "wrn_40_2", "vgg13", "resnet32x4", "ResNet50"]  # of the published pairs
 
 
-def rows(options: argparse.Namespace) -> Iterator[tuple[str, Job]]:
+def measurements(options: argparse.Namespace) -> Iterator[tuple[str, Measurement]]:
     """Yield the comparisons of the teachers, then those of each method and phase."""
     for name in options.teachers:
         for precision in options.precisions:
-            job = partial(compare_teacher, name, options.device, precision)
-            yield f"teacher {name} {precision}", job
+            comparison = partial(compare_teacher, name, options.device, precision)
+            yield f"teacher {name} {precision}", comparison
     for case, phase in cases(options.agree_pair, options):
         small = replace(case, images=min(case.images, IMAGES))
         key = f"{case.method} {phase} {case.precision}"

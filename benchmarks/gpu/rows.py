@@ -1,4 +1,4 @@
-"""The rows of a stage: each is computed in another process, and written as soon as it is there."""
+"""The rows of a command: each is measured in another process, and then written at once."""
 
 from __future__ import annotations
 
@@ -21,48 +21,49 @@ SUITE = Path(sskd.__file__).parent
 ROW_SECONDS = 200  # the longest time of a row: longer means that it hangs
 
 Values = dict[str, Any]  # a row of the result file, without its key
-Job = Callable[..., Any]  # returns Values
-# Does a job within some seconds; None if they were too few, so that it is left for the next call.
-Perform = Callable[[Job, float], Values | None]
+Measurement = Callable[..., Any]  # returns the Values of a row
+# Makes a measurement within some seconds; None if they were too few, so that the row is left.
+Measure = Callable[[Measurement, float], Values | None]
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage of the command.
+class Command:
+    """A command: its measurements and its tables.
 
-    ``rows`` returns a job for each key, ``table`` the lines of markdown for the finished rows.
-    ``perform`` does a job in this process; by default a ``Worker`` does.
+    ``measurements`` returns the measurement of each key, ``table`` the lines of markdown for the
+    finished rows. ``measure`` makes a measurement in this process; by default a ``Worker`` does.
     """
 
-    rows: Callable[[argparse.Namespace], Iterable[tuple[str, Job]]]
+    measurements: Callable[[argparse.Namespace], Iterable[tuple[str, Measurement]]]
     table: Callable[[Mapping[str, Values], argparse.Namespace], Sequence[str]]
-    perform: Perform | None = None
+    measure: Measure | None = None
 
 
-def work_off(name: str, stage: Stage, options: argparse.Namespace, title: str) -> None:
-    """Compute the rows that are not in the result file until the time is up."""
+def measure_rows(name: str, command: Command, options: argparse.Namespace, title: str) -> None:
+    """Measure the rows that are not in the result file, until the time is up."""
     end = time.monotonic() + 60 * options.minutes
     path = options.out / f"{name}.jsonl"
     found = read_rows(path, retry=options.retry)
-    jobs = dict(stage.rows(options))
+    measurements = dict(command.measurements(options))
     worker = Worker()
-    perform = stage.perform or worker.perform
+    measure = command.measure or worker.measure
     try:
-        for key, job in jobs.items():
+        for key, measurement in measurements.items():
             if key in found:
                 continue
-            if time.monotonic() >= end or (values := perform(job, end - time.monotonic())) is None:
+            left = end - time.monotonic()
+            if left <= 0 or (values := measure(measurement, left)) is None:
                 break
             found[key] = values
             write_rows(path, found)
             print(f"{name}: {key}: {in_short(values)}", flush=True)
-            lines = [title, "", *stage.table(found, options)]
+            lines = [title, "", *command.table(found, options)]
             path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     finally:
         worker.end()
-    left = len(jobs.keys() - found.keys())
-    rows = "1 row is" if left == 1 else f"{left} rows are"
-    print(f"{name}: {rows} left; the same command continues" if left else f"{name}: done")
+    missing = len(measurements.keys() - found.keys())
+    rows = "1 row is" if missing == 1 else f"{missing} rows are"
+    print(f"{name}: {rows} left; the same command continues" if missing else f"{name}: done")
 
 
 def read_rows(path: Path, *, retry: bool) -> dict[str, Values]:
@@ -90,19 +91,23 @@ def in_short(values: Values) -> str:
 
 
 class Worker:
-    """A process that does one job after the other.
+    """A process that makes one measurement after the other.
 
-    A new one takes its place if a job fails, since an error can leave a GPU's process unusable.
+    A new one takes its place if a measurement fails, since an error can leave a GPU's process
+    unusable.
     """
 
     def __init__(self) -> None:
         self._process: Any = None
 
-    def perform(self, job: Job, seconds: float) -> Values | None:
-        """Return what ``job`` returns, or its ``error``; None if it needs more than ``seconds``."""
+    def measure(self, measurement: Measurement, seconds: float) -> Values | None:
+        """Return what ``measurement`` returns, or its ``error``.
+
+        None if it needs more than ``seconds``.
+        """
         if self._process is None:
             self._start()
-        self._connection.send(job)
+        self._connection.send(measurement)
         if not self._connection.poll(min(seconds, ROW_SECONDS)):
             self.end()
             return None if seconds < ROW_SECONDS else {"error": f"hangs for {ROW_SECONDS} s"}
@@ -131,14 +136,14 @@ class Worker:
 
 
 def _serve(connection: Connection) -> None:
-    """Do the jobs that arrive, until nobody sends any."""
+    """Make the measurements that arrive, until nobody sends any."""
     while True:
         try:
-            job = connection.recv()
+            measurement = connection.recv()
         except EOFError:
             return
         try:
-            values = job()
+            values = measurement()
         except Exception as error:
             values = {"error": describe(error)}
         connection.send(values)

@@ -29,7 +29,7 @@ TARGET_COLUMNS = ("target", "measured", "reached")
 
 @dataclass(frozen=True)
 class Measurements:
-    """The finished rows of the stage, and what follows from them; None for what is missing."""
+    """The finished rows of ``throughput``, and what follows from them; None for what is missing."""
 
     found: Mapping[str, Values]
     options: argparse.Namespace

@@ -1,4 +1,4 @@
-"""The stages of ``benchmarks.gpu``, without a GPU: what they compare, write and resume."""
+"""The commands of ``benchmarks.gpu``, without a GPU: what they measure, write and resume."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from faults import SMALL
 
 from benchmarks.gpu import rows, runs, targets
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.rows import Stage, Values, work_off
+from benchmarks.gpu.rows import Command, Values, measure_rows
 from sskd.errors import UserError
 
 SHORT = "schedule.epochs=30"
@@ -45,8 +45,8 @@ def number(path: Path, value: int) -> Values:
     return {"value": value, "process": os.getpid()}
 
 
-def stage_of(jobs: dict[str, Any]) -> Stage:
-    return Stage(lambda options: jobs.items(), lambda found, options: list(found))
+def command_of(measurements: dict[str, Any]) -> Command:
+    return Command(lambda options: measurements.items(), lambda found, options: list(found))
 
 
 def options_of(folder: Path, minutes: float = 1, *, retry: bool = False) -> Namespace:
@@ -55,11 +55,11 @@ def options_of(folder: Path, minutes: float = 1, *, retry: bool = False) -> Name
 
 def test_finished_rows_are_not_computed_again(tmp_path: Path) -> None:
     calls = tmp_path / "calls"
-    jobs: dict[str, Any] = {name: partial(number, calls, i) for i, name in enumerate("abc")}
-    jobs["d"] = fail
-    work_off("test", stage_of({"b": jobs["b"]}), options_of(tmp_path), "title")
+    measurements: dict[str, Any] = {name: partial(number, calls, i) for i, name in enumerate("abc")}
+    measurements["d"] = fail
+    measure_rows("test", command_of({"b": measurements["b"]}), options_of(tmp_path), "title")
     for _ in "12":
-        work_off("test", stage_of(jobs), options_of(tmp_path), "title")
+        measure_rows("test", command_of(measurements), options_of(tmp_path), "title")
     assert calls.read_text().split() == ["1", "0", "2"]
     found = rows.read_rows(tmp_path / "test.jsonl", retry=False)
     assert [found[name].get("value") for name in "abcd"] == [0, 1, 2, None]
@@ -68,11 +68,13 @@ def test_finished_rows_are_not_computed_again(tmp_path: Path) -> None:
     assert (tmp_path / "test.md").read_text().splitlines()[:2] == ["title", ""]
 
 
-def test_a_failure_does_not_stop_the_stage(tmp_path: Path, capsys: Any) -> None:
+def test_a_failure_does_not_stop_the_command(tmp_path: Path, capsys: Any) -> None:
     calls = tmp_path / "calls"
-    jobs = {"a": partial(number, calls, 1), "b": partial(os._exit, 3), "c": fail,
-            "d": partial(number, calls, 2), "e": partial(number, calls, 3)}  # fmt: skip
-    work_off("test", stage_of(jobs), options_of(tmp_path), "title")
+    measurements = {
+        "a": partial(number, calls, 1), "b": partial(os._exit, 3), "c": fail,
+        "d": partial(number, calls, 2), "e": partial(number, calls, 3),
+    }  # fmt: skip
+    measure_rows("test", command_of(measurements), options_of(tmp_path), "title")
     found = rows.read_rows(tmp_path / "test.jsonl", retry=False)
     assert found["b"]["error"] == "the process ended with status 3"
     assert "error" in found["c"]
@@ -80,26 +82,26 @@ def test_a_failure_does_not_stop_the_stage(tmp_path: Path, capsys: Any) -> None:
     assert capsys.readouterr().out.splitlines()[-1] == "test: done"
 
 
-def test_a_stage_ends_at_its_limit(
+def test_a_command_ends_at_its_limit(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = tmp_path / "calls"
-    jobs = {"a": partial(number, calls, 1), "b": partial(time.sleep, 60)}
+    measurements = {"a": partial(number, calls, 1), "b": partial(time.sleep, 60)}
     started = time.monotonic()
-    work_off("test", stage_of(jobs), options_of(tmp_path, 0.5 / 60), "title")
+    measure_rows("test", command_of(measurements), options_of(tmp_path, 0.5 / 60), "title")
     assert time.monotonic() - started < 10
     assert list(rows.read_rows(tmp_path / "test.jsonl", retry=False)) == ["a"]
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == "test: 1 row is left; the same command continues"
     monkeypatch.setattr(rows, "ROW_SECONDS", 0.1)
-    work_off("test", stage_of(jobs), options_of(tmp_path), "title")
+    measure_rows("test", command_of(measurements), options_of(tmp_path), "title")
     assert rows.read_rows(tmp_path / "test.jsonl", retry=False)["b"]["error"] == "hangs for 0.1 s"
 
 
 # ---- throughput ----
 
 
-def test_the_stages_write_every_row(
+def test_the_commands_write_every_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     words = ["agree", "throughput", "--device", "cpu", "--out", str(tmp_path), "--batch", "4"]
@@ -192,11 +194,11 @@ def test_runs_are_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "list").write_text("\n\n".join(lines))
     options = options_of(tmp_path)
     options.runs, options.set, options.device = tmp_path / "list", [*small, SHORT], "cpu"
-    stage = Stage(runs.rows, runs.table, perform=runs.perform)
+    command = Command(runs.measurements, runs.table, measure=runs.measure)
     for kind in (Stopped, starting.Started):
         start = partial(start_as, kind)
         monkeypatch.setattr(runs, "start", start)
-        work_off("train", stage, options, "title")
+        measure_rows("train", command, options, "title")
         found = rows.read_rows(tmp_path / "train.jsonl", retry=False)
         assert [found.get(line, {}).get("state") for line in lines] == [
             "finished", None if kind is Stopped else "finished", None,
@@ -218,7 +220,7 @@ def test_a_list_with_an_unknown_command_is_refused(tmp_path: Path) -> None:
     (tmp_path / "list").write_text("pupil arch=vgg8\n")
     options = Namespace(runs=tmp_path / "list", out=tmp_path, set=[], device="cpu")
     with pytest.raises(UserError, match="'pupil arch=vgg8' should begin with teacher or student"):
-        list(runs.rows(options))
+        list(runs.measurements(options))
 
 
 def test_the_default_list_begins_with_the_teachers() -> None:

@@ -368,7 +368,7 @@ def test_jobs_in_threads_draw_their_own_numbers() -> None:
     assert len({job[3] for job in together}) == 1  # the images
 
 
-def test_the_stages_on_a_gpu_write_every_row(tmp_path: Path) -> None:
+def test_the_commands_on_a_gpu_write_every_row(tmp_path: Path) -> None:
     """The numbers are arbitrary, so some of the rows that read them fail."""
     pairs = ["--agree-pair", "resnet14-resnet8", "--pairs", "resnet14-resnet8", "--grid-pairs"]
     chosen = ["--methods", "crd", "sskd", "--teachers", "vgg8", "--works", "kd", "ss_head"]
