@@ -18,13 +18,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.gpu import agree, runs, speed, targets, tolerances
 from benchmarks.gpu.rows import Command, measure_rows
+from sskd.commands.process import run_tool
+from sskd.errors import Interrupted
 from sskd.methods import METHODS
 from sskd.models import ARCHITECTURES
+from sskd.output import complain
 from sskd.precision import PRECISIONS
 from sskd.training.signals import raise_on_sigterm
 
@@ -35,14 +39,23 @@ COMMANDS = {
 }
 
 
-def main() -> None:
-    """Carry out the commands that the command line names, one after the other."""
-    options = parse_options()
+def main() -> int:
+    """Carry out the commands that the command line names; return the exit status."""
+    return run_tool(lambda: run(parse_options()))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry out the commands one after the other; return the exit status, 128 + n by signal n."""
     options.out.mkdir(parents=True, exist_ok=True)
     title = f"Batch {options.batch}, {harness.machine_of(options)}"
-    with raise_on_sigterm():
-        for name in options.commands:
-            measure_rows(name, COMMANDS[name], options, title)
+    try:
+        with raise_on_sigterm():
+            for name in options.commands:
+                measure_rows(name, COMMANDS[name], options, title)
+    except Interrupted as stop:
+        complain(f"{stop}: the finished rows are written; the same command continues")
+        return 128 + stop.signum
+    return 0
 
 
 def parse_options() -> argparse.Namespace:
@@ -87,4 +100,4 @@ def parse_options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,6 +16,7 @@ from typing import Any
 import sskd
 from sskd.errors import one_line
 from sskd.files import write_text
+from sskd.output import say
 
 SUITE = Path(sskd.__file__).parent
 ROW_SECONDS = 200  # the longest time of a row: longer means that it hangs
@@ -56,14 +57,14 @@ def measure_rows(name: str, command: Command, options: argparse.Namespace, title
                 break
             found[key] = values
             write_rows(path, found)
-            print(f"{name}: {key}: {in_short(values)}", flush=True)
+            say(f"{name}: {key}: {in_short(values)}")
             lines = [title, "", *command.table(found, options)]
             path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     finally:
         worker.end()
     missing = len(measurements.keys() - found.keys())
     rows = "1 row is" if missing == 1 else f"{missing} rows are"
-    print(f"{name}: {rows} left; the same command continues" if missing else f"{name}: done")
+    say(f"{name}: {rows} left; the same command continues" if missing else f"{name}: done")
 
 
 def read_rows(path: Path, *, retry: bool) -> dict[str, Values]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,12 +16,14 @@ from typing import Any
 
 import pytest
 import starting
+import torch
 from faults import SMALL
 
+from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import rows, runs, targets
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.rows import Command, Values, measure_rows
-from sskd.errors import UserError
+from sskd.errors import Interrupted, UserError
 
 SHORT = "schedule.epochs=30"
 
@@ -98,6 +101,37 @@ def test_a_command_ends_at_its_limit(
     assert rows.read_rows(tmp_path / "test.jsonl", retry=False)["b"]["error"] == "hangs for 0.1 s"
 
 
+# ---- the command line ----
+
+
+def test_a_missing_gpu_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu", "agree"])
+    assert main() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: device=cuda: ")
+
+
+@pytest.mark.parametrize(
+    ("stop", "status", "line"),
+    [
+        (KeyboardInterrupt(), 130, "\nstopped\n"),
+        (Interrupted(signal.SIGTERM), 143, "stopped by SIGTERM: the finished rows are written; "),
+    ],
+)
+def test_a_signal_ends_the_command(
+    stop: BaseException, status: int, line: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    def measure(*arguments: Any) -> None:
+        raise stop
+
+    monkeypatch.setattr(gpu, "measure_rows", measure)
+    command = ["gpu", "agree", "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert main() == status
+    assert capsys.readouterr().err.startswith(line)
+
+
 # ---- throughput ----
 
 
@@ -112,7 +146,7 @@ def test_the_commands_write_every_row(
     for minutes in ("0", "2"):
         command = ["gpu", *words, *pair, *chosen, *small, *few, "--minutes", minutes]
         monkeypatch.setattr(sys, "argv", command)
-        main()
+        assert main() == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "agree: 3 rows are left; the same command continues"
     assert said[1] == "throughput: 5 rows are left; the same command continues"
