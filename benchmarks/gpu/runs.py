@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,6 +60,7 @@ def measure(run: Measurement, seconds: float) -> Values | None:
 def train(script: Sequence[str], log: Path, seconds: float) -> Values | None:
     """Run a training script; None if it was stopped after ``seconds``, with its state saved."""
     with log.open("a") as file:
+        begin = file.tell()
         process = start(script, file)
         try:
             status = process.wait(seconds)
@@ -70,8 +72,18 @@ def train(script: Sequence[str], log: Path, seconds: float) -> Values | None:
             raise
     if status == 0:
         return {"state": "finished"}
-    *_, last = [f"ended with status {status}", *log.read_text().splitlines()]
-    return {"error": last}
+    return {"error": error_of(log, begin, status)}
+
+
+def error_of(log: Path, begin: int, status: int) -> str:
+    """Return the last line that a run has written to ``log`` since the byte ``begin``.
+
+    A run that a signal has killed has not written about it.
+    """
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    lines = log.read_bytes()[begin:].decode(errors="replace").splitlines()
+    return next(filter(str.strip, reversed(lines)), f"ended with status {status}")
 
 
 def start(script: Sequence[str], output: IO[str]) -> subprocess.Popen[str]:

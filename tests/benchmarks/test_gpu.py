@@ -250,6 +250,20 @@ def start_as(kind: type[starting.Started], words: list[str], output: Any) -> sta
     return kind(*words, stdout=output.fileno(), stderr=starting.STDOUT)
 
 
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("print('error: ü\\n'); exit(1)", "error: ü"),
+        ("exit(3)", "ended with status 3"),
+        ("import os; print('epoch 1', flush=True); os.abort()", "killed by SIGABRT"),
+    ],
+)
+def test_the_error_of_a_run_is_its_own(code: str, error: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("error: of an earlier run, ü\n", encoding="utf-8")
+    assert runs.train(["-c", code], log, 60) == {"error": error}
+
+
 def test_a_list_with_an_unknown_command_is_refused(tmp_path: Path) -> None:
     (tmp_path / "list").write_text("pupil arch=vgg8\n")
     options = Namespace(runs=tmp_path / "list", out=tmp_path, set=[], device="cpu")
