@@ -13,9 +13,9 @@ from functools import partial
 
 from benchmarks.gpu.cpu_steps import compare_with_cpu
 from benchmarks.gpu.graph_steps import compare_graph
-from benchmarks.gpu.rows import Measurement
 from benchmarks.gpu.steps import IMAGES
 from benchmarks.gpu.teachers import compare_teacher
+from benchmarks.gpu.worker import Measurement
 from benchmarks.launches import cases
 
 TEACHERS = ["resnet56", "wrn_40_2", "vgg13", "resnet32x4", "ResNet50"]  # of the published pairs

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.differences import difference_of_losses, relative
-from benchmarks.gpu.rows import Values, describe
 from benchmarks.gpu.steps import Taken, losses_of, new_step, scale_rate, weights_of
+from benchmarks.gpu.worker import Values, describe
 from benchmarks.workload import Case
 
 STEPS = 3

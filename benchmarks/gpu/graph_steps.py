@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from benchmarks.gpu.differences import difference_of_losses, relative
-from benchmarks.gpu.rows import Values
 from benchmarks.gpu.steps import Taken, losses_of, new_step, scale_rate, weights_of
+from benchmarks.gpu.worker import Values
 from benchmarks.workload import Case
 from sskd.training.step import WARMUP_STEPS, TrainingStep
 

@@ -5,24 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
-import sskd
-from sskd.errors import one_line
+from benchmarks.gpu.worker import Measurement, Values, Worker
 from sskd.files import write_text
 from sskd.output import say
 
-SUITE = Path(sskd.__file__).parent
-ROW_SECONDS = 200  # the longest time of a row: longer means that it hangs
-
-Values = dict[str, Any]  # a row of the result file, without its key
-Measurement = Callable[..., Any]  # returns the Values of a row
 # Makes a measurement within some seconds; None if they were too few, so that the row is left.
 Measure = Callable[[Measurement, float], Values | None]
 
@@ -89,70 +79,3 @@ def in_short(values: Values) -> str:
         if not isinstance(value, list) or value == []
     )
     return ", ".join(shown)
-
-
-class Worker:
-    """A process that makes one measurement after the other.
-
-    A new one takes its place if a measurement fails, since an error can leave a GPU's process
-    unusable.
-    """
-
-    def __init__(self) -> None:
-        self._process: Any = None
-
-    def measure(self, measurement: Measurement, seconds: float) -> Values | None:
-        """Return what ``measurement`` returns, or its ``error``.
-
-        None if it needs more than ``seconds``.
-        """
-        if self._process is None:
-            self._start()
-        self._connection.send(measurement)
-        if not self._connection.poll(min(seconds, ROW_SECONDS)):
-            self.end()
-            return None if seconds < ROW_SECONDS else {"error": f"hangs for {ROW_SECONDS} s"}
-        try:
-            values: Values = self._connection.recv()
-        except EOFError:
-            self._process.join()
-            values = {"error": f"the process ended with status {self._process.exitcode}"}
-        if "error" in values:
-            self.end()
-        return values
-
-    def _start(self) -> None:
-        context = get_context("spawn")
-        self._connection, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other,))
-        self._process.start()
-        other.close()
-
-    def end(self) -> None:
-        """End the process, whatever it does."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._process = None
-
-
-def _serve(connection: Connection) -> None:
-    """Make the measurements that arrive, until nobody sends any."""
-    while True:
-        try:
-            measurement = connection.recv()
-        except EOFError:
-            return
-        try:
-            values = measurement()
-        except Exception as error:
-            values = {"error": describe(error)}
-        connection.send(values)
-
-
-def describe(error: BaseException) -> str:
-    """Return the type and message of ``error``, and the last line of the suite that it passed."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename).is_relative_to(SUITE)]
-    place = f" ({Path(own[-1].filename).relative_to(SUITE)}:{own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {one_line(error)[-300:]}{place}"

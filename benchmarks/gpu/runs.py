@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from benchmarks.gpu.rows import Measurement, Values
 from benchmarks.gpu.speed import PAIRS
+from benchmarks.gpu.worker import Measurement, Values
 from benchmarks.harness import table_head, table_row
 from sskd import CONF
 from sskd.errors import UserError

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import throughput
 from benchmarks.conventional import baseline_device
-from benchmarks.gpu.rows import Measurement, Values
+from benchmarks.gpu.worker import Measurement, Values
 from benchmarks.harness import Pipeline, seconds_per_step
 from benchmarks.workload import Case, case_of, loader_of, noise, suite_step, training_step
 from sskd.data import Images

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.gpu.rows import Values
 from benchmarks.gpu.speed import PAIRS, Key, case_for
+from benchmarks.gpu.worker import Values
 from benchmarks.grid import DISTILLATIONS, Seconds
 from benchmarks.harness import table_head, table_row
 from benchmarks.workload import Case, noise

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from benchmarks.gpu.differences import CPU, relative
-from benchmarks.gpu.rows import Values
 from benchmarks.gpu.steps import IMAGES, images_of
+from benchmarks.gpu.worker import Values
 from benchmarks.workload import CLASSES, set_statistics
 from sskd.device import to_device
 from sskd.models import Features, build_model, fold_batch_norms, fuse_layers

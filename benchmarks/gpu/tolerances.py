@@ -11,7 +11,7 @@ import argparse
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from benchmarks.gpu.rows import Values
+from benchmarks.gpu.worker import Values
 from benchmarks.harness import table_head, table_row
 
 # Of losses, and of weights after a few steps, by precision.

@@ -11,6 +11,7 @@ import time
 from argparse import Namespace
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ import torch
 from faults import SMALL
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import rows, runs, targets
+from benchmarks.gpu import rows, runs, targets, worker
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.rows import Command, Values, measure_rows
+from benchmarks.gpu.rows import Command, measure_rows
+from benchmarks.gpu.worker import Values, Worker
 from sskd.errors import Interrupted, UserError
 
 SHORT = "schedule.epochs=30"
@@ -34,7 +36,7 @@ SHORT = "schedule.epochs=30"
 @pytest.fixture(autouse=True)
 def _fork(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork the workers, which would otherwise start a new Python."""
-    monkeypatch.setattr(rows, "get_context", lambda method: get_context("fork"))
+    monkeypatch.setattr(worker, "get_context", lambda method: get_context("fork"))
 
 
 def fail() -> Values:
@@ -96,9 +98,51 @@ def test_a_command_ends_at_its_limit(
     assert list(rows.read_rows(tmp_path / "test.jsonl", retry=False)) == ["a"]
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == "test: 1 row is left; the same command continues"
-    monkeypatch.setattr(rows, "ROW_SECONDS", 0.1)
+    monkeypatch.setattr(worker, "LONGEST_SECONDS", 0.1)
     measure_rows("test", command_of(measurements), options_of(tmp_path), "title")
     assert rows.read_rows(tmp_path / "test.jsonl", retry=False)["b"]["error"] == "hangs for 0.1 s"
+
+
+# ---- the worker ----
+
+
+def test_a_worker_that_was_killed_is_replaced(tmp_path: Path) -> None:
+    made, one = Worker(), partial(number, tmp_path / "calls", 1)
+    first = made.measure(one, 60)
+    assert first is not None
+    os.kill(first["process"], signal.SIGKILL)
+    made._process.join()
+    assert (made.measure(one, 60) or {})["value"] == 1
+    made.end()
+
+
+def test_a_worker_that_breaks_the_pipe_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_serve", Connection.close)  # as if it could not import torch
+    made = Worker()
+    made._start()
+    made._process.join()
+    monkeypatch.setattr(made._process, "is_alive", lambda: True)  # it ends just after the question
+    assert made.measure(fail, 60) == {"error": "the process ended with status 0"}
+
+
+def test_a_worker_ends_if_its_parent_has_ended(tmp_path: Path) -> None:
+    connection, other = get_context("fork").Pipe()
+    connection.send(partial(number, tmp_path / "calls", 1))
+    connection.close()
+    worker._serve(other)
+    assert (tmp_path / "calls").read_text() == "1\n"
+
+
+def interrupt() -> Values:
+    os.kill(os.getpid(), signal.SIGINT)
+    return {"interrupted": False}
+
+
+def test_a_worker_ignores_ctrl_c() -> None:
+    made, before = Worker(), signal.getsignal(signal.SIGINT)
+    assert made.measure(interrupt, 60) == {"interrupted": False}
+    assert signal.getsignal(signal.SIGINT) == before
+    made.end()
 
 
 # ---- the command line ----

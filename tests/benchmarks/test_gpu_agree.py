@@ -10,7 +10,7 @@ import torch
 
 import sskd.methods.kd
 from benchmarks.gpu import cpu_steps, graph_steps, teachers, tolerances
-from benchmarks.gpu.rows import Values
+from benchmarks.gpu.worker import Values
 from benchmarks.workload import Case
 from sskd.training.step import TrainingStep
 
