@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.gpu import agree, runs, speed, targets, tolerances
-from benchmarks.gpu.rows import Command, measure_rows
+from benchmarks.gpu.rows import Command, measure_rows, row_file
 from sskd.commands.process import run_tool
 from sskd.errors import Interrupted
 from sskd.methods import METHODS
@@ -33,9 +33,9 @@ from sskd.precision import PRECISIONS
 from sskd.training.signals import raise_on_sigterm
 
 COMMANDS = {
-    "agree": Command(agree.measurements, tolerances.table),
-    "throughput": Command(speed.measurements, targets.table),
-    "train": Command(runs.measurements, runs.table, measure=runs.measure),
+    "agree": Command(agree.measurements, agree.settings, tolerances.table),
+    "throughput": Command(speed.measurements, speed.settings, targets.table),
+    "train": Command(runs.measurements, runs.settings, runs.table, measure=runs.measure),
 }
 
 
@@ -45,8 +45,14 @@ def main() -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Carry out the commands one after the other; return the exit status, 128 + n by signal n."""
+    """Carry out the commands one after the other; return the exit status, 128 + n by signal n.
+
+    Raises:
+        UserError: the rows of one of them were measured with other settings.
+    """
     options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.commands:  # before the first one takes minutes
+        row_file(name, COMMANDS[name], options).read(retry=options.retry)
     title = f"Batch {options.batch}, {harness.machine_of(options)}"
     try:
         with raise_on_sigterm():

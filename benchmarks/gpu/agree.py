@@ -13,12 +13,18 @@ from functools import partial
 
 from benchmarks.gpu.cpu_steps import compare_with_cpu
 from benchmarks.gpu.graph_steps import compare_graph
+from benchmarks.gpu.rows import settings_of
 from benchmarks.gpu.steps import IMAGES
 from benchmarks.gpu.teachers import compare_teacher
-from benchmarks.gpu.worker import Measurement
+from benchmarks.gpu.worker import Measurement, Values
 from benchmarks.launches import cases
 
 TEACHERS = ["resnet56", "wrn_40_2", "vgg13", "resnet32x4", "ResNet50"]  # of the published pairs
+
+
+def settings(options: argparse.Namespace) -> Values:
+    """Return what decides the values of the rows beside their keys."""
+    return settings_of(options, "agree_pair", "batch", "images")
 
 
 def measurements(options: argparse.Namespace) -> Iterator[tuple[str, Measurement]]:

@@ -18,6 +18,7 @@ from benchmarks.harness import table_head, table_row
 from sskd import CONF
 from sskd.errors import UserError
 from sskd.methods import METHODS
+from sskd.runs.identity import decides_result
 
 ROOT = CONF.parent
 SCRIPTS = {"teacher": "train_teacher.py", "student": "train_student.py"}
@@ -33,6 +34,11 @@ def default_lines() -> list[str]:
         *teachers,
         *(f"student pair={pair} method={each}" for each in methods for pair in PAIRS),
     ]
+
+
+def settings(options: argparse.Namespace) -> Values:
+    """Return the settings of all runs that decide their results, on any device."""
+    return {"set": [word for word in options.set if decides_result(word.split("=")[0])]}
 
 
 def measurements(options: argparse.Namespace) -> Iterator[tuple[str, Measurement]]:

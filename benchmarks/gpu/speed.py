@@ -22,6 +22,7 @@ import torch
 
 from benchmarks import throughput
 from benchmarks.conventional import baseline_device
+from benchmarks.gpu.rows import settings_of
 from benchmarks.gpu.worker import Measurement, Values
 from benchmarks.harness import Pipeline, seconds_per_step
 from benchmarks.workload import Case, case_of, loader_of, noise, suite_step, training_step
@@ -76,11 +77,16 @@ def grid_pairs() -> list[str]:
 # ---- what to measure ----
 
 
+def settings(options: argparse.Namespace) -> Values:
+    """Return what decides the values of the rows beside their keys."""
+    return settings_of(options, "batch", "images", "rounds", "steps", "workers")
+
+
 def measurements(options: argparse.Namespace) -> Iterator[tuple[str, Measurement]]:
     """Yield the measurement of each key."""
     first = case_for(options, Key(options.pairs[0], "kd"))
-    yield "evaluation", partial(time_evaluation, first)
-    yield "checkpoint", partial(time_checkpoint, first)
+    yield f"evaluation {first.pair}", partial(time_evaluation, first)
+    yield f"checkpoint {first.pair}", partial(time_checkpoint, first)
     for key in keys(options):
         yield str(key), measurement_of(options, key)
 

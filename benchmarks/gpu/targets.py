@@ -84,7 +84,8 @@ class Measurements:
 
     def _after_epochs(self, epochs: int) -> float | None:
         """Return the seconds of the evaluation and the checkpoint after each of some epochs."""
-        evaluation, checkpoint = self.seconds("evaluation"), self.seconds("checkpoint")
+        work = ("evaluation", "checkpoint")
+        evaluation, checkpoint = (self.seconds(f"{each} {FIRST}") for each in work)
         if evaluation is None or checkpoint is None:
             return None
         return epochs * (evaluation + checkpoint)
@@ -127,7 +128,7 @@ def table(found: Mapping[str, Values], options: argparse.Namespace) -> list[str]
     """Return the lines of the targets and of the rates."""
     measured = Measurements(found, options)
     targets = [target_row(target, target.measure(measured)) for target in TARGETS]
-    rates = [rate_row(key, measured) for key in found if " " in key]
+    rates = [rate_row(key, measured) for key in found if len(key.split()) == len(Key._fields)]
     return [
         *(f"Targets: graph, bf16, batch {options.batch}", ""),
         *(*table_head(TARGET_COLUMNS, text_columns=1), *targets, ""),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -21,9 +22,9 @@ import torch
 from faults import SMALL
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import rows, runs, targets, worker
+from benchmarks.gpu import runs, targets, worker
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.rows import Command, measure_rows
+from benchmarks.gpu.rows import Command, RowFile, measure_rows, settings_of
 from benchmarks.gpu.worker import Values, Worker
 from sskd.errors import Interrupted, UserError
 
@@ -51,11 +52,19 @@ def number(path: Path, value: int) -> Values:
 
 
 def command_of(measurements: dict[str, Any]) -> Command:
-    return Command(lambda options: measurements.items(), lambda found, options: list(found))
+    return Command(
+        lambda options: measurements.items(),
+        lambda options: {},
+        lambda found, options: list(found),
+    )
 
 
 def options_of(folder: Path, minutes: float = 1, *, retry: bool = False) -> Namespace:
     return Namespace(out=folder, minutes=minutes, retry=retry)
+
+
+def rows_of(folder: Path, *, retry: bool = False) -> dict[str, Values]:
+    return RowFile(folder / "test.jsonl", {}).read(retry=retry)
 
 
 def test_finished_rows_are_not_computed_again(tmp_path: Path) -> None:
@@ -66,10 +75,10 @@ def test_finished_rows_are_not_computed_again(tmp_path: Path) -> None:
     for _ in "12":
         measure_rows("test", command_of(measurements), options_of(tmp_path), "title")
     assert calls.read_text().split() == ["1", "0", "2"]
-    found = rows.read_rows(tmp_path / "test.jsonl", retry=False)
+    found = rows_of(tmp_path)
     assert [found[name].get("value") for name in "abcd"] == [0, 1, 2, None]
     assert found["d"]["error"] == "UserError: no such pair"
-    assert list(rows.read_rows(tmp_path / "test.jsonl", retry=True)) == ["b", "a", "c"]
+    assert list(rows_of(tmp_path, retry=True)) == ["b", "a", "c"]
     assert (tmp_path / "test.md").read_text().splitlines()[:2] == ["title", ""]
 
 
@@ -80,7 +89,7 @@ def test_a_failure_does_not_stop_the_command(tmp_path: Path, capsys: Any) -> Non
         "d": partial(number, calls, 2), "e": partial(number, calls, 3),
     }  # fmt: skip
     measure_rows("test", command_of(measurements), options_of(tmp_path), "title")
-    found = rows.read_rows(tmp_path / "test.jsonl", retry=False)
+    found = rows_of(tmp_path)
     assert found["b"]["error"] == "the process ended with status 3"
     assert "error" in found["c"]
     assert found["a"]["process"] != found["d"]["process"] == found["e"]["process"]
@@ -95,12 +104,12 @@ def test_a_command_ends_at_its_limit(
     started = time.monotonic()
     measure_rows("test", command_of(measurements), options_of(tmp_path, 0.5 / 60), "title")
     assert time.monotonic() - started < 10
-    assert list(rows.read_rows(tmp_path / "test.jsonl", retry=False)) == ["a"]
+    assert list(rows_of(tmp_path)) == ["a"]
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == "test: 1 row is left; the same command continues"
     monkeypatch.setattr(worker, "LONGEST_SECONDS", 0.1)
     measure_rows("test", command_of(measurements), options_of(tmp_path), "title")
-    assert rows.read_rows(tmp_path / "test.jsonl", retry=False)["b"]["error"] == "hangs for 0.1 s"
+    assert rows_of(tmp_path)["b"]["error"] == "hangs for 0.1 s"
 
 
 # ---- the worker ----
@@ -176,6 +185,53 @@ def test_a_signal_ends_the_command(
     assert capsys.readouterr().err.startswith(line)
 
 
+ADVICE = "use the same again, or another folder: --out FOLDER"
+
+
+@pytest.mark.parametrize(
+    ("words", "other"),
+    [
+        ("agree --batch 8", "--batch 64 (now 8)"),
+        ("agree --agree-pair vgg13-vgg8", "--agree-pair resnet56-resnet20 (now vgg13-vgg8)"),
+        ("agree --images 8 --methods kd", "--images 50000 (now 8)"),
+        ("agree --methods kd --teachers vgg8 --precisions fp32 --steps 9 --set seed=1", ""),
+        ("throughput --steps 9 --rounds 2", "--rounds 5 (now 2), --steps 40 (now 9)"),
+        ("throughput --workers 3", "--workers 2 (now 3)"),
+        ("throughput --pairs vgg13-vgg8 --grid-pairs --works kd --modes eager --jobs 2", ""),
+        ("train --set precision=bf16 seed=1", "--set nothing (now precision=bf16 seed=1)"),
+        ("train --set dataset.root=data wandb.mode=offline device=cpu --batch 8", ""),
+    ],
+)
+def test_rows_of_other_settings_are_refused(
+    words: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    name, *more = words.split()
+    common = ["gpu", name, "--device", "cpu", "--out", str(tmp_path), "--workers", "2"]
+    settings = gpu.COMMANDS[name].settings
+    command = replace(command_of({"a": fail}), settings=settings, measure=lambda *given: {})
+    monkeypatch.setitem(gpu.COMMANDS, name, command)
+    for given, status in ((common, 0), ([*common, *more], 1 if other else 0)):
+        monkeypatch.setattr(sys, "argv", given)
+        assert main() == status
+    file = tmp_path / f"{name}.jsonl"
+    error = f"error: {file}: its rows were measured with {other}; {ADVICE}\n" if other else ""
+    assert capsys.readouterr().err == error
+
+
+def test_rows_of_another_device_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    options, found = options_of(tmp_path), {"a": {"error": "an error"}}
+    options.device = "cuda"
+    for number, name in enumerate(("NVIDIA A100", "NVIDIA H100")):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        file = RowFile(tmp_path / "test.jsonl", settings_of(options, "minutes"))
+        if number == 0:
+            file.write(found)
+            assert file.read(retry=False) == found
+    with pytest.raises(UserError, match=r"with device NVIDIA A100 \(now NVIDIA H100\); use the"):
+        file.read(retry=False)
+    assert file.read(retry=True) == {}
+
+
 # ---- throughput ----
 
 
@@ -199,10 +255,13 @@ def test_the_commands_write_every_row(
     found = {row["key"]: row for row in map(json.loads, lines)}
     networks = "resnet14-resnet8 kd"
     assert list(found) == [
-        *("evaluation", "checkpoint", f"{networks} graph bf16 1"),
+        *("evaluation resnet14-resnet8", "checkpoint resnet14-resnet8", f"{networks} graph bf16 1"),
         *(f"{networks} conventional fp32 1", f"{networks} graph bf16 2"),
     ]
     assert all(row["seconds"] > 0 for row in found.values())
+    assert found[f"{networks} graph bf16 1"]["settings"] == {
+        "batch": 4, "images": 18, "rounds": 1, "steps": 1, "workers": 1, "device": "cpu",
+    }  # fmt: skip
     assert (
         "| resnet14-resnet8 | kd | graph | bf16 | 2 |" in (tmp_path / "throughput.md").read_text()
     )
@@ -229,7 +288,7 @@ def targets_of(milliseconds: dict[str, float]) -> dict[str, list[str]]:
 def test_the_targets_follow_from_the_steps() -> None:
     pair, other = "wrn_40_2-wrn_16_2", "resnet56-resnet20"
     milliseconds = {
-        "evaluation": 50, "checkpoint": 30,
+        f"evaluation {pair}": 50, f"checkpoint {pair}": 30,
         f"{pair} kd graph bf16 1": 1.5, f"{pair} kd conventional fp32 1": 15,
         f"{pair} sskd graph bf16 1": 4, f"{pair} sskd conventional fp32 1": 20,
         f"{pair} ss_head graph bf16 1": 2, f"{pair} kd graph bf16 8": 0.3,
@@ -272,12 +331,12 @@ def test_runs_are_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "list").write_text("\n\n".join(lines))
     options = options_of(tmp_path)
     options.runs, options.set, options.device = tmp_path / "list", [*small, SHORT], "cpu"
-    command = Command(runs.measurements, runs.table, measure=runs.measure)
+    command = gpu.COMMANDS["train"]
     for kind in (Stopped, starting.Started):
         start = partial(start_as, kind)
         monkeypatch.setattr(runs, "start", start)
         measure_rows("train", command, options, "title")
-        found = rows.read_rows(tmp_path / "train.jsonl", retry=False)
+        found = RowFile(tmp_path / "train.jsonl", runs.settings(options)).read(retry=False)
         assert [found.get(line, {}).get("state") for line in lines] == [
             "finished", None if kind is Stopped else "finished", None,
         ]  # fmt: skip
