@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ import sskd.methods.kd
 from benchmarks.gpu import cpu_steps, graph_steps, teachers, tolerances
 from benchmarks.gpu.worker import Values
 from benchmarks.workload import Case
-from sskd.training.step import TrainingStep
+from sskd.training import graph
+from sskd.training.graph import Capture
+from sskd.training.step import WARMUP_STEPS, TrainingStep
 
 KD = Case(
-    pair="resnet14-resnet8", batch=4, images=18, device="cpu", compile="off", graph="auto",
+    pair="resnet8-resnet8", batch=4, images=18, device="cpu", compile="off", graph="auto",
     precompute=False,
 )  # fmt: skip
 CRD = Case(**{**vars(KD), "method": "crd"})
@@ -28,15 +31,41 @@ def verdict(**found: Values) -> str:
     return cells.strip("| ").rpartition("| ")[2]
 
 
+def use_graphs(monkeypatch: pytest.MonkeyPatch, capture: Capture) -> None:
+    """Let the CPU capture its steps, of which each comparison takes eight."""
+    monkeypatch.setattr(graph, "_why_not", lambda device, method: "")
+    monkeypatch.setattr(graph, "capture_cuda_graph", capture)
+    monkeypatch.setattr(graph_steps, "STEPS", 8)
+
+
 @pytest.mark.parametrize("case", [KD, CRD])
 def test_the_cpu_agrees_with_the_cpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_steps, "STEPS", 8)
+    calls: list[str] = []
+
+    def capture(work: Callable[[], None]) -> Callable[[], None]:
+        calls.append("capture")
+
+        def replay() -> None:
+            calls.append("replay")
+            work()
+
+        return replay
+
+    use_graphs(monkeypatch, capture)
     cpu_steps.steps_on_cpu.cache_clear()
     cpu = cpu_steps.compare_with_cpu(case, "distill")
-    graph = graph_steps.compare_graph(case, "distill")
+    by_graph = graph_steps.compare_graph(case, "distill")
     assert cpu == {"losses": 0, "weights": 0, "wait": ""}
-    assert graph == {"losses": 0, "weights": 0, "moved": []}
-    assert verdict(cpu=cpu, graph=graph) == "agree"
+    assert by_graph == {"losses": 0, "weights": 0, "moved": []}
+    assert verdict(cpu=cpu, graph=by_graph) == "agree"
+    assert calls.count("capture") == 2  # one for each learning rate
+    assert calls.count("replay") == 8 - WARMUP_STEPS - 1  # without the smaller batch
+
+
+def test_a_graph_that_omits_work_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_graphs(monkeypatch, lambda work: lambda: None)
+    found = graph_steps.compare_graph(KD, "distill")
+    assert verdict(graph=found) == "graph: losses above 0.01; graph: weights above 0.01"
 
 
 def test_a_wrong_loss_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
