@@ -22,14 +22,11 @@ import torch
 from faults import SMALL
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import runs, targets, worker
+from benchmarks.gpu import graph_steps, runs, targets, worker
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.rows import Command, RowFile, measure_rows, settings_of
 from benchmarks.gpu.worker import Values, Worker
 from sskd.errors import Interrupted, UserError
-
-SHORT = "schedule.epochs=30"
-
 
 # ---- rows ----
 
@@ -238,11 +235,12 @@ def test_rows_of_another_device_are_refused(tmp_path: Path, monkeypatch: Any) ->
 def test_the_commands_write_every_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    words = ["agree", "throughput", "--device", "cpu", "--out", str(tmp_path), "--batch", "4"]
-    pair = ["--agree-pair", "resnet14-resnet8", "--pairs", "resnet14-resnet8", "--grid-pairs"]
+    words = ["agree", "throughput", "--device", "cpu", "--out", str(tmp_path), "--batch", "2"]
+    pair = ["--agree-pair", "resnet8-resnet8", "--pairs", "resnet8-resnet8", "--grid-pairs"]
     chosen = ["--methods", "kd", "--teachers", "resnet8", "--works", "kd", "--modes", "graph"]
-    small = ["--precisions", "bf16", "--jobs", "2", "--images", "18", "--workers", "1"]
+    small = ["--precisions", "bf16", "--jobs", "2", "--images", "8", "--workers", "1"]
     few = ["--rounds", "1", "--steps", "1"]
+    monkeypatch.setattr(graph_steps, "STEPS", 6)
     for minutes in ("0", "2"):
         command = ["gpu", *words, *pair, *chosen, *small, *few, "--minutes", minutes]
         monkeypatch.setattr(sys, "argv", command)
@@ -253,18 +251,16 @@ def test_the_commands_write_every_row(
     assert said[-1] == "throughput: done"
     lines = (tmp_path / "throughput.jsonl").read_text().splitlines()
     found = {row["key"]: row for row in map(json.loads, lines)}
-    networks = "resnet14-resnet8 kd"
+    networks = "resnet8-resnet8 kd"
     assert list(found) == [
-        *("evaluation resnet14-resnet8", "checkpoint resnet14-resnet8", f"{networks} graph bf16 1"),
+        *("evaluation resnet8-resnet8", "checkpoint resnet8-resnet8", f"{networks} graph bf16 1"),
         *(f"{networks} conventional fp32 1", f"{networks} graph bf16 2"),
     ]
     assert all(row["seconds"] > 0 for row in found.values())
     assert found[f"{networks} graph bf16 1"]["settings"] == {
-        "batch": 4, "images": 18, "rounds": 1, "steps": 1, "workers": 1, "device": "cpu",
+        "batch": 2, "images": 8, "rounds": 1, "steps": 1, "workers": 1, "device": "cpu",
     }  # fmt: skip
-    assert (
-        "| resnet14-resnet8 | kd | graph | bf16 | 2 |" in (tmp_path / "throughput.md").read_text()
-    )
+    assert "| resnet8-resnet8 | kd | graph | bf16 | 2 |" in (tmp_path / "throughput.md").read_text()
     (row,) = (line for line in (tmp_path / "agree.md").read_text().splitlines() if "| kd |" in line)
     assert row.endswith("| agree |")
 
@@ -327,10 +323,11 @@ class Stopped(starting.Started):
 
 def test_runs_are_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = [word for word in SMALL if not word.startswith(("arch", "teacher", "schedule"))]
-    lines = [f"teacher {words}" for words in ("arch=resnet8 seed=1", "arch=resnet8", "arch=no")]
+    first, stopped = "seed=1 schedule.epochs=1", "schedule.epochs=12"
+    lines = [f"teacher arch=resnet8 {words}" for words in (first, stopped)] + ["teacher arch=no"]
     (tmp_path / "list").write_text("\n\n".join(lines))
     options = options_of(tmp_path)
-    options.runs, options.set, options.device = tmp_path / "list", [*small, SHORT], "cpu"
+    options.runs, options.set, options.device = tmp_path / "list", small, "cpu"
     command = gpu.COMMANDS["train"]
     for kind in (Stopped, starting.Started):
         start = partial(start_as, kind)
