@@ -1,4 +1,4 @@
-"""The first half hour on a GPU, in stages that can be stopped at any time.
+"""The first half hour on a GPU: three commands, which can be stopped at any time.
 
     python -m benchmarks.gpu agree --out gpu
     python -m benchmarks.gpu throughput --out gpu
@@ -6,11 +6,11 @@
 
 ``agree`` compares the training step of each method and phase with the same step on the CPU, and a
 CUDA graph with the steps that it replaces. ``throughput`` measures the time of a step, alone and
-with several jobs side by side, and compares it with the targets. ``train`` works off a list of
-runs.
+with several jobs side by side, and compares it with the targets. ``train`` trains the runs of a
+list.
 
-A stage writes OUT/STAGE.jsonl, a line for each finished row, and the table OUT/STAGE.md after each
-row. It ends after ``--minutes``; the same command later continues with the rows that are left.
+A command writes OUT/COMMAND.jsonl, a line for each finished row, and the table OUT/COMMAND.md after
+each row. It ends after ``--minutes``; the same command later continues with the rows that are left.
 docs/gpu.md says what a machine needs for it.
 """
 
@@ -18,31 +18,50 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.gpu import agree, runs, speed, targets
-from benchmarks.gpu.rows import Stage, work_off
+from benchmarks.gpu import agree, runs, speed, targets, tolerances
+from benchmarks.gpu.rows import Command, measure_rows, row_file
+from sskd.commands.process import run_tool
+from sskd.errors import Interrupted
 from sskd.methods import METHODS
 from sskd.models import ARCHITECTURES
+from sskd.output import complain
 from sskd.precision import PRECISIONS
 from sskd.training.signals import raise_on_sigterm
 
-STAGES = {
-    "agree": Stage(agree.rows, agree.table),
-    "throughput": Stage(speed.rows, targets.table),
-    "train": Stage(runs.rows, runs.table, perform=runs.perform),
+COMMANDS = {
+    "agree": Command(agree.measurements, agree.settings, tolerances.table),
+    "throughput": Command(speed.measurements, speed.settings, targets.table),
+    "train": Command(runs.measurements, runs.settings, runs.table, measure=runs.measure),
 }
 
 
-def main() -> None:
-    """Carry out the stages that the command line names, one after the other."""
-    options = parse_options()
+def main() -> int:
+    """Carry out the commands that the command line names; return the exit status."""
+    return run_tool(lambda: run(parse_options()))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry out the commands one after the other; return the exit status, 128 + n by signal n.
+
+    Raises:
+        UserError: the rows of one of them were measured with other settings.
+    """
     options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.commands:  # before the first one takes minutes
+        row_file(name, COMMANDS[name], options).read(retry=options.retry)
     title = f"Batch {options.batch}, {harness.machine_of(options)}"
-    with raise_on_sigterm():
-        for name in options.stages:
-            work_off(name, STAGES[name], options, title)
+    try:
+        with raise_on_sigterm():
+            for name in options.commands:
+                measure_rows(name, COMMANDS[name], options, title)
+    except Interrupted as stop:
+        complain(f"{stop}: the finished rows are written; the same command continues")
+        return 128 + stop.signum
+    return 0
 
 
 def parse_options() -> argparse.Namespace:
@@ -53,10 +72,10 @@ def parse_options() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "stages", nargs="+", choices=STAGES, metavar="STAGE", help=", ".join(STAGES)
+        "commands", nargs="+", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS)
     )
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder of the results")
-    parser.add_argument("--minutes", type=float, default=8, help="of each stage")
+    parser.add_argument("--minutes", type=float, default=8, help="of each command")
     parser.add_argument("--retry", action="store_true", help="repeat rows that failed")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch", type=int, default=64, help="images a step")
@@ -87,4 +106,4 @@ def parse_options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,82 +1,123 @@
-"""The rows of a stage: each is computed in another process, and written as soon as it is there."""
+"""The rows of a command: each is measured in another process, and then written at once."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
-import sskd
-from sskd.errors import one_line
+import torch
+
+from benchmarks.gpu.worker import Measurement, Values, Worker
+from sskd.errors import UserError
 from sskd.files import write_text
+from sskd.output import say
 
-SUITE = Path(sskd.__file__).parent
-ROW_SECONDS = 200  # the longest time of a row: longer means that it hangs
-
-Values = dict[str, Any]  # a row of the result file, without its key
-Job = Callable[..., Any]  # returns Values
-# Does a job within some seconds; None if they were too few, so that it is left for the next call.
-Perform = Callable[[Job, float], Values | None]
+# Makes a measurement within some seconds; None if they were too few, so that the row is left.
+Measure = Callable[[Measurement, float], Values | None]
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage of the command.
+class Command:
+    """A command: its measurements and its tables.
 
-    ``rows`` returns a job for each key, ``table`` the lines of markdown for the finished rows.
-    ``perform`` does a job in this process; by default a ``Worker`` does.
+    ``measurements`` returns the measurement of each key, ``settings`` what decides their values
+    beside the keys, ``table`` the lines of markdown for the finished rows. ``measure`` makes a
+    measurement in this process; by default a ``Worker`` does.
     """
 
-    rows: Callable[[argparse.Namespace], Iterable[tuple[str, Job]]]
+    measurements: Callable[[argparse.Namespace], Iterable[tuple[str, Measurement]]]
+    settings: Callable[[argparse.Namespace], Values]
     table: Callable[[Mapping[str, Values], argparse.Namespace], Sequence[str]]
-    perform: Perform | None = None
+    measure: Measure | None = None
 
 
-def work_off(name: str, stage: Stage, options: argparse.Namespace, title: str) -> None:
-    """Compute the rows that are not in the result file until the time is up."""
+@dataclass(frozen=True)
+class RowFile:
+    """The result file of a command: a line of JSON for each finished row.
+
+    Attributes:
+        settings: what decides the values of the rows beside their keys; each line has it too.
+    """
+
+    path: Path
+    settings: Values
+
+    def read(self, *, retry: bool) -> dict[str, Values]:
+        """Return the rows by key; without those that failed if ``retry``.
+
+        Raises:
+            UserError: a row was measured with other settings.
+        """
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        rows = [row for row in map(json.loads, lines) if not (retry and "error" in row)]
+        for row in rows:
+            self._refuse_others(row.pop("settings", {}))
+        return {row.pop("key"): row for row in rows}
+
+    def write(self, found: Mapping[str, Values]) -> None:
+        """Write the rows."""
+        rows = ({"key": key, "settings": self.settings, **found[key]} for key in found)
+        write_text(self.path, "".join(f"{json.dumps(row)}\n" for row in rows))
+
+    def _refuse_others(self, before: Values) -> None:
+        others = [
+            f"{as_typed(name)} {shown(before.get(name, 'unknown'))} (now {shown(value)})"
+            for name, value in self.settings.items()
+            if before.get(name) != value
+        ]
+        if others:
+            raise UserError(
+                f"{self.path}: its rows were measured with {', '.join(others)}; use the same "
+                "again, or another folder: --out FOLDER"
+            )
+
+
+def row_file(name: str, command: Command, options: argparse.Namespace) -> RowFile:
+    """Return the result file of a command."""
+    return RowFile(options.out / f"{name}.jsonl", command.settings(options))
+
+
+def settings_of(options: argparse.Namespace, *names: str) -> Values:
+    """Return some options, and the name of the device."""
+    device = torch.device(options.device)
+    on_gpu = device.type == "cuda"
+    named = torch.cuda.get_device_name(device) if on_gpu else device.type
+    return {**{name: getattr(options, name) for name in names}, "device": named}
+
+
+def measure_rows(name: str, command: Command, options: argparse.Namespace, title: str) -> None:
+    """Measure the rows that are not in the result file, until the time is up.
+
+    Raises:
+        UserError: the rows in the file were measured with other settings.
+    """
     end = time.monotonic() + 60 * options.minutes
-    path = options.out / f"{name}.jsonl"
-    found = read_rows(path, retry=options.retry)
-    jobs = dict(stage.rows(options))
+    file = row_file(name, command, options)
+    found = file.read(retry=options.retry)
+    measurements = dict(command.measurements(options))
     worker = Worker()
-    perform = stage.perform or worker.perform
+    measure = command.measure or worker.measure
     try:
-        for key, job in jobs.items():
+        for key, measurement in measurements.items():
             if key in found:
                 continue
-            if time.monotonic() >= end or (values := perform(job, end - time.monotonic())) is None:
+            left = end - time.monotonic()
+            if left <= 0 or (values := measure(measurement, left)) is None:
                 break
             found[key] = values
-            write_rows(path, found)
-            print(f"{name}: {key}: {in_short(values)}", flush=True)
-            lines = [title, "", *stage.table(found, options)]
-            path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+            file.write(found)
+            say(f"{name}: {key}: {in_short(values)}")
+            lines = [title, "", *command.table(found, options)]
+            file.path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     finally:
         worker.end()
-    left = len(jobs.keys() - found.keys())
-    rows = "1 row is" if left == 1 else f"{left} rows are"
-    print(f"{name}: {rows} left; the same command continues" if left else f"{name}: done")
-
-
-def read_rows(path: Path, *, retry: bool) -> dict[str, Values]:
-    """Return the rows of a result file by key; without those that failed if ``retry``."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = map(json.loads, lines)
-    found = {row.pop("key"): row for row in rows}
-    return {key: row for key, row in found.items() if not (retry and "error" in row)}
-
-
-def write_rows(path: Path, found: Mapping[str, Values]) -> None:
-    """Write the result file."""
-    lines = [json.dumps({"key": key, **values}) for key, values in found.items()]
-    write_text(path, "\n".join([*lines, ""]))
+    missing = len(measurements.keys() - found.keys())
+    rows = "1 row is" if missing == 1 else f"{missing} rows are"
+    say(f"{name}: {rows} left; the same command continues" if missing else f"{name}: done")
 
 
 def in_short(values: Values) -> str:
@@ -89,64 +130,11 @@ def in_short(values: Values) -> str:
     return ", ".join(shown)
 
 
-class Worker:
-    """A process that does one job after the other.
-
-    A new one takes its place if a job fails, since an error can leave a GPU's process unusable.
-    """
-
-    def __init__(self) -> None:
-        self._process: Any = None
-
-    def perform(self, job: Job, seconds: float) -> Values | None:
-        """Return what ``job`` returns, or its ``error``; None if it needs more than ``seconds``."""
-        if self._process is None:
-            self._start()
-        self._connection.send(job)
-        if not self._connection.poll(min(seconds, ROW_SECONDS)):
-            self.end()
-            return None if seconds < ROW_SECONDS else {"error": f"hangs for {ROW_SECONDS} s"}
-        try:
-            values: Values = self._connection.recv()
-        except EOFError:
-            self._process.join()
-            values = {"error": f"the process ended with status {self._process.exitcode}"}
-        if "error" in values:
-            self.end()
-        return values
-
-    def _start(self) -> None:
-        context = get_context("spawn")
-        self._connection, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other,))
-        self._process.start()
-        other.close()
-
-    def end(self) -> None:
-        """End the process, whatever it does."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._process = None
+def as_typed(name: str) -> str:
+    """Return the name of a setting on the command line; that of a device is not typed."""
+    return name if name == "device" else f"--{name.replace('_', '-')}"
 
 
-def _serve(connection: Connection) -> None:
-    """Do the jobs that arrive, until nobody sends any."""
-    while True:
-        try:
-            job = connection.recv()
-        except EOFError:
-            return
-        try:
-            values = job()
-        except Exception as error:
-            values = {"error": describe(error)}
-        connection.send(values)
-
-
-def describe(error: BaseException) -> str:
-    """Return the type and message of ``error``, and the last line of the suite that it passed."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename).is_relative_to(SUITE)]
-    place = f" ({Path(own[-1].filename).relative_to(SUITE)}:{own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {one_line(error)[-300:]}{place}"
+def shown(value: object) -> str:
+    """Return the value of a setting in an error message."""
+    return " ".join(value) or "nothing" if isinstance(value, list) else str(value)

@@ -22,7 +22,8 @@ import torch
 
 from benchmarks import throughput
 from benchmarks.conventional import baseline_device
-from benchmarks.gpu.rows import Job, Values
+from benchmarks.gpu.rows import settings_of
+from benchmarks.gpu.worker import Measurement, Values
 from benchmarks.harness import Pipeline, seconds_per_step
 from benchmarks.workload import Case, case_of, loader_of, noise, suite_step, training_step
 from sskd.data import Images
@@ -73,16 +74,21 @@ def grid_pairs() -> list[str]:
     return ["-".join(pair) for table in tables for pair in table]
 
 
-# ---- the rows ----
+# ---- what to measure ----
 
 
-def rows(options: argparse.Namespace) -> Iterator[tuple[str, Job]]:
-    """Yield a job for each measurement."""
+def settings(options: argparse.Namespace) -> Values:
+    """Return what decides the values of the rows beside their keys."""
+    return settings_of(options, "batch", "images", "rounds", "steps", "workers")
+
+
+def measurements(options: argparse.Namespace) -> Iterator[tuple[str, Measurement]]:
+    """Yield the measurement of each key."""
     first = case_for(options, Key(options.pairs[0], "kd"))
-    yield "evaluation", partial(time_evaluation, first)
-    yield "checkpoint", partial(time_checkpoint, first)
+    yield f"evaluation {first.pair}", partial(time_evaluation, first)
+    yield f"checkpoint {first.pair}", partial(time_checkpoint, first)
     for key in keys(options):
-        yield str(key), job_of(options, key)
+        yield str(key), measurement_of(options, key)
 
 
 def keys(options: argparse.Namespace) -> Iterator[Key]:
@@ -103,8 +109,8 @@ def keys(options: argparse.Namespace) -> Iterator[Key]:
         yield from (key._replace(mode="compiled") for key in alone)
 
 
-def job_of(options: argparse.Namespace, key: Key) -> Job:
-    """Return the job that measures ``key``."""
+def measurement_of(options: argparse.Namespace, key: Key) -> Measurement:
+    """Return the function that measures ``key``."""
     case, turns = case_for(options, key), (options.rounds, options.steps)
     if key.mode == "conventional":
         return partial(time_conventional, case, turns)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.gpu.rows import Values
 from benchmarks.gpu.speed import PAIRS, Key, case_for
+from benchmarks.gpu.worker import Values
 from benchmarks.grid import DISTILLATIONS, Seconds
 from benchmarks.harness import table_head, table_row
 from benchmarks.workload import Case, noise
@@ -29,7 +29,7 @@ TARGET_COLUMNS = ("target", "measured", "reached")
 
 @dataclass(frozen=True)
 class Measurements:
-    """The finished rows of the stage, and what follows from them; None for what is missing."""
+    """The finished rows of ``throughput``, and what follows from them; None for what is missing."""
 
     found: Mapping[str, Values]
     options: argparse.Namespace
@@ -84,7 +84,8 @@ class Measurements:
 
     def _after_epochs(self, epochs: int) -> float | None:
         """Return the seconds of the evaluation and the checkpoint after each of some epochs."""
-        evaluation, checkpoint = self.seconds("evaluation"), self.seconds("checkpoint")
+        work = ("evaluation", "checkpoint")
+        evaluation, checkpoint = (self.seconds(f"{each} {FIRST}") for each in work)
         if evaluation is None or checkpoint is None:
             return None
         return epochs * (evaluation + checkpoint)
@@ -127,7 +128,7 @@ def table(found: Mapping[str, Values], options: argparse.Namespace) -> list[str]
     """Return the lines of the targets and of the rates."""
     measured = Measurements(found, options)
     targets = [target_row(target, target.measure(measured)) for target in TARGETS]
-    rates = [rate_row(key, measured) for key in found if " " in key]
+    rates = [rate_row(key, measured) for key in found if len(key.split()) == len(Key._fields)]
     return [
         *(f"Targets: graph, bf16, batch {options.batch}", ""),
         *(*table_head(TARGET_COLUMNS, text_columns=1), *targets, ""),

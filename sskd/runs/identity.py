@@ -36,6 +36,12 @@ def identity(values: Mapping[str, Any]) -> dict[str, Any]:
     return _without(values, *_IRRELEVANT_TO_RESULT, *_idle(values))
 
 
+def decides_result(key: str) -> bool:
+    """Return whether a setting, such as ``dataset.root``, can be a part of a run's identity."""
+    words = tuple(key.split("."))
+    return not any(words[: len(path)] == path for path in _IRRELEVANT_TO_RESULT)
+
+
 def identity_with_idle(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``identity`` as early versions computed it: with the teacher's idle settings."""
     return _without(values, *_IRRELEVANT_TO_RESULT)

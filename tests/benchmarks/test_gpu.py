@@ -1,16 +1,18 @@
-"""The stages of ``benchmarks.gpu``, without a GPU: what they compare, write and resume."""
+"""The commands of ``benchmarks.gpu``, without a GPU: what they measure, write and resume."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
+import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,113 +21,12 @@ import starting
 import torch
 from faults import SMALL
 
-import sskd.methods.kd
-from benchmarks.gpu import agree, rows, runs, targets
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import graph_steps, runs, targets, worker
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.rows import Stage, Values, work_off
-from benchmarks.workload import Case
-from sskd.errors import UserError
-from sskd.training.step import TrainingStep
-
-KD = Case(
-    pair="resnet14-resnet8", batch=4, images=18, device="cpu", compile="off", graph="auto",
-    precompute=False,
-)  # fmt: skip
-CRD = Case(**{**vars(KD), "method": "crd"})
-KEY = "kd distill fp32"
-SHORT = "schedule.epochs=30"
-
-
-def verdict(**found: Values) -> str:
-    """Return the last cell of the row of KD's step."""
-    cells = agree.step_row(KEY, {f"{kind} {KEY}": values for kind, values in found.items()})
-    return cells.strip("| ").rpartition("| ")[2]
-
-
-# ---- agree ----
-
-
-@pytest.mark.parametrize("case", [KD, CRD])
-def test_the_cpu_agrees_with_the_cpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agree, "GRAPH_STEPS", 8)
-    agree.steps_on_cpu.cache_clear()
-    cpu, graph = agree.compare_with_cpu(case, "distill"), agree.compare_graph(case, "distill")
-    assert cpu == {"losses": 0, "weights": 0, "wait": ""}
-    assert graph == {"losses": 0, "weights": 0, "moved": []}
-    assert verdict(cpu=cpu, graph=graph) == "agree"
-
-
-def test_a_wrong_loss_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    agree.steps_on_cpu.cache_clear()
-    agree.compare_with_cpu(KD, "distill")  # keeps the steps of the CPU
-    right = sskd.methods.kd.kd_loss
-    monkeypatch.setattr(sskd.methods.kd, "kd_loss", lambda *logits: 1.01 * right(*logits))
-    found = agree.compare_with_cpu(KD, "distill")
-    assert found["losses"] == pytest.approx(0.01, rel=0.1)
-    assert "losses above 0.001" in verdict(cpu=found)
-
-
-def test_a_wrong_update_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    agree.steps_on_cpu.cache_clear()
-    agree.compare_with_cpu(KD, "distill")
-    monkeypatch.setattr(agree, "SLOWER", 1.1 * agree.SLOWER)
-    found = agree.compare_with_cpu(KD, "distill")
-    assert found["weights"] == pytest.approx(0.1, rel=0.1)
-    assert "weights above 0.05" in verdict(cpu=found)
-
-
-def test_a_tensor_that_moves_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    take = TrainingStep.take
-    kept = []  # otherwise the next tensor may get the address of the one before the last
-
-    def take_and_move(step: TrainingStep) -> int:
-        taken = take(step)
-        assert step.meter._sums is not None
-        kept.append(step.meter._sums)
-        step.meter._sums = step.meter._sums.clone()
-        return taken
-
-    monkeypatch.setattr(TrainingStep, "take", take_and_move)
-    monkeypatch.setattr(agree, "GRAPH_STEPS", 6)
-    found = agree.compare_graph(KD, "distill")
-    assert found["moved"] == ["_sums"]
-    assert verdict(graph=found) == "graph: moved: _sums"
-
-
-def test_a_step_that_waits_is_found_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(device: torch.device, *, allowed: bool) -> Any:
-        if not allowed:
-            raise RuntimeError("called a synchronizing CUDA operation")
-        return torch.enable_grad()
-
-    monkeypatch.setattr(agree, "no_waiting", refuse)
-    agree.steps_on_cpu.cache_clear()
-    found = agree.compare_with_cpu(KD, "distill")
-    assert found["losses"] == found["weights"] == 0
-    assert "called a synchronizing CUDA operation" in verdict(cpu=found)
-
-
-@pytest.mark.parametrize("name", ["resnet8", "vgg8"])
-def test_a_folded_teacher_agrees(name: str) -> None:
-    found = agree.compare_teacher(name, "cpu", "fp32")
-    assert found["plain"] == 0
-    assert 0 < found["features"] < 1e-4
-    assert "agree" in agree.teacher_row(f"teacher {name} fp32", found)
-    wrong = agree.teacher_row(f"teacher {name} fp32", {**found, "features": 0.1})
-    assert "features above 0.001" in wrong
-    both = {**found, "features": math.inf, "plain": math.inf}
-    assert "features above inf" in agree.teacher_row(f"teacher {name} fp32", both)
-
-
-def test_negatives_are_of_other_classes_and_the_same_everywhere() -> None:
-    labels = torch.arange(50_000) % 100
-    classes = torch.tensor([3, 3, 7])
-    negatives = agree.same_negatives(labels, classes, 400)
-    assert (labels[negatives] != classes[:, None]).all()
-    assert [len(set(row)) for row in negatives.tolist()] == [400] * 3
-    assert set(negatives[0].tolist()) != set(negatives[1].tolist())
-    assert torch.equal(negatives, agree.same_negatives(labels, classes, 400))
-
+from benchmarks.gpu.rows import Command, RowFile, measure_rows, settings_of
+from benchmarks.gpu.worker import Values, Worker
+from sskd.errors import Interrupted, UserError
 
 # ---- rows ----
 
@@ -133,7 +34,7 @@ def test_negatives_are_of_other_classes_and_the_same_everywhere() -> None:
 @pytest.fixture(autouse=True)
 def _fork(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork the workers, which would otherwise start a new Python."""
-    monkeypatch.setattr(rows, "get_context", lambda method: get_context("fork"))
+    monkeypatch.setattr(worker, "get_context", lambda method: get_context("fork"))
 
 
 def fail() -> Values:
@@ -147,87 +48,219 @@ def number(path: Path, value: int) -> Values:
     return {"value": value, "process": os.getpid()}
 
 
-def stage_of(jobs: dict[str, Any]) -> Stage:
-    return Stage(lambda options: jobs.items(), lambda found, options: list(found))
+def command_of(measurements: dict[str, Any]) -> Command:
+    return Command(
+        lambda options: measurements.items(),
+        lambda options: {},
+        lambda found, options: list(found),
+    )
 
 
 def options_of(folder: Path, minutes: float = 1, *, retry: bool = False) -> Namespace:
     return Namespace(out=folder, minutes=minutes, retry=retry)
 
 
+def rows_of(folder: Path, *, retry: bool = False) -> dict[str, Values]:
+    return RowFile(folder / "test.jsonl", {}).read(retry=retry)
+
+
 def test_finished_rows_are_not_computed_again(tmp_path: Path) -> None:
     calls = tmp_path / "calls"
-    jobs: dict[str, Any] = {name: partial(number, calls, i) for i, name in enumerate("abc")}
-    jobs["d"] = fail
-    work_off("test", stage_of({"b": jobs["b"]}), options_of(tmp_path), "title")
+    measurements: dict[str, Any] = {name: partial(number, calls, i) for i, name in enumerate("abc")}
+    measurements["d"] = fail
+    measure_rows("test", command_of({"b": measurements["b"]}), options_of(tmp_path), "title")
     for _ in "12":
-        work_off("test", stage_of(jobs), options_of(tmp_path), "title")
+        measure_rows("test", command_of(measurements), options_of(tmp_path), "title")
     assert calls.read_text().split() == ["1", "0", "2"]
-    found = rows.read_rows(tmp_path / "test.jsonl", retry=False)
+    found = rows_of(tmp_path)
     assert [found[name].get("value") for name in "abcd"] == [0, 1, 2, None]
     assert found["d"]["error"] == "UserError: no such pair"
-    assert list(rows.read_rows(tmp_path / "test.jsonl", retry=True)) == ["b", "a", "c"]
+    assert list(rows_of(tmp_path, retry=True)) == ["b", "a", "c"]
     assert (tmp_path / "test.md").read_text().splitlines()[:2] == ["title", ""]
 
 
-def test_a_failure_does_not_stop_the_stage(tmp_path: Path, capsys: Any) -> None:
+def test_a_failure_does_not_stop_the_command(tmp_path: Path, capsys: Any) -> None:
     calls = tmp_path / "calls"
-    jobs = {"a": partial(number, calls, 1), "b": partial(os._exit, 3), "c": fail,
-            "d": partial(number, calls, 2), "e": partial(number, calls, 3)}  # fmt: skip
-    work_off("test", stage_of(jobs), options_of(tmp_path), "title")
-    found = rows.read_rows(tmp_path / "test.jsonl", retry=False)
+    measurements = {
+        "a": partial(number, calls, 1), "b": partial(os._exit, 3), "c": fail,
+        "d": partial(number, calls, 2), "e": partial(number, calls, 3),
+    }  # fmt: skip
+    measure_rows("test", command_of(measurements), options_of(tmp_path), "title")
+    found = rows_of(tmp_path)
     assert found["b"]["error"] == "the process ended with status 3"
     assert "error" in found["c"]
     assert found["a"]["process"] != found["d"]["process"] == found["e"]["process"]
     assert capsys.readouterr().out.splitlines()[-1] == "test: done"
 
 
-def test_a_stage_ends_at_its_limit(
+def test_a_command_ends_at_its_limit(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = tmp_path / "calls"
-    jobs = {"a": partial(number, calls, 1), "b": partial(time.sleep, 60)}
+    measurements = {"a": partial(number, calls, 1), "b": partial(time.sleep, 60)}
     started = time.monotonic()
-    work_off("test", stage_of(jobs), options_of(tmp_path, 0.5 / 60), "title")
+    measure_rows("test", command_of(measurements), options_of(tmp_path, 0.5 / 60), "title")
     assert time.monotonic() - started < 10
-    assert list(rows.read_rows(tmp_path / "test.jsonl", retry=False)) == ["a"]
+    assert list(rows_of(tmp_path)) == ["a"]
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == "test: 1 row is left; the same command continues"
-    monkeypatch.setattr(rows, "ROW_SECONDS", 0.1)
-    work_off("test", stage_of(jobs), options_of(tmp_path), "title")
-    assert rows.read_rows(tmp_path / "test.jsonl", retry=False)["b"]["error"] == "hangs for 0.1 s"
+    monkeypatch.setattr(worker, "LONGEST_SECONDS", 0.1)
+    measure_rows("test", command_of(measurements), options_of(tmp_path), "title")
+    assert rows_of(tmp_path)["b"]["error"] == "hangs for 0.1 s"
+
+
+# ---- the worker ----
+
+
+def test_a_worker_that_was_killed_is_replaced(tmp_path: Path) -> None:
+    made, one = Worker(), partial(number, tmp_path / "calls", 1)
+    first = made.measure(one, 60)
+    assert first is not None
+    os.kill(first["process"], signal.SIGKILL)
+    made._process.join()
+    assert (made.measure(one, 60) or {})["value"] == 1
+    made.end()
+
+
+def test_a_worker_that_breaks_the_pipe_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_serve", Connection.close)  # as if it could not import torch
+    made = Worker()
+    made._start()
+    made._process.join()
+    monkeypatch.setattr(made._process, "is_alive", lambda: True)  # it ends just after the question
+    assert made.measure(fail, 60) == {"error": "the process ended with status 0"}
+
+
+def test_a_worker_ends_if_its_parent_has_ended(tmp_path: Path) -> None:
+    connection, other = get_context("fork").Pipe()
+    connection.send(partial(number, tmp_path / "calls", 1))
+    connection.close()
+    worker._serve(other)
+    assert (tmp_path / "calls").read_text() == "1\n"
+
+
+def interrupt() -> Values:
+    os.kill(os.getpid(), signal.SIGINT)
+    return {"interrupted": False}
+
+
+def test_a_worker_ignores_ctrl_c() -> None:
+    made, before = Worker(), signal.getsignal(signal.SIGINT)
+    assert made.measure(interrupt, 60) == {"interrupted": False}
+    assert signal.getsignal(signal.SIGINT) == before
+    made.end()
+
+
+# ---- the command line ----
+
+
+def test_a_missing_gpu_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu", "agree"])
+    assert main() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: device=cuda: ")
+
+
+@pytest.mark.parametrize(
+    ("stop", "status", "line"),
+    [
+        (KeyboardInterrupt(), 130, "\nstopped\n"),
+        (Interrupted(signal.SIGTERM), 143, "stopped by SIGTERM: the finished rows are written; "),
+    ],
+)
+def test_a_signal_ends_the_command(
+    stop: BaseException, status: int, line: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    def measure(*arguments: Any) -> None:
+        raise stop
+
+    monkeypatch.setattr(gpu, "measure_rows", measure)
+    command = ["gpu", "agree", "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert main() == status
+    assert capsys.readouterr().err.startswith(line)
+
+
+ADVICE = "use the same again, or another folder: --out FOLDER"
+
+
+@pytest.mark.parametrize(
+    ("words", "other"),
+    [
+        ("agree --batch 8", "--batch 64 (now 8)"),
+        ("agree --agree-pair vgg13-vgg8", "--agree-pair resnet56-resnet20 (now vgg13-vgg8)"),
+        ("agree --images 8 --methods kd", "--images 50000 (now 8)"),
+        ("agree --methods kd --teachers vgg8 --precisions fp32 --steps 9 --set seed=1", ""),
+        ("throughput --steps 9 --rounds 2", "--rounds 5 (now 2), --steps 40 (now 9)"),
+        ("throughput --workers 3", "--workers 2 (now 3)"),
+        ("throughput --pairs vgg13-vgg8 --grid-pairs --works kd --modes eager --jobs 2", ""),
+        ("train --set precision=bf16 seed=1", "--set nothing (now precision=bf16 seed=1)"),
+        ("train --set dataset.root=data wandb.mode=offline device=cpu --batch 8", ""),
+    ],
+)
+def test_rows_of_other_settings_are_refused(
+    words: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    name, *more = words.split()
+    common = ["gpu", name, "--device", "cpu", "--out", str(tmp_path), "--workers", "2"]
+    settings = gpu.COMMANDS[name].settings
+    command = replace(command_of({"a": fail}), settings=settings, measure=lambda *given: {})
+    monkeypatch.setitem(gpu.COMMANDS, name, command)
+    for given, status in ((common, 0), ([*common, *more], 1 if other else 0)):
+        monkeypatch.setattr(sys, "argv", given)
+        assert main() == status
+    file = tmp_path / f"{name}.jsonl"
+    error = f"error: {file}: its rows were measured with {other}; {ADVICE}\n" if other else ""
+    assert capsys.readouterr().err == error
+
+
+def test_rows_of_another_device_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    options, found = options_of(tmp_path), {"a": {"error": "an error"}}
+    options.device = "cuda"
+    for number, name in enumerate(("NVIDIA A100", "NVIDIA H100")):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        file = RowFile(tmp_path / "test.jsonl", settings_of(options, "minutes"))
+        if number == 0:
+            file.write(found)
+            assert file.read(retry=False) == found
+    with pytest.raises(UserError, match=r"with device NVIDIA A100 \(now NVIDIA H100\); use the"):
+        file.read(retry=False)
+    assert file.read(retry=True) == {}
 
 
 # ---- throughput ----
 
 
-def test_the_stages_write_every_row(
+def test_the_commands_write_every_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    words = ["agree", "throughput", "--device", "cpu", "--out", str(tmp_path), "--batch", "4"]
-    pair = ["--agree-pair", "resnet14-resnet8", "--pairs", "resnet14-resnet8", "--grid-pairs"]
+    words = ["agree", "throughput", "--device", "cpu", "--out", str(tmp_path), "--batch", "2"]
+    pair = ["--agree-pair", "resnet8-resnet8", "--pairs", "resnet8-resnet8", "--grid-pairs"]
     chosen = ["--methods", "kd", "--teachers", "resnet8", "--works", "kd", "--modes", "graph"]
-    small = ["--precisions", "bf16", "--jobs", "2", "--images", "18", "--workers", "1"]
+    small = ["--precisions", "bf16", "--jobs", "2", "--images", "8", "--workers", "1"]
     few = ["--rounds", "1", "--steps", "1"]
+    monkeypatch.setattr(graph_steps, "STEPS", 6)
     for minutes in ("0", "2"):
         command = ["gpu", *words, *pair, *chosen, *small, *few, "--minutes", minutes]
         monkeypatch.setattr(sys, "argv", command)
-        main()
+        assert main() == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "agree: 3 rows are left; the same command continues"
     assert said[1] == "throughput: 5 rows are left; the same command continues"
     assert said[-1] == "throughput: done"
     lines = (tmp_path / "throughput.jsonl").read_text().splitlines()
     found = {row["key"]: row for row in map(json.loads, lines)}
-    networks = "resnet14-resnet8 kd"
+    networks = "resnet8-resnet8 kd"
     assert list(found) == [
-        *("evaluation", "checkpoint", f"{networks} graph bf16 1"),
+        *("evaluation resnet8-resnet8", "checkpoint resnet8-resnet8", f"{networks} graph bf16 1"),
         *(f"{networks} conventional fp32 1", f"{networks} graph bf16 2"),
     ]
     assert all(row["seconds"] > 0 for row in found.values())
-    assert (
-        "| resnet14-resnet8 | kd | graph | bf16 | 2 |" in (tmp_path / "throughput.md").read_text()
-    )
+    assert found[f"{networks} graph bf16 1"]["settings"] == {
+        "batch": 2, "images": 8, "rounds": 1, "steps": 1, "workers": 1, "device": "cpu",
+    }  # fmt: skip
+    assert "| resnet8-resnet8 | kd | graph | bf16 | 2 |" in (tmp_path / "throughput.md").read_text()
     (row,) = (line for line in (tmp_path / "agree.md").read_text().splitlines() if "| kd |" in line)
     assert row.endswith("| agree |")
 
@@ -251,7 +284,7 @@ def targets_of(milliseconds: dict[str, float]) -> dict[str, list[str]]:
 def test_the_targets_follow_from_the_steps() -> None:
     pair, other = "wrn_40_2-wrn_16_2", "resnet56-resnet20"
     milliseconds = {
-        "evaluation": 50, "checkpoint": 30,
+        f"evaluation {pair}": 50, f"checkpoint {pair}": 30,
         f"{pair} kd graph bf16 1": 1.5, f"{pair} kd conventional fp32 1": 15,
         f"{pair} sskd graph bf16 1": 4, f"{pair} sskd conventional fp32 1": 20,
         f"{pair} ss_head graph bf16 1": 2, f"{pair} kd graph bf16 8": 0.3,
@@ -290,16 +323,17 @@ class Stopped(starting.Started):
 
 def test_runs_are_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = [word for word in SMALL if not word.startswith(("arch", "teacher", "schedule"))]
-    lines = [f"teacher {words}" for words in ("arch=resnet8 seed=1", "arch=resnet8", "arch=no")]
+    first, stopped = "seed=1 schedule.epochs=1", "schedule.epochs=12"
+    lines = [f"teacher arch=resnet8 {words}" for words in (first, stopped)] + ["teacher arch=no"]
     (tmp_path / "list").write_text("\n\n".join(lines))
     options = options_of(tmp_path)
-    options.runs, options.set, options.device = tmp_path / "list", [*small, SHORT], "cpu"
-    stage = Stage(runs.rows, runs.table, perform=runs.perform)
+    options.runs, options.set, options.device = tmp_path / "list", small, "cpu"
+    command = gpu.COMMANDS["train"]
     for kind in (Stopped, starting.Started):
         start = partial(start_as, kind)
         monkeypatch.setattr(runs, "start", start)
-        work_off("train", stage, options, "title")
-        found = rows.read_rows(tmp_path / "train.jsonl", retry=False)
+        measure_rows("train", command, options, "title")
+        found = RowFile(tmp_path / "train.jsonl", runs.settings(options)).read(retry=False)
         assert [found.get(line, {}).get("state") for line in lines] == [
             "finished", None if kind is Stopped else "finished", None,
         ]  # fmt: skip
@@ -316,11 +350,25 @@ def start_as(kind: type[starting.Started], words: list[str], output: Any) -> sta
     return kind(*words, stdout=output.fileno(), stderr=starting.STDOUT)
 
 
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("print('error: ü\\n'); exit(1)", "error: ü"),
+        ("exit(3)", "ended with status 3"),
+        ("import os; print('epoch 1', flush=True); os.abort()", "killed by SIGABRT"),
+    ],
+)
+def test_the_error_of_a_run_is_its_own(code: str, error: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("error: of an earlier run, ü\n", encoding="utf-8")
+    assert runs.train(["-c", code], log, 60) == {"error": error}
+
+
 def test_a_list_with_an_unknown_command_is_refused(tmp_path: Path) -> None:
     (tmp_path / "list").write_text("pupil arch=vgg8\n")
     options = Namespace(runs=tmp_path / "list", out=tmp_path, set=[], device="cpu")
     with pytest.raises(UserError, match="'pupil arch=vgg8' should begin with teacher or student"):
-        list(runs.rows(options))
+        list(runs.measurements(options))
 
 
 def test_the_default_list_begins_with_the_teachers() -> None:

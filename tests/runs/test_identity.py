@@ -21,7 +21,7 @@ from sskd.data import Images
 from sskd.models import build_model
 from sskd.runs.comparison import explain_difference
 from sskd.runs.folder import run_folder
-from sskd.runs.identity import full_config
+from sskd.runs.identity import decides_result, full_config
 from sskd.runs.recipe import diff_from_recipe, earlier_diffs_from_recipe
 from sskd.teachers.find import missing_teacher, run_location
 from sskd.train import train
@@ -264,3 +264,8 @@ def test_a_digest_that_differs_is_not_shortened() -> None:
     one, other = (hashlib.sha256(text).hexdigest() for text in (b"one", b"other"))
     message = explain_difference({"dataset": {"digest": one}}, {"dataset": {"digest": other}})
     assert message == f"dataset.digest ('{one}' there, '{other}' here)"
+
+
+def test_some_settings_do_not_decide_a_result() -> None:
+    keys = ("wandb.mode", "dataset.root", "device", "dataset", "dataset.fraction", "precision")
+    assert [key for key in keys if decides_result(key)] == [*keys[3:]]
