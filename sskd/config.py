@@ -25,6 +25,7 @@ from pydantic.fields import FieldInfo
 from sskd.data import SOURCES, DatasetSettings
 from sskd.errors import UserError, did_you_mean, one_line, shortened
 from sskd.files import expanded
+from sskd.invocation import resolvers as resolvers  # registers them
 from sskd.invocation.extensions import VARIABLE
 from sskd.invocation.names import command_name
 from sskd.methods import METHODS, Method

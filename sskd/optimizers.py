@@ -52,6 +52,12 @@ OPTIMIZERS: dict[str, OptimizerChoice] = {
 }
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def build_optimizer(
     settings: Any, parameters: Iterable[torch.nn.Parameter], lr: float
 ) -> torch.optim.Optimizer:

@@ -55,7 +55,7 @@ def test_a_student_learns_from_the_trained_teacher(
 
     def load(settings: DatasetSettings) -> Source:
         loaded = source.load(settings)
-        return loaded._replace(test=loaded.test.take(torch.arange(500)))
+        return loaded._replace(test=loaded.test.take(torch.arange(200)))
 
     monkeypatch.setitem(SOURCES, "cifar100", source._replace(load=load))
     config = composed(

@@ -14,19 +14,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from omegaconf import OmegaConf
-
 from sskd.commands.advice import refuse_invalid_choices, refuse_missing_keys
 from sskd.commands.hydra_errors import USER_ERRORS, crash_message, user_message
 from sskd.errors import Interrupted, JobError, UnfinishedError, exit_status
-from sskd.invocation.names import command_line, rerun_hint, tool_command, with_packaged_sweeps
+from sskd.invocation import resolvers as resolvers  # registers them
+from sskd.invocation.names import rerun_hint, with_packaged_sweeps
 from sskd.output import complain, output_status, steady_output
-
-# For the folder that Hydra makes for a sweep; a run's own is expanded with its configuration.
-OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
-# For the text of --help.
-OmegaConf.register_new_resolver("command", command_line, replace=True)
-OmegaConf.register_new_resolver("tool", tool_command, replace=True)
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 

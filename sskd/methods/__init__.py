@@ -19,6 +19,9 @@ from sskd.methods.base import (
 )
 from sskd.methods.cc import CC
 from sskd.methods.crd import CRD
+from sskd.methods.ctkd import CTKD
+from sskd.methods.dist import DIST
+from sskd.methods.dkd import DKD
 from sskd.methods.fitnet import FitNet
 from sskd.methods.fsp import FSP
 from sskd.methods.ft import FT
@@ -29,6 +32,7 @@ from sskd.methods.pkt import PKT
 from sskd.methods.rkd import RKD
 from sskd.methods.sp import SP
 from sskd.methods.sskd import SSKD
+from sskd.methods.ttm import TTM, WTTM
 from sskd.methods.vanilla import Vanilla
 from sskd.methods.vid import VID
 
@@ -48,6 +52,12 @@ METHODS: dict[str, type[Method]] = {
     "cc": CC,
     "nst": NST,
     "fsp": FSP,
+    "dkd": DKD,
+    "ls": KD,
+    "dist": DIST,
+    "ttm": TTM,
+    "wttm": WTTM,
+    "ctkd": CTKD,
 }
 
 

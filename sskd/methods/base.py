@@ -52,6 +52,9 @@ class Phase:
         settings: the method's settings that the result of a ``teacher_only`` phase depends on,
             beside its weights, views and schedule.
         after_step: is called after each step, when the backward pass no longer needs any tensor.
+        warmup: for some terms, the share of the phase's epochs during which their weight rises
+            linearly to the one in ``weights``.
+        progress: of the method; needed for a warmup.
     """
 
     name: str
@@ -63,9 +66,11 @@ class Phase:
     teacher_only: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     after_step: Callable[[], None] = lambda: None
+    warmup: Mapping[str, float] = field(default_factory=dict)
+    progress: Tensor | None = None
 
     def weigh(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``terms`` times their weights.
+        """Return ``terms`` times their weights, which are smaller during a warmup.
 
         A term of weight 0 becomes a constant 0 instead of a product: 0 times NaN is NaN, and its
         gradient would be NaN too.
@@ -79,9 +84,15 @@ class Phase:
                 f"the weights {sorted(self.weights)}"
             )
         return {
-            name: self.weights[name] * term if self.weights[name] else torch.zeros_like(term)
+            name: self._weight(name) * term if self.weights[name] else torch.zeros_like(term)
             for name, term in terms.items()
         }
+
+    def _weight(self, name: str) -> float | Tensor:
+        if name not in self.warmup:
+            return self.weights[name]
+        assert self.progress is not None
+        return self.weights[name] * (self.progress / self.warmup[name]).clamp(max=1)
 
     def losses(self, batch: Batch) -> LossOutput:
         """Return ``loss`` of the batch; terms of weight 0 carry no gradient."""
@@ -129,6 +140,9 @@ class Method(nn.Module, ABC):
 
     # None without a teacher, which only a method with ``needs_teacher = False`` accepts.
     teacher: nn.Module
+    # The share of the phase's epochs that have begun, a scalar: k / n in the k-th of n epochs. A
+    # CUDA graph reads the tensor, and would repeat a number of Python.
+    progress: Tensor
 
     def __init__(self, networks: Networks, *, weights: Mapping[str, float]) -> None:
         super().__init__()
@@ -137,6 +151,8 @@ class Method(nn.Module, ABC):
         self.student = networks.student
         self.weights = dict(weights)
         self.adapters: tuple[nn.Module, ...] = ()
+        self.warmup: Mapping[str, float] = {}  # of the last phase; see ``Phase``
+        self.register_buffer("progress", torch.ones(()), persistent=False)
         # If set, returns the teacher's outputs from a file instead (sskd.teachers.outputs).
         self.precomputed: Callable[[Batch], Features] | None = None
         # Computes them; jobs in threads share it (sskd.teachers.side_by_side).
@@ -157,6 +173,8 @@ class Method(nn.Module, ABC):
             weights=self.weights,
             views=self.views,
             after_step=self.after_step,
+            warmup=self.warmup,
+            progress=self.progress,
         )
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sskd.data import Batch
 from sskd.methods.base import LossOutput, Method, in_float32, top1
+from sskd.methods.logits import TRANSFORMS, LogitTransform
 from sskd.methods.networks import Networks
 from sskd.models import Features
 from sskd.settings import Positive
@@ -70,6 +71,14 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     return softened_kl(student_logits, teacher_logits, temperature).mean()
 
 
+class Logits(NamedTuple):
+    """The logits of both networks, [N, C], as they are compared, and the ``labels`` [N]."""
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor
+
+
 class Outputs(NamedTuple):
     """The features that both networks compute from one ``batch``."""
 
@@ -81,30 +90,45 @@ class Outputs(NamedTuple):
 class KD(Method):
     """Learn the teacher's softened predictions beside the labels.
 
-    Most other methods are subclasses: they add terms (``feature_terms``) or a first phase
-    (``phases``). ``weighting=crd_benchmark`` gives ``kd`` a weight of 0 in them. A subclass whose
-    terms read more of the teacher than its logits declares that in ``teacher_outputs``.
+    Most other methods are subclasses: they compare the predictions in another way
+    (``logit_terms``), add terms (``feature_terms``) or a first phase (``phases``).
+    ``weighting=crd_benchmark`` gives ``kd`` a weight of 0 in them. A subclass whose terms read more
+    of the teacher than its logits declares that in ``teacher_outputs``.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("ce", "kd")
     teacher_outputs: ClassVar[tuple[str, ...]] = ("logits",)
 
-    def __init__(self, networks: Networks, *, temperature: Positive, **shared: Any) -> None:
+    def __init__(
+        self,
+        networks: Networks,
+        *,
+        temperature: Positive,
+        logits: LogitTransform = "raw",
+        **shared: Any,
+    ) -> None:
         super().__init__(networks, **shared)
         self.temperature = temperature
+        self.transform = TRANSFORMS[logits]
 
     def loss(self, batch: Batch) -> LossOutput:
-        """Return ``ce``, ``kd`` and the terms of ``feature_terms``."""
+        """Return ``ce`` and the terms of ``logit_terms`` and ``feature_terms``."""
         teacher = self.teacher_features(batch)
         student = self.student(batch.x)
         logits = student.logits.float()
         terms = {
             "ce": F.cross_entropy(logits, batch.y),
-            "kd": kd_loss(logits, teacher.logits, self.temperature),
+            **self.logit_terms(
+                Logits(self.transform(logits), self.transform(teacher.logits), batch.y)
+            ),
             **self.feature_terms(Outputs(student, teacher, batch)),
         }
         return LossOutput(terms, {"top1": top1(logits, batch.y)})
 
+    def logit_terms(self, logits: Logits) -> dict[str, Tensor]:
+        """Return the terms that compare the predictions: ``kd``."""
+        return {"kd": kd_loss(logits.student, logits.teacher, self.temperature)}
+
     def feature_terms(self, outputs: Outputs) -> dict[str, Tensor]:
-        """Return the terms beside ``ce`` and ``kd``: none here."""
+        """Return the terms that compare features: none here."""
         return {}

@@ -20,6 +20,7 @@ from sskd.data import Batch
 from sskd.methods.adapters import ProjectionHead
 from sskd.methods.base import LossOutput, Method, Phase, in_float32, top1
 from sskd.methods.kd import softened_kl
+from sskd.methods.logits import TRANSFORMS, LogitTransform
 from sskd.methods.networks import Networks
 from sskd.schedule import PhaseSettings
 from sskd.settings import Positive, Share
@@ -105,6 +106,7 @@ class SSKD(Method):
         tf_ratio: Share,
         ss_ratio: Share,
         ss_head: PhaseSettings,
+        logits: LogitTransform = "raw",
         **shared: Any,
     ) -> None:
         super().__init__(networks, **shared)
@@ -113,6 +115,7 @@ class SSKD(Method):
         self.tf_ratio = tf_ratio
         self.ss_ratio = ss_ratio
         self.phase_settings = ss_head
+        self.transform = TRANSFORMS[logits]
         student, teacher = (features.pooled.shape[1] for features in networks.probe())
         # The teacher's head comes first: its initial weights must not depend on the student.
         self.teacher_head = ProjectionHead(teacher)
@@ -153,7 +156,8 @@ class SSKD(Method):
         labels = batch.y.repeat_interleave(VIEWS - 1)
         keep_tf = keep_rows(teacher_transformed, labels, self.tf_ratio)
         keep_ss = keep_rows(teacher_scores, target, self.ss_ratio)
-        kd, tf = split_views(softened_kl(student.logits, teacher.logits, self.temperature))
+        compared = self.transform(student.logits), self.transform(teacher.logits)
+        kd, tf = split_views(softened_kl(*compared, self.temperature))
         ss = softened_kl(scores, teacher_scores, self.ss_temperature)
         terms = {
             "ce": F.cross_entropy(normal, batch.y),

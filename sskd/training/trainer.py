@@ -13,7 +13,7 @@ from torch import nn
 from sskd.config import Config
 from sskd.data import Images, Loader
 from sskd.methods import Method, Phase
-from sskd.optimizers import build_optimizer
+from sskd.optimizers import build_optimizer, set_learning_rate
 from sskd.runs.epoch_line import EpochLine
 from sskd.runs.run import Run
 from sskd.schedule import Schedule
@@ -58,10 +58,9 @@ class Trainer:
     eval_model: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        images, size = self.images, self.config.batch_size
+        images, size, views = self.images, self.config.batch_size, self.phase.views
         self.schedule = phase_schedule(self.phase, self.config)
-        normalisation, views = (images.mean, images.std), self.phase.views
-        self.loader = Loader(images.train, *normalisation, batch_size=size, views=views)
+        self.loader = Loader(images.train, images.mean, images.std, batch_size=size, views=views)
         trained = self.phase.trains.parameters()
         self.optimizer = build_optimizer(self.config.optimizer, trained, self.schedule.lr)
         self.checkpoint = PhaseCheckpoint(
@@ -112,8 +111,8 @@ class Trainer:
             seed_torch(*purpose, "model")
             self.checkpoint.meter.reset()
             state.epoch_seconds = 0.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.lr_at(state.epoch)
+        self.method.progress.fill_((state.epoch + 1) / self.schedule.epochs)
+        set_learning_rate(self.optimizer, self.schedule.lr_at(state.epoch))
         set_trainable(self.phase, self.method)
         started = time.monotonic() - state.epoch_seconds
         while self.loader.position < self.loader.steps:
@@ -154,8 +153,9 @@ class Trainer:
         return self._finite.metrics(self.checkpoint.meter, self.loader.position)
 
     def _where(self) -> str:
-        epoch = self.checkpoint.state.epoch + 1
-        return f"{self.run.folder}: phase {self.phase.name}, epoch {epoch}"
+        return (
+            f"{self.run.folder}: phase {self.phase.name}, epoch {self.checkpoint.state.epoch + 1}"
+        )
 
 
 def _timing(images: int, seconds: float) -> dict[str, float]:

@@ -65,7 +65,7 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _no_entries() -> Any:
     """Remove what an imported file of the page has registered."""
     yield
-    for table, name in ((METHODS, "dist"), (ARCHITECTURES, "plain16"), (SOURCES, "npz")):
+    for table, name in ((METHODS, "normkd"), (ARCHITECTURES, "plain16"), (SOURCES, "npz")):
         table.pop(name, None)
 
 
@@ -134,21 +134,21 @@ def test_the_method_passes_the_checks(mine: Path) -> None:
 
 
 def test_the_method_is_trained_and_shown(mine: Path, tmp_path: Path) -> None:
-    os.environ[VARIABLE] = "dist.py"
+    os.environ[VARIABLE] = "normkd.py"
     try:
         _, reported = run_block("A method", 1, mine, *QUICK, "teacher.fraction=0.05")
     finally:
         del os.environ[VARIABLE]
-    assert re.search(r"^DIST +", reported.stdout, re.M), reported.stdout
+    assert re.search(r"^NORMKD ", reported.stdout, re.M), reported.stdout
 
 
 def test_the_method_joins_a_sweep_of_the_suite(mine: Path) -> None:
-    os.environ[VARIABLE] = "dist.py"
+    os.environ[VARIABLE] = "normkd.py"
     try:
         run_block("A method", 2, mine, *QUICK, "teacher.fraction=0.05")
     finally:
         del os.environ[VARIABLE]
-    assert list(mine.glob("smoke/digits/distill/*/dist/seed0*/result.json"))
+    assert list(mine.glob("smoke/digits/distill/*/normkd/seed0*/result.json"))
 
 
 def test_the_network_passes_the_checks(mine: Path) -> None:
@@ -163,14 +163,14 @@ def test_all_three_train_together(mine: Path) -> None:
     checked, _ = run_block("A dataset", 0, mine, *more)
     assert [line[:3] for line in checked.stdout.splitlines()] == ["ok "] * 3
 
-    (path,) = mine.glob("runs/mine/distill/resnet20-plain16/dist/*/result.json")
+    (path,) = mine.glob("runs/mine/distill/resnet20-plain16/normkd/*/result.json")
     result = json.loads(path.read_text())
     names = [result[key] for key in ("method", "student", "teacher", "dataset")]
-    assert names == ["dist", "plain16", "resnet20", "mine"]
+    assert names == ["normkd", "plain16", "resnet20", "mine"]
     convolutions = 9 * (3 * 16 + 16 * 16 + 16 * 32 + 32 * 64)
     assert result["parameters"] == convolutions + 2 * (16 + 16 + 32 + 64) + (64 + 1) * 5
     lines = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
-    terms = [line["loss/dist"] for line in lines if line["stage"] == "distill"]
+    terms = [line["loss/normkd"] for line in lines if line["stage"] == "distill"]
     assert len(terms) == 16
     assert all(map(math.isfinite, terms))
     # Two batches of other crops in each epoch: a single one says little.
@@ -192,10 +192,10 @@ def test_an_installed_package_is_an_extension(mine: Path, tmp_path: Path) -> Non
         "from sskd.invocation.extensions import load_extensions\n"
         "from sskd.methods import METHODS\n"
         "load_extensions()\n"
-        "print(METHODS['dist'].__module__)"
+        "print(METHODS['normkd'].__module__)"
     )
     loaded = run("-c", code, cwd=tmp_path)
-    assert loaded.stdout == "dist\n", loaded.stderr
+    assert loaded.stdout == "normkd\n", loaded.stderr
     assert GROUP in PAGE
 
 
@@ -205,36 +205,35 @@ def softened(logits: Tensor, temperature: float) -> list[list[float]]:
 
 
 @pytest.mark.parametrize(("batch", "classes"), [(2, 3), (7, 5), (16, 100)])
-@pytest.mark.parametrize(("temperature", "intra"), [(1.0, 1.0), (4.0, 0.5), (2.0, 0.0)])
-def test_the_loss_is_pearsons_correlation(
-    mine: Path, batch: int, classes: int, temperature: float, intra: float
+@pytest.mark.parametrize(("factor", "smallest"), [(1.0, 0.01), (2.0, 0.01), (2.0, 4.0)])
+def test_the_loss_has_a_temperature_of_each_image(
+    mine: Path, batch: int, classes: int, factor: float, smallest: float
 ) -> None:
-    loss = load(mine / "dist.py").dist_loss
+    loss = load(mine / "normkd.py").normkd_loss
     generator = torch.Generator().manual_seed(batch)
     student = 2 * torch.randn(batch, classes, generator=generator)
     teacher = 2 * torch.randn(batch, classes, generator=generator)
-    rows = [softened(logits.double(), temperature) for logits in (student, teacher)]
-    columns = [list(zip(*table, strict=True)) for table in rows]
-    of_images, of_classes = (
-        statistics.fmean(1 - statistics.correlation(s, t) for s, t in zip(*pair, strict=True))
-        for pair in (rows, columns)
-    )
-    expected = temperature**2 * (of_images + intra * of_classes)
-    assert loss(student, teacher, temperature, intra).item() == pytest.approx(expected, rel=1e-4)
+    rows = []
+    for pair in zip(student.double(), teacher.double(), strict=True):
+        both = [max(factor * statistics.stdev(z.tolist()), smallest) for z in pair]
+        (q,), (p,) = (softened(z[None], t) for z, t in zip(pair, both, strict=True))
+        rows.append(both[1] ** 2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+    found = loss(student, teacher, factor, smallest).item()
+    assert found == pytest.approx(statistics.fmean(rows), rel=1e-4)
 
 
-def test_the_loss_is_zero_for_equal_predictions(mine: Path) -> None:
-    loss = load(mine / "dist.py").dist_loss
+def test_the_loss_forgets_shift_and_scale(mine: Path) -> None:
+    loss = load(mine / "normkd.py").normkd_loss
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
-    assert loss(logits + 3, logits, 1.0, 1.0).item() == pytest.approx(0, abs=1e-5)
+    assert loss(5 * logits + 3, logits, 2.0, 0.01).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_the_loss_of_one_image_is_finite(mine: Path) -> None:
-    loss = load(mine / "dist.py").dist_loss
+    loss = load(mine / "normkd.py").normkd_loss
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(1, 9, generator=generator)
     student = torch.randn(1, 9, generator=generator, requires_grad=True)
-    alone = loss(student, teacher, 1.0, 1.0)
+    alone = loss(student, teacher, 2.0, 0.01)
     (gradient,) = torch.autograd.grad(alone, student)
     assert alone.isfinite()
     assert gradient.isfinite().all()

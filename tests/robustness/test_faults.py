@@ -31,7 +31,7 @@ def test_a_job_survives_a_fault_at_any_moment(
     undisturbed: Undisturbed, tmp_path: Path, job: str, act: str
 ) -> None:
     last = undisturbed.moments(job)
-    for number in random.Random(f"{job} {act}").sample(range(1, last), 5):
+    for number in random.Random(f"{job} {act}").sample(range(1, last), 3):
         check_survives(undisturbed, job, act, number=number, folder=tmp_path / str(number))
 
 
@@ -46,7 +46,7 @@ def test_a_full_disk_is_a_one_line_error_and_loses_nothing(
     undisturbed: Undisturbed, tmp_path: Path, job: str
 ) -> None:
     last = undisturbed.moments(job)
-    for number in random.Random(2).sample(range(1, last), 5):
+    for number in random.Random(2).sample(range(1, last), 3):
         check_survives(undisturbed, job, "disk full", number=number, folder=tmp_path / str(number))
 
 

@@ -98,7 +98,10 @@ def test_a_method_declares_the_teacher_outputs_it_reads(composed: Compose, name:
 
 
 def test_methods_that_read_only_vectors_can_precompute() -> None:
-    assert PRECOMPUTABLE == ["ab", "cc", "crd", "fsp", "kd", "pkt", "rkd", "sskd"]
+    assert PRECOMPUTABLE == [
+        "ab", "cc", "crd", "ctkd", "dist", "dkd", "fsp", "kd", "ls", "pkt", "rkd", "sskd", "ttm",
+        "wttm",
+    ]  # fmt: skip
 
 
 # Without the instructions for it, bf16 is slow.
