@@ -44,7 +44,7 @@ class Worker:
             self._connection.send(measurement)
             if not self._connection.poll(min(seconds, LONGEST_SECONDS)):
                 self.end()
-                late = {"error": f"hangs for {LONGEST_SECONDS} s"}
+                late = {"error": f"took more than {LONGEST_SECONDS} s"}
                 return None if seconds < LONGEST_SECONDS else late
             values: Values = self._connection.recv()
         except CLOSED:

@@ -107,6 +107,11 @@ def fault_of_phases(phases: Sequence[Phase]) -> str:
     for name in names:
         if names.count(name) > 1:
             return f"{names.count(name)} phases have the name '{name}'; give each phase another one"
+    for phase in phases:
+        if unknown := phase.warmup.keys() - phase.weights.keys():
+            return f"phase {phase.name}: warmup names {sorted(unknown)}, which have no weight"
+        if phase.warmup and phase.progress is None:
+            return f"phase {phase.name}: a warmup needs progress=self.progress"
     if not names or phases[-1].teacher_only:
         return "the last phase trains the student, so there must be one without teacher_only"
     return ""

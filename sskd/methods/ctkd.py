@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sskd.methods.base import in_float32
+from sskd.data import Batch
+from sskd.methods.base import LossOutput, in_float32
 from sskd.methods.kd import KD, Logits
 from sskd.methods.networks import Networks
 from sskd.settings import Positive, ShareOfAny
@@ -83,6 +84,12 @@ class CTKD(KD):
         self.reversal_warmup = reversal_warmup
         self.learned_temperature = LearnedTemperature(self.temperature, temperature_span)
         self.adapters = (self.learned_temperature,)
+
+    def loss(self, batch: Batch) -> LossOutput:
+        """Return ``ce`` and ``kd``, and the temperature as a metric."""
+        terms, metrics = super().loss(batch)
+        temperature = self.learned_temperature(self.progress).detach()
+        return LossOutput(terms, {**metrics, "temperature": temperature})
 
     def logit_terms(self, logits: Logits) -> dict[str, Tensor]:
         """Return ``kd``."""

@@ -19,7 +19,7 @@ from sskd.errors import UserError, one_line
 from sskd.methods import Method
 from sskd.output import say
 from sskd.streams import Fence
-from sskd.training.shared_pass import SplitStep, shares_pass
+from sskd.training.shared_pass import SplitStep, shares_pass, teacher_features
 from sskd.training.step import WARMUP_STEPS, Capture, TrainingStep
 
 
@@ -101,11 +101,12 @@ class GraphedStep(TrainingStep):
     def _captured(self, size: int) -> Callable[[], None]:
         self._captured_lr = self._lr()
         self.optimizer.zero_grad(set_to_none=True)  # the graph has gradients of its own
+        features = teacher_features(self, size) if shares_pass(self) else None
         Fence(self.loader.device).wait()  # an error of an earlier step is not one of the capture
         try:
             with _capturable(self.optimizer):
-                if shares_pass(self):
-                    return SplitStep(self, self.capture, size)
+                if features is not None:
+                    return SplitStep(self, capture=self.capture, size=size, first=features)
                 return self.capture(lambda: self.compute(size))
         except torch.OutOfMemoryError:
             raise

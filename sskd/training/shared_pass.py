@@ -1,17 +1,17 @@
 """The teacher's forward pass in a CUDA graph of its own, which jobs with the same batches share.
 
 Jobs with the same teacher, data, seed and batch size train on the same batches, and take turns step
-by step. The job that comes first to a batch computes the teacher's features. The others copy them,
-which takes a few percent of the time.
+by step. The job that comes first to a batch computes the teacher's features, and the others copy
+those that their method reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sskd.methods.base import forward_in_chunks
@@ -32,11 +32,11 @@ class SharedFeatures:
         self.jobs: WeakSet[object] = WeakSet()
         self._kept: dict[Hashable, _Kept] = {}  # by batch, the oldest first
 
-    def copy_to(self, features: Features, batch: Hashable) -> bool:
-        """Write the features of ``batch`` into ``features``; return whether they were known."""
+    def copy_to(self, features: Features, batch: Hashable, fields: Sequence[str]) -> bool:
+        """Write the ``fields`` of ``batch`` into ``features``; return whether they were known."""
         kept = self._kept.get(batch)
         if kept is not None:
-            kept.copy_to(features)
+            kept.copy_to(features, fields)
         return kept is not None
 
     def keep(self, features: Features, batch: Hashable) -> None:
@@ -61,12 +61,12 @@ class _Kept:
     def copy_from(self, features: Features) -> None:
         for fence in (self._written, *self._read):
             fence.hold_back()
-        _copy(features, self._features)
+        _copy(features, self._features, Features._fields)
         self._written, self._read = Fence(self._device), []
 
-    def copy_to(self, features: Features) -> None:
+    def copy_to(self, features: Features, fields: Sequence[str]) -> None:
         self._written.hold_back()
-        _copy(self._features, features)
+        _copy(self._features, features, fields)
         self._read.append(Fence(self._device))
 
 
@@ -76,41 +76,57 @@ class SplitStep:
     Args:
         capture: records the work of a graph.
         size: images in a batch.
+        first: the features of a batch, which show the shapes of all others.
     """
 
-    def __init__(self, step: TrainingStep, capture: Capture, size: int) -> None:
+    def __init__(self, step: TrainingStep, *, capture: Capture, size: int, first: Features) -> None:
         self._step, self._size = step, size
         self._method, self._loader = step.method, step.loader
-        first = self._forward()
         key = (self._method.shared_teacher, self._loader.views, *map(_layout, tree_leaves(first)))
         self._shared = shared(("features", *key), SharedFeatures)
         self._shared.jobs.add(self)
         self._features = _empty_like(first)
-        self._compute_features = capture(lambda: _copy(self._forward(), self._features))
+        self._compute_features = capture(self._write_features)
         self._train = capture(self._train_with_features)
 
     def __call__(self) -> None:
-        """Train on the next batch, after a turn of each other job."""
-        pass_turn(at_once=True)
-        batch = tuple(self._loader.state_dict().values())
-        if not self._shared.copy_to(self._features, batch):
+        """Train on the next batch, after a turn of each other job that may have the same one."""
+        if len(self._shared.jobs) > 1:
+            self._share_features()
+        else:
             self._compute_features()
-            self._shared.keep(self._features, batch)
         self._train()
 
-    @torch.no_grad()
-    def _forward(self) -> Features:
-        x = self._loader.peek(self._size).x
-        with computing(self._step.precision, x.device):
-            return forward_in_chunks(self._method.teacher, x, self._method.teacher_outputs)
+    def _share_features(self) -> None:
+        pass_turn(at_once=True)
+        batch = tuple(self._loader.state_dict().values())
+        if not self._shared.copy_to(self._features, batch, self._method.teacher_outputs):
+            self._compute_features()
+            self._shared.keep(self._features, batch)
+
+    def _write_features(self) -> None:
+        features = teacher_features(self._step, self._size)
+        _copy(features, self._features, Features._fields)
 
     def _train_with_features(self) -> None:
-        forward = self._method.teacher_forward
-        self._method.teacher_forward = lambda *_: self._features
+        batch, forward = self._loader.draw(self._size), self._method.teacher_forward
+
+        def known_or_computed(network: nn.Module, x: Tensor, fields: Sequence[str]) -> Features:
+            return self._features if x is batch.x else forward(network, x, fields)
+
+        self._method.teacher_forward = known_or_computed
         try:
-            self._step.compute(self._size)
+            self._step.train(batch)
         finally:
             self._method.teacher_forward = forward
+
+
+@torch.no_grad()
+def teacher_features(step: TrainingStep, size: int) -> Features:
+    """Return the teacher's features of the next ``size`` images, which are not drawn yet."""
+    x = step.loader.peek(size).x
+    with computing(step.precision, x.device):
+        return forward_in_chunks(step.method.teacher, x, step.method.teacher_outputs)
 
 
 def shares_pass(step: TrainingStep) -> bool:
@@ -137,5 +153,11 @@ def _empty_like(features: Features) -> Features:
     return empty
 
 
-def _copy(source: Features, target: Features) -> None:
-    torch._foreach_copy_(tree_leaves(target), tree_leaves(source))
+def _copy(source: Features, target: Features, fields: Sequence[str]) -> None:
+    into, tensors = (
+        tree_leaves([getattr(each, name) for name in fields]) for each in (target, source)
+    )
+    torch._foreach_copy_(into, tensors)
+    for tensor in (*into, *tensors):
+        if tensor.is_cuda:  # another job may free it, and its stream would use the memory again
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Compose
+from faults import SMALL
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from sskd.data import Batch
 from sskd.invocation.resolvers import by_pair
-from sskd.methods.base import Phase
+from sskd.methods.base import LossOutput, Phase, fault_of_phases
 from sskd.methods.ctkd import LearnedTemperature, learned_kd_loss, reversal
 from sskd.methods.dist import correlation_loss
 from sskd.methods.dkd import nckd_rows, other_classes, tckd_rows
 from sskd.methods.kd import Logits, kd_loss, softened_kl
 from sskd.methods.logits import standardised
 from sskd.methods.ttm import power_sum, ttm_rows
+from sskd.runs.recipe import diff_from_recipe
+from sskd.train import train
 
 IMAGES, CLASSES = 5, 7
+
+
+def unused(batch: Batch) -> LossOutput:
+    raise AssertionError
 
 
 def logits(classes: int = CLASSES, images: int = IMAGES) -> Logits:
@@ -157,7 +169,7 @@ def test_the_reversal_grows_to_its_whole() -> None:
 def test_a_weight_rises_during_the_warmup() -> None:
     progress = torch.tensor(0.0)
     phase = Phase(
-        "distill", torch.nn.Linear(1, 1), lambda _: (_ for _ in ()).throw(AssertionError),
+        "distill", torch.nn.Linear(1, 1), unused,
         weights={"ce": 1.0, "new": 8.0}, warmup={"new": 20 / 240}, progress=progress,
     )  # fmt: skip
     found = []
@@ -167,6 +179,34 @@ def test_a_weight_rises_during_the_warmup() -> None:
         assert weighted["ce"] == 2
         found.append(float(weighted["new"]))
     assert found == pytest.approx([24 / 20, 12, 24, 24])
+
+
+def test_a_run_has_the_warmup_of_its_epochs(composed: Compose, tmp_path: Path) -> None:
+    config = composed(*SMALL, "method=dkd", "method.warmup=1")
+    train(config)
+    (path,) = (tmp_path / "runs/digits/distill").rglob("metrics.jsonl")
+    lines = [json.loads(line) for line in path.open()]
+    rates = [line["weighted/nckd"] / line["loss/nckd"] for line in lines]
+    assert rates == pytest.approx([8 * epoch / 3 for epoch in (1, 2, 3)], rel=1e-4)
+    assert [line["weighted/ce"] for line in lines] == [line["loss/ce"] for line in lines]
+
+
+@pytest.mark.parametrize("method", ["dkd", "ls"])
+@pytest.mark.parametrize("pair", ["resnet56-resnet20", "vgg13-vgg8", "ResNet50-MobileNetV2"])
+def test_a_value_of_the_pair_is_the_recipe(composed: Compose, method: str, pair: str) -> None:
+    assert diff_from_recipe(composed(f"method={method}", f"pair={pair}")) == {}
+    given = diff_from_recipe(composed(f"method={method}", f"pair={pair}", "method.temperature=9"))
+    assert given == {"method.temperature": 9}
+
+
+@pytest.mark.parametrize(
+    ("more", "fault"),
+    [({"warmup": {"newer": 0.1}}, r"warmup names \['newer'\], which have no weight"),
+     ({"warmup": {"new": 0.1}}, "needs progress=self.progress")],
+)  # fmt: skip
+def test_a_wrong_warmup_is_a_fault(more: dict[str, Any], fault: str) -> None:
+    phase = Phase("distill", torch.nn.Linear(1, 1), unused, weights={"new": 1.0}, **more)
+    assert re.search(fault, fault_of_phases([phase]))
 
 
 def test_a_setting_by_pair() -> None:
