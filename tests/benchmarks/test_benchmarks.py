@@ -35,7 +35,7 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 def test_the_cost_of_methods_is_written(tmp_path: Path) -> None:
     command = ["-c", FORKS, "benchmarks.methods", "--pairs", "vgg13-MobileNetV2"]
-    small = ["--methods", "kd", "ft", "--batch", "2", "--rounds", "2", "--images", "20"]
+    small = ["--methods", "kd", "ft", "fsp", "--batch", "2", "--rounds", "2", "--images", "20"]
     out = ["--device", "cpu", "--out", str(tmp_path / "new" / "cost")]
     done = run(*command, *small, *out)
     assert done.returncode == 0, done.stderr

@@ -35,11 +35,17 @@ PAIRS = sorted(
 )  # fmt: skip
 # FSP needs the same channels at every level of both networks.
 FSP_PAIRS = {"resnet56-resnet20", "resnet32x4-resnet8x4", "vgg13-vgg8", "wrn_40_2-wrn_16_2"}
-CASES = [
-    (method, pair)
-    for method in sorted(METHODS)
-    for pair in (sorted(FSP_PAIRS) if method == "fsp" else PAIRS)
-]
+# Their losses see nothing but logits, whatever the networks are.
+OF_LOGITS = {"dkd", "ls", "dist", "ttm", "wttm", "ctkd"}
+
+
+def pairs_of(method: str) -> list[str]:
+    if method in OF_LOGITS:
+        return ["resnet56-resnet20", "vgg13-MobileNetV2"]
+    return sorted(FSP_PAIRS) if method == "fsp" else PAIRS
+
+
+CASES = [(method, pair) for method in sorted(METHODS) for pair in pairs_of(method)]
 
 
 def make(composed: Compose, method: str, pair: str, images: Images, *overrides: str) -> Method:
