@@ -107,7 +107,7 @@ def test_a_command_ends_at_its_limit(
     assert said == "test: 1 row is left; the same command continues"
     monkeypatch.setattr(worker, "LONGEST_SECONDS", 0.1)
     measure_rows("test", command_of(measurements), options_of(tmp_path), "title")
-    assert rows_of(tmp_path)["b"]["error"] == "hangs for 0.1 s"
+    assert rows_of(tmp_path)["b"]["error"] == "took more than 0.1 s"
 
 
 # ---- the worker ----
