@@ -6,7 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from sskd.methods.ctkd import LearnedTemperature, learned_kd_loss, reversal
 from sskd.methods.dist import correlation_loss
 from sskd.methods.dkd import nckd_rows, other_classes, tckd_rows
 from sskd.methods.kd import Logits, kd_loss, softened_kl
-from sskd.methods.logits import standardised
+from sskd.methods.logits import TRANSFORMS, LogitTransform, standardised
 from sskd.methods.ttm import power_sum, ttm_rows
 from sskd.runs.recipe import diff_from_recipe
 from sskd.train import train
@@ -88,6 +88,10 @@ def test_all_classes_but_the_label_remain() -> None:
     assert other_classes(z, torch.tensor([0, 2, 3])).tolist() == [
         [1, 2, 3], [4, 5, 7], [8, 9, 10],
     ]  # fmt: skip
+
+
+def test_each_transform_can_be_chosen() -> None:
+    assert set(get_args(LogitTransform)) == TRANSFORMS.keys()
 
 
 def test_standardised_logits_forget_shift_and_scale() -> None:
