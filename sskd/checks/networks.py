@@ -23,6 +23,9 @@ def check_features(name: str, classes: int = 10) -> None:
         require(all(each.ndim == 4 for each in maps), "stem and stages should be [B, c, h, w]")
         stages, preacts = (list(map(_shape, each)) for each in (features.stages, features.preacts))
         require(stages == preacts, f"stages {stages} and preacts {preacts} differ in shape")
+        mean = features.last_map.mean(dim=(2, 3))
+        agree = mean.shape == features.pooled.shape and torch.allclose(mean, features.pooled)
+        require(agree, "pooled is not the mean of last_map over its positions")
 
 
 def check_gradients(name: str) -> None:
@@ -93,8 +96,8 @@ def _network(name: str) -> nn.Module:
 
 
 def _flatten(features: Features) -> list[Tensor]:
-    logits, pooled, stem, stages, preacts = features
-    return [logits, pooled, stem, *stages, *preacts]
+    logits, pooled, stem, stages, preacts, last_map = features
+    return [logits, pooled, stem, *stages, *preacts, last_map]
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

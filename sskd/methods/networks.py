@@ -59,6 +59,32 @@ def _forward_zeros(network: nn.Module, data: Images) -> Features:
     return features
 
 
+def classifier_of(network: nn.Module, data: Images) -> nn.Linear:
+    """Return the linear layer of ``network`` that maps the pooled feature to the logits.
+
+    Raises:
+        UserError: there is none.
+    """
+    found: list[tuple[nn.Linear, Tensor, Tensor]] = []
+
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer, nn.Linear)
+        found.append((layer, inputs[0], output))
+
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    hooks = [layer.register_forward_hook(record) for layer in layers]
+    features = probe_features(network, data)
+    for hook in hooks:
+        hook.remove()
+    for layer, pooled, logits in found:
+        if pooled is features.pooled and logits is features.logits:
+            return layer
+    raise UserError(
+        f"needs a linear classifier between the pooled feature and the logits, and "
+        f"{type(network).__name__} has none; choose networks that have one"
+    )
+
+
 def modules_behind(
     network: nn.Module, data: Images, outputs: Callable[[Features], Iterable[Tensor]]
 ) -> list[nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ class Features(NamedTuple):
     ``logits`` is ``[B, classes]``, ``pooled`` the feature in front of the classifier,
     ``[B, d]``. ``stem`` and each of ``stages`` are maps ``[B, c, h, w]``. ``preacts[i]``
     is the pre-activation of ``stages[i]`` and has its shape; the module of each family
-    defines what it is.
+    defines what it is. ``last_map`` is the map ``[B, d, h, w]`` whose mean over the positions is
+    ``pooled``; in some families layers lie between the last stage and it.
     """
 
     logits: Tensor
@@ -26,16 +27,17 @@ class Features(NamedTuple):
     stem: Tensor
     stages: tuple[Tensor, ...]
     preacts: tuple[Tensor, ...]
+    last_map: Tensor
 
 
 def partial_features(vectors: Mapping[str, Tensor]) -> Features:
     """Return features that hold only ``vectors``, one or both of the ``VECTOR_FIELDS``.
 
-    The other vector and the stem are empty, of shape ``[0]``, and there are no stages.
+    The other vector, the stem and the last map are empty, of shape ``[0]``. There are no stages.
     """
     empty = next(iter(vectors.values())).new_empty(0)
     logits, pooled = (vectors.get(name, empty) for name in VECTOR_FIELDS)
-    return Features(logits=logits, pooled=pooled, stem=empty, stages=(), preacts=())
+    return Features(logits=logits, pooled=pooled, stem=empty, stages=(), preacts=(), last_map=empty)
 
 
 def run_rectified_stage(blocks: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,6 +50,33 @@ def run_rectified_stage(blocks: nn.Sequential, x: Tensor) -> tuple[Tensor, Tenso
         preact = block(x)
         x = F.relu(preact)
     return x, preact
+
+
+class RectifiedStage(nn.Sequential):
+    """A stage of blocks that end before their last ReLU; its output is after that ReLU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``input`` [B, c, h, w] to the stage's map."""
+        return run_rectified_stage(self, input)[0]
+
+
+class StagePlan(NamedTuple):
+    """The arguments by which a family of networks builds one stage."""
+
+    blocks: int
+    in_channels: int
+    out_channels: int
+    stride: int
+
+
+def stages_behind(plan: Sequence[StagePlan], stage: int) -> list[StagePlan]:
+    """Return the stages behind the first ``stage`` ones of ``plan``.
+
+    Behind the last stage there are none. Then the result is one more like it, which keeps the size
+    of the map and the number of channels.
+    """
+    last = plan[-1]
+    return list(plan[stage:]) or [last._replace(in_channels=last.out_channels, stride=1)]
 
 
 def initialise_convolutions(model: nn.Module) -> None:

@@ -6,21 +6,34 @@ Blocks end without a ReLU, so the pre-activation of a stage is the stage itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from sskd.models.features import Features, initialise_convolutions
 
 STEM_CHANNELS = 16
 LAST_CHANNELS = 1280
-# For each group of blocks: expansion, channels, number of blocks, stride of the first block.
+
+
+class Group(NamedTuple):
+    """Consecutive blocks with the same channels; ``stride`` is that of the first block."""
+
+    expansion: int
+    channels: int
+    blocks: int
+    stride: int
+
+
 GROUPS = (
-    (1, 8, 1, 1),
-    (6, 12, 2, 1),
-    (6, 16, 3, 2),
-    (6, 32, 4, 2),
-    (6, 48, 3, 1),
-    (6, 80, 3, 2),
-    (6, 160, 1, 1),
+    Group(1, 8, 1, 1),
+    Group(6, 12, 2, 1),
+    Group(6, 16, 3, 2),
+    Group(6, 32, 4, 2),
+    Group(6, 48, 3, 1),
+    Group(6, 80, 3, 2),
+    Group(6, 160, 1, 1),
 )
 # The groups whose output is a stage: the last one at each resolution.
 STAGE_ENDS = (1, 2, 4, 6)
@@ -62,18 +75,8 @@ class MobileNetV2(nn.Module):
             nn.BatchNorm2d(STEM_CHANNELS),
             nn.ReLU(inplace=True),
         )
-        self.blocks = nn.ModuleList()
-        channels = STEM_CHANNELS
-        for expansion, out_channels, blocks, stride in GROUPS:
-            first = InvertedResidual(channels, out_channels, stride, expansion)
-            channels = out_channels
-            others = (InvertedResidual(channels, channels, 1, expansion) for _ in range(blocks - 1))
-            self.blocks.append(nn.Sequential(first, *others))
-        self.conv2 = nn.Sequential(
-            nn.Conv2d(channels, LAST_CHANNELS, 1, bias=False),
-            nn.BatchNorm2d(LAST_CHANNELS),
-            nn.ReLU(inplace=True),
-        )
+        self.blocks = nn.ModuleList(_groups(STEM_CHANNELS, GROUPS))
+        self.conv2 = _last_convolution()
         linear = nn.Linear(LAST_CHANNELS, num_classes)
         self.classifier = nn.Sequential(linear)
         initialise_convolutions(self)
@@ -88,8 +91,45 @@ class MobileNetV2(nn.Module):
         for group in self.blocks:
             hidden = group(hidden)
             maps.append(hidden)
-        pooled = self.conv2(hidden).mean(dim=(2, 3))
+        last_map = self.conv2(hidden)
+        pooled = last_map.mean(dim=(2, 3))
         stages = tuple(maps[end] for end in STAGE_ENDS)
         return Features(
-            logits=self.classifier(pooled), pooled=pooled, stem=stem, stages=stages, preacts=stages
+            logits=self.classifier(pooled),
+            pooled=pooled,
+            stem=stem,
+            stages=stages,
+            preacts=stages,
+            last_map=last_map,
         )
+
+    def branch(self, stage: int) -> nn.Module:
+        """Return new layers like those between the map of ``stage`` (from 1) and the last map.
+
+        Behind the last stage, they are like the last stage with a stride of 1.
+        """
+        end = STAGE_ENDS[stage - 1]
+        behind = GROUPS[end + 1 :]
+        if not behind:
+            first, *others = GROUPS[STAGE_ENDS[-2] + 1 :]
+            behind = (first._replace(stride=1), *others)
+        branch = nn.Sequential(*_groups(GROUPS[end].channels, behind), _last_convolution())
+        initialise_convolutions(branch)
+        return branch
+
+
+def _groups(channels: int, plan: Sequence[Group]) -> Iterator[nn.Module]:
+    """Yield the groups of ``plan``; the first one has an input of ``channels``."""
+    for expansion, out_channels, blocks, stride in plan:
+        first = InvertedResidual(channels, out_channels, stride, expansion)
+        channels = out_channels
+        others = (InvertedResidual(channels, channels, 1, expansion) for _ in range(blocks - 1))
+        yield nn.Sequential(first, *others)
+
+
+def _last_convolution() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(GROUPS[-1].channels, LAST_CHANNELS, 1, bias=False),
+        nn.BatchNorm2d(LAST_CHANNELS),
+        nn.ReLU(inplace=True),
+    )

@@ -9,7 +9,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sskd.models.features import Features, initialise_convolutions, run_rectified_stage
+from sskd.models.features import (
+    Features,
+    RectifiedStage,
+    StagePlan,
+    initialise_convolutions,
+    run_rectified_stage,
+    stages_behind,
+)
 from sskd.models.shortcut import shortcut
 
 
@@ -41,9 +48,12 @@ class ResNet(nn.Module):
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
-        self.layer1 = _stage(blocks, widths[0], widths[1], stride=1)
-        self.layer2 = _stage(blocks, widths[1], widths[2], stride=2)
-        self.layer3 = _stage(blocks, widths[2], widths[3], stride=2)
+        self.plan = (
+            StagePlan(blocks, widths[0], widths[1], stride=1),
+            StagePlan(blocks, widths[1], widths[2], stride=2),
+            StagePlan(blocks, widths[2], widths[3], stride=2),
+        )
+        self.layer1, self.layer2, self.layer3 = map(_stage, self.plan)
         self.fc = nn.Linear(widths[3], num_classes)
         initialise_convolutions(self)
 
@@ -54,13 +64,23 @@ class ResNet(nn.Module):
         stage2, preact2 = run_rectified_stage(self.layer2, stage1)
         stage3, preact3 = run_rectified_stage(self.layer3, stage2)
         pooled = stage3.mean(dim=(2, 3))
-        stages, preacts = (stage1, stage2, stage3), (preact1, preact2, preact3)
         return Features(
-            logits=self.fc(pooled), pooled=pooled, stem=stem, stages=stages, preacts=preacts
+            logits=self.fc(pooled),
+            pooled=pooled,
+            stem=stem,
+            stages=(stage1, stage2, stage3),
+            preacts=(preact1, preact2, preact3),
+            last_map=stage3,
         )
 
+    def branch(self, stage: int) -> nn.Module:
+        """Return new layers like those between the map of ``stage`` (from 1) and the last map."""
+        branch = nn.Sequential(*map(_stage, stages_behind(self.plan, stage)))
+        initialise_convolutions(branch)
+        return branch
 
-def _stage(blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    first = BasicBlock(in_channels, out_channels, stride)
-    others = (BasicBlock(out_channels, out_channels, stride=1) for _ in range(blocks - 1))
-    return nn.Sequential(first, *others)
+
+def _stage(plan: StagePlan) -> RectifiedStage:
+    first = BasicBlock(plan.in_channels, plan.out_channels, plan.stride)
+    width = plan.out_channels
+    return RectifiedStage(first, *(BasicBlock(width, width, 1) for _ in range(plan.blocks - 1)))

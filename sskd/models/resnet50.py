@@ -10,10 +10,23 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sskd.models.features import Features, initialise_convolutions, run_rectified_stage
+from sskd.models.features import (
+    Features,
+    RectifiedStage,
+    StagePlan,
+    initialise_convolutions,
+    run_rectified_stage,
+    stages_behind,
+)
 from sskd.models.shortcut import shortcut
 
 EXPANSION = 4
+PLAN = (
+    StagePlan(3, 64, 256, stride=1),
+    StagePlan(4, 256, 512, stride=2),
+    StagePlan(6, 512, 1024, stride=2),
+    StagePlan(3, 1024, 2048, stride=2),
+)
 
 
 class Bottleneck(nn.Module):
@@ -47,10 +60,7 @@ class ResNet50(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = _stage(3, 64, 64, stride=1)
-        self.layer2 = _stage(4, 256, 128, stride=2)
-        self.layer3 = _stage(6, 512, 256, stride=2)
-        self.layer4 = _stage(3, 1024, 512, stride=2)
+        self.layer1, self.layer2, self.layer3, self.layer4 = map(_stage, PLAN)
         self.linear = nn.Linear(2048, num_classes)
         initialise_convolutions(self)
 
@@ -62,13 +72,24 @@ class ResNet50(nn.Module):
         stage3, preact3 = run_rectified_stage(self.layer3, stage2)
         stage4, preact4 = run_rectified_stage(self.layer4, stage3)
         pooled = stage4.mean(dim=(2, 3))
-        stages, preacts = (stage1, stage2, stage3, stage4), (preact1, preact2, preact3, preact4)
         return Features(
-            logits=self.linear(pooled), pooled=pooled, stem=stem, stages=stages, preacts=preacts
+            logits=self.linear(pooled),
+            pooled=pooled,
+            stem=stem,
+            stages=(stage1, stage2, stage3, stage4),
+            preacts=(preact1, preact2, preact3, preact4),
+            last_map=stage4,
         )
 
+    def branch(self, stage: int) -> nn.Module:
+        """Return new layers like those between the map of ``stage`` (from 1) and the last map."""
+        branch = nn.Sequential(*map(_stage, stages_behind(PLAN, stage)))
+        initialise_convolutions(branch)
+        return branch
 
-def _stage(blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequential:
-    first = Bottleneck(in_channels, channels, stride)
-    others = (Bottleneck(EXPANSION * channels, channels, stride=1) for _ in range(blocks - 1))
-    return nn.Sequential(first, *others)
+
+def _stage(plan: StagePlan) -> RectifiedStage:
+    channels = plan.out_channels // EXPANSION
+    first = Bottleneck(plan.in_channels, channels, plan.stride)
+    others = (Bottleneck(plan.out_channels, channels, stride=1) for _ in range(plan.blocks - 1))
+    return RectifiedStage(first, *others)

@@ -11,10 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sskd.models.features import Features, run_rectified_stage
+from sskd.models.features import (
+    Features,
+    RectifiedStage,
+    StagePlan,
+    initialise_convolutions,
+    run_rectified_stage,
+    stages_behind,
+)
 
 GROUPS = 3
 STEM_CHANNELS = 24
+PLAN = (
+    StagePlan(4, STEM_CHANNELS, 240, stride=2),
+    StagePlan(8, 240, 480, stride=2),
+    StagePlan(4, 480, 960, stride=2),
+)
 
 
 class ShuffleBlock(nn.Module):
@@ -54,10 +66,7 @@ class ShuffleNetV1(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, STEM_CHANNELS, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
-        # The stem has too few channels for a grouped convolution (section 3.2 of the paper).
-        self.layer1 = _stage(4, STEM_CHANNELS, 240, first_groups=1)
-        self.layer2 = _stage(8, 240, 480, first_groups=GROUPS)
-        self.layer3 = _stage(4, 480, 960, first_groups=GROUPS)
+        self.layer1, self.layer2, self.layer3 = map(_stage, PLAN)
         self.linear = nn.Linear(960, num_classes)
 
     def forward(self, x: Tensor) -> Features:
@@ -67,10 +76,23 @@ class ShuffleNetV1(nn.Module):
         stage2, preact2 = run_rectified_stage(self.layer2, stage1)
         stage3, preact3 = run_rectified_stage(self.layer3, stage2)
         pooled = stage3.mean(dim=(2, 3))
-        stages, preacts = (stage1, stage2, stage3), (preact1, preact2, preact3)
         return Features(
-            logits=self.linear(pooled), pooled=pooled, stem=stem, stages=stages, preacts=preacts
+            logits=self.linear(pooled),
+            pooled=pooled,
+            stem=stem,
+            stages=(stage1, stage2, stage3),
+            preacts=(preact1, preact2, preact3),
+            last_map=stage3,
         )
+
+    def branch(self, stage: int) -> nn.Module:
+        """Return new layers like those between the map of ``stage`` (from 1) and the last map.
+
+        Their convolutions are initialised like those of the other families, as in HSAKD's code.
+        """
+        branch = nn.Sequential(*map(_stage, stages_behind(PLAN, stage)))
+        initialise_convolutions(branch)
+        return branch
 
 
 def shuffle_channels(x: Tensor, groups: int) -> Tensor:
@@ -80,7 +102,10 @@ def shuffle_channels(x: Tensor, groups: int) -> Tensor:
     return grouped.transpose(1, 2).reshape(x.shape)
 
 
-def _stage(blocks: int, in_channels: int, out_channels: int, first_groups: int) -> nn.Sequential:
-    first = ShuffleBlock(in_channels, out_channels, stride=2, groups=first_groups)
-    others = (ShuffleBlock(out_channels, out_channels, 1, GROUPS) for _ in range(blocks - 1))
-    return nn.Sequential(first, *others)
+def _stage(plan: StagePlan) -> RectifiedStage:
+    # The stem has too few channels for a grouped convolution (section 3.2 of the paper).
+    groups = 1 if plan.in_channels == STEM_CHANNELS else GROUPS
+    first = ShuffleBlock(plan.in_channels, plan.out_channels, plan.stride, groups)
+    width = plan.out_channels
+    others = (ShuffleBlock(width, width, 1, GROUPS) for _ in range(plan.blocks - 1))
+    return RectifiedStage(first, *others)

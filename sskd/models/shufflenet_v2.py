@@ -12,11 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sskd.models.features import Features
+from sskd.models.features import Features, StagePlan, stages_behind
 from sskd.models.shufflenet_v1 import shuffle_channels
 
 STEM_CHANNELS = 24
 LAST_CHANNELS = 1024
+PLAN = (
+    StagePlan(4, STEM_CHANNELS, 116, stride=2),
+    StagePlan(8, 116, 232, stride=2),
+    StagePlan(4, 232, 464, stride=2),
+)
 
 
 class SplitBlock(nn.Module):
@@ -45,18 +50,18 @@ class SplitBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Two branches of stride 2, each half of the output; returns before ReLU and shuffle."""
+    """Two branches with a stride, each half of the output; returns before ReLU and shuffle."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         half = out_channels // 2
-        self.conv1 = _depthwise(in_channels)
+        self.conv1 = _depthwise(in_channels, stride)
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv2 = nn.Conv2d(in_channels, half, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(half)
         self.conv3 = nn.Conv2d(in_channels, half, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(half)
-        self.conv4 = _depthwise(half)
+        self.conv4 = _depthwise(half, stride)
         self.bn4 = nn.BatchNorm2d(half)
         self.conv5 = nn.Conv2d(half, half, 1, bias=False)
         self.bn5 = nn.BatchNorm2d(half)
@@ -75,9 +80,7 @@ class ShuffleNetV2(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, STEM_CHANNELS, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
-        self.layer1 = _stage(4, STEM_CHANNELS, 116)
-        self.layer2 = _stage(8, 116, 232)
-        self.layer3 = _stage(4, 232, 464)
+        self.layer1, self.layer2, self.layer3 = map(_stage, PLAN)
         self.conv2 = nn.Conv2d(464, LAST_CHANNELS, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(LAST_CHANNELS)
         self.linear = nn.Linear(LAST_CHANNELS, num_classes)
@@ -88,20 +91,40 @@ class ShuffleNetV2(nn.Module):
         stage1, preact1 = _run_stage(self.layer1, stem)
         stage2, preact2 = _run_stage(self.layer2, stage1)
         stage3, preact3 = _run_stage(self.layer3, stage2)
-        pooled = F.relu(self.bn2(self.conv2(stage3))).mean(dim=(2, 3))
-        stages, preacts = (stage1, stage2, stage3), (preact1, preact2, preact3)
+        last_map = F.relu(self.bn2(self.conv2(stage3)))
+        pooled = last_map.mean(dim=(2, 3))
         return Features(
-            logits=self.linear(pooled), pooled=pooled, stem=stem, stages=stages, preacts=preacts
+            logits=self.linear(pooled),
+            pooled=pooled,
+            stem=stem,
+            stages=(stage1, stage2, stage3),
+            preacts=(preact1, preact2, preact3),
+            last_map=last_map,
         )
 
+    def branch(self, stage: int) -> nn.Module:
+        """Return new layers like those between the map of ``stage`` (from 1) and the last map."""
+        channels = PLAN[-1].out_channels
+        convolution = nn.Conv2d(channels, LAST_CHANNELS, 1, bias=False)
+        stages = map(_stage, stages_behind(PLAN, stage))
+        return nn.Sequential(*stages, convolution, nn.BatchNorm2d(LAST_CHANNELS), nn.ReLU())
 
-def _depthwise(channels: int) -> nn.Conv2d:
-    return nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels, bias=False)
+
+def _depthwise(channels: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
 
 
-def _stage(blocks: int, in_channels: int, out_channels: int) -> nn.Sequential:
-    others = (SplitBlock(out_channels) for _ in range(blocks - 1))
-    return nn.Sequential(DownBlock(in_channels, out_channels), *others)
+class ShuffledStage(nn.Sequential):
+    """A stage of blocks that end before ReLU and shuffle; its output is after both."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``input`` [B, c, h, w] to the stage's map."""
+        return _run_stage(self, input)[0]
+
+
+def _stage(plan: StagePlan) -> ShuffledStage:
+    first = DownBlock(plan.in_channels, plan.out_channels, plan.stride)
+    return ShuffledStage(first, *(SplitBlock(plan.out_channels) for _ in range(plan.blocks - 1)))
 
 
 def _run_stage(blocks: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@ A stage is the map after its last ReLU; its pre-activation is the output of its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
@@ -30,6 +32,7 @@ class VGG(nn.Module):
 
     def __init__(self, num_classes: int, *, convolutions: tuple[int, int, int, int, int]) -> None:
         super().__init__()
+        self.convolutions = convolutions
         self.block0 = _block(convolutions[0], 3, WIDTHS[0])
         self.block1 = _block(convolutions[1], WIDTHS[0], WIDTHS[1])
         self.block2 = _block(convolutions[2], WIDTHS[1], WIDTHS[2])
@@ -55,10 +58,47 @@ class VGG(nn.Module):
         preact4 = self.block4(pool_large(stage3, x))
         stage4 = F.relu(preact4)
         pooled = stage4.mean(dim=(2, 3))
-        stages, preacts = (stage1, stage2, stage3, stage4), (preact1, preact2, preact3, preact4)
         return Features(
-            logits=self.classifier(pooled), pooled=pooled, stem=stem, stages=stages, preacts=preacts
+            logits=self.classifier(pooled),
+            pooled=pooled,
+            stem=stem,
+            stages=(stage1, stage2, stage3, stage4),
+            preacts=(preact1, preact2, preact3, preact4),
+            last_map=stage4,
         )
+
+    def branch(self, stage: int) -> nn.Module:
+        """Return new layers like those between the map of ``stage`` (from 1) and the last map.
+
+        Behind the last stage, they are like the last two blocks, without pooling.
+        """
+        last = len(WIDTHS) - 1
+        numbers = range(stage + 1, last + 1) if stage < last else (last - 1, last)
+        channels, blocks = WIDTHS[stage], []
+        for number in numbers:
+            blocks.append(_block(self.convolutions[number], channels, WIDTHS[number]))
+            channels = WIDTHS[number]
+        branch = VGGBranch(blocks, pools=stage < last)
+        initialise_convolutions(branch)
+        return branch
+
+
+class VGGBranch(nn.Module):
+    """The last blocks of a network: if ``pools``, with max-pooling in front of all but the last."""
+
+    def __init__(self, blocks: Sequence[nn.Module], *, pools: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.pools = pools
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, c, h, w] to the last map."""
+        *first, last = self.blocks
+        for block in first:
+            x = F.relu(block(F.max_pool2d(x, 2) if self.pools else x))
+        # Of a 32x32 image this map is 4x4; that of a larger image is pooled once more.
+        is_large = self.pools and x.shape[-1] > SMALL_IMAGE // 8
+        return F.relu(last(F.max_pool2d(x, 2) if is_large else x))
 
 
 def _block(convolutions: int, in_channels: int, out_channels: int) -> nn.Sequential:

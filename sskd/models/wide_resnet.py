@@ -8,10 +8,12 @@ running statistics are updated twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sskd.models.features import Features, initialise_convolutions
+from sskd.models.features import Features, StagePlan, initialise_convolutions, stages_behind
 
 
 class WideBlock(nn.Module):
@@ -41,10 +43,11 @@ class WideBlock(nn.Module):
 class WideStage(nn.Module):
     """Consecutive blocks; the first one changes the width and the resolution."""
 
-    def __init__(self, blocks: int, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, plan: StagePlan) -> None:
         super().__init__()
-        first = WideBlock(in_channels, out_channels, stride)
-        others = (WideBlock(out_channels, out_channels, stride=1) for _ in range(blocks - 1))
+        first = WideBlock(plan.in_channels, plan.out_channels, plan.stride)
+        width = plan.out_channels
+        others = (WideBlock(width, width, stride=1) for _ in range(plan.blocks - 1))
         self.layer = nn.Sequential(first, *others)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,6 +57,22 @@ class WideStage(nn.Module):
         for block in others:
             x, _ = block(x)
         return x, normalised
+
+
+class WideBranch(nn.Module):
+    """Stages, then the BatchNorm and the ReLU in front of the pooling."""
+
+    def __init__(self, plan: Sequence[StagePlan]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(map(WideStage, plan))
+        self.bn1 = nn.BatchNorm2d(plan[-1].out_channels)
+        initialise_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, c, h, w] to the last map."""
+        for stage in self.stages:
+            x, _ = stage(x)
+        return F.relu(self.bn1(x))
 
 
 class WideResNet(nn.Module):
@@ -67,9 +86,12 @@ class WideResNet(nn.Module):
         blocks = (depth - 4) // 6
         narrow, middle, wide = 16 * widening, 32 * widening, 64 * widening
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.block1 = WideStage(blocks, 16, narrow, stride=1)
-        self.block2 = WideStage(blocks, narrow, middle, stride=2)
-        self.block3 = WideStage(blocks, middle, wide, stride=2)
+        self.plan = (
+            StagePlan(blocks, 16, narrow, stride=1),
+            StagePlan(blocks, narrow, middle, stride=2),
+            StagePlan(blocks, middle, wide, stride=2),
+        )
+        self.block1, self.block2, self.block3 = map(WideStage, self.plan)
         self.bn1 = nn.BatchNorm2d(wide)
         self.fc = nn.Linear(wide, num_classes)
         initialise_convolutions(self)
@@ -82,8 +104,17 @@ class WideResNet(nn.Module):
         stage2, preact1 = self.block2(stage1)
         stage3, preact2 = self.block3(stage2)
         preact3 = self.bn1(stage3)
-        pooled = F.relu(preact3).mean(dim=(2, 3))
-        stages, preacts = (stage1, stage2, stage3), (preact1, preact2, preact3)
+        last_map = F.relu(preact3)
+        pooled = last_map.mean(dim=(2, 3))
         return Features(
-            logits=self.fc(pooled), pooled=pooled, stem=stem, stages=stages, preacts=preacts
+            logits=self.fc(pooled),
+            pooled=pooled,
+            stem=stem,
+            stages=(stage1, stage2, stage3),
+            preacts=(preact1, preact2, preact3),
+            last_map=last_map,
         )
+
+    def branch(self, stage: int) -> nn.Module:
+        """Return new layers like those between the map of ``stage`` (from 1) and the last map."""
+        return WideBranch(stages_behind(self.plan, stage))

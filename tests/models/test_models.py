@@ -171,8 +171,8 @@ def test_an_image_has_the_same_features_in_a_batch(trained: Trained) -> None:
 
 
 def flatten(features: Features) -> list[Tensor]:
-    logits, pooled, stem, stages, preacts = features
-    return [logits, pooled, stem, *stages, *preacts]
+    logits, pooled, stem, stages, preacts, last_map = features
+    return [logits, pooled, stem, *stages, *preacts, last_map]
 
 
 @pytest.mark.parametrize("num_classes", [1, 10])

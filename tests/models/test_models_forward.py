@@ -51,7 +51,9 @@ def finish(
     pooled = last.flatten(2).mean(2)
     logits = pooled @ state[f"{classifier}.weight"].T + state[f"{classifier}.bias"]
     stages, preacts = zip(*maps, strict=True)
-    return Features(logits=logits, pooled=pooled, stem=stem, stages=stages, preacts=preacts)
+    return Features(
+        logits=logits, pooled=pooled, stem=stem, stages=stages, preacts=preacts, last_map=last
+    )
 
 
 def resnet20(state: State, x: Tensor) -> Features:

@@ -53,7 +53,8 @@ def with_statistics(network: nn.Module) -> nn.Module:
 
 
 def tensors(features: Features) -> list[Tensor]:
-    return [features.logits, features.pooled, features.stem, *features.stages, *features.preacts]
+    logits, pooled, stem, stages, preacts, last_map = features
+    return [logits, pooled, stem, *stages, *preacts, last_map]
 
 
 def batch_norms(network: nn.Module) -> int:
