@@ -155,9 +155,9 @@ def _train_phases(
                 images=images,
                 run=run,
                 config=config,
-                eval_model=method.student if phase is phases[-1] else None,
+                eval_model=method.deployed if phase is phases[-1] else None,
             )
             state = trainer.train(checkpoint if checkpoint and phase.name == current else None)
         result = measure_result(run, plan, images=images, method=method, state=state)
         tracker.summarise(result)
-        return run.finish(method.student, result)
+        return run.finish(method.deployed, result)

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from sskd.data import Batch, Images, Loader, Split
+from sskd.data import Batch, Images, Loader, Split, Views
 from sskd.methods import Phase
 from sskd.models import build_model
 
@@ -60,7 +60,7 @@ def fitted_teacher(name: str, images: int) -> nn.Module:
     data = random_images(images, 4)
     torch.manual_seed(0)
     teacher = build_model(name, data.num_classes).train()
-    batch = Loader(data.train, data.mean, data.std, batch_size=images, views=4).next_batch()
+    batch = Loader(data.train, data.mean, data.std, batch_size=images, views=Views(4)).next_batch()
     labels = batch.y.repeat_interleave(4)
     optimizer = torch.optim.SGD(teacher.parameters(), lr=0.05, momentum=0.9)
     for _ in range(_TEACHER_STEPS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sskd.data.augmentation import CROPS
+from sskd.data.augmentation import CROPS, Views
 from sskd.data.images import (
     Images,
     Split,
@@ -25,6 +25,7 @@ __all__ = [
     "Images",
     "Loader",
     "Split",
+    "Views",
     "eval_batches",
     "load_images",
     "refuse_missing",

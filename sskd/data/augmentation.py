@@ -7,6 +7,7 @@ number, under which the outputs of a teacher for it can be stored.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,28 +19,63 @@ OFFSETS = 2 * PADDING + 1  # positions of a crop along one axis
 CROPS = 2 * OFFSETS**2  # crops of one view of an image: flipped or not, at any offset
 
 
-def draw_crops(images: int, views: int, generator: torch.Generator) -> Tensor:
+@dataclass(frozen=True)
+class Views:
+    """The views of each image in a batch.
+
+    Attributes:
+        rotations: 1 to 4; view v is rotated by v quarter turns counter-clockwise.
+        one_crop: the views of an image are rotations of the same crop (Yang et al., IJCAI 2021)
+            instead of crops of their own (Xu et al., ECCV 2020).
+    """
+
+    rotations: int = 1
+    one_crop: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rotations <= QUARTER_TURNS:
+            raise ValueError(f"rotations must be 1 to {QUARTER_TURNS}, not {self.rotations}")
+
+    @property
+    def count(self) -> int:
+        """Views of each image."""
+        return self.rotations
+
+
+def draw_crops(images: int, views: Views, generator: torch.Generator) -> Tensor:
     """Draw one crop for each view of each image; return their numbers, int64 [images, views].
 
-    Half of the images are flipped left to right, with all of their views. View v is rotated by v
-    quarter turns counter-clockwise (``views`` is 1 to 4), padded with 4 black pixels on each side
-    and cropped to its original size. Each view has its own offset, uniform in 0..8 on both axes.
-    This is the augmentation of Xu et al., ECCV 2020; with one view it is the usual augmentation of
-    CIFAR (He et al., CVPR 2016).
+    Half of the images are flipped left to right, with all of their views. Each view is rotated,
+    padded with 4 black pixels on each side and cropped to its original size. Its offset is uniform
+    in 0..8 on both axes. This is the augmentation of Xu et al., ECCV 2020; with one view it is the
+    usual augmentation of CIFAR (He et al., CVPR 2016).
 
     The number of a crop is ``((v * 2 + flipped) * 9 + top) * 9 + left``: 162 crops for each view.
     """
-    if not 1 <= views <= QUARTER_TURNS:
-        raise ValueError(f"views must be 1 to {QUARTER_TURNS}, not {views}")
     device = generator.device
     flip = torch.rand(images, 1, generator=generator, device=device) < 0.5
-    top, left = torch.randint(OFFSETS, (2, images, views), generator=generator, device=device)
-    turn = torch.arange(views, device=device)
+    drawn = 1 if views.one_crop else views.rotations
+    top, left = torch.randint(OFFSETS, (2, images, drawn), generator=generator, device=device)
+    if views.one_crop:
+        top, left = _rotated_offsets(top, left, views.rotations)
+    turn = torch.arange(views.rotations, device=device)
     return ((turn * 2 + flip) * OFFSETS + top) * OFFSETS + left
 
 
+def _rotated_offsets(top: Tensor, left: Tensor, rotations: int) -> tuple[Tensor, Tensor]:
+    """Return the offsets [images, rotations] at which the rotated images have the same crop.
+
+    ``top`` and ``left``, [images, 1], are those in the image that is not rotated. A quarter turn
+    counter-clockwise moves the right edge to the top, and the top edge to the left.
+    """
+    tops, lefts = [top], [left]
+    for _ in range(rotations - 1):
+        tops, lefts = [*tops, OFFSETS - 1 - lefts[-1]], [*lefts, tops[-1]]
+    return torch.cat(tops, dim=1), torch.cat(lefts, dim=1)
+
+
 class Cropper:
-    """Cuts crops out of ``images``, uint8 [N, 3, S, S], by one gather, for at most ``views`` views.
+    """Cuts crops out of ``images``, uint8 [N, 3, S, S], by one gather, in at most ``rotations``.
 
     A table has the position in the image of each pixel of each crop, so that a GPU starts four
     kernels for a batch of any crops.
@@ -48,14 +84,14 @@ class Cropper:
         images: what the crops are cut out of. While they exist, no other tensor has their id.
     """
 
-    def __init__(self, images: Tensor, views: int) -> None:
+    def __init__(self, images: Tensor, rotations: int) -> None:
         self.images = images
         count, channels, self._side = len(images), images.shape[1], images.shape[2]
         self._pixels_of_image = self._side**2 + 1
         pixels = images.new_zeros(count, self._pixels_of_image, channels)  # the last one is black
         pixels[:, :-1] = images.permute(0, 2, 3, 1).flatten(1, 2)
         self._pixels = pixels.flatten(0, 1)
-        self._positions = _pixel_positions(self._side, views).to(images.device)
+        self._positions = _pixel_positions(self._side, rotations).to(images.device)
 
     def __call__(self, indices: Tensor, crops: Tensor) -> Tensor:
         """Return the ``crops`` [B, k] of the images ``indices`` [B]: uint8 [B * k, 3, S, S].
@@ -70,14 +106,14 @@ class Cropper:
         return pixels.view(-1, self._side, self._side, pixels.shape[1]).permute(0, 3, 1, 2)
 
 
-def _pixel_positions(side: int, views: int) -> Tensor:
-    """Return where each crop has its pixels from: int64 [162 * views, S * S].
+def _pixel_positions(side: int, rotations: int) -> Tensor:
+    """Return where each crop has its pixels from: int64 [162 * rotations, S * S].
 
     A position is ``row * S + column`` in the image, or ``S * S`` for a black pixel.
     """
     upright = torch.arange(side**2).view(side, side)
     tables = []
-    for turns in range(views):
+    for turns in range(rotations):
         for image in (upright, upright.flip(1)):
             turned = torch.rot90(image, turns, (0, 1))
             padded = F.pad(turned, [PADDING] * 4, value=side**2)

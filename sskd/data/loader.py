@@ -8,7 +8,7 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from sskd.data.augmentation import Cropper, Normaliser, draw_crops
+from sskd.data.augmentation import Cropper, Normaliser, Views, draw_crops
 from sskd.data.images import Split
 from sskd.turns import shared
 
@@ -26,6 +26,9 @@ class Batch(NamedTuple):
     y: Tensor
     indices: Tensor
     crops: Tensor
+
+
+ONE_VIEW = Views()
 
 
 class LoaderState(TypedDict):
@@ -53,18 +56,19 @@ class Loader:
         std: Sequence[float],
         *,
         batch_size: int,
-        views: int = 1,
+        views: Views = ONE_VIEW,
     ) -> None:
         self.device = split.images.device
         self.batch_size = batch_size
         self.views = views
         self._labels = split.labels
         images = split.images
-        self._crop = shared(("crops", id(images), views), lambda: Cropper(images, views))
+        rotations = views.rotations
+        self._crop = shared(("crops", id(images), rotations), lambda: Cropper(images, rotations))
         width = split.images.shape[-1]
         self._normalise = Normaliser(mean, std, width=width, device=self.device)
         self._order = torch.empty(len(split), dtype=torch.int64, device=self.device)
-        self._crops = torch.empty(len(split), views, dtype=torch.int64, device=self.device)
+        self._crops = torch.empty(len(split), views.count, dtype=torch.int64, device=self.device)
         self._places = torch.arange(min(batch_size, len(split)), device=self.device)
         self._start = torch.zeros(1, dtype=torch.int64, device=self.device)  # of the next batch
         self.begin_epoch(0)

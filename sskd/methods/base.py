@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sskd.data import Batch
+from sskd.data import Batch, Views
 from sskd.device import chunks
 from sskd.errors import UserError
 from sskd.methods.networks import Networks
@@ -45,7 +45,7 @@ class Phase:
         trains: the module that gets gradients and train mode; all others are frozen in eval mode.
         loss: returns the losses of one batch.
         weights: a weight for each term of ``loss``.
-        views: rotated views of each image in a batch (1 to 4).
+        views: the views of each image in a batch.
         schedule: its schedule in relation to the run's; None: the run's schedule itself.
         teacher_only: its result depends on the teacher alone: it is computed once for all students
             of that teacher with the same settings.
@@ -61,7 +61,7 @@ class Phase:
     trains: nn.Module
     loss: Callable[[Batch], LossOutput]
     weights: Mapping[str, float]
-    views: int = 1
+    views: Views = Views()
     schedule: PhaseSettings | None = None
     teacher_only: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -135,7 +135,7 @@ class Method(nn.Module, ABC):
       that a CUDA graph can contain its step. If it cannot, it sets ``capturable`` to False.
     """
 
-    views: ClassVar[int] = 1
+    views: ClassVar[Views] = Views()
     needs_teacher: ClassVar[bool] = True
     capturable: ClassVar[bool] = True
     # The last phase, which trains the student; its accuracy is measured after each epoch of it.
@@ -181,6 +181,15 @@ class Method(nn.Module, ABC):
             warmup=self.warmup,
             progress=self.progress,
         )
+
+    @property
+    def deployed(self) -> nn.Module:
+        """The network that is evaluated, counted and saved as the result: the student.
+
+        Its forward returns ``Features``. If it is another one, it consists of modules of the method
+        and needs nothing else of the teacher.
+        """
+        return self.student
 
     @torch.no_grad()
     def teacher_features(self, batch: Batch) -> Features:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sskd.data import Batch
+from sskd.data import Batch, Views
 from sskd.methods.adapters import ProjectionHead
 from sskd.methods.base import LossOutput, Method, Phase, in_float32, top1
 from sskd.methods.kd import softened_kl
@@ -93,7 +93,7 @@ class SSKD(Method):
     L_ss, whose tau is ``ss_temperature``.
     """
 
-    views = VIEWS
+    views = Views(VIEWS)
     terms = ("ce", "kd", "tf", "ss")
     teacher_outputs = ("logits", "pooled")
 

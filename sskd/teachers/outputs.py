@@ -76,9 +76,9 @@ def layout_of(method: Method, images: Images, precision: str) -> Layout:
     """Return the layout of the fields that the losses of ``method`` read of its teacher."""
     features = probe_features(method.teacher, images)
     widths = {name: getattr(features, name).shape[1] for name in method.teacher_outputs}
-    views = max(phase.views for phase in method.phases())
+    rotations = max(phase.views.rotations for phase in method.phases())
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return Layout(len(images.train), views * CROPS, widths, dtype)
+    return Layout(len(images.train), rotations * CROPS, widths, dtype)
 
 
 def read_rows(path: Path, layout: Layout, digest: object, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from safetensors.torch import load
 from torch import nn
 
 from sskd.config import Config
-from sskd.data import Images
+from sskd.data import Images, Views
 from sskd.files import read_bounded
 from sskd.methods import Method, Phase
 from sskd.models import weights_digest
@@ -93,8 +93,16 @@ def phase_settings(
         "teacher": {"name": values["teacher"]["name"], "digest": teacher.digest},
         "schedule": schedule | {"milestones": list(schedule["milestones"])},
         "optimizer": optimizer,
-        "views": phase.views,
+        "views": _views_setting(phase.views),
         "weights": dict(phase.weights),
         "settings": dict(phase.settings),
         **{key: values[key] for key in ("dataset", "seed", "batch_size", "precision")},
     }
+
+
+def _views_setting(views: Views) -> Any:
+    """Return ``views`` as a setting; a number if nothing but the rotations is set.
+
+    So folders from the time when there were only rotations are found.
+    """
+    return views.rotations if views == Views(views.rotations) else asdict(views)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sskd.config import Config
-from sskd.data import CROPS, Images, Loader
+from sskd.data import CROPS, Images, Loader, Views
 from sskd.device import outputs_at_once
 from sskd.errors import UserError
 from sskd.files import write_at
@@ -243,7 +243,7 @@ def _outputs(
     """Yield the outputs of all crops of the images from ``first`` on, [k, crops, numbers] each."""
     device = images.train.images.device
     images_at_once = -(-outputs_at_once(device) // layout.crops)
-    views = layout.crops // CROPS
+    views = Views(layout.crops // CROPS)
     loader = Loader(images.train, images.mean, images.std, batch_size=images_at_once, views=views)
     crops = torch.arange(layout.crops, device=device)
     for start in range(first, layout.images, images_at_once):

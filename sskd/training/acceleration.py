@@ -26,7 +26,7 @@ def fold_teacher(method: Method) -> None:
 def fuse_teacher(method: Method, config: Config, device: torch.device) -> None:
     """Let the folded teacher of ``method``, which is on ``device``, use fused kernels of a GPU."""
     if method.needs_teacher and device.type == "cuda":
-        images = config.batch_size * method.views
+        images = config.batch_size * method.views.count
         fused = fuse_layers(method.teacher, config.precision, images)
         method.teacher = fused.requires_grad_(False)
 

@@ -9,7 +9,7 @@ import torch
 from torchvision.utils import make_grid, save_image
 
 from sskd.config import Config
-from sskd.data import Images, Loader
+from sskd.data import Images, Loader, Views
 from sskd.files import write_atomically
 from sskd.runs.run import Run
 from sskd.seeding import derive_seed
@@ -19,7 +19,7 @@ _GREY = 0.5  # between the views, distinct from their black padding
 _SCALE = 3  # screen pixels per pixel, because 32x32 is too small to see
 
 
-def save_views(run: Run, images: Images, config: Config, views: int) -> Path:
+def save_views(run: Run, images: Images, config: Config, views: Views) -> Path:
     """Save ``views.png``, the views of a few images, one image per row; return its path."""
     seed = derive_seed(config.seed, "picture")
     order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(seed))
@@ -32,7 +32,9 @@ def save_views(run: Run, images: Images, config: Config, views: int) -> Path:
     pixels = (loader.next_batch().x.cpu() * std + mean).clamp(0, 1)
     large = pixels.repeat_interleave(_SCALE, 2).repeat_interleave(_SCALE, 3)
     picture = BytesIO()
-    save_image(make_grid(large, nrow=views, padding=_SCALE, pad_value=_GREY), picture, format="png")
+    save_image(
+        make_grid(large, nrow=views.count, padding=_SCALE, pad_value=_GREY), picture, format="png"
+    )
     path = run.folder / "views.png"
     with run.lock.writing() as still_ours:
         write_atomically(path, lambda out: out.write(picture.getvalue()), still_ours=still_ours)

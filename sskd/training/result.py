@@ -33,7 +33,7 @@ def measure_result(
     run: Run, plan: RunPlan, *, images: Images, method: Method, state: TrainingState
 ) -> RunResult:
     """Return the result of a run whose last phase ended in ``state``."""
-    config, student = plan.config, method.student
+    config, student = plan.config, method.deployed
     logits = predict(student, images.test, images, f"{plan.folder}: the student, test set")
     best = run.checkpoints.load_best(state.best_epoch)
     best_digest = None if best is None else weights_digest(best)

@@ -9,7 +9,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from scipy.stats import binomtest, chisquare
 
 from sskd.data import Split
-from sskd.data.augmentation import Cropper, Normaliser, draw_crops
+from sskd.data.augmentation import Cropper, Normaliser, Views, draw_crops
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 UNLIKELY = 1e-3  # the significance level of the frequency tests; their seeds are fixed
@@ -41,7 +41,7 @@ def choices(count: int, views: int, side: int, seed: int) -> np.ndarray:
     """Augment random images; return the crops as [count, views, (flip, top, left)]."""
     images = noise_split(count, side, seed).images
     before = images.clone()
-    crops = draw_crops(count, views, torch.Generator().manual_seed(seed))
+    crops = draw_crops(count, Views(views), torch.Generator().manual_seed(seed))
     order = torch.randperm(count)
     cut = Cropper(images, views)(order, crops[order])
     assert torch.equal(images, before)
@@ -91,15 +91,28 @@ def test_half_of_the_images_are_flipped(many_choices: np.ndarray) -> None:
 
 def test_a_crop_is_rotated_padded_and_then_cut(many_choices: np.ndarray) -> None:
     """Check the numbers of ``draw_crops``, under which the outputs of a teacher are stored."""
-    crops = draw_crops(1000, 4, torch.Generator().manual_seed(3)).numpy()
+    crops = draw_crops(1000, Views(4), torch.Generator().manual_seed(3)).numpy()
     flip, top, left = np.moveaxis(many_choices, -1, 0)
     assert (crops == ((np.arange(4) * 2 + flip) * 9 + top) * 9 + left).all()
+
+
+def test_the_views_of_one_crop_are_its_rotations() -> None:
+    images = torch.randint(256, (5, 3, 12, 12), dtype=torch.uint8)
+    views = Views(4, one_crop=True)
+    for seed in range(5):
+        crops = draw_crops(len(images), views, torch.Generator().manual_seed(seed))
+        cut = Cropper(images, views.rotations)(torch.arange(len(images)), crops)
+        first, *others = cut.unflatten(0, (-1, 4)).unbind(1)
+        for turns, view in enumerate(others, 1):
+            assert torch.equal(view, torch.rot90(first, turns, (2, 3)))
+        one_view = draw_crops(len(images), Views(), torch.Generator().manual_seed(seed))
+        assert torch.equal(crops[:, :1], one_view)
 
 
 @pytest.mark.parametrize("views", [0, 5])
 def test_more_than_four_views_are_refused(views: int) -> None:
     with pytest.raises(ValueError, match=f"not {views}"):
-        draw_crops(2, views, torch.Generator())
+        Views(views)
 
 
 def test_normalise_uses_the_mean_and_std_of_a_channel() -> None:

@@ -11,11 +11,11 @@ import torch
 from test_augmentation import MEAN, STD, found_in, noise_split
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sskd.data import Batch, Loader, Split, eval_batches
+from sskd.data import Batch, Loader, Split, Views, eval_batches
 
 
 def loader_of(count: int, batch_size: int, views: int = 1) -> Loader:
-    return Loader(noise_split(count), MEAN, STD, batch_size=batch_size, views=views)
+    return Loader(noise_split(count), MEAN, STD, batch_size=batch_size, views=Views(views))
 
 
 def epoch(loader: Loader) -> list[Batch]:
@@ -48,7 +48,7 @@ def test_an_epoch_holds_every_image_once(count: int, batch_size: int, steps: int
 
 def test_a_batch_has_its_labels_and_ordered_views() -> None:
     split = noise_split(20)
-    loader = Loader(split, MEAN, STD, batch_size=6, views=4)
+    loader = Loader(split, MEAN, STD, batch_size=6, views=Views(4))
     loader.begin_epoch(1)
     mean, std = np.reshape(MEAN, (3, 1, 1)), np.reshape(STD, (3, 1, 1))
     for batch in epoch(loader):

@@ -129,7 +129,7 @@ def test_a_term_of_weight_0_does_not_spoil_the_others(
 ) -> None:
     built, images, (*_, phase) = build(composed, f"method={method}", "method.weights.kd=0")
     spoil_kd(monkeypatch, value)
-    batch = Loader(images.train, images.mean, images.std, batch_size=16, views=1).next_batch()
+    batch = Loader(images.train, images.mean, images.std, batch_size=16).next_batch()
     set_trainable(phase, built)
     optimizer = torch.optim.SGD(phase.trains.parameters(), 0.01)
     found = train_step(phase, optimizer, batch, "fp32")
@@ -141,7 +141,7 @@ def test_a_term_of_weight_0_does_not_spoil_the_others(
 
 def test_a_term_of_weight_0_is_logged_without_gradient(composed: Compose) -> None:
     _, images, (*_, phase) = build(composed, "method=kd", "method.weights.kd=0")
-    batch = Loader(images.train, images.mean, images.std, batch_size=16, views=1).next_batch()
+    batch = Loader(images.train, images.mean, images.std, batch_size=16).next_batch()
     terms, _ = phase.losses(batch)
     assert terms["kd"] > 0
     assert not terms["kd"].requires_grad

@@ -13,7 +13,7 @@ from test_graph import RATES, phases_of, tensors
 
 from sskd.commands.threads import run_in_threads
 from sskd.config import Config
-from sskd.data import Loader
+from sskd.data import Loader, Views
 from sskd.methods import KD, METHODS, Outputs
 from sskd.methods.kd import kd_loss
 from sskd.training.graph import GraphedStep
@@ -165,7 +165,7 @@ def test_the_latest_batches_of_each_job_are_kept(config: Callable[..., Config]) 
 
 def test_a_batch_can_be_seen_before_it_is_drawn() -> None:
     images = random_images(10, 4)
-    loader = Loader(images.train, images.mean, images.std, batch_size=4, views=2)
+    loader = Loader(images.train, images.mean, images.std, batch_size=4, views=Views(2))
     loader.next_batch()
     seen, drawn = loader.peek(4), loader.next_batch()
     assert all(torch.equal(one, other) for one, other in zip(seen, drawn, strict=True))
