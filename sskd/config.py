@@ -68,6 +68,9 @@ class ArchSettings(Settings):
         return self
 
 
+ALONE = "vanilla"  # the method of a network alone, unless another one is chosen
+
+
 class TeacherSettings(ArchSettings):
     """The teacher of a student: one of the suite's own runs, or a checkpoint from elsewhere."""
 
@@ -80,6 +83,18 @@ class TeacherSettings(ArchSettings):
     precision: Precision | None
     fraction: ShareOfAny
     label_noise: ShareBelowAll
+    method: NonEmpty = ALONE
+
+    @field_validator("method")
+    @classmethod
+    def _trains_alone(cls, method: str) -> str:
+        alone = [name for name, kind in METHODS.items() if not kind.needs_teacher]
+        if method not in alone:
+            raise ValueError(
+                f"'{method}' does not train a network alone{did_you_mean(method, alone)} "
+                f"(these do: {', '.join(alone)})"
+            )
+        return method
 
 
 class ScheduleSettings(Settings):

@@ -29,7 +29,7 @@ from sskd.tracking.opening import report_finished, tracker_of
 from sskd.training.acceleration import fold_teacher, fuse_teacher
 from sskd.training.preview import save_views
 from sskd.training.result import last_top1, measure_result
-from sskd.training.trainer import Trainer, phase_schedule
+from sskd.training.trainer import Trainer, phase_optimizer, phase_schedule
 from sskd.turns import shared
 
 
@@ -120,6 +120,8 @@ def _assemble(
     phases = list(method.phases())
     if fault := fault_of_phases(phases):
         raise UserError(f"method={plan.config.method.name}: {fault}")
+    for phase in phases:
+        phase_optimizer(phase, plan.config)  # raises an error before anything is trained
     return method, phases
 
 
@@ -160,4 +162,4 @@ def _train_phases(
             state = trainer.train(checkpoint if checkpoint and phase.name == current else None)
         result = measure_result(run, plan, images=images, method=method, state=state)
         tracker.summarise(result)
-        return run.finish(method.deployed, result)
+        return run.finish(method.deployed, result, method.heads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sskd.data.augmentation import CROPS, Views
+from sskd.data.augmentation import CROPS, ONE_VIEW, Views
 from sskd.data.images import (
     Images,
     Split,
@@ -19,6 +19,7 @@ from sskd.errors import UserError
 
 __all__ = [
     "CROPS",
+    "ONE_VIEW",
     "SOURCES",
     "Batch",
     "DatasetSettings",

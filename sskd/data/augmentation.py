@@ -42,6 +42,9 @@ class Views:
         return self.rotations
 
 
+ONE_VIEW = Views()
+
+
 def draw_crops(images: int, views: Views, generator: torch.Generator) -> Tensor:
     """Draw one crop for each view of each image; return their numbers, int64 [images, views].
 

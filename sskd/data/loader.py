@@ -8,7 +8,7 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from sskd.data.augmentation import Cropper, Normaliser, Views, draw_crops
+from sskd.data.augmentation import ONE_VIEW, Cropper, Normaliser, Views, draw_crops
 from sskd.data.images import Split
 from sskd.turns import shared
 
@@ -26,9 +26,6 @@ class Batch(NamedTuple):
     y: Tensor
     indices: Tensor
     crops: Tensor
-
-
-ONE_VIEW = Views()
 
 
 class LoaderState(TypedDict):

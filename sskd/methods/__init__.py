@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sskd.data import Images
 from sskd.methods.ab import AB
 from sskd.methods.at import AT
+from sskd.methods.auxiliary import HSAKDTeacher
 from sskd.methods.base import (
     LossOutput,
     Method,
@@ -25,6 +27,7 @@ from sskd.methods.dkd import DKD
 from sskd.methods.fitnet import FitNet
 from sskd.methods.fsp import FSP
 from sskd.methods.ft import FT
+from sskd.methods.hsakd import HSAKD
 from sskd.methods.kd import KD, Outputs
 from sskd.methods.networks import Networks
 from sskd.methods.nst import NST
@@ -58,13 +61,22 @@ METHODS: dict[str, type[Method]] = {
     "ttm": TTM,
     "wttm": WTTM,
     "ctkd": CTKD,
+    "hsakd": HSAKD,
+    "hsakd_teacher": HSAKDTeacher,
 }
 
 
 def build_method(
-    settings: Any, student: nn.Module, teacher: nn.Module | None, data: Images
+    settings: Any,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    data: Images,
+    *,
+    heads: Mapping[str, Tensor] | None = None,
 ) -> Method:
     """Return the method with ``settings``, an instance of ``sskd.config.method_settings``.
+
+    ``heads`` is the state of the modules that the teacher was trained with, if it has some.
 
     Raises:
         UserError: the method cannot be used with these networks or data.
@@ -72,7 +84,7 @@ def build_method(
     values = {name: getattr(settings, name) for name in type(settings).model_fields}
     weights = values.pop("weights").model_dump()
     method = METHODS[values.pop("name")]
-    return method(Networks(student, teacher, data), weights=weights, **values)
+    return method(Networks(student, teacher, data, heads), weights=weights, **values)
 
 
 __all__ = [

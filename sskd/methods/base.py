@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sskd.data import Batch, Views
+from sskd.data import ONE_VIEW, Batch, Views
 from sskd.device import chunks
 from sskd.errors import UserError
 from sskd.methods.networks import Networks
@@ -51,6 +51,7 @@ class Phase:
             of that teacher with the same settings.
         settings: the method's settings that the result of a ``teacher_only`` phase depends on,
             beside its weights, views and schedule.
+        optimizer: settings of the optimizer that replace the run's, if it has them.
         after_step: is called after each step, when the backward pass no longer needs any tensor.
         warmup: for some terms, the share of the phase's epochs during which their weight rises
             linearly to the one in ``weights``.
@@ -61,10 +62,11 @@ class Phase:
     trains: nn.Module
     loss: Callable[[Batch], LossOutput]
     weights: Mapping[str, float]
-    views: Views = Views()
+    views: Views = ONE_VIEW
     schedule: PhaseSettings | None = None
     teacher_only: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
     after_step: Callable[[], None] = lambda: None
     warmup: Mapping[str, float] = field(default_factory=dict)
     progress: Tensor | None = None
@@ -135,9 +137,10 @@ class Method(nn.Module, ABC):
       that a CUDA graph can contain its step. If it cannot, it sets ``capturable`` to False.
     """
 
-    views: ClassVar[Views] = Views()
+    views: ClassVar[Views] = ONE_VIEW
     needs_teacher: ClassVar[bool] = True
     capturable: ClassVar[bool] = True
+    uses_heads: ClassVar[bool] = False  # of the teacher, if it was trained with some
     # The last phase, which trains the student; its accuracy is measured after each epoch of it.
     evaluated_phase: ClassVar[str] = "distill"
     terms: ClassVar[tuple[str, ...]]
@@ -156,7 +159,10 @@ class Method(nn.Module, ABC):
         self.student = networks.student
         self.weights = dict(weights)
         self.adapters: tuple[nn.Module, ...] = ()
-        self.warmup: Mapping[str, float] = {}  # of the last phase; see ``Phase``
+        # Of the last phase; see ``Phase``.
+        self.warmup: Mapping[str, float] = {}
+        self.schedule: PhaseSettings | None = None
+        self.optimizer_settings: Mapping[str, Any] = {}
         self.register_buffer("progress", torch.ones(()), persistent=False)
         # If set, returns the teacher's outputs from a file instead (sskd.teachers.outputs).
         self.precomputed: Callable[[Batch], Features] | None = None
@@ -177,6 +183,8 @@ class Method(nn.Module, ABC):
             loss=self.loss,
             weights=self.weights,
             views=self.views,
+            schedule=self.schedule,
+            optimizer=self.optimizer_settings,
             after_step=self.after_step,
             warmup=self.warmup,
             progress=self.progress,
@@ -190,6 +198,11 @@ class Method(nn.Module, ABC):
         and needs nothing else of the teacher.
         """
         return self.student
+
+    @property
+    def heads(self) -> nn.Module | None:
+        """What was trained with the deployed network, for its students; saved beside it."""
+        return None
 
     @torch.no_grad()
     def teacher_features(self, batch: Batch) -> Features:

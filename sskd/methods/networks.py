@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +17,14 @@ from sskd.models import Features
 class Networks:
     """A student, its teacher, and the data that the student is trained on.
 
-    ``teacher`` is None for a method that needs no teacher.
+    ``teacher`` is None for a method that needs no teacher. ``heads`` is the state of the modules
+    that the teacher was trained with, if it has some (``Method.heads``).
     """
 
     student: nn.Module
     teacher: nn.Module | None
     data: Images
+    heads: Mapping[str, Tensor] | None = None
 
     def probe(self) -> tuple[Features, Features]:
         """Return the features of one zero image, the student's and the teacher's."""

@@ -7,6 +7,7 @@ PREVIOUS = "previous.pt"
 DAMAGED = "damaged.pt"
 BEST = "best.pt"
 WEIGHTS = "model.safetensors"
+HEADS = "heads.safetensors"  # what a teacher was trained with, for its students
 RESULT = "result.json"
 OUTPUTS = "outputs.bin"  # the precomputed outputs of a teacher
 NAME = "run"  # the key under which a checkpoint or a result names its run, by its identity

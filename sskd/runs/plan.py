@@ -13,10 +13,14 @@ from sskd.runs.recipe import diff_from_recipe
 
 @dataclass(frozen=True)
 class TeacherWeights:
-    """The file of a teacher's weights, and the SHA-256 of the tensors in it."""
+    """The file of a teacher's weights, and the SHA-256 of the tensors in it.
+
+    ``heads`` is the same of the modules that it was trained with, if students can use them.
+    """
 
     path: Path
     digest: str
+    heads: TeacherWeights | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

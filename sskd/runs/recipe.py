@@ -19,7 +19,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from sskd import CONF
-from sskd.config import ArchSettings, Config, parse_config, read_config
+from sskd.config import ALONE, ArchSettings, Config, parse_config, read_config
 from sskd.invocation.composition import compose_config, search_path_words
 from sskd.invocation.names import command_words
 from sskd.overrides import as_override, flatten
@@ -73,7 +73,9 @@ def recipe(config: Config) -> dict[str, Any]:
     """Return the default settings of ``config``'s names by dotted key, as the recipe froze them."""
     teacher = config.teacher.name if config.teacher else None
     names = (config.student.name, teacher, config.method.name, config.dataset.source)
-    return flatten(identity(default_config(config).model_dump())) | frozen_defaults(*names)
+    found = flatten(identity(default_config(config).model_dump())) | frozen_defaults(*names)
+    # The path of a network alone does not have its method.
+    return found if teacher else found | {"method.name": ALONE}
 
 
 @cache
@@ -156,12 +158,12 @@ def teacher_config(config: Config) -> Config:
     values = config.model_dump() | {
         "student": {key: getattr(teacher, key) for key in ArchSettings.model_fields},
         "teacher": None,
-        "method": {"name": "vanilla", "weights": {"ce": 1.0}},
         "seed": teacher.seed,
         "precision": teacher.precision or config.precision,
         "force": False,
     }
-    defaults = default_config(parse_config(values)).model_dump()
+    source = config.dataset.source
+    defaults = defaults_of(teacher.name, None, teacher.method, source).model_dump()
     dataset = values["dataset"]
     dataset |= {"fraction": teacher.fraction, "label_noise": teacher.label_noise}
     chosen = dataset["holdout"] or dataset["label_noise"] or dataset["fraction"] < 1
@@ -186,6 +188,8 @@ def training_command(config: Config) -> str:
     own = _difference(identity(values), flatten(identity(default)))
     own |= {key: flat[key] for key in shown if flat[key] != flat_default[key]}
     options = {"arch": config.student.name, "dataset": config.dataset.source}
+    if config.method.name != ALONE:
+        options["method"] = config.method.name
     words = command_words("teacher")
     if not all((CONF / group / f"{name}.yaml").is_file() for group, name in options.items()):
         words += [shlex.quote(word) for word in search_path_words()]

@@ -55,10 +55,14 @@ class HoldoutTop1:
 
 @dataclass(frozen=True)
 class WeightsDigests:
-    """SHA-256 of the student's weights after the last epoch and at its best one."""
+    """SHA-256 of the student's weights after the last epoch and at its best one.
+
+    ``heads`` is that of the modules that it was trained with for its own students.
+    """
 
     last: str | None = None
     best: str | None = None
+    heads: str | None = None
 
 
 @dataclass(frozen=True)
@@ -172,8 +176,7 @@ def _holdout_top1(record: fields.Record) -> HoldoutTop1:
 
 
 def _digests(record: fields.Record) -> WeightsDigests:
-    last, best = (fields.text_or_none(record, key) for key in ("last", "best"))
-    return WeightsDigests(last, best)
+    return WeightsDigests(*(fields.text_or_none(record, key) for key in ("last", "best", "heads")))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from sskd.runs.folder import read_config_file, read_result, write_config_file
 from sskd.runs.identity import identity
 from sskd.runs.lock import FolderLock
 from sskd.runs.metrics_log import MetricsLog
-from sskd.runs.names import CONFIG, LAST, PREVIOUS, RESULT, WEIGHTS
+from sskd.runs.names import CONFIG, HEADS, LAST, PREVIOUS, RESULT, WEIGHTS
 from sskd.runs.result import Result
 from sskd.runs.status import failed_in_this_sweep, write_failure, write_status
 from sskd.runs.untrusted import refuse_unsafe_entries
@@ -138,14 +138,16 @@ class Run:
             refuse_other_result(self.folder, result.run, self.config)
         return result
 
-    def finish(self, model: nn.Module | None, result: R) -> R:
-        """Write the weights of ``model``, if any, and the result; return it with its run."""
+    def finish(self, model: nn.Module | None, result: R, heads: nn.Module | None = None) -> R:
+        """Write the weights of ``model`` and ``heads``, if any, and the result; return it."""
         result = replace(result, run=identity(self.config))
         values = result.to_json()
         metadata = {key: values[key] for key in _METADATA if key in values}
         with self.lock.writing() as still_ours:
             if model is not None:
                 save_weights(self.folder / WEIGHTS, model, metadata, still_ours=still_ours)
+            if heads is not None:
+                save_weights(self.folder / HEADS, heads, {}, still_ours=still_ours)
             # Last, because the result marks the run as finished.
             text = json.dumps(values, indent=2) + "\n"
             write_text(self.folder / RESULT, text, still_ours=still_ours)

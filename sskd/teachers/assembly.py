@@ -11,7 +11,7 @@ from sskd.methods import Method, build_method
 from sskd.models import build_model
 from sskd.runs.plan import TeacherWeights
 from sskd.seeding import seed_torch
-from sskd.teachers.find import load_teacher
+from sskd.teachers.find import load_heads, load_teacher
 
 
 def assemble(config: Config, images: Images, found: TeacherWeights | None = None) -> Method:
@@ -27,9 +27,10 @@ def assemble(config: Config, images: Images, found: TeacherWeights | None = None
         teacher = build_model(config.teacher.name, images.num_classes)
         if found:
             load_teacher(teacher, found)
+    heads = load_heads(found.heads) if found and found.heads else None
     seed_torch(config.seed, "method")
     try:
-        return build_method(config.method, student, teacher, images)
+        return build_method(config.method, student, teacher, images, heads=heads)
     except UserError as error:
         networks = [network.name for network in (config.teacher, config.student) if network]
         raise UserError(f"method={config.method.name} {'-'.join(networks)}: {error}") from None

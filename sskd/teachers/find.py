@@ -8,10 +8,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from sskd.config import Config
 from sskd.errors import UserError
+from sskd.files import read_bounded
+from sskd.methods import METHODS
 from sskd.models import (
     find_checkpoint,
     load_weights,
@@ -23,7 +27,7 @@ from sskd.overrides import flatten
 from sskd.runs.comparison import explain_difference, is_run_of, refuse_other_result
 from sskd.runs.folder import read_config_file, read_result, run_folder
 from sskd.runs.identity import full_config
-from sskd.runs.names import BEST, CONFIG, WEIGHTS
+from sskd.runs.names import BEST, CONFIG, HEADS, MOST_CHECKPOINT, WEIGHTS
 from sskd.runs.plan import RunPlan, TeacherWeights
 from sskd.runs.recipe import (
     diff_from_recipe,
@@ -59,11 +63,17 @@ def find_teacher(config: Config) -> TeacherWeights | None:
         content = path.stat()
         name = config.teacher.name
         return TeacherWeights(path, _digest(path, name, content.st_mtime_ns, content.st_size))
-    return _suite_teacher(config.teacher.epoch, teacher_config(config))
+    uses_heads = METHODS[config.method.name].uses_heads
+    return _suite_teacher(config.teacher.epoch, teacher_config(config), uses_heads=uses_heads)
 
 
-def _suite_teacher(epoch: Literal["best", "last"], expected: Config) -> TeacherWeights:
-    """Return the weights of the finished run of the suite that ``expected`` configures."""
+def _suite_teacher(
+    epoch: Literal["best", "last"], expected: Config, *, uses_heads: bool
+) -> TeacherWeights:
+    """Return the weights of the finished run of the suite that ``expected`` configures.
+
+    ``uses_heads``: with what the teacher was trained with, if it has it.
+    """
     folder = run_folder(expected, diff_from_recipe(expected))
     result = read_result(folder, RunResult)
     if result is None:
@@ -86,7 +96,14 @@ def _suite_teacher(epoch: Literal["best", "last"], expected: Config) -> TeacherW
             f"{folder}: its result.json has no digest of the {epoch} epoch's weights; use the "
             "other epoch's with teacher.epoch, or train it from scratch with force=true"
         )
-    return TeacherWeights(folder / _FILES[epoch], digest)
+    heads = result.digest.heads if uses_heads else None
+    if heads and epoch == "best":
+        raise UserError(
+            f"teacher.epoch=best: {folder} has the auxiliary classifiers of the last epoch; "
+            "use teacher.epoch=last"
+        )
+    found = TeacherWeights(folder / HEADS, heads) if heads else None
+    return TeacherWeights(folder / _FILES[epoch], digest, found)
 
 
 # Every job of a sweep asks for the same file, of up to 100 MB; a changed file has another key.
@@ -152,6 +169,20 @@ def _earlier_folders(config: Config, digest: dict[str, str]) -> Iterator[Path]:
             folder = run_folder(config, earlier | digest)
             if folder.is_dir() and is_run_of(config, read_config_file(folder / CONFIG)):
                 yield folder
+
+
+def load_heads(heads: TeacherWeights) -> dict[str, Tensor]:
+    """Return the state of what a teacher was trained with; UserError if the file is corrupt."""
+    try:
+        state = load(read_bounded(heads.path, MOST_CHECKPOINT))
+        intact = weights_digest(state) == heads.digest
+    except (OSError, ValueError, SafetensorError):
+        intact = False
+    if not intact:
+        raise UserError(
+            f"{heads.path}: is missing or corrupt; train the teacher from scratch with force=true"
+        )
+    return state
 
 
 def load_teacher(network: nn.Module, teacher: TeacherWeights) -> None:

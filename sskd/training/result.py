@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sskd
 from sskd.data import Images
@@ -56,7 +56,7 @@ def measure_result(
         seconds=sum(line.metrics.get("seconds", 0.0) for line in run.metrics.lines),
         images_per_second=state.images / max(state.seconds, 1e-9),
         parameters=sum(parameter.numel() for parameter in student.parameters()),
-        digest=WeightsDigests(weights_digest(student), best_digest),
+        digest=WeightsDigests(weights_digest(student), best_digest, _digest_of(method.heads)),
         precision=config.precision,
         tf32=config.precision == "tf32",
         compile=config.compile,
@@ -86,6 +86,10 @@ def _beside_teacher(
         "agreement": agreement(student_logits, logits),
         "kl": mean_kl(student_logits, logits),
     }
+
+
+def _digest_of(module: nn.Module | None) -> str | None:
+    return None if module is None else weights_digest(module)
 
 
 def last_top1(result: RunResult, folder: Path) -> float:

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
 from sskd.config import Config
 from sskd.data import Images, Loader
+from sskd.errors import UserError
 from sskd.methods import Method, Phase
 from sskd.optimizers import build_optimizer, set_learning_rate
 from sskd.runs.epoch_line import EpochLine
 from sskd.runs.run import Run
 from sskd.schedule import Schedule
 from sskd.seeding import derive_seed, seed_torch
+from sskd.settings import Settings
 from sskd.streams import own_stream
 from sskd.training.acceleration import compile_loss
 from sskd.training.graph import build_step
@@ -33,6 +36,23 @@ def phase_schedule(phase: Phase, config: Config) -> Schedule:
     own = config.schedule
     whole = Schedule.from_shares(own.epochs, config.optimizer.lr, own.milestones, own.gamma)
     return whole if phase.schedule is None else whole.phase(phase.schedule)
+
+
+def phase_optimizer(phase: Phase, config: Config) -> Settings:
+    """Return the settings of the optimizer for ``phase`` in a run of ``config``.
+
+    Settings that the phase replaces and this optimizer lacks have no effect.
+
+    Raises:
+        UserError: the settings of the phase and those of the run exclude each other.
+    """
+    own = config.optimizer.model_dump()
+    values = {name: phase.optimizer.get(name, value) for name, value in own.items()}
+    try:
+        return type(config.optimizer).model_validate(values)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"method={config.method.name}, phase {phase.name}: {reason}") from None
 
 
 @dataclass(kw_only=True)
@@ -61,8 +81,8 @@ class Trainer:
         images, size, views = self.images, self.config.batch_size, self.phase.views
         self.schedule = phase_schedule(self.phase, self.config)
         self.loader = Loader(images.train, images.mean, images.std, batch_size=size, views=views)
-        trained = self.phase.trains.parameters()
-        self.optimizer = build_optimizer(self.config.optimizer, trained, self.schedule.lr)
+        settings = phase_optimizer(self.phase, self.config)
+        self.optimizer = build_optimizer(settings, self.phase.trains.parameters(), self.schedule.lr)
         self.checkpoint = PhaseCheckpoint(
             run=self.run,
             phase=self.phase.name,
