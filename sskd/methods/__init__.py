@@ -26,6 +26,7 @@ from sskd.methods.fitnet import FitNet
 from sskd.methods.fsp import FSP
 from sskd.methods.ft import FT
 from sskd.methods.kd import KD, Outputs
+from sskd.methods.luminet import LumiNet
 from sskd.methods.networks import Networks
 from sskd.methods.nst import NST
 from sskd.methods.pkt import PKT
@@ -58,6 +59,7 @@ METHODS: dict[str, type[Method]] = {
     "ttm": TTM,
     "wttm": WTTM,
     "ctkd": CTKD,
+    "luminet": LumiNet,
 }
 
 
