@@ -30,6 +30,7 @@ from sskd.methods.luminet import LumiNet
 from sskd.methods.networks import Networks
 from sskd.methods.nst import NST
 from sskd.methods.pkt import PKT
+from sskd.methods.reviewkd import ReviewKD
 from sskd.methods.rkd import RKD
 from sskd.methods.sp import SP
 from sskd.methods.sskd import SSKD
@@ -60,6 +61,7 @@ METHODS: dict[str, type[Method]] = {
     "wttm": WTTM,
     "ctkd": CTKD,
     "luminet": LumiNet,
+    "reviewkd": ReviewKD,
 }
 
 

@@ -13,7 +13,13 @@ from torch import Tensor
 
 import sskd.invocation.resolvers  # noqa: F401  ${by_pair:...}
 from sskd import CONF
+from sskd.data import Batch, Images
+from sskd.errors import UserError
+from sskd.methods import Networks, Outputs
+from sskd.methods.adapters import BatchNorm
 from sskd.methods.luminet import luminet_loss, perception
+from sskd.methods.reviewkd import Fusion, ReviewKD, hcl_loss
+from sskd.models import build_model
 
 Row = list[float]
 
@@ -92,3 +98,123 @@ def test_luminet_has_the_authors_settings_of_a_pair() -> None:
         settings = settings_of("luminet", pair)
         assert settings["weights"] == {"ce": ce, "luminet": alpha**2}
         assert settings["temperature"] == temperature
+
+
+def pooled(channel: list[Row], size: int) -> Row:
+    """Return a square map, average-pooled to ``size`` x ``size``, row by row."""
+    ratio = len(channel) // size
+    cells = [(ratio * y, ratio * x) for y in range(size) for x in range(size)]
+    return [
+        fmean(channel[y + i][x + j] for i in range(ratio) for j in range(ratio)) for y, x in cells
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "weights"),
+    [(8, {8: 8, 4: 4, 2: 2, 1: 1}), (4, {4: 8, 2: 4, 1: 2}), (2, {2: 8, 1: 4}), (1, {1: 8})],
+)
+def test_hcl_equals_loops(size: int, weights: dict[int, int]) -> None:
+    """``weights`` has a weight for each size to which the maps are pooled, up to a factor."""
+    student, teacher = random(2, 3, size, size, seed=1), random(2, 3, size, size, seed=2)
+    total = 0.0
+    for pooled_size, weight in weights.items():
+        differences = [
+            (a - b) ** 2
+            for image in range(2)
+            for channel in range(3)
+            for a, b in zip(
+                *(pooled(m[image][channel].tolist(), pooled_size) for m in (student, teacher)),
+                strict=True,
+            )
+        ]
+        total += weight * fmean(differences)
+    found = hcl_loss(student, teacher)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(total / sum(weights.values()), rel=1e-5)
+    assert hcl_loss(student, student) == 0
+
+
+def test_a_fused_map_is_the_attended_sum() -> None:
+    fusion = Fusion(3, 7, width=2, is_deepest=False).eval().double()
+    own, deeper = random(2, 3, 4, 4, seed=1).double(), random(2, 2, 2, 2, seed=2).double()
+    with torch.no_grad():
+        reduced = fusion.reduce(own)
+        fused, mapped = fusion(own, deeper, torch.Size((8, 8)))
+    weight = fusion.get_parameter("attention.0.weight")[:, :, 0, 0].tolist()
+    bias = fusion.get_parameter("attention.0.bias").tolist()
+    for n, y, x in ((0, 0, 0), (1, 5, 2), (0, 7, 7)):
+        # From 4x4 to 8x8, a pixel is repeated twice; the deeper map of 2x2, four times.
+        one = reduced[n, :, y // 2, x // 2].tolist()
+        other = deeper[n, :, y // 4, x // 4].tolist()
+        scores = [sum(map(math.prod, zip(row, one + other, strict=True))) for row in weight]
+        shares = [1 / (1 + math.exp(-s - b)) for s, b in zip(scores, bias, strict=True)]
+        expected = [shares[0] * a + shares[1] * b for a, b in zip(one, other, strict=True)]
+        assert fused[n, :, y, x].tolist() == pytest.approx(expected)
+    assert mapped.shape == (2, 7, 8, 8)
+
+
+def test_the_first_level_trains_the_deepest() -> None:
+    deepest = Fusion(5, 4, width=2, is_deepest=True)
+    shallow = Fusion(3, 4, width=2, is_deepest=False)
+    fused, _ = deepest(random(2, 5, 1, 1), None, torch.Size((1, 1)))
+    _, mapped = shallow(random(2, 3, 4, 4), fused, torch.Size((4, 4)))
+    hcl_loss(mapped, random(2, 4, 4, 4)).backward()
+    gradient = deepest.get_parameter("reduce.1.bias").grad
+    assert gradient is not None
+    assert gradient.abs().min() > 0
+
+
+def test_a_batch_norm_of_one_value_uses_the_running_statistics() -> None:
+    layer, usual = BatchNorm(3), torch.nn.BatchNorm2d(3)
+    two = random(2, 3, 1, 1)
+    assert torch.equal(layer(two), usual(two))
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    assert torch.equal(layer(two[:1]), usual.eval()(two[:1]))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
+
+
+def reviewkd(teacher: str, student: str, images: Images) -> ReviewKD:
+    networks = Networks(build_model(student, 4), build_model(teacher, 4), images)
+    return ReviewKD(networks, largest_width=512, warmup=0.1, weights={"ce": 1.0, "reviewkd": 5.0})
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "width", "teachers"),
+    [("resnet8x4", "resnet8", 64, [256, 256, 128, 64]),
+     ("vgg8", "MobileNetV2", 512, [512, 512, 512, 256, 128])],
+)  # fmt: skip
+def test_reviewkd_has_a_fusion_for_each_stage_and_the_pooled_feature(
+    teacher: str, student: str, width: int, teachers: list[int], few_images: Images
+) -> None:
+    method = reviewkd(teacher, student, few_images)
+    expansions = [fusion.get_parameter("expand.0.weight") for fusion in method.fusions]
+    assert [each.shape for each in expansions] == [(c, width, 3, 3) for c in teachers]
+
+
+def test_reviewkd_equals_its_levels(few_images: Images) -> None:
+    method = reviewkd("resnet8x4", "resnet8", few_images).eval()
+    x = random(2, 3, 32, 32)
+    with torch.no_grad():
+        student, teacher = method.student(x), method.teacher(x)
+        found = method.feature_terms(Outputs(student, teacher, Batch(x, x, x, x)))["reviewkd"]
+        own = [student.pooled[:, :, None, None], *reversed(student.stages)]
+        targets = [teacher.pooled[:, :, None, None], *reversed(teacher.preacts)]
+        fused, total = None, 0.0
+        for fusion, one, other in zip(method.fusions, own, targets, strict=True):
+            fused, mapped = fusion(one, fused, other.shape[2:])
+            total += hcl_loss(mapped, other).item()
+    assert found.item() == pytest.approx(total)
+
+
+def test_reviewkd_refuses_other_numbers_of_stages(few_images: Images) -> None:
+    with pytest.raises(UserError, match="4 stages, the student 3; choose networks"):
+        reviewkd("vgg8", "resnet8", few_images)
+
+
+def test_reviewkd_has_the_weight_of_a_pair() -> None:
+    expected = {
+        "wrn_40_2-wrn_16_2": 5, "resnet32x4-ShuffleV2": 8, "resnet56-resnet20": 0.6,
+        "resnet110-resnet32": 1, "ResNet50-MobileNetV2": 30, "vgg13-vgg8": 5,
+    }  # fmt: skip
+    found = {pair: settings_of("reviewkd", pair)["weights"]["reviewkd"] for pair in expected}
+    assert found == expected
