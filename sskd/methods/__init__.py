@@ -29,6 +29,7 @@ from sskd.methods.kd import KD, Outputs
 from sskd.methods.luminet import LumiNet
 from sskd.methods.networks import Networks
 from sskd.methods.nst import NST
+from sskd.methods.ofd import OFD
 from sskd.methods.pkt import PKT
 from sskd.methods.reviewkd import ReviewKD
 from sskd.methods.rkd import RKD
@@ -62,6 +63,7 @@ METHODS: dict[str, type[Method]] = {
     "ctkd": CTKD,
     "luminet": LumiNet,
     "reviewkd": ReviewKD,
+    "ofd": OFD,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from statistics import fmean
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 import sskd.invocation.resolvers  # noqa: F401  ${by_pair:...}
 from sskd import CONF
@@ -18,8 +19,10 @@ from sskd.errors import UserError
 from sskd.methods import Networks, Outputs
 from sskd.methods.adapters import BatchNorm
 from sskd.methods.luminet import luminet_loss, perception
+from sskd.methods.networks import last_layers
+from sskd.methods.ofd import OFD, negative_means, ofd_loss
 from sskd.methods.reviewkd import Fusion, ReviewKD, hcl_loss
-from sskd.models import build_model
+from sskd.models import Features, build_model, fold_batch_norms
 
 Row = list[float]
 
@@ -165,7 +168,7 @@ def test_the_first_level_trains_the_deepest() -> None:
 
 
 def test_a_batch_norm_of_one_value_uses_the_running_statistics() -> None:
-    layer, usual = BatchNorm(3), torch.nn.BatchNorm2d(3)
+    layer, usual = BatchNorm(3), nn.BatchNorm2d(3)
     two = random(2, 3, 1, 1)
     assert torch.equal(layer(two), usual(two))
     state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
@@ -218,3 +221,128 @@ def test_reviewkd_has_the_weight_of_a_pair() -> None:
     }  # fmt: skip
     found = {pair: settings_of("reviewkd", pair)["weights"]["reviewkd"] for pair in expected}
     assert found == expected
+
+
+def mean_below_zero(mean: float, deviation: float) -> float:
+    """Integrate a normal distribution below 0 by sums."""
+    points = [-20 + 0.001 * k for k in range(20_000)]
+    weights = [math.exp(-(((x - mean) / deviation) ** 2) / 2) for x in points]
+    return sum(x * w for x, w in zip(points, weights, strict=True)) / sum(weights)
+
+
+def test_margins_equal_integrals() -> None:
+    cases = [(0.0, 1.0), (-2.0, 0.5), (1.0, -1.5), (3.0, 1.0)]  # mean, weight
+    layer = nn.BatchNorm2d(len(cases))
+    with torch.no_grad():
+        for place, (mean, weight) in enumerate(cases):
+            layer.bias[place], layer.weight[place] = mean, weight
+    expected = [mean_below_zero(mean, abs(weight)) for mean, weight in cases]
+    assert negative_means(layer).tolist() == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("mean", "weight", "margin"),
+    [(4.0, 1.0, -3.0), (4.0, -0.5, -1.5), (-2.0, 0.0, -2.0), (2.0, 0.0, 0.0), (0.0, 0.0, 0.0)],
+)
+def test_the_margin_of_a_channel_without_negative_values(
+    mean: float, weight: float, margin: float
+) -> None:
+    layer = nn.BatchNorm2d(1)
+    nn.init.constant_(layer.bias, mean)
+    nn.init.constant_(layer.weight, weight)
+    assert negative_means(layer).item() == margin
+
+
+def test_ofd_equals_loops() -> None:
+    student, teacher = 2 * random(2, 3, 4, 4, seed=1), 2 * random(2, 3, 4, 4, seed=2)
+    margin = torch.tensor([-0.5, -1.0, -0.1])
+    total = 0.0
+    for n, c, y, x in itertools.product(range(2), range(3), range(4), range(4)):
+        s, t, m = student[n, c, y, x].item(), teacher[n, c, y, x].item(), margin[c].item()
+        if t > 0:
+            total += (s - t) ** 2
+        elif s > max(t, m):
+            total += (s - max(t, m)) ** 2
+    found = ofd_loss(student, teacher, margin)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(total / 2 / 1000, rel=1e-5)
+
+
+def test_ofd_of_zeros_has_a_finite_gradient() -> None:
+    student = torch.zeros(1, 2, 3, 3, requires_grad=True)
+    loss = ofd_loss(student, torch.zeros(1, 2, 3, 3), torch.tensor([0.0, -1.0]))
+    loss.backward()
+    assert loss == 0
+    assert student.grad is not None
+    assert torch.equal(student.grad, torch.zeros_like(student))
+
+
+def ofd(teacher: nn.Module, student: str, images: Images) -> OFD:
+    return OFD(Networks(build_model(student, 4), teacher, images), weights={"ce": 1.0, "ofd": 1.0})
+
+
+def test_the_margins_are_those_of_the_trained_teacher(few_images: Images) -> None:
+    torch.manual_seed(0)
+    teacher = build_model("resnet8x4", 4).eval()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    method = ofd(teacher, "resnet8", few_images).eval()
+    for number, connector in enumerate(method.connectors, 1):
+        layer = teacher.get_submodule(f"layer{number}.0.bn2")
+        assert isinstance(layer, nn.BatchNorm2d)
+        assert torch.equal(connector.get_buffer("margin"), negative_means(layer))
+    x = random(2, 3, 32, 32)
+    batch = Batch(x, *torch.tensor([[0, 1], [4, 7], [0, 0]]))
+    with torch.no_grad():
+        found = method.loss(batch).terms["ofd"]
+        method.teacher = fold_batch_norms(teacher)
+        folded = method.loss(batch).terms["ofd"]
+        stages = zip(method.connectors, method.student(x).preacts, teacher(x).preacts, strict=True)
+        first, second, third = (connector(*maps).item() for connector, *maps in stages)
+    assert found.item() == pytest.approx(first / 4 + second / 2 + third)
+    assert found.item() == pytest.approx(folded.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("resnet14", ["layer1.1.bn2", "layer2.1.bn2", "layer3.1.bn2"]),
+     ("resnet8", ["layer1.0.bn2", "layer2.0.bn2", "layer3.0.bn2"]),  # before their shortcuts'
+     ("wrn_16_1", ["block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"]),
+     ("ShuffleV1", ["layer1.3.bn3", "layer2.7.bn3", "layer3.3.bn3"])],
+)  # fmt: skip
+def test_the_last_layer_before_each_stages_relu(
+    name: str, layers: list[str], few_images: Images
+) -> None:
+    network = build_model(name, 4).requires_grad_(False)
+    found = last_layers(network, few_images, lambda output: output.preacts)
+    assert found == [network.get_submodule(layer) for layer in layers]
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_ofd_needs_a_batch_norm_of_all_channels(few_images: Images) -> None:
+    with pytest.raises(UserError, match="which ShuffleNetV2 does not have; choose networks"):
+        ofd(build_model("ShuffleV2", 4), "resnet8", few_images)
+
+
+def test_ofd_refuses_a_convolution_behind_the_batch_norm(few_images: Images) -> None:
+    class Biased(nn.Module):
+        """A network whose pre-activations pass through a convolution."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = build_model("resnet8", 4)
+            self.convolutions = nn.ModuleList(nn.Conv2d(c, c, 1) for c in (16, 32, 64))
+
+        def forward(self, x: Tensor) -> Features:
+            output: Features = self.network(x)
+            maps = zip(self.convolutions, output.preacts, strict=True)
+            return output._replace(preacts=tuple(layer(each) for layer, each in maps))
+
+    with pytest.raises(UserError, match="which Biased does not have"):
+        ofd(Biased(), "resnet8", few_images)
+
+
+def test_ofd_refuses_other_numbers_of_stages(few_images: Images) -> None:
+    with pytest.raises(UserError, match="3 stages, the student 4; choose networks"):
+        ofd(build_model("resnet8", 4), "vgg8", few_images)
