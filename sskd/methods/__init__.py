@@ -29,9 +29,12 @@ from sskd.methods.fsp import FSP
 from sskd.methods.ft import FT
 from sskd.methods.hsakd import HSAKD
 from sskd.methods.kd import KD, Outputs
+from sskd.methods.luminet import LumiNet
 from sskd.methods.networks import Networks
 from sskd.methods.nst import NST
+from sskd.methods.ofd import OFD
 from sskd.methods.pkt import PKT
+from sskd.methods.reviewkd import ReviewKD
 from sskd.methods.rkd import RKD
 from sskd.methods.sp import SP
 from sskd.methods.sskd import SSKD
@@ -63,6 +66,9 @@ METHODS: dict[str, type[Method]] = {
     "ctkd": CTKD,
     "hsakd": HSAKD,
     "hsakd_teacher": HSAKDTeacher,
+    "luminet": LumiNet,
+    "reviewkd": ReviewKD,
+    "ofd": OFD,
 }
 
 

@@ -52,6 +52,21 @@ def conv_regressor(student: torch.Size, teacher: torch.Size) -> nn.Sequential:
     return nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """A BatchNorm of maps that may be 1x1, as a pooled feature is.
+
+    A batch of one image then has a single value in each channel, and no variance. It is normalised
+    by the running statistics.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``input`` [B, c, h, w]."""
+        if self.training and input.numel() > input.shape[1]:
+            return super().forward(input)
+        mean, variance = self.running_mean, self.running_var
+        return F.batch_norm(input, mean, variance, self.weight, self.bias, eps=self.eps)
+
+
 class ProjectionHead(nn.Sequential):
     """SSKD's projection head on the pooled feature: Linear(d, d), ReLU, Linear(d, d)."""
 

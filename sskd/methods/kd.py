@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -87,7 +88,31 @@ class Outputs(NamedTuple):
     batch: Batch
 
 
-class KD(Method):
+class Distillation(Method):
+    """Learn the labels beside terms that compare the student with its teacher.
+
+    A subclass computes these terms (``feature_terms``). ``KD`` adds those of the predictions.
+    """
+
+    def loss(self, batch: Batch) -> LossOutput:
+        """Return ``ce`` and the terms of ``teacher_terms``."""
+        teacher = self.teacher_features(batch)
+        student = self.student(batch.x)
+        logits = student.logits.float()
+        outputs = Outputs(student._replace(logits=logits), teacher, batch)
+        terms = {"ce": F.cross_entropy(logits, batch.y), **self.teacher_terms(outputs)}
+        return LossOutput(terms, {"top1": top1(logits, batch.y)})
+
+    def teacher_terms(self, outputs: Outputs) -> dict[str, Tensor]:
+        """Return the terms that need the teacher: those of ``feature_terms``."""
+        return self.feature_terms(outputs)
+
+    @abstractmethod
+    def feature_terms(self, outputs: Outputs) -> dict[str, Tensor]:
+        """Return the terms that compare features."""
+
+
+class KD(Distillation):
     """Learn the teacher's softened predictions beside the labels.
 
     Most other methods are subclasses: they compare the predictions in another way
@@ -111,19 +136,13 @@ class KD(Method):
         self.temperature = temperature
         self.transform = TRANSFORMS[logits]
 
-    def loss(self, batch: Batch) -> LossOutput:
-        """Return ``ce`` and the terms of ``logit_terms`` and ``feature_terms``."""
-        teacher = self.teacher_features(batch)
-        student = self.student(batch.x)
-        logits = student.logits.float()
-        terms = {
-            "ce": F.cross_entropy(logits, batch.y),
-            **self.logit_terms(
-                Logits(self.transform(logits), self.transform(teacher.logits), batch.y)
-            ),
-            **self.feature_terms(Outputs(student, teacher, batch)),
-        }
-        return LossOutput(terms, {"top1": top1(logits, batch.y)})
+    def teacher_terms(self, outputs: Outputs) -> dict[str, Tensor]:
+        """Return the terms of ``logit_terms`` and ``feature_terms``."""
+        student, teacher = (
+            self.transform(features.logits) for features in (outputs.student, outputs.teacher)
+        )
+        logits = Logits(student, teacher, outputs.batch.y)
+        return {**self.logit_terms(logits), **self.feature_terms(outputs)}
 
     def logit_terms(self, logits: Logits) -> dict[str, Tensor]:
         """Return the terms that compare the predictions: ``kd``."""

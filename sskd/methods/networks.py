@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from sskd.data import Images
 from sskd.errors import UserError
@@ -55,8 +56,9 @@ def probe_features(network: nn.Module, data: Images) -> Features:
 def _forward_zeros(network: nn.Module, data: Images) -> Features:
     was_training = network.training
     parameter = next(network.parameters())
-    image = torch.zeros(1, 3, data.image_size, data.image_size, device=parameter.device)
-    features: Features = network.eval()(image)
+    shape = (1, 3, data.image_size, data.image_size)
+    image = torch.zeros(shape, device=parameter.device, requires_grad=torch.is_grad_enabled())
+    features: Features = network.eval()(image.clone())  # which a network may change in place
     network.train(was_training)
     return features
 
@@ -85,6 +87,46 @@ def classifier_of(network: nn.Module, data: Images) -> nn.Linear:
         f"needs a linear classifier between the pooled feature and the logits, and "
         f"{type(network).__name__} has none; choose networks that have one"
     )
+
+
+def last_layers(
+    network: nn.Module, data: Images, outputs: Callable[[Features], Iterable[Tensor]]
+) -> list[nn.Module | None]:
+    """Return the last layer with parameters that each of ``outputs`` of the features depends on.
+
+    The last is the one that depends on the most others. So it is not that of a shortcut, which may
+    be computed after the residual. None: the output depends on no layer.
+    """
+    layers: dict[Node | None, nn.Module] = {}
+
+    def record(layer: nn.Module, _: tuple[Tensor, ...], output: object) -> None:
+        if isinstance(output, Tensor):
+            layers[output.grad_fn] = layer
+
+    modules = [module for module in network.modules() if list(module.parameters(recurse=False))]
+    hooks = [module.register_forward_hook(record) for module in modules]
+    features = _forward_zeros(network, data)
+    for hook in hooks:
+        hook.remove()
+    places = {node: len(_nodes_behind(node) & layers.keys()) for node in layers}
+    found = []
+    for output in outputs(features):
+        behind = _nodes_behind(output.grad_fn)
+        last = max((n for n in layers if n in behind), key=places.__getitem__, default=None)
+        found.append(layers.get(last))
+    return found
+
+
+def _nodes_behind(root: Node | None) -> set[Node]:
+    """Return ``root`` and the nodes of the autograd graph that it depends on."""
+    found: set[Node] = set()
+    pending = [root]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            pending += [before for before, _ in node.next_functions]
+    return found
 
 
 def modules_behind(
