@@ -125,6 +125,9 @@ class WandbSettings(Settings):
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]]
 
 
+STRONG_COPIES = "weak_and_strong"  # an augmentation: an epoch has a strong copy of each image
+
+
 class Config(Settings):
     """The configuration of one run; ``teacher`` is None for a network alone.
 
@@ -144,6 +147,7 @@ class Config(Settings):
     compile: Literal["auto", "off", "default"]
     graph: Literal["auto", "on", "off"]
     device: str
+    augmentation: Literal["weak", "weak_and_strong"] = "weak"
     runs: NonEmpty
     force: bool
     checkpoint_minutes: Positive

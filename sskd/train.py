@@ -27,9 +27,10 @@ from sskd.teachers.side_by_side import share_forward
 from sskd.tracking.environment import check_environment, started_by_agent
 from sskd.tracking.opening import report_finished, tracker_of
 from sskd.training.acceleration import fold_teacher, fuse_teacher
+from sskd.training.phase_settings import check_phase, phase_schedule
 from sskd.training.preview import save_views
 from sskd.training.result import last_top1, measure_result
-from sskd.training.trainer import Trainer, phase_optimizer, phase_schedule
+from sskd.training.trainer import Trainer
 from sskd.turns import shared
 
 
@@ -121,7 +122,7 @@ def _assemble(
     if fault := fault_of_phases(phases):
         raise UserError(f"method={plan.config.method.name}: {fault}")
     for phase in phases:
-        phase_optimizer(phase, plan.config)  # raises an error before anything is trained
+        check_phase(phase, plan.config)
     return method, phases
 
 

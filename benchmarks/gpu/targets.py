@@ -16,7 +16,7 @@ from benchmarks.grid import DISTILLATIONS, Seconds
 from benchmarks.harness import table_head, table_row
 from benchmarks.workload import Case, noise
 from sskd.teachers.assembly import assemble
-from sskd.training.trainer import phase_schedule
+from sskd.training.phase_settings import phase_schedule
 
 FIRST, CRD_PAIR = PAIRS
 EPOCHS, EPOCH_IMAGES = 240, 50_000

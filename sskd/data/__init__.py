@@ -15,6 +15,7 @@ from sskd.data.loader import Batch, Loader, eval_batches
 from sskd.data.reading import find_problem
 from sskd.data.settings import DatasetSettings
 from sskd.data.sources import SOURCES
+from sskd.data.strong import StrongAugmentation
 from sskd.errors import UserError
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Images",
     "Loader",
     "Split",
+    "StrongAugmentation",
     "Views",
     "eval_batches",
     "load_images",

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sskd.data.strong import StrongAugmentation
+
 PADDING = 4  # pixels on each side
 QUARTER_TURNS = 4
 OFFSETS = 2 * PADDING + 1  # positions of a crop along one axis
@@ -27,10 +29,12 @@ class Views:
         rotations: 1 to 4; view v is rotated by v quarter turns counter-clockwise.
         one_crop: the views of an image are rotations of the same crop (Yang et al., IJCAI 2021)
             instead of crops of their own (Xu et al., ECCV 2020).
+        strong: if given, as many strong views follow these weak ones, with crops of their own.
     """
 
     rotations: int = 1
     one_crop: bool = False
+    strong: StrongAugmentation | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.rotations <= QUARTER_TURNS:
@@ -39,7 +43,7 @@ class Views:
     @property
     def count(self) -> int:
         """Views of each image."""
-        return self.rotations
+        return self.rotations * (2 if self.strong else 1)
 
 
 ONE_VIEW = Views()
@@ -55,6 +59,11 @@ def draw_crops(images: int, views: Views, generator: torch.Generator) -> Tensor:
 
     The number of a crop is ``((v * 2 + flipped) * 9 + top) * 9 + left``: 162 crops for each view.
     """
+    weak = _draw_rotations(images, views, generator)
+    return torch.cat([weak, _draw_rotations(images, views, generator)], 1) if views.strong else weak
+
+
+def _draw_rotations(images: int, views: Views, generator: torch.Generator) -> Tensor:
     device = generator.device
     flip = torch.rand(images, 1, generator=generator, device=device) < 0.5
     drawn = 1 if views.one_crop else views.rotations

@@ -8,9 +8,9 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from sskd.data.augmentation import ONE_VIEW, Cropper, Normaliser, Views, draw_crops
+from sskd.data.augmentation import ONE_VIEW, Normaliser, Views
+from sskd.data.augmenter import Augmenter
 from sskd.data.images import Split
-from sskd.turns import shared
 
 
 class Batch(NamedTuple):
@@ -38,9 +38,11 @@ class LoaderState(TypedDict):
 class Loader:
     """Shuffled and augmented batches of ``split``, on the device of its images.
 
-    The order and the crops of an epoch are drawn at its start, on the CPU, so the seed of an epoch
+    The order and the views of an epoch are drawn at its start, on the CPU, so the seed of an epoch
     determines all of its batches on any device. A new loader is at the start of an epoch with seed
     0. ``mean`` and ``std`` hold one value for each channel, in units of [0, 1].
+
+    With ``strong_copies`` an epoch has each image twice, once with strong views.
 
     A batch is drawn on the device alone (``draw``), from tensors that stay in place. So a CUDA
     graph can contain it. ``advance`` then counts it on the host.
@@ -54,26 +56,23 @@ class Loader:
         *,
         batch_size: int,
         views: Views = ONE_VIEW,
+        strong_copies: bool = False,
     ) -> None:
         self.device = split.images.device
         self.batch_size = batch_size
         self.views = views
         self._labels = split.labels
-        images = split.images
-        rotations = views.rotations
-        self._crop = shared(("crops", id(images), rotations), lambda: Cropper(images, rotations))
-        width = split.images.shape[-1]
-        self._normalise = Normaliser(mean, std, width=width, device=self.device)
-        self._order = torch.empty(len(split), dtype=torch.int64, device=self.device)
-        self._crops = torch.empty(len(split), views.count, dtype=torch.int64, device=self.device)
-        self._places = torch.arange(min(batch_size, len(split)), device=self.device)
+        self.augmenter = Augmenter(split.images, mean, std, views, strong_copies=strong_copies)
+        self.samples = self.augmenter.samples
+        self._order = torch.empty(self.samples, dtype=torch.int64, device=self.device)
+        self._places = torch.arange(min(batch_size, self.samples), device=self.device)
         self._start = torch.zeros(1, dtype=torch.int64, device=self.device)  # of the next batch
         self.begin_epoch(0)
 
     @property
     def steps(self) -> int:
         """Batches in an epoch, including the last one, which may be smaller."""
-        return -(-len(self._labels) // self.batch_size)
+        return -(-self.samples // self.batch_size)
 
     @property
     def position(self) -> int:
@@ -83,14 +82,13 @@ class Loader:
     @property
     def next_size(self) -> int:
         """Images in the next batch; 0 at the end of the epoch."""
-        return min(self.batch_size, len(self._labels) - self._position * self.batch_size)
+        return min(self.batch_size, self.samples - self._position * self.batch_size)
 
     def begin_epoch(self, seed: int) -> None:
-        """Draw the order and the crops of an epoch."""
+        """Draw the order and the views of an epoch."""
         generator = torch.Generator().manual_seed(seed)
-        count = len(self._labels)
-        self._order.copy_(torch.randperm(count, generator=generator))
-        self._crops.copy_(draw_crops(count, self.views, generator))
+        self._order.copy_(torch.randperm(self.samples, generator=generator))
+        self.augmenter.begin_epoch(generator)
         self._seed = seed
         self._move_to(0)
 
@@ -110,18 +108,15 @@ class Loader:
 
     def peek(self, size: int) -> Batch:
         """Return what ``draw`` will return, on the device alone."""
-        indices = self._order.index_select(0, self._places[:size] + self._start)
-        crops = self._crops.index_select(0, indices)
+        samples = self._order.index_select(0, self._places[:size] + self._start)
+        x, crops = self.augmenter.views_of(samples)
+        indices = samples % len(self._labels)
         labels = self._labels.index_select(0, indices)
-        return Batch(self.crops_of(indices, crops), labels, indices, crops.flatten())
+        return Batch(x, labels, indices, crops.flatten())
 
     def advance(self) -> None:
         """Count a batch that was drawn."""
         self._position += 1
-
-    def crops_of(self, indices: Tensor, crops: Tensor) -> Tensor:
-        """Return the given ``crops`` [B, k] of the images ``indices`` [B], in the form of ``x``."""
-        return self._normalise(self._crop(indices, crops))
 
     def state_dict(self) -> LoaderState:
         """Return everything that is needed to resume in the middle of an epoch."""

@@ -159,6 +159,7 @@ def teacher_config(config: Config) -> Config:
         "student": {key: getattr(teacher, key) for key in ArchSettings.model_fields},
         "teacher": None,
         "seed": teacher.seed,
+        "augmentation": "weak",
         "precision": teacher.precision or config.precision,
         "force": False,
     }

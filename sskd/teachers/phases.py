@@ -24,7 +24,8 @@ from sskd.runs.plan import RunPlan, TeacherWeights
 from sskd.runs.result import SharedResult
 from sskd.runs.run import Run
 from sskd.teachers.shared import corrupt_file_error, find_or_compute
-from sskd.training.trainer import Trainer, phase_optimizer, phase_schedule
+from sskd.training.phase_settings import phase_optimizer, phase_schedule
+from sskd.training.trainer import Trainer
 
 
 def find_or_train_phase(
@@ -88,6 +89,7 @@ def phase_settings(
     code = code_before_student(config)
     return {
         **({"code": code} if code else {}),
+        **({} if config.augmentation == "weak" else {"augmentation": config.augmentation}),
         "phase": phase.name,
         "method": config.method.name,
         "teacher": {"name": values["teacher"]["name"], "digest": teacher.digest},

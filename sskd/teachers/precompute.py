@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sskd.config import Config
+from sskd.config import STRONG_COPIES, Config
 from sskd.data import CROPS, Images, Loader, Views
 from sskd.device import outputs_at_once
 from sskd.errors import UserError
@@ -69,7 +69,8 @@ class ResumePoint:
 def find_or_compute_outputs(method: Method, images: Images, plan: RunPlan) -> None:
     """Let ``method`` look up its teacher's outputs, which are computed if no run has done so.
 
-    A line reports that nothing was precomputed if the method reads more of the teacher.
+    A line reports why nothing was precomputed: the method reads more of the teacher, or some views
+    are strong.
 
     Raises:
         BusyError: another process took over the computation.
@@ -77,11 +78,8 @@ def find_or_compute_outputs(method: Method, images: Images, plan: RunPlan) -> No
         UserError: the file is corrupt, or there is no space for it.
     """
     config = plan.config
-    if not can_precompute(method):
-        say(
-            f"teacher.precompute: method={config.method.name} reads more of the teacher than its "
-            "logits and its pooled feature, so every step computes the teacher's features"
-        )
+    if reason := _why_not(method, config):
+        say(f"teacher.precompute: {reason}, so every step computes the teacher's features")
         return
     layout = layout_of(method, images, config.precision)
     fill = partial(_fill, teacher=method.teacher, images=images, config=config, layout=layout)
@@ -92,6 +90,18 @@ def find_or_compute_outputs(method: Method, images: Images, plan: RunPlan) -> No
         ("outputs", path, digest, device),
         lambda: Precomputed(read_rows(path, layout, digest, device), layout.widths),
     )
+
+
+def _why_not(method: Method, config: Config) -> str:
+    """Return why the outputs for all crops do not suffice; "" if they do."""
+    if not can_precompute(method):
+        return (
+            f"method={config.method.name} reads more of the teacher than its logits and its pooled "
+            "feature"
+        )
+    if config.augmentation == STRONG_COPIES or any(phase.views.strong for phase in method.phases()):
+        return "there are too many strong views to store"
+    return ""
 
 
 def _settings(layout: Layout, images: Images, plan: RunPlan) -> dict[str, Any]:
@@ -248,7 +258,7 @@ def _outputs(
     crops = torch.arange(layout.crops, device=device)
     for start in range(first, layout.images, images_at_once):
         index = torch.arange(start, min(start + images_at_once, layout.images), device=device)
-        x = loader.crops_of(index, crops.expand(len(index), -1))
+        x = loader.augmenter.crops_of(index, crops.expand(len(index), -1))
         with computing(precision, device):
             features = forward_in_chunks(teacher, x, tuple(layout.widths))
         rows = torch.cat([getattr(features, name) for name in layout.widths], dim=1)

@@ -32,7 +32,13 @@ def share_forward(method: Method, plan: RunPlan, device: torch.device) -> None:
     config = plan.config
     if not (shares_process() and config.teacher and plan.teacher):
         return
-    key = (config.teacher.name, plan.teacher.digest, config.seed, config.batch_size)
+    key = (
+        config.teacher.name,
+        plan.teacher.digest,
+        config.seed,
+        config.batch_size,
+        config.augmentation,
+    )
     if device.type == "cpu":
         method.teacher_forward = shared(("forward", *key), RememberedForward)
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torchvision.utils import make_grid, save_image
 
-from sskd.config import Config
+from sskd.config import STRONG_COPIES, Config
 from sskd.data import Images, Loader, Views
 from sskd.files import write_atomically
 from sskd.runs.run import Run
@@ -25,7 +25,10 @@ def save_views(run: Run, images: Images, config: Config, views: Views) -> Path:
     order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(seed))
     # A loader copies all of its images, so it gets only those of the picture.
     few = images.train.take(order[:_ROWS].to(images.train.images.device))
-    loader = Loader(few, images.mean, images.std, batch_size=_ROWS, views=views)
+    strong_copies = config.augmentation == STRONG_COPIES
+    loader = Loader(
+        few, images.mean, images.std, batch_size=_ROWS, views=views, strong_copies=strong_copies
+    )
     loader.begin_epoch(seed)
     mean = torch.tensor(images.mean)[:, None, None]
     std = torch.tensor(images.std)[:, None, None]

@@ -98,7 +98,7 @@ class TrainingStep:
         )
         for number, state in enumerate(self.optimizer.state.values()):
             tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
-        tensors |= vars(self.loader) | vars(self.meter)
+        tensors |= vars(self.loader) | vars(self.loader.augmenter) | vars(self.meter)
         return {name: each for name, each in tensors.items() if isinstance(each, Tensor)}
 
     def take(self) -> int:

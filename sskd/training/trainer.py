@@ -8,51 +8,24 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from pydantic import ValidationError
 from torch import nn
 
 from sskd.config import Config
-from sskd.data import Images, Loader
-from sskd.errors import UserError
+from sskd.data import Images
 from sskd.methods import Method, Phase
 from sskd.optimizers import build_optimizer, set_learning_rate
 from sskd.runs.epoch_line import EpochLine
 from sskd.runs.run import Run
-from sskd.schedule import Schedule
 from sskd.seeding import derive_seed, seed_torch
-from sskd.settings import Settings
 from sskd.streams import own_stream
 from sskd.training.acceleration import compile_loss
 from sskd.training.graph import build_step
 from sskd.training.not_finite import FiniteCheck
+from sskd.training.phase_settings import phase_loader, phase_optimizer, phase_schedule
 from sskd.training.progress import Progress
 from sskd.training.signals import StopSignals
 from sskd.training.state import PhaseCheckpoint, TrainingState
 from sskd.training.step import set_trainable
-
-
-def phase_schedule(phase: Phase, config: Config) -> Schedule:
-    """Return the schedule of ``phase`` in a run of ``config``."""
-    own = config.schedule
-    whole = Schedule.from_shares(own.epochs, config.optimizer.lr, own.milestones, own.gamma)
-    return whole if phase.schedule is None else whole.phase(phase.schedule)
-
-
-def phase_optimizer(phase: Phase, config: Config) -> Settings:
-    """Return the settings of the optimizer for ``phase`` in a run of ``config``.
-
-    Settings that the phase replaces and this optimizer lacks have no effect.
-
-    Raises:
-        UserError: the settings of the phase and those of the run exclude each other.
-    """
-    own = config.optimizer.model_dump()
-    values = {name: phase.optimizer.get(name, value) for name, value in own.items()}
-    try:
-        return type(config.optimizer).model_validate(values)
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UserError(f"method={config.method.name}, phase {phase.name}: {reason}") from None
 
 
 @dataclass(kw_only=True)
@@ -78,9 +51,9 @@ class Trainer:
     eval_model: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        images, size, views = self.images, self.config.batch_size, self.phase.views
+        images = self.images
         self.schedule = phase_schedule(self.phase, self.config)
-        self.loader = Loader(images.train, images.mean, images.std, batch_size=size, views=views)
+        self.loader = phase_loader(self.phase, images, self.config)
         settings = phase_optimizer(self.phase, self.config)
         self.optimizer = build_optimizer(settings, self.phase.trains.parameters(), self.schedule.lr)
         self.checkpoint = PhaseCheckpoint(
@@ -111,7 +84,7 @@ class Trainer:
         """
         if resume is not None:
             self.checkpoint.restore(resume)
-        state, epochs, size = self.checkpoint.state, self.schedule.epochs, len(self.images.train)
+        state, epochs, size = self.checkpoint.state, self.schedule.epochs, self.loader.samples
         done = state.images + (self.checkpoint.meter.images if state.mid_epoch else 0)
         self.progress = Progress(self.phase.name, epochs, size, done=done, metrics=self._metrics)
         verb = "starts" if resume is None else "resumes"

@@ -180,7 +180,7 @@ def job(method):
             step.meter.read()
         drawn = generator.get_offset() - first
         is_split = type(step._replay) is SplitStep
-        return is_split, drawn, generator.initial_seed(), id(step.loader._crop)
+        return is_split, drawn, generator.initial_seed(), id(step.loader.augmenter._crop)
     return work
 
 images = noise(80, torch.device("cpu"))

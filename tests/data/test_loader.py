@@ -11,7 +11,7 @@ import torch
 from test_augmentation import MEAN, STD, found_in, noise_split
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sskd.data import Batch, Loader, Split, Views, eval_batches
+from sskd.data import Batch, Loader, Split, StrongAugmentation, Views, eval_batches
 
 
 def loader_of(count: int, batch_size: int, views: int = 1) -> Loader:
@@ -150,3 +150,44 @@ def test_evaluation_batches_are_in_order() -> None:
     expected = (pixels - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
     np.testing.assert_allclose(x.numpy(), expected, rtol=1e-5, atol=1e-6)
     assert batches[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("views", [Views(), Views(2), Views(4, one_crop=True)])
+def test_a_strong_copy_of_each_image_is_a_sample(views: Views) -> None:
+    split = noise_split(7)
+    loader = Loader(split, MEAN, STD, batch_size=4, views=views, strong_copies=True)
+    loader.begin_epoch(3)
+    batches = epoch(loader)
+    assert loader.steps == len(batches) == 4
+    indices = torch.cat([batch.indices for batch in batches])
+    assert sorted(indices.tolist()) == sorted([*range(7), *range(7)])
+    assert torch.equal(torch.cat([batch.y for batch in batches]), split.labels[indices])
+    weak = 0
+    for batch in batches:
+        crops = batch.crops.unflatten(0, (-1, views.count))
+        both = batch.x, loader.augmenter.crops_of(batch.indices, crops)
+        for rows, plain in zip(*(x.unflatten(0, crops.shape) for x in both), strict=True):
+            weak += torch.equal(rows, plain)
+            if views.one_crop:
+                for turns, row in enumerate(rows):
+                    assert torch.equal(row, torch.rot90(rows[0], turns, (1, 2)))
+    assert weak == 7
+
+
+def test_strong_views_follow_the_weak_ones() -> None:
+    split = noise_split(6)
+    views = Views(strong=StrongAugmentation())
+    loader = Loader(split, MEAN, STD, batch_size=6, views=views)
+    loader.begin_epoch(1)
+    first = loader.next_batch()
+    crops = first.crops.unflatten(0, (-1, 2))
+    cut = loader.augmenter.crops_of(first.indices, crops)
+    assert torch.equal(first.x[::2], cut[::2])
+    assert not any(map(torch.equal, first.x[1::2], cut[1::2]))
+    assert not torch.equal(crops[:, 0], crops[:, 1])
+    loader.begin_epoch(1)
+    assert torch.equal(loader.next_batch().x, first.x)
+    loader.begin_epoch(2)
+    assert not torch.equal(loader.next_batch().x, first.x)
+    with pytest.raises(ValueError, match="strong copies already"):
+        Loader(split, MEAN, STD, batch_size=6, views=views, strong_copies=True)

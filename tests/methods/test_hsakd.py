@@ -20,7 +20,7 @@ from sskd.methods.networks import Networks
 from sskd.models import build_model
 from sskd.runs.recipe import diff_from_recipe, teacher_config, training_command
 from sskd.train import train
-from sskd.training.trainer import phase_optimizer
+from sskd.training.phase_settings import phase_optimizer
 
 # Stages of each family, and the number of channels that are pooled.
 FAMILIES = {

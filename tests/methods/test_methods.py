@@ -24,7 +24,7 @@ from sskd.data import Images
 from sskd.errors import UserError
 from sskd.methods import METHODS, LossOutput, Method, Phase, build_method
 from sskd.models import build_model
-from sskd.training.trainer import phase_schedule
+from sskd.training.phase_settings import phase_schedule
 
 PAIRS = sorted(
     [

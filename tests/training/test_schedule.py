@@ -9,7 +9,7 @@ from conftest import Compose
 
 from sskd.methods import Phase
 from sskd.schedule import PhaseSettings, Schedule
-from sskd.training.trainer import phase_schedule
+from sskd.training.phase_settings import phase_schedule
 
 
 def published(composed: Compose, *overrides: str) -> tuple[Schedule, Schedule]:

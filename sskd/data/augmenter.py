@@ -1,0 +1,90 @@
+"""The views of all samples of an epoch: drawn at its start, made batch by batch on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sskd.data.augmentation import Cropper, Normaliser, Views, draw_crops
+from sskd.data.strong import StrongAugmentation, StrongView, draw_strong
+from sskd.turns import shared
+
+
+class Augmenter:
+    """Makes the ``views`` of samples of ``images``, uint8 [N, 3, S, S], on their device.
+
+    A sample is an image. With ``strong_copies``, samples N to 2N - 1 are copies of the images, all
+    of whose views are strong.
+
+    Attributes:
+        samples: in an epoch.
+        crops: of each sample, int64 [samples, views]; see ``draw_crops``.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        views: Views,
+        *,
+        strong_copies: bool,
+    ) -> None:
+        if strong_copies and views.strong:
+            raise ValueError("the views have strong copies already")
+        device, side = images.device, images.shape[-1]
+        self._images, self._side, self._views = len(images), side, views
+        self.samples = len(images) * (2 if strong_copies else 1)
+        rotations = views.rotations
+        self._crop = shared(("crops", id(images), rotations), lambda: Cropper(images, rotations))
+        self._normalise = Normaliser(mean, std, width=side, device=device)
+        self.crops = torch.empty(self.samples, views.count, dtype=torch.int64, device=device)
+        self._strong_copies = strong_copies
+        self._settings = StrongAugmentation() if strong_copies else views.strong
+        if self._settings:
+            self._make_strong = StrongView(side, device)
+            self._parameters = self._draw_parameters(torch.Generator()).to(device)
+
+    def begin_epoch(self, generator: torch.Generator) -> None:
+        """Draw the views of all samples."""
+        self.crops.copy_(draw_crops(self.samples, self._views, generator))
+        if self._settings:
+            self._parameters.copy_(self._draw_parameters(generator))
+
+    def views_of(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images [views * B, 3, S, S] and the crops [B, views] of ``samples`` [B]."""
+        crops = self.crops.index_select(0, samples)
+        if not self._settings:
+            return self.crops_of(samples, crops), crops
+        cut = self._crop(samples % self._images, crops).unflatten(0, crops.shape)
+        weak, strong = cut[:, : self._views.rotations], cut[:, -self._views.rotations :]
+        made = self._strong(strong, self._parameters.index_select(0, samples))
+        if self._strong_copies:
+            is_strong = (samples >= self._images).view(-1, 1, 1, 1, 1)
+            views = torch.where(is_strong, made, weak)
+        else:
+            views = torch.cat([weak, made], dim=1)
+        return self._normalise(views.flatten(0, 1)), crops
+
+    def crops_of(self, indices: Tensor, crops: Tensor) -> Tensor:
+        """Return the given ``crops`` [B, k] of the images ``indices`` [B], without strong views."""
+        return self._normalise(self._crop(indices, crops))
+
+    def _draw_parameters(self, generator: torch.Generator) -> Tensor:
+        """Draw those of each strong view, or of the one crop of all views: [samples, views, P]."""
+        assert self._settings
+        views = 1 if self._views.one_crop else self._views.rotations
+        drawn = draw_strong(self.samples * views, self._side, self._settings, generator)
+        return drawn.unflatten(0, (self.samples, views))
+
+    def _strong(self, views: Tensor, parameters: Tensor) -> Tensor:
+        """Make ``views`` [B, k, 3, S, S] strong; those of one crop are rotated afterwards."""
+        count = parameters.shape[1]
+        made = self._make_strong(views[:, :count].flatten(0, 1), parameters.flatten(0, 1))
+        made = made.unflatten(0, (-1, count))
+        if not self._views.one_crop:
+            return made
+        turns = [torch.rot90(made[:, 0], turn, (2, 3)) for turn in range(self._views.rotations)]
+        return torch.stack(turns, dim=1)

@@ -1,0 +1,58 @@
+"""What a phase and the configuration of its run say together: schedule, batches, optimizer."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from sskd.config import STRONG_COPIES, Config
+from sskd.data import Images, Loader
+from sskd.errors import UserError
+from sskd.methods import Phase
+from sskd.schedule import Schedule
+from sskd.settings import Settings
+
+
+def check_phase(phase: Phase, config: Config) -> None:
+    """Raise UserError if settings of ``phase`` and of ``config`` exclude each other."""
+    phase_optimizer(phase, config)
+    if phase.views.strong and config.augmentation == STRONG_COPIES:
+        raise UserError(
+            f"augmentation={config.augmentation}: method={config.method.name} has strong views of "
+            "its own; use augmentation=weak"
+        )
+
+
+def phase_schedule(phase: Phase, config: Config) -> Schedule:
+    """Return the schedule of ``phase`` in a run of ``config``."""
+    own = config.schedule
+    whole = Schedule.from_shares(own.epochs, config.optimizer.lr, own.milestones, own.gamma)
+    return whole if phase.schedule is None else whole.phase(phase.schedule)
+
+
+def phase_loader(phase: Phase, images: Images, config: Config) -> Loader:
+    """Return the loader of the training ``images`` for ``phase`` in a run of ``config``."""
+    return Loader(
+        images.train,
+        images.mean,
+        images.std,
+        batch_size=config.batch_size,
+        views=phase.views,
+        strong_copies=config.augmentation == STRONG_COPIES,
+    )
+
+
+def phase_optimizer(phase: Phase, config: Config) -> Settings:
+    """Return the settings of the optimizer for ``phase`` in a run of ``config``.
+
+    Settings that the phase replaces and this optimizer lacks have no effect.
+
+    Raises:
+        UserError: the settings of the phase and those of the run exclude each other.
+    """
+    own = config.optimizer.model_dump()
+    values = {name: phase.optimizer.get(name, value) for name, value in own.items()}
+    try:
+        return type(config.optimizer).model_validate(values)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"method={config.method.name}, phase {phase.name}: {reason}") from None
