@@ -14,8 +14,8 @@ from typing import Any
 
 from hydra import version
 from hydra._internal import config_loader_impl as loading
+from hydra._internal import defaults_list as listing
 from hydra._internal.config_repository import ConfigRepository
-from hydra._internal.defaults_list import DefaultsList, Overrides
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
@@ -31,6 +31,7 @@ def install() -> None:
     ConfigRepository.load_config = _read_once(  # type: ignore[method-assign]
         ConfigRepository.load_config
     )
+    listing._create_interpolation_map = _if_needed(listing._create_interpolation_map)
     loading.create_defaults_list = _ordered_once(loading.create_defaults_list)
     loader._compose_config_from_defaults_list = _merged_once(  # type: ignore[method-assign]
         loader._compose_config_from_defaults_list
@@ -55,18 +56,31 @@ def _read_once(read: Callable[..., Any]) -> Callable[..., Any]:
     return reads
 
 
-def _ordered_once(order: Callable[..., DefaultsList]) -> Callable[..., DefaultsList]:
+def _if_needed(map_choices: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
+    """Return ``map_choices``, whose result only an interpolation in a list of defaults reads."""
+
+    def mapped(overrides: Any, defaults_list: list[Any], self_added: bool) -> DictConfig:
+        if any("$" in str(vars(each)) for each in defaults_list):
+            return map_choices(overrides, defaults_list, self_added)
+        return DictConfig({})
+
+    return mapped
+
+
+def _ordered_once(
+    order: Callable[..., listing.DefaultsList],
+) -> Callable[..., listing.DefaultsList]:
     """Return ``order``, which finds the files to merge, with a memory of its results."""
-    known: dict[str, DefaultsList] = {}
+    known: dict[str, listing.DefaultsList] = {}
 
     def ordered(
         repo: Any, config_name: str | None, overrides_list: list[Any], **flags: bool
-    ) -> DefaultsList:
+    ) -> listing.DefaultsList:
         given = {"repo": repo, "config_name": config_name, **flags}
         state = _state(repo)
         if state is None:
             return order(overrides_list=overrides_list, **given)
-        overrides = Overrides(repo=repo, overrides_list=overrides_list)
+        overrides = listing.Overrides(repo=repo, overrides_list=overrides_list)
         values, overrides.config_overrides = overrides.config_overrides, []
         key = repr((state, config_name, flags, vars(overrides)))
         if key not in known:

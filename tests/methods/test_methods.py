@@ -26,7 +26,7 @@ from sskd.methods import METHODS, LossOutput, Method, Phase, build_method
 from sskd.models import build_model
 from sskd.training.trainer import phase_schedule
 
-# Networks of one family, of two families with equally many stages, and with other numbers of stages.
+# Networks of one family, of two with equally many stages, and with different numbers of stages.
 # test_pairs.py has the shapes of all pairs; here, the leaves of the graph depend on the family.
 PAIRS = ["wrn_16_2-wrn_16_1", "resnet8x4-ShuffleV2", "vgg8-MobileNetV2", "resnet14-vgg8"]
 # These compare the networks stage by stage.
@@ -80,10 +80,10 @@ def test_every_phase_of_every_pair(composed: Compose, method: str, pair: str) ->
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_overfits_one_batch(composed: Compose, method: str) -> None:
-    images = random_images(16, 4)
+    images = random_images(8, 4)
     built = make(composed, method, "resnet14-resnet8", images)
     if built.teacher is not None:
-        built.teacher.load_state_dict(fitted_teacher("resnet14", 16).state_dict())
+        built.teacher.load_state_dict(fitted_teacher("resnet14", 8).state_dict())
     check_overfits(built, images)
 
 
