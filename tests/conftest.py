@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import composing
 import few_digits
 import pytest
 from filelock import FileLock
@@ -34,6 +35,7 @@ from sskd.teachers.find import missing_teacher, run_location
 
 Compose = Callable[..., Config]
 
+composing.install()
 few_digits.install()
 # More compiler processes would each import torch, while all cores run tests.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"

@@ -34,10 +34,12 @@ def prepare() -> None:
     for name in MODULES:
         import_module(name)
 
+    import composing
     import few_digits
     import torch
     from faults import JOBS
     from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
 
     from sskd import CONF
     from sskd.config import read_config
@@ -45,11 +47,15 @@ def prepare() -> None:
     from sskd.runs.recipe import recipe
 
     torch.set_num_threads(1)  # a child would wait for OpenMP threads, which do not survive a fork
+    composing.install()
     few_digits.install()
     with initialize_config_dir(str(CONF), version_base=None):
         for words in JOBS.values():
             config = read_config(compose("student", list(words)))
             recipe(config)
+            started = GlobalHydra.instance().hydra
+            assert started is not None
+            started.get_mode("student", list(words))  # each command does it
     few_digits.load(config.dataset)
     recognise({})
 

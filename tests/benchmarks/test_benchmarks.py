@@ -34,12 +34,12 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 def test_the_cost_of_methods_is_written(tmp_path: Path) -> None:
-    command = ["-c", FORKS, "benchmarks.methods", "--pairs", "vgg13-MobileNetV2"]
+    command = ["-c", FORKS, "benchmarks.methods", "--pairs", "wrn_16_2-resnet8"]
     small = ["--methods", "kd", "ft", "fsp", "--batch", "2", "--rounds", "2", "--images", "20"]
     out = ["--device", "cpu", "--out", str(tmp_path / "new" / "cost")]
     done = run(*command, *small, *out)
     assert done.returncode == 0, done.stderr
-    assert "method=fsp vgg13-MobileNetV2: needs the same channels" in done.stderr
+    assert "method=fsp wrn_16_2-resnet8: needs the same channels" in done.stderr
     costs = json.loads((tmp_path / "new" / "cost.json").read_text())["costs"]
     assert [(cost["method"], cost["phase"]) for cost in costs] == [
         ("kd", "distill"), ("ft", "paraphraser"), ("ft", "distill"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import json
 import os
@@ -20,7 +19,6 @@ from breaking import outcome
 from conftest import Command, Compose
 from crashes import CrashError, at_step, crash
 from faults import SMALL
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from starting import STDOUT, Started
 
 import train_student
@@ -77,17 +75,6 @@ def weights_of(configs: list[Config]) -> dict[str, dict[str, float]]:
 @pytest.fixture
 def composed_jobs(command: Command, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that composes a sweep as its command does, and launches nothing."""
-
-    parsed: dict[tuple[str, str], Any] = {}  # most of the time would be spent on the same files
-    parse = FileConfigSource.load_config
-
-    def parse_once(source: FileConfigSource, config_path: str) -> Any:
-        key = (source.path, config_path)
-        if key not in parsed:
-            parsed[key] = parse(source, config_path)
-        return copy.deepcopy(parsed[key])
-
-    monkeypatch.setattr(FileConfigSource, "load_config", parse_once)
 
     def jobs_of(name: str, *words: str) -> Sweep:
         found: list[Sweep] = []

@@ -30,16 +30,18 @@ SMALL = (
     "batch_size=9", "arch@teacher=resnet14", "arch@student=resnet8", "teacher.train=true",
     "checkpoint_seconds=0",
 )  # fmt: skip
+# Half of the images of ``SMALL``: its moments are those of saves, whatever an epoch computes.
+FEW = (*SMALL, "dataset.fraction=0.014")
 # Every kind of phase: one alone (alone, kd), with banks in its state (crd), after a first one (ab),
 # after a shared one (ft, sskd), with the teacher's outputs in a file (precomputed). Each job but
 # the first trains its teacher too.
 JOBS = {
     "alone": (*SMALL, "method=vanilla"),
-    **{name: (*SMALL, f"method={name}") for name in ("kd", "crd", "ab", "ft", "sskd")},
+    **{name: (*FEW, f"method={name}") for name in ("kd", "crd", "ab", "ft", "sskd")},
     # Saves after every image, for the same reason.
     "precomputed": (
-        *SMALL, "method=kd", "teacher.precompute=true", "dataset.fraction=0.014",
-        "arch@teacher=resnet8", "checkpoint_minutes=1e-9",
+        *FEW, "method=kd", "teacher.precompute=true", "arch@teacher=resnet8",
+        "checkpoint_minutes=1e-9",
     ),
 }  # fmt: skip
 

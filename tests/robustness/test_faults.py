@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("undisturbed")
 
 
 @pytest.mark.parametrize("act", ["killed", "power failure"])
-@pytest.mark.parametrize("job", ["sskd", "crd"])
+@pytest.mark.parametrize("job", ["ft", "crd"])
 def test_a_job_survives_a_fault_at_any_moment(
     undisturbed: Undisturbed, tmp_path: Path, job: str, act: str
 ) -> None:
