@@ -27,7 +27,7 @@ from sskd.settings import Positive
 def hierarchical_kl(
     student: Sequence[Tensor], teacher: Sequence[Tensor], temperature: float
 ) -> Tensor:
-    """Return the sum over the stages of ``kd_loss`` (equation 8), a scalar.
+    """Return the sum over the stages of ``kd_loss`` (L_kl_q of the paper), a scalar.
 
     Args:
         student: the joint logits of each auxiliary classifier, [N, 4 * classes].

@@ -30,12 +30,12 @@ from sskd.training.phase_settings import phase_schedule
 # test_pairs.py has the shapes of all pairs; here, the leaves of the graph depend on the family.
 PAIRS = ["wrn_16_2-wrn_16_1", "resnet8x4-ShuffleV2", "vgg8-MobileNetV2", "resnet14-vgg8"]
 # These compare the networks stage by stage.
-OF_EQUAL_STAGES = {"at", "vid", "ab", "nst"}
+OF_EQUAL_STAGES = {"at", "vid", "ab", "nst", "hsakd", "reviewkd", "ofd"}
 OF_EQUAL_STAGES_PAIRS = [*PAIRS[:3], "vgg11-vgg8"]
 # FSP needs the same channels at every level of both networks.
 FSP_PAIRS = ["resnet14-resnet8", "vgg11-vgg8"]
 # Their losses see nothing but logits, whatever the networks are.
-OF_LOGITS = {"dkd", "ls", "dist", "ttm", "wttm", "ctkd"}
+OF_LOGITS = {"dkd", "ls", "dist", "ttm", "wttm", "ctkd", "luminet"}
 
 
 def pairs_of(method: str) -> list[str]:
