@@ -16,7 +16,7 @@ import pytest
 import torch
 from breaking import outcome
 from conftest import Command, Compose
-from faults import SMALL
+from faults import FEW, SMALL
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from starting import DEVNULL, Started, run
@@ -277,7 +277,7 @@ def test_help_is_readable_and_does_not_load_torch(script: str) -> None:
 def test_a_killed_process_resumes_where_it_stopped(composed: Compose, tmp_path: Path) -> None:
     """SIGKILL while the head phase trains, then while the student does."""
     runs = tmp_path / "killed"
-    arguments = [*SMALL, "schedule.epochs=12", "method=sskd", "checkpoint_minutes=1e-9"]
+    arguments = [*FEW, "schedule.epochs=12", "method=sskd", "checkpoint_minutes=1e-9"]
     train(composed(*arguments, f"runs={tmp_path / 'whole'}"))
     command = ["train_student.py", *arguments, f"runs={runs}"]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}

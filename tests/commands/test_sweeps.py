@@ -18,7 +18,7 @@ import yaml
 from breaking import outcome
 from conftest import Command, Compose
 from crashes import CrashError, at_step, crash
-from faults import SMALL
+from faults import FEW, SMALL
 from starting import STDOUT, Started
 
 import train_student
@@ -364,7 +364,7 @@ def wait_for_file(process: Started, runs: Path, pattern: str) -> Path:
 
 
 def test_a_killed_sweep_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    words = ("method=kd,sskd,ft", "checkpoint_minutes=1e-9")
+    words = ("method=kd,sskd,ft", "checkpoint_minutes=1e-9", *FEW[len(SMALL) :])
     undisturbed = sweep_process(tmp_path / "whole", *words)
     killed = tmp_path / "killed"
     # The teacher, the second student's first phase, and the third student in training.
