@@ -19,6 +19,7 @@ from sskd.methods.base import (
     load_state_without_teacher,
     state_without_teacher,
 )
+from sskd.methods.cat_kd import CATKD
 from sskd.methods.cc import CC
 from sskd.methods.crd import CRD
 from sskd.methods.ctkd import CTKD
@@ -36,7 +37,9 @@ from sskd.methods.ofd import OFD
 from sskd.methods.pkt import PKT
 from sskd.methods.reviewkd import ReviewKD
 from sskd.methods.rkd import RKD
+from sskd.methods.simkd import SimKD
 from sskd.methods.sp import SP
+from sskd.methods.srrl import SRRL
 from sskd.methods.sskd import SSKD
 from sskd.methods.ttm import TTM, WTTM
 from sskd.methods.vanilla import Vanilla
@@ -69,6 +72,9 @@ METHODS: dict[str, type[Method]] = {
     "luminet": LumiNet,
     "reviewkd": ReviewKD,
     "ofd": OFD,
+    "simkd": SimKD,
+    "srrl": SRRL,
+    "cat_kd": CATKD,
 }
 
 

@@ -24,7 +24,7 @@ from sskd.runs.plan import RunPlan, TeacherWeights
 from sskd.runs.result import SharedResult
 from sskd.runs.run import Run
 from sskd.teachers.shared import corrupt_file_error, find_or_compute
-from sskd.training.phase_settings import phase_optimizer, phase_schedule
+from sskd.training.phase_settings import phase_schedule
 from sskd.training.trainer import Trainer
 
 
@@ -84,7 +84,8 @@ def phase_settings(
     """
     values = identity(full_config(config, data_digest=data_digest, defaults=False))
     schedule = asdict(phase_schedule(phase, config))
-    optimizer = phase_optimizer(phase, config).model_dump(exclude={"lr"})
+    own = values["optimizer"]
+    optimizer = {k: phase.optimizer.get(k, v) for k, v in own.items() if k != "lr"}
     # Without an extension there is no key, so that folders of earlier versions are found.
     code = code_before_student(config)
     return {

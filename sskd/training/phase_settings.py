@@ -50,9 +50,11 @@ def phase_optimizer(phase: Phase, config: Config) -> Settings:
         UserError: the settings of the phase and those of the run exclude each other.
     """
     own = config.optimizer.model_dump()
-    values = {name: phase.optimizer.get(name, value) for name, value in own.items()}
+    replaced = {name: value for name, value in phase.optimizer.items() if name in own}
+    if not replaced:
+        return config.optimizer
     try:
-        return type(config.optimizer).model_validate(values)
+        return type(config.optimizer).model_validate(own | replaced)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UserError(f"method={config.method.name}, phase {phase.name}: {reason}") from None

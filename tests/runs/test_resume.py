@@ -21,6 +21,7 @@ import sskd.files
 import sskd.models.checkpoints
 import sskd.runs.checkpoint_file
 import sskd.tracking.opening
+import sskd.tracking.tracker
 import sskd.training.preview
 import sskd.training.state
 from sskd.errors import UserError

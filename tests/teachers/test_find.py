@@ -29,9 +29,11 @@ def test_the_method_gets_the_teacher_that_was_found(
 ) -> None:
     seen = []
 
-    def build(settings: Any, student: nn.Module, teacher: nn.Module | None, data: Images) -> Any:
+    def build(
+        settings: Any, student: nn.Module, teacher: nn.Module | None, data: Images, **heads: Any
+    ) -> Any:
         seen.append(weights_digest(teacher) if teacher else None)
-        return build_method(settings, student, teacher, data)
+        return build_method(settings, student, teacher, data, **heads)
 
     monkeypatch.setattr(sskd.teachers.assembly, "build_method", build)
     train(composed(*SMALL, "method=kd"))

@@ -1,0 +1,164 @@
+"""The methods that need a classifier: their losses against loops, and what SimKD deploys."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Compose
+from faults import SMALL
+from torch import Tensor, nn
+
+from sskd.data import Images
+from sskd.errors import UserError
+from sskd.evaluate import evaluate
+from sskd.methods import Outputs, build_method
+from sskd.methods.cat_kd import cat_loss, class_activation_maps
+from sskd.methods.networks import classifier_of
+from sskd.methods.simkd import SimKD, simkd_loss
+from sskd.methods.srrl import SRRL
+from sskd.models import Features, build_model
+from sskd.train import train
+
+FAMILIES = ["resnet8", "wrn_16_1", "vgg8", "ResNet50", "MobileNetV2", "ShuffleV1", "ShuffleV2"]
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_classifier_maps_the_pooled_feature_to_the_logits(
+    name: str, few_images: Images
+) -> None:
+    with torch.device("meta"):
+        network = build_model(name, 5)
+        classifier = classifier_of(network, few_images)
+        pooled = network(torch.empty(1, 3, 32, 32)).pooled
+    assert (classifier.in_features, classifier.out_features) == (pooled.shape[1], 5)
+
+
+def test_a_network_without_a_linear_classifier_is_refused(few_images: Images) -> None:
+    class Headless(nn.Module):
+        """A network whose logits are the first entries of its pooled feature."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = build_model("resnet8", 5)
+
+        def forward(self, x: Tensor) -> Features:
+            features: Features = self.network(x)
+            return features._replace(logits=features.pooled[:, :5])
+
+    with pytest.raises(UserError, match="Headless has none; choose networks"):
+        classifier_of(Headless(), few_images)
+
+
+def pool(maps: Tensor, size: int) -> list[float]:
+    """Average-pool a square map whose side is a multiple of ``size``."""
+    step = len(maps) // size
+    blocks = maps.double().unfold(0, step, step).unfold(1, step, step)
+    return [float(block.mean()) for block in blocks.reshape(size * size, -1)]
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_cat_loss_equals_loops(normalise: bool) -> None:
+    student, teacher = noise(2, 3, 4, 4), noise(2, 3, 8, 8, seed=1)
+    total = 0.0
+    for one, other in zip(student.flatten(0, 1), teacher.flatten(0, 1), strict=True):
+        a, b = pool(one, 2), pool(other, 2)
+        if normalise:
+            a, b = ([x / math.sqrt(sum(y * y for y in row)) for x in row] for row in (a, b))
+        total += sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
+    found = cat_loss(student, teacher, 2, normalise=normalise)
+    assert found.item() == pytest.approx(total / (2 * 3 * 4), rel=1e-5)
+
+
+def test_normalised_maps_forget_their_scale() -> None:
+    student, teacher = noise(2, 3, 4, 4), noise(2, 3, 4, 4, seed=1)
+    once, scaled = (
+        cat_loss(factor * student, teacher, 2, normalise=True).item() for factor in (1, 9)
+    )
+    assert scaled == pytest.approx(once, rel=1e-5)
+    zeros = torch.zeros(2, 3, 4, 4, requires_grad=True)
+    cat_loss(zeros, teacher, 2, normalise=True).backward()
+    assert zeros.grad is not None
+    assert zeros.grad.isfinite().all()
+
+
+def test_the_mean_of_an_activation_map_is_the_logit_without_the_bias() -> None:
+    classifier, last_map = nn.Linear(6, 4), noise(2, 6, 3, 3)
+    maps = class_activation_maps(classifier, last_map)
+    expected = classifier(last_map.mean(dim=(2, 3))) - classifier.bias
+    torch.testing.assert_close(maps.mean(dim=(2, 3)), expected)
+
+
+def test_simkd_loss_pools_the_teacher() -> None:
+    student, teacher = noise(1, 2, 2, 2), noise(1, 2, 4, 4, seed=1)
+    total = 0.0
+    for one, other in zip(student[0], teacher[0], strict=True):
+        pairs = zip(one.flatten().tolist(), pool(other, 2), strict=True)
+        total += sum((x - y) ** 2 for x, y in pairs)
+    assert simkd_loss(student, teacher).item() == pytest.approx(total / 8, rel=1e-5)
+
+
+def networks(images: Images) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    return build_model("resnet8", images.num_classes), build_model("resnet14", images.num_classes)
+
+
+def test_srrl_is_zero_for_the_teachers_own_feature(composed: Compose, few_images: Images) -> None:
+    method = build_method(composed("method=srrl").method, *networks(few_images), few_images)
+    assert isinstance(method, SRRL)
+    method.connector = nn.Sequential(nn.Identity())
+    x = noise(3, 3, 32, 32)
+    with torch.no_grad():
+        teacher = method.eval().teacher(x)
+        batch = None
+        terms = method.feature_terms(Outputs(teacher, teacher, batch))  # type: ignore[arg-type]
+        other = method.feature_terms(
+            Outputs(teacher._replace(pooled=teacher.pooled + 1), teacher, batch)  # type: ignore[arg-type]
+        )
+    assert terms["feature"].item() == 0
+    assert terms["regression"].item() == pytest.approx(0, abs=1e-10)
+    assert other["feature"].item() == pytest.approx(1, rel=1e-5)
+    weight = classifier_of(method.teacher, few_images).weight.double()
+    sums = weight.sum(1)
+    assert other["regression"].item() == pytest.approx(sums.square().mean().item(), rel=1e-4)
+
+
+def test_simkd_deploys_the_teachers_classifier(composed: Compose, few_images: Images) -> None:
+    student, teacher = networks(few_images)
+    own = sum(p.numel() for p in student.parameters())
+    classifier = teacher.get_submodule("fc")
+    method = build_method(composed("method=simkd").method, student, teacher, few_images)
+    assert isinstance(method, SimKD)
+    deployed = method.deployed.eval()
+    assert method.deployed is deployed
+    x = noise(2, 3, 32, 32)
+    with torch.no_grad():
+        projected = method.projector(student(x).last_map)
+        expected = classifier(projected.mean(dim=(2, 3)))
+        torch.testing.assert_close(deployed(x).logits, expected)
+    # resnet8 without its own classifier, 32 and 64 channels behind its 64, and the teacher's.
+    classes = few_images.num_classes
+    layers = 64 * 32 + 32 * 32 * 9 + 32 * 64 + 2 * (32 + 32 + 64)
+    fc = 64 * classes + classes
+    assert sum(p.numel() for p in deployed.parameters()) == own - fc + layers + fc
+
+
+def test_the_deployed_network_is_evaluated(composed: Compose, tmp_path: Path) -> None:
+    result = train(composed(*SMALL, "method=simkd", "schedule.epochs=1"))
+    (weights,) = tmp_path.rglob("distill/**/model.safetensors")
+    line = evaluate(str(weights.parent), arch=None, device="cpu", overrides=[])
+    assert "resnet8 as method=simkd deploys it" in line
+    assert f"top-1 {result.top1.last:.2f} (the file states {result.top1.last:.2f})" in line
+    config = weights.with_name("config.yaml")
+    config.write_text(config.read_text().replace("reduction: 2", "reduction: ${oc.env:HOME}"))
+    with pytest.raises(UserError, match="are not plain values"):
+        evaluate(str(weights), arch=None, device="cpu", overrides=[])
+    config_of_student = composed(*SMALL, "method=kd", f"teacher.checkpoint={weights}")
+    with pytest.raises(UserError, match="does not fit"):
+        train(config_of_student)
