@@ -53,7 +53,7 @@ class CATKD(Distillation):
         )
 
     def feature_terms(self, outputs: Outputs) -> dict[str, Tensor]:
-        """Return ``cat`` (equation 4 of the paper)."""
+        """Return ``cat`` (L_CAT of the paper)."""
         student, teacher = (
             class_activation_maps(classifier, features.last_map)
             for classifier, features in zip(self._classifiers, outputs[:2], strict=True)

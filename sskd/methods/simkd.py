@@ -18,7 +18,7 @@ from sskd.settings import Count
 
 @in_float32
 def simkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean squared difference of two maps [B, d, h, w] (equation 2), a scalar.
+    """Return the mean squared difference of two maps [B, d, h, w], a scalar.
 
     ``teacher`` is pooled to the size of ``student`` if it is larger.
     """

@@ -36,23 +36,9 @@ LEVELS = {
 }
 STAGE_BY_STAGE = {"at", "vid", "ab", "nst", "hsakd", "reviewkd", "ofd"}
 METHODS_WITH_FEATURES = sorted(
-    [
-        "fitnet",
-        "at",
-        "sp",
-        "vid",
-        "rkd",
-        "pkt",
-        "ab",
-        "ft",
-        "crd",
-        "cc",
-        "nst",
-        "fsp",
-        "reviewkd",
-        "ofd",
-    ]
-)
+    ["fitnet", "at", "sp", "vid", "rkd", "pkt", "ab", "ft", "crd", "cc", "nst", "fsp", "reviewkd",
+     "ofd", "srrl", "cat_kd"]
+)  # fmt: skip
 
 
 def refused(method: str, teacher: str, student: str) -> bool:
