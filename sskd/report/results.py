@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sskd.errors import shortened
 from sskd.files import MOST_DEPTH, is_regular_file, is_too_deep, read_bounded_text
@@ -69,10 +69,12 @@ class FinishedRun:
         teacher_epoch: the requested epoch of the teacher. ``difference`` lacks it if the teacher
             is a file.
         epochs: the number of epochs of the last phase.
+        passes: the number of views of each image on which the student was trained.
+        departures: the settings of the recipe that the method itself replaces.
         settings: all settings that decide the result, without ``NOT_SETTINGS``.
 
-    ``teacher_epoch``, ``peak_memory_mib``, ``commit`` and ``epochs`` are None, and ``settings``
-    empty, if they were not recorded.
+    ``teacher_epoch``, ``peak_memory_mib``, ``commit``, ``epochs`` and ``passes`` are None, and
+    ``settings`` empty, if they were not recorded.
     """
 
     kind: str
@@ -94,6 +96,8 @@ class FinishedRun:
     peak_memory_mib: float | None
     commit: str | None
     epochs: int | None
+    passes: int | None
+    departures: Settings
     origin: Origin
     folder: Path
     settings: Settings = ()
@@ -193,6 +197,8 @@ def parse_result(text: str, folder: Path) -> FinishedRun | None:
         peak_memory_mib=result.peak_memory_mib,
         commit=result.commit,
         epochs=result.epoch,
+        passes=result.passes,
+        departures=_departures(result.departures),
         origin=Origin(result.dataset_source, result.dataset_digest, result.teacher_digest),
         folder=folder,
         settings=_settings(record, result.precision),
@@ -261,6 +267,12 @@ def _difference(record: fields.Record, *, follows: bool) -> Settings:
         raise ValueError("'difference' has a key that is not a name")
     texts = {key: _as_text(item) for key, item in recorded.items()}
     return tuple(sorted(name_weighting(method, recipe, texts, follows=follows).items()))
+
+
+def _departures(recorded: Mapping[str, Any]) -> Settings:
+    if not all(key and key.isprintable() for key in recorded):
+        raise ValueError("'departures' has a key that is not a name")
+    return tuple(sorted((key, _as_text(value)) for key, value in recorded.items()))
 
 
 def _as_text(value: object) -> str:

@@ -15,7 +15,14 @@ from sskd.report.groups import (
     network_entries,
     network_runs,
 )
-from sskd.report.published import SAME_TEACHER, Pair, RowKey, is_comparable, row_label
+from sskd.report.published import (
+    SAME_TEACHER,
+    Pair,
+    RowKey,
+    is_comparable,
+    row_label,
+    settings_text,
+)
 from sskd.report.results import Epoch, FinishedRun
 
 COST_TITLE = "cost and agreement, means over seeds"
@@ -36,11 +43,17 @@ TEACHER_LEGEND = (
     " students' runs measured, and the number of distinct teachers."
 )
 COST_LEGEND = (
-    "Cost and agreement: top-1 in % at the last epoch and at the best epoch on the test set; the"
-    " share of test images on which student and teacher agree; the KL divergence between them; a"
-    " run's images per second, its peak memory (of the GPU, or on a CPU of the process, including"
-    " precomputed teacher outputs that it read from a file) and its training time, which includes"
-    " a first phase that several students share, but not the precomputation of teacher outputs."
+    "Cost and agreement: top-1 in % at the last epoch, at the best epoch on the test set, and the"
+    " gap between both; the share of test images on which student and teacher agree; the KL"
+    " divergence between them; the passes, the number of views of each image on which the student"
+    " was trained; a run's images per second, its peak memory (of the GPU, or on a CPU of the"
+    " process, including precomputed teacher outputs that it read from a file) and its training"
+    " time, which includes a first phase that several students share, but not the precomputation of"
+    " teacher outputs."
+)
+COST_HEADER = (
+    *("pair", "row", "last", "best", "gap", "agree %", "KL"),
+    *("passes", "images/s", "MiB", "hours"),
 )
 
 
@@ -230,8 +243,10 @@ def _cost_table(group: Group, pairs: list[Pair]) -> Table:
             cells = (
                 _mean_cell((run.last for run in runs), digits=2),
                 _mean_cell((run.best for run in runs), digits=2),
+                _mean_cell((run.best - run.last for run in runs), digits=2),
                 _mean_cell((run.agreement for run in runs), digits=2),
                 _mean_cell((run.kl for run in runs), digits=3),
+                _mean_cell((run.passes for run in runs), digits=0),
                 _mean_cell((run.images_per_second for run in runs), digits=0),
                 _mean_cell((run.peak_memory_mib for run in runs), digits=0),
                 _mean_cell((run.seconds / 3600 for run in runs), digits=3),
@@ -240,12 +255,20 @@ def _cost_table(group: Group, pairs: list[Pair]) -> Table:
             label = ""
     return Table(
         title=f"{group.title} · {COST_TITLE}",
-        header=("pair", "row", "last", "best", "agree %", "KL", "images/s", "MiB", "hours"),
+        header=COST_HEADER,
         rows=tuple(rows),
         labels=2,
         align=">",
-        notes=(COST_LEGEND,),
+        notes=(COST_LEGEND, *_departures(group, pairs)),
     )
+
+
+def _departures(group: Group, pairs: Iterable[Pair]) -> Iterator[str]:
+    """Yield one note with the settings that methods replace, if any does."""
+    rows = [(key, runs) for pair in pairs for key, runs in group.pair_runs(pair).items()]
+    found = {f"{row_label(key)}: {settings_text(runs[0].departures)}" for key, runs in rows}
+    if changed := sorted(text for text in found if not text.endswith(": ")):
+        yield f"Settings that a method replaces in the recipe. {'; '.join(changed)}."
 
 
 def _measured(entry: Entry) -> str:

@@ -25,7 +25,8 @@ RESULTS = (
     "best - published",
 )
 COST = (
-    *("dataset", "pair", "row", "seed", "images a second", "peak memory (MiB)", "hours"),
+    *("dataset", "pair", "row", "seed", "passes"),
+    *("images a second", "peak memory (MiB)", "hours"),
     *("agreement", "kl"),
 )
 FAILED = ("state", "cell", "reason", "since", "host")
@@ -91,7 +92,7 @@ def _cost(report: Report) -> Iterator[list[Any]]:
         pair = f"{run.teacher}-{run.student}" if run.teacher else run.student
         row = row_label((display_name(run.method), run.variant))
         place = [run.dataset, pair, row, run.seed]
-        cost = [run.images_per_second, run.peak_memory_mib, run.seconds / 3600]
+        cost = [run.passes, run.images_per_second, run.peak_memory_mib, run.seconds / 3600]
         yield [*place, *cost, run.agreement, run.kl]
 
 

@@ -75,7 +75,9 @@ class RunResult(Result):
     the weights of ``weighting`` by default. ``epoch`` and ``accuracy`` are those of the last epoch,
     under the names that published checkpoints have. ``precision`` is that of the device, never
     ``auto``, here and in ``difference``; ``tf32`` is true if convolutions used TF32. ``extensions``
-    has the SHA-256 of the user's code, by choices such as ``method=dist``.
+    has the SHA-256 of the user's code, by choices such as ``method=dist``. ``passes`` is the number
+    of views of each image on which the student was trained. ``departures`` are settings of the
+    recipe that the method itself replaces, by dotted key.
     """
 
     kind: str | None = None
@@ -106,6 +108,8 @@ class RunResult(Result):
     tf32: bool | None = None
     compile: str | None = None
     precomputed: bool | None = None
+    passes: int | None = None
+    departures: Mapping[str, Any] = field(default_factory=dict)
     extensions: Mapping[str, Any] = field(default_factory=dict)
     device: str | None = None
     threads: int | None = None
@@ -128,6 +132,7 @@ class RunResult(Result):
             difference=fields.mapping_or_none(values, "difference") or {},
             versions=fields.mapping_or_none(values, "versions") or {},
             extensions=fields.mapping_or_none(values, "extensions") or {},
+            departures=fields.mapping_or_none(values, "departures") or {},
             commit=fields.one_line(values.get("commit")),
             follows_weighting=fields.flag_or_none(values, "follows_weighting"),
             tf32=fields.flag_or_none(values, "tf32"),
@@ -143,7 +148,7 @@ _TEXTS = (
     *("kind", "dataset", "dataset_source", "dataset_digest", "teacher", "student", "method"),
     *("teacher_digest", "teacher_epoch", "precision", "compile", "device", "date"),
 )
-_INTEGERS = ("seed", "recipe", "epoch", "parameters", "threads")
+_INTEGERS = ("seed", "recipe", "epoch", "parameters", "threads", "passes")
 _PERCENTAGES = ("teacher_top1", "agreement", "accuracy")
 _NUMBERS = ("seconds", "images_per_second", "peak_memory_mib")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import ValidationError
 
 from sskd.config import STRONG_COPIES, Config
@@ -58,3 +60,21 @@ def phase_optimizer(phase: Phase, config: Config) -> Settings:
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UserError(f"method={config.method.name}, phase {phase.name}: {reason}") from None
+
+
+def passes_of(phase: Phase, config: Config) -> int:
+    """Return on how many views of each image ``phase`` trains."""
+    copies = 2 if config.augmentation == STRONG_COPIES else 1
+    return phase_schedule(phase, config).epochs * phase.views.count * copies
+
+
+def departures_of(phase: Phase, config: Config) -> dict[str, Any]:
+    """Return the settings of the run that ``phase`` replaces, by dotted key."""
+    before, after = config.optimizer.model_dump(), phase_optimizer(phase, config).model_dump()
+    found = {f"optimizer.{key}": after[key] for key in before if after[key] != before[key]}
+    schedule = phase_schedule(phase, config)
+    if schedule.epochs != config.schedule.epochs:
+        found["schedule.epochs"] = schedule.epochs
+    if schedule.lr != config.optimizer.lr:
+        found["optimizer.lr"] = schedule.lr
+    return found

@@ -26,6 +26,7 @@ from sskd.runs.result import HoldoutTop1, RunResult, Top1, WeightsDigests
 from sskd.runs.run import Run
 from sskd.runs.weightings import RECIPE
 from sskd.training.evaluation import accuracy, agreement, mean_kl, predict
+from sskd.training.phase_settings import departures_of, passes_of
 from sskd.training.state import TrainingState
 
 
@@ -33,7 +34,7 @@ def measure_result(
     run: Run, plan: RunPlan, *, images: Images, method: Method, state: TrainingState
 ) -> RunResult:
     """Return the result of a run whose last phase ended in ``state``."""
-    config, student = plan.config, method.deployed
+    config, student, phases = plan.config, method.deployed, list(method.phases())
     logits = predict(student, images.test, images, f"{plan.folder}: the student, test set")
     best = run.checkpoints.load_best(state.best_epoch)
     best_digest = None if best is None else weights_digest(best)
@@ -61,6 +62,8 @@ def measure_result(
         tf32=config.precision == "tf32",
         compile=config.compile,
         precomputed=method.precomputed is not None,
+        passes=sum(passes_of(phase, config) for phase in phases if not phase.teacher_only),
+        departures=departures_of(phases[-1], config),
         extensions=code_digests(config),
         **_circumstances(images),
     )

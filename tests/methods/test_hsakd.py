@@ -150,7 +150,8 @@ def test_students_use_the_classifiers_of_their_teacher(composed: Compose, tmp_pa
     )
     with pytest.raises(UserError, match=r"use teacher\.epoch=last"):
         train(composed(*words))
-    train(composed(*words, "teacher.epoch=last"))
+    result = train(composed(*words, "teacher.epoch=last"))
+    assert (result.passes, result.departures) == (4, {"optimizer.nesterov": True})
     (heads,) = tmp_path.rglob("heads.safetensors")
     assert not list(tmp_path.rglob("teacher_classifiers"))
     heads.write_bytes(b"")

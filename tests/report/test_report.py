@@ -285,13 +285,16 @@ def test_cost_and_agreement_are_means_over_seeds(tmp_path: Path) -> None:
         record(agreement=80.0, kl=0.25, seconds=60.0, images_per_second=1e3, peak_memory_mib=200),
         record(agreement=82.0, kl=0.75, seconds=180.0, images_per_second=2e3, peak_memory_mib=400)
         | {"seed": 1},
-        record(agreement=None, kl=None, method="at"),
+        record(agreement=None, kl=None, method="at", passes=960)
+        | {"departures": {"optimizer.nesterov": True}},
     )
     cost = build_tables(results, "last")[-1]
+    kd = ("70.00", "71.00", "1.00", "81.00", "0.500", "", "1,500", "300", "0.033")
     assert texts(cost) == (
-        ("resnet56-resnet20", "KD", "70.00", "71.00", "81.00", "0.500", "1,500", "300", "0.033"),
-        ("", "AT", "70.00", "71.00", "", "", "1,000", "", "0.017"),
+        ("resnet56-resnet20", "KD", *kd),
+        ("", "AT", "70.00", "71.00", "1.00", "", "", "960", "1,000", "", "0.017"),
     )
+    assert cost.notes[-1].endswith("replaces in the recipe. AT: optimizer.nesterov=true.")
 
 
 def test_cells_have_the_numbers_that_they_show(tmp_path: Path) -> None:
@@ -310,7 +313,7 @@ def test_cells_have_the_numbers_that_they_show(tmp_path: Path) -> None:
     assert (empty.text, empty.value) == ("", None)
     # Rounded as shown, so that rows that look equal keep their order; agreement was not measured.
     assert [cell.value for cell in cost.rows[0]] == [
-        *(None, None, 71.49, 72.0, None, 0.123, 1000.0, None, 0.017),
+        *(None, None, 71.49, 72.0, 0.51, None, 0.123, None, 1000.0, None, 0.017),
     ]
     assert [cell.value for cell in networks.rows[0]] == [None, 69.13, 7.0, 69.63]
 
