@@ -128,8 +128,14 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("teachers")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", sorted(METHODS))
+# bf16 has the same exponents, so that one method of each kind of phase is enough.
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [
+        *((method, "fp32") for method in sorted(METHODS)),
+        *((method, "bf16") for method in ("kd", "ab", "crd", "ft", "sskd")),
+    ],
+)
 def test_an_overflowing_term_is_named(
     composed: Compose, tmp_path: Path, teachers: Path, method: str, precision: str
 ) -> None:
