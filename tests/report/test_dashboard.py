@@ -149,7 +149,9 @@ def test_panels_show_all_that_the_report_logs(built: Callable[..., tuple[Spec, S
 
 
 def test_losses_and_first_phases_follow_the_methods() -> None:
-    assert set(panels.first_phases()) == {"boundary", "flow", "paraphraser", "ss_head"}
+    assert set(panels.first_phases()) == {
+        *("boundary", "flow", "paraphraser", "ss_head", "teacher_classifiers")
+    }
     assert {"tf", "ss", "crd", "fitnet"} <= set(panels.method_terms())
     assert not {"ce", "kd"} & set(panels.method_terms())
 
