@@ -31,6 +31,7 @@ from sskd.methods.ft import FT
 from sskd.methods.hsakd import HSAKD
 from sskd.methods.kd import KD, Outputs
 from sskd.methods.luminet import LumiNet
+from sskd.methods.mlld import MLLD
 from sskd.methods.networks import Networks
 from sskd.methods.nst import NST
 from sskd.methods.ofd import OFD
@@ -75,6 +76,7 @@ METHODS: dict[str, type[Method]] = {
     "simkd": SimKD,
     "srrl": SRRL,
     "cat_kd": CATKD,
+    "mlld": MLLD,
 }
 
 
