@@ -22,6 +22,7 @@ from sskd.methods.base import (
 from sskd.methods.cat_kd import CATKD
 from sskd.methods.cc import CC
 from sskd.methods.crd import CRD
+from sskd.methods.crld import CRLD
 from sskd.methods.ctkd import CTKD
 from sskd.methods.dist import DIST
 from sskd.methods.dkd import DKD
@@ -77,6 +78,7 @@ METHODS: dict[str, type[Method]] = {
     "srrl": SRRL,
     "cat_kd": CATKD,
     "mlld": MLLD,
+    "crld": CRLD,
 }
 
 
