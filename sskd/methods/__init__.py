@@ -40,6 +40,7 @@ from sskd.methods.pkt import PKT
 from sskd.methods.reviewkd import ReviewKD
 from sskd.methods.rkd import RKD
 from sskd.methods.simkd import SimKD
+from sskd.methods.skd import SKD
 from sskd.methods.sp import SP
 from sskd.methods.srrl import SRRL
 from sskd.methods.sskd import SSKD
@@ -79,6 +80,7 @@ METHODS: dict[str, type[Method]] = {
     "cat_kd": CATKD,
     "mlld": MLLD,
     "crld": CRLD,
+    "skd": SKD,
 }
 
 
