@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from sskd.invocation.names import command_line, tool_command
 
 
-def by_pair(default: float, values: Mapping[str, float], *, _root_: DictConfig) -> float:
+def by_pair(default: Any, values: Mapping[str, Any], *, _root_: DictConfig) -> Any:
     """Return the value of the run's pair of networks, ``teacher-student``, or ``default``."""
     teacher = _root_.get("teacher")
     pair: Any = teacher and f"{teacher.name}-{_root_.student.name}"

@@ -22,6 +22,7 @@ from sskd.methods.base import (
 from sskd.methods.cat_kd import CATKD
 from sskd.methods.cc import CC
 from sskd.methods.crd import CRD
+from sskd.methods.crld import CRLD
 from sskd.methods.ctkd import CTKD
 from sskd.methods.dist import DIST
 from sskd.methods.dkd import DKD
@@ -31,6 +32,7 @@ from sskd.methods.ft import FT
 from sskd.methods.hsakd import HSAKD
 from sskd.methods.kd import KD, Outputs
 from sskd.methods.luminet import LumiNet
+from sskd.methods.mlld import MLLD
 from sskd.methods.networks import Networks
 from sskd.methods.nst import NST
 from sskd.methods.ofd import OFD
@@ -38,6 +40,7 @@ from sskd.methods.pkt import PKT
 from sskd.methods.reviewkd import ReviewKD
 from sskd.methods.rkd import RKD
 from sskd.methods.simkd import SimKD
+from sskd.methods.skd import SKD
 from sskd.methods.sp import SP
 from sskd.methods.srrl import SRRL
 from sskd.methods.sskd import SSKD
@@ -75,6 +78,9 @@ METHODS: dict[str, type[Method]] = {
     "simkd": SimKD,
     "srrl": SRRL,
     "cat_kd": CATKD,
+    "mlld": MLLD,
+    "crld": CRLD,
+    "skd": SKD,
 }
 
 
