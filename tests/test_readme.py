@@ -243,7 +243,8 @@ def test_the_front_page_has_the_measured_costs() -> None:
     """A method's cost is the cost of its last phase. The files list the phases in order."""
     cost: dict[tuple[str, str], str] = {}
     pair = ""
-    files = ("results/method_cost_logits.md", "results/method_cost.md")
+    names = ("method_cost_logits", "method_cost_later", "method_cost_views", "method_cost")
+    files = (f"results/{name}.md" for name in names)
     for line in "".join(map(read, files)).splitlines():
         pair = line.split("**")[1] if line.startswith("**") else pair
         cells = [cell.strip() for cell in line.strip("|").split("|")]

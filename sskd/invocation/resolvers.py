@@ -21,11 +21,6 @@ def by_pair(default: Any, values: Mapping[str, Any], *, _root_: DictConfig) -> A
     return values.get(pair, default)
 
 
-def by_method(default: float, values: Mapping[str, float], *, _root_: DictConfig) -> float:
-    """Return the value of the run's method, or ``default``."""
-    return values.get(_root_.method.name, default)
-
-
 # For the folder that Hydra makes for a sweep; a run's own is expanded with its configuration.
 OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
 # For the text of --help.
@@ -33,5 +28,3 @@ OmegaConf.register_new_resolver("command", command_line, replace=True)
 OmegaConf.register_new_resolver("tool", tool_command, replace=True)
 # For settings that authors have chosen for each pair.
 OmegaConf.register_new_resolver("by_pair", by_pair, replace=True)
-# For sweeps in which methods have different numbers of epochs.
-OmegaConf.register_new_resolver("by_method", by_method, replace=True)

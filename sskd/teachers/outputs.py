@@ -68,8 +68,12 @@ class Precomputed:
 
 
 def can_precompute(method: Method | type[Method]) -> bool:
-    """Return whether ``method`` reads only fields of the teacher that fit on a disk."""
-    return set() < set(method.teacher_outputs) <= set(VECTOR_FIELDS)
+    """Return whether ``method`` reads only fields of the teacher that fit on a disk.
+
+    There are too many strong views to store.
+    """
+    read = set(method.teacher_outputs)
+    return method.views.strong is None and set() < read <= set(VECTOR_FIELDS)
 
 
 def layout_of(method: Method, images: Images, precision: str) -> Layout:

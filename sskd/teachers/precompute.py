@@ -94,13 +94,13 @@ def find_or_compute_outputs(method: Method, images: Images, plan: RunPlan) -> No
 
 def _why_not(method: Method, config: Config) -> str:
     """Return why the outputs for all crops do not suffice; "" if they do."""
+    if config.augmentation == STRONG_COPIES or method.views.strong:
+        return "there are too many strong views to store"
     if not can_precompute(method):
         return (
             f"method={config.method.name} reads more of the teacher than its logits and its pooled "
             "feature"
         )
-    if config.augmentation == STRONG_COPIES or any(phase.views.strong for phase in method.phases()):
-        return "there are too many strong views to store"
     return ""
 
 

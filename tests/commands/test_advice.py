@@ -177,7 +177,7 @@ def test_the_options_of_a_group_include_the_users_own(command: Command, tmp_path
     (tmp_path / "method").mkdir()
     (tmp_path / "method" / "mine.yaml").write_text("name: mine\n")
     line = one_line(command, "--config-dir", str(tmp_path), "method=[a]")
-    assert ", ls, mine, nst, " in line
+    assert ", luminet, mine, mlld, " in line
 
 
 def test_a_group_of_the_user_may_replace_one() -> None:

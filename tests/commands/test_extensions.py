@@ -250,4 +250,4 @@ def test_help_imports_no_extension(
 
 def test_help_shows_the_options_of_the_folder(mine: Path, command: Command) -> None:
     _, out, _ = command("-cd", str(mine / "conf"), "--help")
-    assert "ls, mine, nst" in out
+    assert "luminet, mine, mlld" in out

@@ -35,7 +35,7 @@ OF_EQUAL_STAGES_PAIRS = [*PAIRS[:3], "vgg11-vgg8"]
 # FSP needs the same channels at every level of both networks.
 FSP_PAIRS = ["resnet14-resnet8", "vgg11-vgg8"]
 # Their losses see nothing but logits, whatever the networks are.
-OF_LOGITS = {"dkd", "ls", "dist", "ttm", "wttm", "ctkd", "luminet"}
+OF_LOGITS = {"dkd", "ls", "dist", "ttm", "wttm", "ctkd", "luminet", "mlld", "crld", "skd"}
 
 
 def pairs_of(method: str) -> list[str]:
