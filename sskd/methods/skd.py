@@ -1,24 +1,27 @@
 """SKD: Jeong et al., "Streamlined Knowledge Distillation", CVPR 2026.
 
-The published accuracies are those of the authors' code (HyunJunSik/StreamLined), whose losses are
-not the paper's. ``variant`` chooses between them.
+The losses of the authors' code (HyunJunSik/StreamLined) are not the paper's. ``variant`` chooses
+between them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from sskd.methods.base import in_float32, unit_vectors
 from sskd.methods.kd import KD, Logits, kd_loss
 from sskd.methods.mlld import unsure_shares
 from sskd.methods.networks import Networks
-from sskd.settings import Positive
+from sskd.settings import EARLY, LARGEST, LATE
 
 Variant = Literal["code", "paper"]
+# Below, the rounding of float32 decides the length, and the covariance may have no Cholesky factor.
+Ridge = Annotated[float, Field(ge=1e-4, le=LARGEST, allow_inf_nan=False), EARLY, LATE]
 
 
 def direction_differences(student: Tensor, teacher: Tensor) -> Tensor:
@@ -82,7 +85,7 @@ class SKD(KD):
     terms = ("ce", "kd", "direction")
 
     def __init__(
-        self, networks: Networks, *, ridge: Positive, variant: Variant, **shared: Any
+        self, networks: Networks, *, ridge: Ridge, variant: Variant, **shared: Any
     ) -> None:
         super().__init__(networks, **shared)
         self.ridge = ridge

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sskd.data import Batch
 from sskd.methods import METHODS, Method, Networks
 from sskd.methods.mlld import code_terms, paper_terms, share_up_to_median
-from sskd.methods.skd import mahalanobis_length
+from sskd.methods.skd import direction_differences, mahalanobis_length
 from sskd.methods.two_views import View, split_views
 from sskd.models import Features, partial_features
 from sskd.schedule import PhaseSettings, Schedule
@@ -219,6 +219,14 @@ def test_the_gradient_of_the_length_equals_that_of_float64() -> None:
     single = rows.detach().float().requires_grad_()
     (found,) = torch.autograd.grad(mahalanobis_length(single, 0.1), single)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_smallest_ridge_is_enough_for_a_large_batch_in_which_directions_coincide() -> None:
+    student = draw(1, 256) + 50
+    teacher = draw(2, 4).repeat(64, 1) + 0.01 * draw(3, 256)
+    rows = direction_differences(student, teacher)
+    expected = exact_length(exact_differences(student, teacher), 1e-4)
+    assert mahalanobis_length(rows, 1e-4).item() == pytest.approx(expected.item(), rel=1e-2)
 
 
 def test_with_a_large_ridge_the_length_is_that_of_euclid() -> None:
