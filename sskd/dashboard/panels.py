@@ -170,8 +170,12 @@ def method_terms() -> list[str]:
 
 def first_phases() -> list[str]:
     """Return the names of the phases that precede the evaluated phase of a method."""
-    fields = [field for name in METHODS for field in method_settings(name).model_fields.items()]
-    return [name for name, field in fields if field.annotation is PhaseSettings]
+    return [
+        name
+        for method, kind in METHODS.items()
+        for name, field in method_settings(method).model_fields.items()
+        if field.annotation is PhaseSettings and name != kind.evaluated_phase
+    ]
 
 
 SUBJECTS = (

@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from test_tracking import history
 
-import sskd.data.loader
+import sskd.data.augmenter
 import sskd.train
 import sskd.turns
 from sskd.commands.threads import run_in_threads
@@ -90,7 +90,7 @@ def test_jobs_share_the_images_and_report_to_runs_of_their_own(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[int] = []
-    for module, name in ((sskd.train, "load_images"), (sskd.data.loader, "Cropper")):
+    for module, name in ((sskd.train, "load_images"), (sskd.data.augmenter, "Cropper")):
         original = getattr(module, name)
 
         def counted(what: Any, *more: Any, original: Any = original) -> Any:

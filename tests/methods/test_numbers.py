@@ -148,6 +148,8 @@ def test_an_overflowing_term_is_named(
         unfinished.rename(runs)
     shutil.copytree(runs, tmp_path / "runs")
     wild = [f"method={method}", "optimizer.lr=1e6", "batch_size=4"]
+    if method == "mlld":  # it has a learning rate of its own
+        wild.append("method.distill.lr=1e6")
     with pytest.raises(UserError, match=r"phase \w+, epoch 1: the terms? '\w+'.* not finite, in"):
         train(composed(*words, *wild))
     (folder,) = {
