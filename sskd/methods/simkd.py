@@ -1,5 +1,8 @@
 """SimKD: Chen, Mei, Zhang, Wang, Feng, Chen, "Knowledge Distillation with the Reused Teacher
 Classifier", CVPR 2022.
+
+The student's map is the one that its pooled feature is the mean of. The authors' code takes that of
+the last stage, which MobileNetV2 and ShuffleV2 have in front of their last 1x1 convolution.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sskd.data import Batch
+from sskd.methods.adapters import pool_to_smaller
 from sskd.methods.base import LossOutput, Method, in_float32, top1
 from sskd.methods.networks import Networks, classifier_of
 from sskd.models import Features
@@ -20,10 +24,9 @@ from sskd.settings import Count
 def simkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean squared difference of two maps [B, d, h, w], a scalar.
 
-    ``teacher`` is pooled to the size of ``student`` if it is larger.
+    The larger one is pooled: the teacher's, since the projector pools the student's.
     """
-    height, width = student.shape[2:]
-    return F.mse_loss(student, F.adaptive_avg_pool2d(teacher, (height, width)))
+    return F.mse_loss(*pool_to_smaller(student, teacher))
 
 
 class Projector(nn.Module):

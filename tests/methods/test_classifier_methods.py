@@ -7,21 +7,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Compose
+from conftest import Compose, SmallTeacher
 from faults import SMALL
 from torch import Tensor, nn
 
-from sskd.data import Images
+from sskd.config import Config
+from sskd.data import Images, eval_batches, load_images
 from sskd.errors import UserError
 from sskd.evaluate import evaluate
-from sskd.methods import Outputs, build_method
+from sskd.methods import Outputs, build_method, state_without_teacher
 from sskd.methods.cat_kd import cat_loss, class_activation_maps
 from sskd.methods.networks import classifier_of
-from sskd.methods.simkd import SimKD, simkd_loss
+from sskd.methods.simkd import Projector, SimKD, simkd_loss
 from sskd.methods.srrl import SRRL
-from sskd.models import Features, build_model
+from sskd.models import Features, build_model, load_weights, read_checkpoint, weights_digest
+from sskd.runs.folder import write_config_file
+from sskd.runs.identity import full_config
+from sskd.teachers.assembly import assemble
 from sskd.train import train
+from sskd.training.acceleration import fold_teacher
 
+# Parameters of the projector: 32, 32 and 64 channels behind the 64 of resnet8.
+LAYERS = 64 * 32 + 32 * 32 * 9 + 32 * 64 + 2 * (32 + 32 + 64)
 FAMILIES = ["resnet8", "wrn_16_1", "vgg8", "ResNet50", "MobileNetV2", "ShuffleV1", "ShuffleV2"]
 
 
@@ -102,6 +109,7 @@ def test_simkd_loss_pools_the_teacher() -> None:
         pairs = zip(one.flatten().tolist(), pool(other, 2), strict=True)
         total += sum((x - y) ** 2 for x, y in pairs)
     assert simkd_loss(student, teacher).item() == pytest.approx(total / 8, rel=1e-5)
+    assert simkd_loss(teacher, teacher).item() == 0
 
 
 def networks(images: Images) -> tuple[nn.Module, nn.Module]:
@@ -142,23 +150,80 @@ def test_simkd_deploys_the_teachers_classifier(composed: Compose, few_images: Im
         projected = method.projector(student(x).last_map)
         expected = classifier(projected.mean(dim=(2, 3)))
         torch.testing.assert_close(deployed(x).logits, expected)
-    # resnet8 without its own classifier, 32 and 64 channels behind its 64, and the teacher's.
+    # resnet8 without its own classifier, the projector, and the teacher's classifier.
     classes = few_images.num_classes
-    layers = 64 * 32 + 32 * 32 * 9 + 32 * 64 + 2 * (32 + 32 + 64)
     fc = 64 * classes + classes
-    assert sum(p.numel() for p in deployed.parameters()) == own - fc + layers + fc
+    assert sum(p.numel() for p in deployed.parameters()) == own - fc + LAYERS + fc
+
+
+def test_the_projector_pools_a_larger_map_of_the_student() -> None:
+    last_map, teacher = noise(2, 3, 8, 8), noise(2, 6, 4, 4, seed=1)
+    projector = Projector(last_map, teacher, 2).eval()
+    pooled = torch.tensor([pool(each, 4) for each in last_map.flatten(0, 1)])
+    torch.testing.assert_close(projector(last_map), projector.layers(pooled.view(2, 3, 4, 4)))
+    assert projector(noise(2, 3, 2, 2)).shape == (2, 6, 2, 2)
+
+
+def test_the_folded_teacher_has_the_deployed_classifier(
+    composed: Compose, few_images: Images
+) -> None:
+    method = build_method(composed("method=simkd").method, *networks(few_images), few_images)
+    assert isinstance(method, SimKD)
+    fold_teacher(method)
+    assert isinstance(method.teacher, torch.fx.GraphModule)
+    assert method.deployed.get_submodule("classifier") is method.teacher.get_submodule("fc")
+    # A checkpoint has the state of the method beside that of the deployed network.
+    parts = {name.partition(".")[0] for name in state_without_teacher(method)}
+    assert parts == {"student", "projector"}
+
+
+def save_fitted(config: Config, folder: Path) -> None:
+    """Save what SimKD deploys like a run, with a classifier that knows the test set by heart."""
+    images = load_images(config.dataset)
+    deployed = assemble(config, images).deployed.eval()
+    batches = eval_batches(images.test, images.mean, images.std, 64)
+    with torch.no_grad():
+        pooled = torch.cat([deployed(x).pooled for x, _ in batches])
+        centred = pooled - pooled.mean(0)
+        one_hot = nn.functional.one_hot(images.test.labels).float()
+        weight = torch.linalg.lstsq(centred, one_hot - one_hot.mean(0), driver="gelsd").solution
+        classifier = deployed.get_submodule("classifier")
+        assert isinstance(classifier, nn.Linear)
+        classifier.weight.copy_(weight.T)
+        classifier.bias.copy_(-pooled.mean(0) @ weight)
+    folder.mkdir()
+    torch.save({"model": deployed.state_dict(), "accuracy": 99.5}, folder / "best.pt")
+    write_config_file(folder / "config.yaml", full_config(config, "0" * 64))
 
 
 def test_the_deployed_network_is_evaluated(composed: Compose, tmp_path: Path) -> None:
-    result = train(composed(*SMALL, "method=simkd", "schedule.epochs=1"))
-    (weights,) = tmp_path.rglob("distill/**/model.safetensors")
-    line = evaluate(str(weights.parent), arch=None, device="cpu", overrides=[])
-    assert "resnet8 as method=simkd deploys it" in line
-    assert f"top-1 {result.top1.last:.2f} (the file states {result.top1.last:.2f})" in line
-    config = weights.with_name("config.yaml")
-    config.write_text(config.read_text().replace("reduction: 2", "reduction: ${oc.env:HOME}"))
+    config, folder = composed(*SMALL, "method=simkd", "method.reduction=4"), tmp_path / "run"
+    save_fitted(config, folder)
+    line = evaluate(str(folder), arch=None, device="cpu", overrides=[])
+    assert line.endswith(
+        "best.pt: resnet8 as method=simkd deploys it, digits test set: top-1 100.00 "
+        "(the file states 99.50)"
+    )
+    path = folder / "config.yaml"
+    path.write_text(path.read_text().replace("reduction: 4", "reduction: ${oc.env:HOME}"))
     with pytest.raises(UserError, match="are not plain values"):
-        evaluate(str(weights), arch=None, device="cpu", overrides=[])
-    config_of_student = composed(*SMALL, "method=kd", f"teacher.checkpoint={weights}")
+        evaluate(str(folder), arch=None, device="cpu", overrides=[])
     with pytest.raises(UserError, match="does not fit"):
-        train(config_of_student)
+        load_weights(build_model("resnet8", 10), folder / "best.pt")
+
+
+def test_a_run_saves_what_it_deploys(
+    composed: Compose, tmp_path: Path, small_teacher: SmallTeacher
+) -> None:
+    small_teacher.put(tmp_path / "runs")
+    fast = ("method=simkd", "schedule.epochs=1", "teacher.epochs=3")
+    result = train(composed(*SMALL, *fast, "dataset.fraction=0.014"))
+    (folder,) = (path.parent for path in (tmp_path / "runs").rglob("simkd/*/result.json"))
+    own = sum(p.numel() for p in build_model("resnet8", 10).parameters())
+    assert result.parameters == own + LAYERS
+    for name, digest in (
+        ("model.safetensors", result.digest.last),
+        ("best.pt", result.digest.best),
+    ):
+        state = read_checkpoint(folder / name, lambda state: "projector.layers.0.weight" in state)
+        assert weights_digest(state.state) == digest
