@@ -125,9 +125,6 @@ class WandbSettings(Settings):
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]]
 
 
-STRONG_COPIES = "weak_and_strong"  # an augmentation: an epoch has a strong copy of each image
-
-
 class Config(Settings):
     """The configuration of one run; ``teacher`` is None for a network alone.
 
@@ -158,6 +155,11 @@ class Config(Settings):
     def _on_and_off_are_words(cls, value: Any) -> Any:
         # YAML and Hydra read them as true and false.
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    @property
+    def strong_copies(self) -> bool:
+        """Whether an epoch has a strong copy of each image."""
+        return self.augmentation == "weak_and_strong"
 
     @field_validator("runs")
     @classmethod

@@ -17,9 +17,9 @@ Gamma = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False), EARLY, LATE]
 
 
 class PhaseSettings(Settings):
-    """The schedule of a first phase, in relation to the run's.
+    """The schedule of a phase that has its own, in relation to the run's.
 
-    ``lr`` None is the run's. ``epochs`` is a share of the run's epochs, of which at least one is
+    ``lr`` None is the run's. ``epochs`` is a multiple of the run's epochs; at least one epoch is
     trained. ``milestones`` are shares of the phase's epochs.
     """
 
@@ -44,7 +44,7 @@ class Schedule:
         return cls(epochs, lr, after, gamma)
 
     def phase(self, settings: PhaseSettings) -> Schedule:
-        """Return the schedule of a first phase with ``settings`` in a run with this schedule."""
+        """Return the schedule of a phase with ``settings`` in a run with this schedule."""
         epochs = max(1, math.floor(settings.epochs * self.epochs + 0.5))
         lr = self.lr if settings.lr is None else settings.lr
         return self.from_shares(epochs, lr, settings.milestones, self.gamma)

@@ -2,7 +2,7 @@
 
 Hydra reads about twenty files for each composition, and the tests compose thousands of times. The
 same choices of groups give the same files in the same order, so that only the values that a test
-sets are applied anew. What Hydra composes from a folder of a test is never kept.
+sets are applied again. What Hydra composes from a folder of a test is never kept.
 """
 
 from __future__ import annotations

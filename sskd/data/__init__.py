@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sskd.data.augmentation import CROPS, ONE_VIEW, Views
+from sskd.data.augmenter import Augmenter
 from sskd.data.images import (
     Images,
     Split,
@@ -22,6 +23,7 @@ __all__ = [
     "CROPS",
     "ONE_VIEW",
     "SOURCES",
+    "Augmenter",
     "Batch",
     "DatasetSettings",
     "Images",

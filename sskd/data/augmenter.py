@@ -42,10 +42,13 @@ class Augmenter:
         self._normalise = Normaliser(mean, std, width=side, device=device)
         self.crops = torch.empty(self.samples, views.count, dtype=torch.int64, device=device)
         self._strong_copies = strong_copies
+        self._drawn = 1 if views.one_crop else rotations  # strong views that are drawn on their own
         self._settings = StrongAugmentation() if strong_copies else views.strong
         if self._settings:
             self._make_strong = StrongView(side, device)
-            self._parameters = self._draw_parameters(torch.Generator()).to(device)
+            one = draw_strong(1, side, self._settings, torch.Generator())
+            shape = (self.samples, self._drawn, one.shape[1])
+            self._parameters = torch.empty(shape, dtype=one.dtype, device=device)
 
     def begin_epoch(self, generator: torch.Generator) -> None:
         """Draw the views of all samples."""
@@ -75,15 +78,13 @@ class Augmenter:
     def _draw_parameters(self, generator: torch.Generator) -> Tensor:
         """Draw those of each strong view, or of the one crop of all views: [samples, views, P]."""
         assert self._settings
-        views = 1 if self._views.one_crop else self._views.rotations
-        drawn = draw_strong(self.samples * views, self._side, self._settings, generator)
-        return drawn.unflatten(0, (self.samples, views))
+        drawn = draw_strong(self.samples * self._drawn, self._side, self._settings, generator)
+        return drawn.unflatten(0, (self.samples, self._drawn))
 
     def _strong(self, views: Tensor, parameters: Tensor) -> Tensor:
         """Make ``views`` [B, k, 3, S, S] strong; those of one crop are rotated afterwards."""
-        count = parameters.shape[1]
-        made = self._make_strong(views[:, :count].flatten(0, 1), parameters.flatten(0, 1))
-        made = made.unflatten(0, (-1, count))
+        drawn = views[:, : self._drawn].flatten(0, 1)
+        made = self._make_strong(drawn, parameters.flatten(0, 1)).unflatten(0, (-1, self._drawn))
         if not self._views.one_crop:
             return made
         turns = [torch.rot90(made[:, 0], turn, (2, 3)) for turn in range(self._views.rotations)]

@@ -2,8 +2,9 @@
 
 A map moves pixels, a sum mixes an image with copies of it, and a table replaces levels. Each
 operation is one of the three, and the other two change nothing. So images with different operations
-take the same steps: shapes are static, and the host needs no value. All numbers are whole, so that
-the result has the same bits on every device.
+take the same steps: shapes are static, and the host needs no value. Numbers are whole, apart from
+two quotients, which each device rounds in the same way. So the result has the same bits on every
+device.
 
 The pixels are those of Pillow (``Image.transform``, ``ImageEnhance``, ``ImageOps``), which the
 authors of MLLD and CRLD call. Only autocontrast differs, by one level in 0.4 % of CIFAR-100's

@@ -89,6 +89,7 @@ class HSAKDTeacher(Method):
     """A network alone, trained together with its auxiliary classifiers: the teacher of HSAKD*."""
 
     needs_teacher = False
+    has_heads = True
     views = VIEWS
     terms = ("ce", "joint")
 

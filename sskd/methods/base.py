@@ -140,6 +140,7 @@ class Method(nn.Module, ABC):
     views: ClassVar[Views] = ONE_VIEW
     needs_teacher: ClassVar[bool] = True
     capturable: ClassVar[bool] = True
+    has_heads: ClassVar[bool] = False  # ``heads`` is not None
     uses_heads: ClassVar[bool] = False  # of the teacher, if it was trained with some
     # The last phase, which trains the student; its accuracy is measured after each epoch of it.
     evaluated_phase: ClassVar[str] = "distill"

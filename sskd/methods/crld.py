@@ -15,7 +15,10 @@ from sskd.settings import Positive, Share
 
 
 def sure(teacher: Tensor, threshold: float) -> Tensor:
-    """Return where the confidence is at least ``threshold``: bool [B], of logits [B, C]."""
+    """Return which images have a confidence of at least ``threshold``: bool [B].
+
+    ``teacher`` is logits [B, C].
+    """
     return teacher.float().softmax(1).amax(1) >= threshold
 
 

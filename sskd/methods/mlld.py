@@ -1,7 +1,6 @@
 """MLLD, also MLKD: Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023, section 3.
 
-The published accuracies are those of the authors' code, which departs from the paper's equations.
-``variant`` chooses between them.
+``variant`` chooses the authors' code, which the published accuracies come from, or the paper.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from sskd.methods.base import in_float32
 from sskd.methods.kd import kd_loss
 from sskd.methods.networks import Networks
 from sskd.methods.two_views import TwoViews, View
+from sskd.methods.unsure import unsure_shares
 from sskd.schedule import PhaseSettings
 from sskd.settings import Positive
 
@@ -57,38 +57,18 @@ def _softened(view: View, temperature: float) -> tuple[Tensor, Tensor]:
     return (view.student / temperature).softmax(1), (view.teacher / temperature).softmax(1)
 
 
-def share_up_to_median(values: Tensor) -> Tensor:
-    """Return the share of ``values`` [N] that are at most their median, a scalar: 1/2 or more.
-
-    The median of an even number of values is the mean of the two in the middle.
-    """
-    ordered = values.sort().values
-    median = (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
-    return (values <= median).float().mean()
-
-
-def unsure_shares(teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the shares of the images and of the classes that the authors' masks keep.
-
-    They are the images with a confidence up to the median, and the classes with a sum of
-    probabilities up to the median. ``teacher`` is logits [B, C].
-    """
-    probabilities = teacher.float().softmax(1)
-    return share_up_to_median(probabilities.amax(1)), share_up_to_median(probabilities.sum(0))
-
-
 def code_terms(weak: View, strong: View, temperatures: Sequence[float]) -> dict[str, Tensor]:
     """Return the terms as the authors' code computes them.
 
-    A mask multiplies a mean instead of its parts, so that it only scales a term by the share of
-    what it keeps. Of the strong views, the instance level has the first three temperatures, and at
-    the others it has the weak views once more; the other levels do not enter the loss.
+    Of the strong views, the instance level has the first three temperatures, and at the others it
+    has the weak views once more; the other levels do not enter the loss.
     """
     images, classes = unsure_shares(weak.teacher)
-    of_strong = instance_loss(strong, temperatures[:_STRONG])
-    again = instance_loss(weak, temperatures[_STRONG:])
+    first, others = temperatures[:_STRONG], temperatures[_STRONG:]
+    of_first, of_others = instance_loss(weak, first), instance_loss(weak, others)
+    again = instance_loss(strong, first) + of_others
     return {
-        "instance": images * instance_loss(weak, temperatures) + of_strong + again,
+        "instance": images * (of_first + of_others) + again,
         "batch": images * batch_loss(weak, temperatures),
         "classes": classes * class_loss(weak, temperatures),
     }

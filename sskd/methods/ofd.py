@@ -1,8 +1,8 @@
 """OFD: Heo, Kim, Yun, Park, Kwak, Choi, "A Comprehensive Overhaul of Feature Distillation",
 ICCV 2019.
 
-The student learns the teacher's pre-activations. Where the teacher's is negative, its ReLU removes
-the value, so it is enough if the student's is lower.
+The student learns the teacher's pre-activations. If the teacher's is negative, its ReLU removes the
+value, so it is enough if the student's is lower.
 """
 
 from __future__ import annotations

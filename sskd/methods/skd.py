@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sskd.methods.base import in_float32, unit_vectors
 from sskd.methods.kd import KD, Logits, kd_loss
-from sskd.methods.mlld import unsure_shares
 from sskd.methods.networks import Networks
+from sskd.methods.unsure import unsure_shares
 from sskd.settings import EARLY, LARGEST, LATE
 
 Variant = Literal["code", "paper"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -38,6 +38,26 @@ def partial_features(vectors: Mapping[str, Tensor]) -> Features:
     empty = next(iter(vectors.values())).new_empty(0)
     logits, pooled = (vectors.get(name, empty) for name in VECTOR_FIELDS)
     return Features(logits=logits, pooled=pooled, stem=empty, stages=(), preacts=(), last_map=empty)
+
+
+def pool_and_classify(
+    last_map: Tensor,
+    classifier: nn.Module,
+    *,
+    stem: Tensor,
+    stages: tuple[Tensor, ...],
+    preacts: tuple[Tensor, ...],
+) -> Features:
+    """Return the features of a network whose ``classifier`` takes the mean of ``last_map``."""
+    pooled = last_map.mean(dim=(2, 3))
+    return Features(
+        logits=classifier(pooled),
+        pooled=pooled,
+        stem=stem,
+        stages=stages,
+        preacts=preacts,
+        last_map=last_map,
+    )
 
 
 def run_rectified_stage(blocks: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,6 +97,15 @@ def stages_behind(plan: Sequence[StagePlan], stage: int) -> list[StagePlan]:
     """
     last = plan[-1]
     return list(plan[stage:]) or [last._replace(in_channels=last.out_channels, stride=1)]
+
+
+def build_branch(
+    plan: Sequence[StagePlan], stage: int, build: Callable[[StagePlan], nn.Module]
+) -> nn.Module:
+    """Return new ``stages_behind`` the stage, with convolutions as ``initialise_convolutions``."""
+    branch = nn.Sequential(*map(build, stages_behind(plan, stage)))
+    initialise_convolutions(branch)
+    return branch
 
 
 def initialise_convolutions(model: nn.Module) -> None:

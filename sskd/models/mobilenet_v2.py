@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from sskd.models.features import Features, initialise_convolutions
+from sskd.models.features import Features, initialise_convolutions, pool_and_classify
 
 STEM_CHANNELS = 16
 LAST_CHANNELS = 1280
@@ -92,15 +92,13 @@ class MobileNetV2(nn.Module):
             hidden = group(hidden)
             maps.append(hidden)
         last_map = self.conv2(hidden)
-        pooled = last_map.mean(dim=(2, 3))
         stages = tuple(maps[end] for end in STAGE_ENDS)
-        return Features(
-            logits=self.classifier(pooled),
-            pooled=pooled,
+        return pool_and_classify(
+            last_map,
+            self.classifier,
             stem=stem,
             stages=stages,
             preacts=stages,
-            last_map=last_map,
         )
 
     def branch(self, stage: int) -> nn.Module:

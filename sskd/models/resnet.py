@@ -13,9 +13,10 @@ from sskd.models.features import (
     Features,
     RectifiedStage,
     StagePlan,
+    build_branch,
     initialise_convolutions,
+    pool_and_classify,
     run_rectified_stage,
-    stages_behind,
 )
 from sskd.models.shortcut import shortcut
 
@@ -63,21 +64,17 @@ class ResNet(nn.Module):
         stage1, preact1 = run_rectified_stage(self.layer1, stem)
         stage2, preact2 = run_rectified_stage(self.layer2, stage1)
         stage3, preact3 = run_rectified_stage(self.layer3, stage2)
-        pooled = stage3.mean(dim=(2, 3))
-        return Features(
-            logits=self.fc(pooled),
-            pooled=pooled,
+        return pool_and_classify(
+            stage3,
+            self.fc,
             stem=stem,
             stages=(stage1, stage2, stage3),
             preacts=(preact1, preact2, preact3),
-            last_map=stage3,
         )
 
     def branch(self, stage: int) -> nn.Module:
         """Return new layers like those between the map of ``stage`` (from 1) and the last map."""
-        branch = nn.Sequential(*map(_stage, stages_behind(self.plan, stage)))
-        initialise_convolutions(branch)
-        return branch
+        return build_branch(self.plan, stage, _stage)
 
 
 def _stage(plan: StagePlan) -> RectifiedStage:

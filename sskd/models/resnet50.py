@@ -14,9 +14,10 @@ from sskd.models.features import (
     Features,
     RectifiedStage,
     StagePlan,
+    build_branch,
     initialise_convolutions,
+    pool_and_classify,
     run_rectified_stage,
-    stages_behind,
 )
 from sskd.models.shortcut import shortcut
 
@@ -71,21 +72,17 @@ class ResNet50(nn.Module):
         stage2, preact2 = run_rectified_stage(self.layer2, stage1)
         stage3, preact3 = run_rectified_stage(self.layer3, stage2)
         stage4, preact4 = run_rectified_stage(self.layer4, stage3)
-        pooled = stage4.mean(dim=(2, 3))
-        return Features(
-            logits=self.linear(pooled),
-            pooled=pooled,
+        return pool_and_classify(
+            stage4,
+            self.linear,
             stem=stem,
             stages=(stage1, stage2, stage3, stage4),
             preacts=(preact1, preact2, preact3, preact4),
-            last_map=stage4,
         )
 
     def branch(self, stage: int) -> nn.Module:
         """Return new layers like those between the map of ``stage`` (from 1) and the last map."""
-        branch = nn.Sequential(*map(_stage, stages_behind(PLAN, stage)))
-        initialise_convolutions(branch)
-        return branch
+        return build_branch(PLAN, stage, _stage)
 
 
 def _stage(plan: StagePlan) -> RectifiedStage:

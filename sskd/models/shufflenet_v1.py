@@ -15,9 +15,9 @@ from sskd.models.features import (
     Features,
     RectifiedStage,
     StagePlan,
-    initialise_convolutions,
+    build_branch,
+    pool_and_classify,
     run_rectified_stage,
-    stages_behind,
 )
 
 GROUPS = 3
@@ -75,14 +75,12 @@ class ShuffleNetV1(nn.Module):
         stage1, preact1 = run_rectified_stage(self.layer1, stem)
         stage2, preact2 = run_rectified_stage(self.layer2, stage1)
         stage3, preact3 = run_rectified_stage(self.layer3, stage2)
-        pooled = stage3.mean(dim=(2, 3))
-        return Features(
-            logits=self.linear(pooled),
-            pooled=pooled,
+        return pool_and_classify(
+            stage3,
+            self.linear,
             stem=stem,
             stages=(stage1, stage2, stage3),
             preacts=(preact1, preact2, preact3),
-            last_map=stage3,
         )
 
     def branch(self, stage: int) -> nn.Module:
@@ -90,9 +88,7 @@ class ShuffleNetV1(nn.Module):
 
         Their convolutions are initialised like those of the other families, as in HSAKD's code.
         """
-        branch = nn.Sequential(*map(_stage, stages_behind(PLAN, stage)))
-        initialise_convolutions(branch)
-        return branch
+        return build_branch(PLAN, stage, _stage)
 
 
 def shuffle_channels(x: Tensor, groups: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sskd.models.features import Features, StagePlan, stages_behind
+from sskd.models.features import Features, StagePlan, pool_and_classify, stages_behind
 from sskd.models.shufflenet_v1 import shuffle_channels
 
 STEM_CHANNELS = 24
@@ -92,14 +92,12 @@ class ShuffleNetV2(nn.Module):
         stage2, preact2 = _run_stage(self.layer2, stage1)
         stage3, preact3 = _run_stage(self.layer3, stage2)
         last_map = F.relu(self.bn2(self.conv2(stage3)))
-        pooled = last_map.mean(dim=(2, 3))
-        return Features(
-            logits=self.linear(pooled),
-            pooled=pooled,
+        return pool_and_classify(
+            last_map,
+            self.linear,
             stem=stem,
             stages=(stage1, stage2, stage3),
             preacts=(preact1, preact2, preact3),
-            last_map=last_map,
         )
 
     def branch(self, stage: int) -> nn.Module:

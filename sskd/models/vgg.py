@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sskd.models.features import Features, initialise_convolutions
+from sskd.models.features import Features, initialise_convolutions, pool_and_classify
 
 WIDTHS = (64, 128, 256, 512, 512)
 # Up to this image size, the published networks have no pooling in front of the last block.
@@ -57,14 +57,12 @@ class VGG(nn.Module):
         stage3 = F.relu(preact3)
         preact4 = self.block4(pool_large(stage3, x))
         stage4 = F.relu(preact4)
-        pooled = stage4.mean(dim=(2, 3))
-        return Features(
-            logits=self.classifier(pooled),
-            pooled=pooled,
+        return pool_and_classify(
+            stage4,
+            self.classifier,
             stem=stem,
             stages=(stage1, stage2, stage3, stage4),
             preacts=(preact1, preact2, preact3, preact4),
-            last_map=stage4,
         )
 
     def branch(self, stage: int) -> nn.Module:

@@ -13,7 +13,13 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sskd.models.features import Features, StagePlan, initialise_convolutions, stages_behind
+from sskd.models.features import (
+    Features,
+    StagePlan,
+    initialise_convolutions,
+    pool_and_classify,
+    stages_behind,
+)
 
 
 class WideBlock(nn.Module):
@@ -105,14 +111,12 @@ class WideResNet(nn.Module):
         stage3, preact2 = self.block3(stage2)
         preact3 = self.bn1(stage3)
         last_map = F.relu(preact3)
-        pooled = last_map.mean(dim=(2, 3))
-        return Features(
-            logits=self.fc(pooled),
-            pooled=pooled,
+        return pool_and_classify(
+            last_map,
+            self.fc,
             stem=stem,
             stages=(stage1, stage2, stage3),
             preacts=(preact1, preact2, preact3),
-            last_map=last_map,
         )
 
     def branch(self, stage: int) -> nn.Module:

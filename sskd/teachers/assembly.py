@@ -12,6 +12,7 @@ from sskd.models import build_model
 from sskd.runs.plan import TeacherWeights
 from sskd.seeding import seed_torch
 from sskd.teachers.find import load_heads, load_teacher
+from sskd.training.phase_settings import check_phase
 
 
 def assemble(config: Config, images: Images, found: TeacherWeights | None = None) -> Method:
@@ -37,10 +38,10 @@ def assemble(config: Config, images: Images, found: TeacherWeights | None = None
 
 
 def check_compatible(config: Config) -> None:
-    """Raise the UserError of ``assemble``, without the teacher's weights and the data."""
+    """Raise the UserError of ``assemble`` or of a phase, without weights of a teacher and data."""
     size = config.dataset.size
     two = Split(torch.zeros(2, 3, size, size, dtype=torch.uint8), torch.arange(2))
-    assemble(
+    method = assemble(
         config,
         Images(
             name="two",
@@ -52,3 +53,5 @@ def check_compatible(config: Config) -> None:
             std=(0.25,) * 3,
         ),
     )
+    for phase in method.phases():
+        check_phase(phase, config)

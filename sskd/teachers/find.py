@@ -8,13 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor, nn
 
 from sskd.config import Config
 from sskd.errors import UserError
-from sskd.files import read_bounded
 from sskd.methods import METHODS
 from sskd.models import (
     find_checkpoint,
@@ -37,6 +34,7 @@ from sskd.runs.recipe import (
     training_command,
 )
 from sskd.runs.result import RunResult
+from sskd.teachers.shared import read_intact
 
 _FILES = {"best": BEST, "last": WEIGHTS}
 
@@ -45,9 +43,19 @@ def missing_teacher(config: Config) -> Config | None:
     """Return the run that trains the teacher of ``config``, if it has not finished."""
     if config.teacher is None or config.teacher.checkpoint is not None:
         return None
+    _refuse_other_epoch(config.teacher.method, config.teacher.epoch, config.method.name)
     expected = teacher_config(config)
     unfinished = read_result(run_folder(expected, diff_from_recipe(expected)), RunResult) is None
     return expected if unfinished else None
+
+
+def _refuse_other_epoch(teacher_method: str, epoch: str, method: str) -> None:
+    """Raise UserError if ``method`` uses heads of the last epoch with another epoch's weights."""
+    if METHODS[method].uses_heads and METHODS[teacher_method].has_heads and epoch != "last":
+        raise UserError(
+            f"teacher.epoch={epoch}: method={method} uses what teacher.method={teacher_method} "
+            "keeps of its last epoch; use teacher.epoch=last"
+        )
 
 
 def find_teacher(config: Config) -> TeacherWeights | None:
@@ -97,11 +105,6 @@ def _suite_teacher(
             "other epoch's with teacher.epoch, or train it from scratch with force=true"
         )
     heads = result.digest.heads if uses_heads else None
-    if heads and epoch == "best":
-        raise UserError(
-            f"teacher.epoch=best: {folder} has the auxiliary classifiers of the last epoch; "
-            "use teacher.epoch=last"
-        )
     found = TeacherWeights(folder / HEADS, heads) if heads else None
     return TeacherWeights(folder / _FILES[epoch], digest, found)
 
@@ -173,12 +176,8 @@ def _earlier_folders(config: Config, digest: dict[str, str]) -> Iterator[Path]:
 
 def load_heads(heads: TeacherWeights) -> dict[str, Tensor]:
     """Return the state of what a teacher was trained with; UserError if the file is corrupt."""
-    try:
-        state = load(read_bounded(heads.path, MOST_CHECKPOINT))
-        intact = weights_digest(state) == heads.digest
-    except (OSError, ValueError, SafetensorError):
-        intact = False
-    if not intact:
+    state = read_intact(heads.path, MOST_CHECKPOINT, heads.digest)
+    if state is None:
         raise UserError(
             f"{heads.path}: is missing or corrupt; train the teacher from scratch with force=true"
         )

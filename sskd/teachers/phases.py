@@ -7,13 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import nn
 
 from sskd.config import Config
 from sskd.data import Images, Views
-from sskd.files import read_bounded
 from sskd.methods import Method, Phase
 from sskd.models import weights_digest
 from sskd.runs.epoch_line import EpochLine
@@ -23,7 +20,7 @@ from sskd.runs.own_code import code_before_student
 from sskd.runs.plan import RunPlan, TeacherWeights
 from sskd.runs.result import SharedResult
 from sskd.runs.run import Run
-from sskd.teachers.shared import corrupt_file_error, find_or_compute
+from sskd.teachers.shared import corrupt_file_error, find_or_compute, read_intact
 from sskd.training.phase_settings import phase_schedule
 from sskd.training.trainer import Trainer
 
@@ -65,14 +62,13 @@ def _train(run: Run, *, phase: Phase, method: Method, images: Images, config: Co
 def _load_weights(module: nn.Module, path: Path, digest: str | None) -> None:
     """Load the weights of a finished phase; results of the first version have no ``digest``."""
     most = 2 * sum(tensor.nbytes for tensor in module.state_dict().values()) + MOST_RESULT
-    try:
-        state = load(read_bounded(path, most))
-        intact = digest in (None, weights_digest(state))
-        module.load_state_dict(state)
-    except (OSError, ValueError, SafetensorError, RuntimeError):
-        intact = False
-    if not intact:
+    state = read_intact(path, most, digest)
+    if state is None:
         raise corrupt_file_error(path)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError:
+        raise corrupt_file_error(path) from None
 
 
 def phase_settings(
@@ -90,7 +86,7 @@ def phase_settings(
     code = code_before_student(config)
     return {
         **({"code": code} if code else {}),
-        **({} if config.augmentation == "weak" else {"augmentation": config.augmentation}),
+        **({"augmentation": config.augmentation} if config.strong_copies else {}),
         "phase": phase.name,
         "method": config.method.name,
         "teacher": {"name": values["teacher"]["name"], "digest": teacher.digest},

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sskd.config import STRONG_COPIES, Config
+from sskd.config import Config
 from sskd.data import CROPS, Images, Loader, Views
 from sskd.device import outputs_at_once
 from sskd.errors import UserError
@@ -94,7 +94,7 @@ def find_or_compute_outputs(method: Method, images: Images, plan: RunPlan) -> No
 
 def _why_not(method: Method, config: Config) -> str:
     """Return why the outputs for all crops do not suffice; "" if they do."""
-    if config.augmentation == STRONG_COPIES or method.views.strong:
+    if config.strong_copies or method.views.strong:
         return "there are too many strong views to store"
     if not can_precompute(method):
         return (

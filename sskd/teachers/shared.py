@@ -8,9 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
 from sskd.config import Config
 from sskd.errors import UserError
-from sskd.files import safe_join
+from sskd.files import read_bounded, safe_join
+from sskd.models import weights_digest
 from sskd.output import say
 from sskd.runs.result import SharedResult
 from sskd.runs.run import Run
@@ -40,6 +45,18 @@ def shared_folder(config: Config, settings: Mapping[str, Any]) -> Path:
     name = f"seed{settings['seed']}-{digest}" if "seed" in settings else digest
     parts = ["phases", config.teacher.name, settings["phase"], name]
     return safe_join(Path(config.runs), config.dataset.name, *parts)
+
+
+def read_intact(path: Path, most: int, digest: str | None) -> dict[str, Tensor] | None:
+    """Return the tensors of a safetensors file of up to ``most`` bytes; None if it is not intact.
+
+    ``digest`` is the SHA-256 that they have; None if that is not known.
+    """
+    try:
+        state: dict[str, Tensor] = load(read_bounded(path, most))
+    except (OSError, ValueError, SafetensorError):
+        return None
+    return state if digest in (None, weights_digest(state)) else None
 
 
 def corrupt_file_error(path: Path) -> UserError:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sskd.config import STRONG_COPIES, Config
+from sskd.config import Config
 from sskd.data import Images, Loader
 from sskd.errors import UserError
 from sskd.methods import Phase
@@ -17,7 +17,7 @@ from sskd.settings import Settings
 def check_phase(phase: Phase, config: Config) -> None:
     """Raise UserError if settings of ``phase`` and of ``config`` exclude each other."""
     phase_optimizer(phase, config)
-    if phase.views.strong and config.augmentation == STRONG_COPIES:
+    if phase.views.strong and config.strong_copies:
         raise UserError(
             f"augmentation={config.augmentation}: method={config.method.name} has strong views of "
             "its own; use augmentation=weak"
@@ -39,7 +39,7 @@ def phase_loader(phase: Phase, images: Images, config: Config) -> Loader:
         images.std,
         batch_size=config.batch_size,
         views=phase.views,
-        strong_copies=config.augmentation == STRONG_COPIES,
+        strong_copies=config.strong_copies,
     )
 
 
@@ -58,13 +58,17 @@ def phase_optimizer(phase: Phase, config: Config) -> Settings:
     try:
         return type(config.optimizer).model_validate(own | replaced)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UserError(f"method={config.method.name}, phase {phase.name}: {reason}") from None
+        # After the semicolon is what to change in the optimizer; here the method's setting counts.
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ").partition(";")[0]
+        settings = " and ".join(f"method.{name}" for name in replaced)
+        raise UserError(
+            f"method={config.method.name}, phase {phase.name}: {reason}; change that, or {settings}"
+        ) from None
 
 
 def passes_of(phase: Phase, config: Config) -> int:
-    """Return on how many views of each image ``phase`` trains."""
-    copies = 2 if config.augmentation == STRONG_COPIES else 1
+    """Return the number of views of each image that ``phase`` trains on."""
+    copies = 2 if config.strong_copies else 1
     return phase_schedule(phase, config).epochs * phase.views.count * copies
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torchvision.utils import make_grid, save_image
 
-from sskd.config import STRONG_COPIES, Config
-from sskd.data import Images, Loader, Views
+from sskd.config import Config
+from sskd.data import Augmenter, Images, Views
 from sskd.files import write_atomically
 from sskd.runs.run import Run
 from sskd.seeding import derive_seed
@@ -20,19 +20,23 @@ _SCALE = 3  # screen pixels per pixel, because 32x32 is too small to see
 
 
 def save_views(run: Run, images: Images, config: Config, views: Views) -> Path:
-    """Save ``views.png``, the views of a few images, one image per row; return its path."""
+    """Save ``views.png``, the views of a few images; return its path.
+
+    A row has the views of one image. Its strong copy, if there is one, has the next row.
+    """
     seed = derive_seed(config.seed, "picture")
     order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(seed))
-    # A loader copies all of its images, so it gets only those of the picture.
+    # An augmenter copies all of its images, so it gets only those of the picture.
     few = images.train.take(order[:_ROWS].to(images.train.images.device))
-    strong_copies = config.augmentation == STRONG_COPIES
-    loader = Loader(
-        few, images.mean, images.std, batch_size=_ROWS, views=views, strong_copies=strong_copies
+    augmenter = Augmenter(
+        few.images, images.mean, images.std, views, strong_copies=config.strong_copies
     )
-    loader.begin_epoch(seed)
+    augmenter.begin_epoch(torch.Generator().manual_seed(seed))
+    samples = torch.arange(augmenter.samples, device=few.images.device)
+    x, _ = augmenter.views_of(samples.view(-1, len(few)).T.flatten())
     mean = torch.tensor(images.mean)[:, None, None]
     std = torch.tensor(images.std)[:, None, None]
-    pixels = (loader.next_batch().x.cpu() * std + mean).clamp(0, 1)
+    pixels = (x.cpu() * std + mean).clamp(0, 1)
     large = pixels.repeat_interleave(_SCALE, 2).repeat_interleave(_SCALE, 3)
     picture = BytesIO()
     save_image(

@@ -150,6 +150,7 @@ def test_students_use_the_classifiers_of_their_teacher(composed: Compose, tmp_pa
     )
     with pytest.raises(UserError, match=r"use teacher\.epoch=last"):
         train(composed(*words))
+    assert not list(tmp_path.rglob("config.yaml")), "it was refused after the teacher's training"
     result = train(composed(*words, "teacher.epoch=last"))
     assert (result.passes, result.departures) == (4, {"optimizer.nesterov": True})
     (heads,) = tmp_path.rglob("heads.safetensors")

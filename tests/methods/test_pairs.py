@@ -149,6 +149,9 @@ def test_fitnet_takes_any_stage_of_any_pair(
         (("method=at", "arch@student=vgg8"), "method=at wrn_40_2-vgg8: .*the teacher has 3 stages"),
         (("method=fitnet", "method.stage=4"), "method=fitnet wrn_40_2-wrn_16_2: method.stage=4"),
         (("method=vid", "method.variance=1e-6"), "method.variance=1e-06: must be above"),
+        (("method=mlld", "augmentation=weak_and_strong"), "has strong views of its own; use aug"),
+        (("method=hsakd", "optimizer.momentum=0"), "above 0; change that, or method.nesterov"),
+        (("method=hsakd", "teacher.method=hsakd_teacher"), "teacher.epoch=best: method=hsakd"),
     ],
 )
 def test_impossible_pairs_are_refused_before_training(

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from sskd.data import Batch
 from sskd.methods import METHODS, Method, Networks
-from sskd.methods.mlld import code_terms, paper_terms, share_up_to_median
+from sskd.methods.mlld import code_terms, paper_terms
 from sskd.methods.skd import direction_differences, mahalanobis_length
 from sskd.methods.two_views import View, split_views
+from sskd.methods.unsure import share_up_to_median
 from sskd.models import Features, partial_features
 from sskd.schedule import PhaseSettings, Schedule
 

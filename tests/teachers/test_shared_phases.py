@@ -80,7 +80,8 @@ def test_a_shared_phase_depends_on_these_settings_alone(
         assert settings(change) == default, change
     for change in ("method.rate=0.25", "method.paraphraser.lr=0.02", "arch@student=vgg8", "seed=1",
                    "method.paraphraser.epochs=0.5", "batch_size=32", "precision=bf16",
-                   "optimizer.momentum=0", "dataset.fraction=0.5"):  # fmt: skip
+                   "optimizer.momentum=0", "dataset.fraction=0.5",
+                   "augmentation=weak_and_strong"):  # fmt: skip
         assert settings(change) != default, change
 
 

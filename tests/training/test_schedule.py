@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 from conftest import Compose
 
-from sskd.methods import Phase
+from sskd import CONF
+from sskd.methods import METHODS, Phase
 from sskd.schedule import PhaseSettings, Schedule
-from sskd.training.phase_settings import phase_schedule
+from sskd.training.phase_settings import departures_of, passes_of, phase_schedule
 
 
 def published(composed: Compose, *overrides: str) -> tuple[Schedule, Schedule]:
@@ -49,3 +51,34 @@ def test_the_architecture_decides_the_learning_rate(composed: Compose) -> None:
         lr = composed(f"arch@student={student}").optimizer.lr
         assert lr == (0.01 if student in slow else 0.05)
     assert composed("pair=vgg13-MobileNetV2", "optimizer.lr=0.2").optimizer.lr == 0.2
+
+
+@pytest.mark.parametrize("copies", [(), ("augmentation=weak_and_strong",)])
+def test_the_sweeps_over_budgets_have_equal_passes(
+    composed: Compose, copies: tuple[str, ...]
+) -> None:
+    """The files say that half of the epochs have the same passes with strong copies."""
+    for name in ("budget", "budget_views"):
+        text = (CONF.parent / "sweeps" / f"{name}.yaml").read_text()
+        params = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
+        for method in params["method"].split(","):
+            passes = []
+            for epochs in map(int, params["schedule.epochs"].split(",")):
+                halved = epochs // 2 if copies else epochs
+                config = composed(f"method={method}", f"schedule.epochs={halved}", *copies)
+                unused: dict[str, Any] = {"trains": None, "loss": None, "weights": {}}
+                phase = Phase("distill", views=METHODS[method].views, **unused)
+                passes.append(passes_of(phase, config))
+            assert passes == [240, 480, 960], (name, method)
+
+
+def test_a_phase_names_what_it_replaces(composed: Compose) -> None:
+    config = composed("method=mlld", "pair=resnet32x4-ShuffleV1")
+    unused: dict[str, Any] = {"trains": None, "loss": None, "weights": {}}
+    assert departures_of(Phase("distill", **unused), config) == {}
+    own = Phase("distill", schedule=config.method.distill, optimizer={"nesterov": True}, **unused)
+    # LS's authors train ShuffleNets for 960 epochs; the learning rate is that of the network.
+    assert departures_of(own, config) == {"optimizer.nesterov": True, "schedule.epochs": 960}
+    config = composed("method=mlld", "pair=wrn_40_2-wrn_16_2")
+    own = Phase("distill", schedule=config.method.distill, **unused)
+    assert departures_of(own, config) == {"schedule.epochs": 480, "optimizer.lr": 0.025}

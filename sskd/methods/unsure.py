@@ -1,0 +1,28 @@
+"""The masks of unsure images and classes in the authors' code of MLLD and of SKD.
+
+They multiply a mean instead of its parts, so that only the share of what they keep counts.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def share_up_to_median(values: Tensor) -> Tensor:
+    """Return the share of ``values`` [N] that are at most their median, a scalar: 1/2 or more.
+
+    The median of an even number of values is the mean of the two in the middle.
+    """
+    ordered = values.sort().values
+    median = (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
+    return (values <= median).float().mean()
+
+
+def unsure_shares(teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the shares of the images and of the classes that the authors' masks keep.
+
+    They are the images with a confidence up to the median, and the classes with a sum of
+    probabilities up to the median. ``teacher`` is logits [B, C].
+    """
+    probabilities = teacher.float().softmax(1)
+    return share_up_to_median(probabilities.amax(1)), share_up_to_median(probabilities.sum(0))
