@@ -110,6 +110,8 @@ def fault_of_phases(phases: Sequence[Phase]) -> str:
         if names.count(name) > 1:
             return f"{names.count(name)} phases have the name '{name}'; give each phase another one"
     for phase in phases:
+        if not _are_views(phase.views):
+            return f"phase {phase.name}: its views are {phase.views!r}; use Views, such as Views(4)"
         if unknown := phase.warmup.keys() - phase.weights.keys():
             return f"phase {phase.name}: warmup names {sorted(unknown)}, which have no weight"
         if phase.warmup and phase.progress is None:
@@ -117,6 +119,10 @@ def fault_of_phases(phases: Sequence[Phase]) -> str:
     if not names or phases[-1].teacher_only:
         return "the last phase trains the student, so there must be one without teacher_only"
     return ""
+
+
+def _are_views(value: object) -> bool:
+    return isinstance(value, Views)  # an extension's phase may have a number
 
 
 class Method(nn.Module, ABC):

@@ -114,9 +114,13 @@ class ContrastMemory(nn.Module):
     def update(self, embedding: Tensor, index: Tensor, momentum: float) -> None:
         """Move the rows ``index`` [B] of the bank towards ``embedding`` [B, d], and normalise them.
 
-        Call it after the backward pass, which needs the old rows.
+        If the batch has an image twice, its last embedding counts. Call this method after the
+        backward pass, which needs the old rows.
         """
-        rows = momentum * self.bank[index] + (1 - momentum) * embedding
+        # Both copies of an image write the same row, so that the order of the writes is irrelevant.
+        positions = torch.arange(len(index), device=index.device)
+        last = torch.where(index[:, None] == index, positions, -1).amax(1)
+        rows = momentum * self.bank[index] + (1 - momentum) * embedding[last]
         self.bank.index_copy_(0, index, F.normalize(rows, dim=1))
 
 

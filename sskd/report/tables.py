@@ -265,10 +265,15 @@ def _cost_table(group: Group, pairs: list[Pair]) -> Table:
 
 def _departures(group: Group, pairs: Iterable[Pair]) -> Iterator[str]:
     """Yield one note with the settings that methods replace, if any does."""
-    rows = [(key, runs) for pair in pairs for key, runs in group.pair_runs(pair).items()]
-    found = {f"{row_label(key)}: {settings_text(runs[0].departures)}" for key, runs in rows}
-    if changed := sorted(text for text in found if not text.endswith(": ")):
-        yield f"Settings that a method replaces in the recipe. {'; '.join(changed)}."
+    pairs_of: dict[str, dict[str, None]] = {}
+    for pair in pairs:
+        for key, runs in group.pair_runs(pair).items():
+            for departures in {run.departures for run in runs} - {()}:
+                text = f"{row_label(key)}: {settings_text(departures)}"
+                pairs_of.setdefault(text, {})["-".join(pair)] = None
+    if pairs_of:
+        changed = "; ".join(f"{text} ({', '.join(names)})" for text, names in pairs_of.items())
+        yield f"Settings that a method replaces in the recipe. {changed}."
 
 
 def _measured(entry: Entry) -> str:

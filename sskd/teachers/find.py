@@ -58,6 +58,15 @@ def _refuse_other_epoch(teacher_method: str, epoch: str, method: str) -> None:
         )
 
 
+def _refuse_heads_of_checkpoint(teacher_method: str) -> None:
+    """Raise UserError if a checkpoint, which has no heads, should come from ``teacher_method``."""
+    if METHODS[teacher_method].has_heads:
+        raise UserError(
+            f"teacher.method={teacher_method} has no effect beside teacher.checkpoint, a file "
+            "without what that method trains beside the network; leave one of the two out"
+        )
+
+
 def find_teacher(config: Config) -> TeacherWeights | None:
     """Return the weights of the teacher of ``config``; None for a network alone.
 
@@ -67,6 +76,7 @@ def find_teacher(config: Config) -> TeacherWeights | None:
     if config.teacher is None:
         return None
     if config.teacher.checkpoint is not None:
+        _refuse_heads_of_checkpoint(config.teacher.method)
         path = find_checkpoint(config.teacher.checkpoint, config.teacher.epoch)
         content = path.stat()
         name = config.teacher.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from pydantic import ValidationError
@@ -81,4 +82,17 @@ def departures_of(phase: Phase, config: Config) -> dict[str, Any]:
         found["schedule.epochs"] = schedule.epochs
     if schedule.lr != config.optimizer.lr:
         found["optimizer.lr"] = schedule.lr
+    if phase.schedule is not None and phase.schedule.milestones != config.schedule.milestones:
+        found["schedule.milestones"] = phase.schedule.milestones
     return found
+
+
+def departures_note(phase: Phase, config: Config) -> str:
+    """Return ``, with key=value instead of value, ...`` for what ``phase`` replaces, or ""."""
+    run = config.model_dump(include={"optimizer", "schedule"})
+    texts = [
+        f"{key}={json.dumps(value)} instead of {json.dumps(run[group][name])}"
+        for key, value in departures_of(phase, config).items()
+        for group, _, name in [key.partition(".")]
+    ]
+    return f", with {', '.join(texts)}" if texts else ""

@@ -21,7 +21,12 @@ from sskd.streams import own_stream
 from sskd.training.acceleration import compile_loss
 from sskd.training.graph import build_step
 from sskd.training.not_finite import FiniteCheck
-from sskd.training.phase_settings import phase_loader, phase_optimizer, phase_schedule
+from sskd.training.phase_settings import (
+    departures_note,
+    phase_loader,
+    phase_optimizer,
+    phase_schedule,
+)
 from sskd.training.progress import Progress
 from sskd.training.signals import StopSignals
 from sskd.training.state import PhaseCheckpoint, TrainingState
@@ -88,7 +93,8 @@ class Trainer:
         done = state.images + (self.checkpoint.meter.images if state.mid_epoch else 0)
         self.progress = Progress(self.phase.name, epochs, size, done=done, metrics=self._metrics)
         verb = "starts" if resume is None else "resumes"
-        self.progress.line(f"{verb} in {self.run.folder}, {state.epoch}/{epochs} epochs")
+        own = departures_note(self.phase, self.config)
+        self.progress.line(f"{verb} in {self.run.folder}, {state.epoch}/{epochs} epochs{own}")
         try:
             with StopSignals() as signals, own_stream(self.loader.device):
                 while state.epoch < epochs:
@@ -133,10 +139,9 @@ class Trainer:
         line = EpochLine(self.phase.name, state.epoch, metrics, datetime.now(UTC))
         self.run.metrics.log(line)
         self.checkpoint.keep_if_best()
-        is_last = state.epoch == self.schedule.epochs
         shortest = min(self.config.checkpoint_seconds, 60 * self.config.checkpoint_minutes)
-        save = is_last or self.checkpoint.is_due(shortest) or signals.received
-        if save:
+        due = state.epoch == self.schedule.epochs or self.checkpoint.is_due(shortest)
+        if save := due or signals.received:
             self.checkpoint.save()
         self.progress.epoch(line)
         if save:  # otherwise the next step notices a signal, and is saved

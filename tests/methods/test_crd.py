@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from statistics import fmean
@@ -280,6 +281,16 @@ def test_update_changes_only_the_rows_of_the_batch(momentum: float) -> None:
         length = math.hypot(*mixed)
         assert memory.bank[image].tolist() == pytest.approx([m / length for m in mixed], abs=1e-6)
         assert math.hypot(*memory.bank[image].tolist()) == pytest.approx(1, abs=1e-6)
+
+
+def test_the_last_embedding_of_an_image_that_a_batch_has_twice_counts() -> None:
+    torch.manual_seed(4)
+    memory = ContrastMemory(5, 16, 40)
+    alone = copy.deepcopy(memory)
+    embedding = unit_rows(5, 16)
+    memory.update(embedding, torch.tensor([31, 2, 31, 8, 2]), 0.5)
+    alone.update(embedding[2:], torch.tensor([31, 8, 2]), 0.5)
+    assert torch.equal(memory.bank, alone.bank)
 
 
 def test_embeddings_are_float32_unit_vectors_in_autocast() -> None:

@@ -206,9 +206,10 @@ def test_a_value_of_the_pair_is_the_recipe(composed: Compose, method: str, pair:
 @pytest.mark.parametrize(
     ("more", "fault"),
     [({"warmup": {"newer": 0.1}}, r"warmup names \['newer'\], which have no weight"),
-     ({"warmup": {"new": 0.1}}, "needs progress=self.progress")],
+     ({"warmup": {"new": 0.1}}, "needs progress=self.progress"),
+     ({"views": 4}, r"its views are 4; use Views, such as Views\(4\)")],
 )  # fmt: skip
-def test_a_wrong_warmup_is_a_fault(more: dict[str, Any], fault: str) -> None:
+def test_a_wrong_phase_is_a_fault(more: dict[str, Any], fault: str) -> None:
     phase = Phase("distill", torch.nn.Linear(1, 1), unused, weights={"new": 1.0}, **more)
     assert re.search(fault, fault_of_phases([phase]))
 

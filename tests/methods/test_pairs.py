@@ -152,6 +152,10 @@ def test_fitnet_takes_any_stage_of_any_pair(
         (("method=mlld", "augmentation=weak_and_strong"), "has strong views of its own; use aug"),
         (("method=hsakd", "optimizer.momentum=0"), "above 0; change that, or method.nesterov"),
         (("method=hsakd", "teacher.method=hsakd_teacher"), "teacher.epoch=best: method=hsakd"),
+        (
+            ("method=hsakd", "teacher.method=hsakd_teacher", "teacher.checkpoint=FILE"),
+            "no effect beside teacher.checkpoint",
+        ),
     ],
 )
 def test_impossible_pairs_are_refused_before_training(

@@ -294,7 +294,9 @@ def test_cost_and_agreement_are_means_over_seeds(tmp_path: Path) -> None:
         ("resnet56-resnet20", "KD", *kd),
         ("", "AT", "70.00", "71.00", "1.00", "", "", "960", "1,000", "", "0.017"),
     )
-    assert cost.notes[-1].endswith("replaces in the recipe. AT: optimizer.nesterov=true.")
+    assert cost.notes[-1].endswith(
+        "replaces in the recipe. AT: optimizer.nesterov=true (resnet56-resnet20)."
+    )
 
 
 def test_cells_have_the_numbers_that_they_show(tmp_path: Path) -> None:

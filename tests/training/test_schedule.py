@@ -11,7 +11,7 @@ from conftest import Compose
 from sskd import CONF
 from sskd.methods import METHODS, Phase
 from sskd.schedule import PhaseSettings, Schedule
-from sskd.training.phase_settings import departures_of, passes_of, phase_schedule
+from sskd.training.phase_settings import departures_note, departures_of, passes_of, phase_schedule
 
 
 def published(composed: Compose, *overrides: str) -> tuple[Schedule, Schedule]:
@@ -75,10 +75,17 @@ def test_the_sweeps_over_budgets_have_equal_passes(
 def test_a_phase_names_what_it_replaces(composed: Compose) -> None:
     config = composed("method=mlld", "pair=resnet32x4-ShuffleV1")
     unused: dict[str, Any] = {"trains": None, "loss": None, "weights": {}}
-    assert departures_of(Phase("distill", **unused), config) == {}
+    assert departures_note(Phase("distill", **unused), config) == ""
     own = Phase("distill", schedule=config.method.distill, optimizer={"nesterov": True}, **unused)
     # LS's authors train ShuffleNets for 960 epochs; the learning rate is that of the network.
-    assert departures_of(own, config) == {"optimizer.nesterov": True, "schedule.epochs": 960}
+    assert departures_of(own, config) == {
+        "optimizer.nesterov": True,
+        "schedule.epochs": 960,
+        "schedule.milestones": [0.15625, 0.1875, 0.21875],
+    }
     config = composed("method=mlld", "pair=wrn_40_2-wrn_16_2")
     own = Phase("distill", schedule=config.method.distill, **unused)
-    assert departures_of(own, config) == {"schedule.epochs": 480, "optimizer.lr": 0.025}
+    assert departures_note(own, config) == (
+        ", with schedule.epochs=480 instead of 240, optimizer.lr=0.025 instead of 0.05, "
+        "schedule.milestones=[0.3125, 0.375, 0.4375] instead of [0.625, 0.75, 0.875]"
+    )
