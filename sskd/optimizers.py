@@ -40,14 +40,18 @@ class AdamWSettings(Settings):
 
 
 class OptimizerChoice(NamedTuple):
-    """The class of an optimizer, and the class of its settings."""
+    """The class of an optimizer, and the class of its settings.
+
+    ``published_rates``: the learning rates that papers give for phases are meant for it.
+    """
 
     build: Callable[..., torch.optim.Optimizer]
     settings: type[Settings]
+    published_rates: bool = False
 
 
 OPTIMIZERS: dict[str, OptimizerChoice] = {
-    "sgd": OptimizerChoice(torch.optim.SGD, SGDSettings),
+    "sgd": OptimizerChoice(torch.optim.SGD, SGDSettings, published_rates=True),
     "adamw": OptimizerChoice(torch.optim.AdamW, AdamWSettings),
 }
 

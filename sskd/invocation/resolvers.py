@@ -15,10 +15,13 @@ from sskd.invocation.names import command_line, tool_command
 
 
 def by_pair(default: Any, values: Mapping[str, Any], *, _root_: DictConfig) -> Any:
-    """Return the value of the run's pair of networks, ``teacher-student``, or ``default``."""
-    teacher = _root_.get("teacher")
-    pair: Any = teacher and f"{teacher.name}-{_root_.student.name}"
-    return values.get(pair, default)
+    """Return the value of the pair of networks, ``teacher-student``, of the student or ``default``.
+
+    ``values`` has values by pair and by student; that of the pair has precedence.
+    """
+    teacher, student = _root_.get("teacher"), _root_.student.name
+    pair: Any = teacher and f"{teacher.name}-{student}"
+    return values.get(pair, values.get(student, default))
 
 
 # For the folder that Hydra makes for a sweep; a run's own is expanded with its configuration.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from sskd.methods.base import in_float32, unit_vectors
 from sskd.methods.kd import Distillation, Outputs
 from sskd.methods.networks import Networks, classifier_of
-from sskd.settings import Count
+
+# Pixels a side of the pooled maps; those of the networks have at most 32 for 32-pixel images.
+Resolution = Annotated[int, Field(gt=0, le=256)]
 
 
 def class_activation_maps(classifier: nn.Linear, last_map: Tensor) -> Tensor:
@@ -43,11 +46,11 @@ class CATKD(Distillation):
     teacher_outputs = ("last_map",)
 
     def __init__(
-        self, networks: Networks, *, resolution: Count, normalise: bool, **shared: Any
+        self, networks: Networks, *, resolution: Resolution, normalise: bool, **shared: Any
     ) -> None:
         super().__init__(networks, **shared)
         self.resolution, self.normalise = resolution, normalise
-        # In a tuple they are no modules of the method, so checkpoints have them once.
+        # A tuple does not register them as submodules, so checkpoints store them only once.
         self._classifiers = tuple(
             classifier_of(network, networks.data) for network in (self.student, self.teacher)
         )

@@ -14,7 +14,7 @@ from sskd.methods.two_views import TwoViews, View
 from sskd.settings import Positive, Share
 
 
-def sure(teacher: Tensor, threshold: float) -> Tensor:
+def confident(teacher: Tensor, threshold: float) -> Tensor:
     """Return which images have a confidence of at least ``threshold``: bool [B].
 
     ``teacher`` is logits [B, C].
@@ -25,9 +25,9 @@ def sure(teacher: Tensor, threshold: float) -> Tensor:
 class CRLD(TwoViews):
     """Learn the teacher's predictions within and across a weak and a strong view.
 
-    Of the authors' losses, ``within`` is that of the same view and ``across`` that of the other
-    one. Each is the mean over the batch, to which an image adds 0 if the teacher is not sure:
-    of the weak view for ``within``, of the strong view for ``across``.
+    ``within`` is the authors' within-view loss and ``across`` their cross-view loss. Each is a mean
+    over the batch, to which an image adds 0 if the teacher is not confident: about the weak view
+    for ``within``, about the strong view for ``across``.
     """
 
     terms = ("ce", "within", "across")
@@ -51,8 +51,8 @@ class CRLD(TwoViews):
         within = self._divergence(weak, weak) + self._divergence(strong, strong)
         across = self._divergence(strong, weak) + self._divergence(weak, strong)
         return {
-            "within": (within * sure(weak.teacher, self.tau_w)).mean(),
-            "across": (across * sure(strong.teacher, self.tau_s)).mean(),
+            "within": (within * confident(weak.teacher, self.tau_w)).mean(),
+            "across": (across * confident(strong.teacher, self.tau_s)).mean(),
         }
 
     def _divergence(self, of_student: View, of_teacher: View) -> Tensor:

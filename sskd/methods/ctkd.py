@@ -5,7 +5,7 @@ Distillation", AAAI 2023, sections 3.2 and 3.3.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,10 +58,15 @@ class LearnedTemperature(nn.Module):
         self.lowest, self.span = lowest, span
         self.theta = nn.Parameter(torch.ones(()))
 
+    @property
+    def value(self) -> Tensor:
+        """The temperature, a scalar."""
+        return self.lowest + self.span * self.theta.sigmoid()
+
     def forward(self, gradient_factor: Tensor) -> Tensor:
-        """Return the temperature, a scalar; its gradient is multiplied by ``gradient_factor``."""
-        theta: Tensor = _ScaledGradient.apply(self.theta, gradient_factor)
-        return self.lowest + self.span * theta.sigmoid()
+        """Return the temperature; its gradient is multiplied by ``gradient_factor``."""
+        scaled: Tensor = _ScaledGradient.apply(self.value, gradient_factor)
+        return scaled
 
 
 class CTKD(KD):
@@ -69,8 +74,6 @@ class CTKD(KD):
 
     ``temperature`` is the lowest one.
     """
-
-    terms: ClassVar[tuple[str, ...]] = ("ce", "kd")
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class CTKD(KD):
     def loss(self, batch: Batch) -> LossOutput:
         """Return ``ce`` and ``kd``, and the temperature as a metric."""
         terms, metrics = super().loss(batch)
-        temperature = self.learned_temperature(self.progress).detach()
+        temperature = self.learned_temperature.value.detach()
         return LossOutput(terms, {**metrics, "temperature": temperature})
 
     def logit_terms(self, logits: Logits) -> dict[str, Tensor]:

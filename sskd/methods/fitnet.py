@@ -20,13 +20,13 @@ from sskd.settings import Count
 
 
 @in_float32
-def hint_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
-    """Return the mean squared difference of two maps [B, c, h, w], a scalar, float32.
+def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean squared difference of two maps or features of one shape, a scalar, float32.
 
     Equation 3 has a factor of 1/2 and sums over the entries; this has no factor and averages, as
-    in the CRD benchmark. ``student_map`` is the output of the regressor.
+    in the CRD benchmark. ``student`` is the output of the regressor.
     """
-    return F.mse_loss(student_map, teacher_map)
+    return F.mse_loss(student, teacher)
 
 
 class FitNet(KD):

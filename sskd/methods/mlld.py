@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sskd.methods.base import in_float32
 from sskd.methods.kd import kd_loss
+from sskd.methods.low_confidence import low_confidence_shares
 from sskd.methods.networks import Networks
 from sskd.methods.two_views import TwoViews, View
-from sskd.methods.unsure import unsure_shares
 from sskd.schedule import PhaseSettings
 from sskd.settings import Positive
 
@@ -63,7 +63,7 @@ def code_terms(weak: View, strong: View, temperatures: Sequence[float]) -> dict[
     Of the strong views, the instance level has the first three temperatures, and at the others it
     has the weak views once more; the other levels do not enter the loss.
     """
-    images, classes = unsure_shares(weak.teacher)
+    images, classes = low_confidence_shares(weak.teacher)
     first, others = temperatures[:_STRONG], temperatures[_STRONG:]
     of_first, of_others = instance_loss(weak, first), instance_loss(weak, others)
     again = instance_loss(strong, first) + of_others

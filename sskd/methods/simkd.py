@@ -88,7 +88,7 @@ class SimKD(Method):
         self.projector = Projector(student, teacher, reduction)
         self.adapters = (self.projector,)
         classifier = classifier_of(self.teacher, networks.data)
-        # In a tuple it is no module of the method, so checkpoints have its parts once.
+        # A tuple does not register it as a submodule, so checkpoints store its parts only once.
         self._deployed = (ReusedClassifier(self.student, self.projector, classifier),)
 
     @property

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sskd.methods.base import in_float32, unit_vectors
 from sskd.methods.kd import KD, Logits, kd_loss
+from sskd.methods.low_confidence import low_confidence_shares
 from sskd.methods.networks import Networks
-from sskd.methods.unsure import unsure_shares
 from sskd.settings import EARLY, LARGEST, LATE
 
 Variant = Literal["code", "paper"]
@@ -52,10 +52,10 @@ def mahalanobis_length(rows: Tensor, ridge: float) -> Tensor:
 def code_terms(student: Tensor, teacher: Tensor, settings: SKD) -> dict[str, Tensor]:
     """Return the terms as the authors' code computes them, from logits [B, C].
 
-    Masks of unsure images and classes scale the terms by the share of what they keep, as in MLLD,
-    and the Gram matrices are divided by the number of classes.
+    Masks of low-confidence images and classes scale the terms by the share that they keep, as in
+    MLLD, and the Gram matrices are divided by the number of classes.
     """
-    images, classes = unsure_shares(teacher)
+    images, classes = low_confidence_shares(teacher)
     differences = direction_differences(student, teacher) / student.shape[1]
     return {
         "kd": images * kd_loss(student, teacher, settings.temperature),

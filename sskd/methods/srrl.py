@@ -6,19 +6,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sskd.methods.adapters import BatchNorm
-from sskd.methods.base import in_float32
+from sskd.methods.fitnet import hint_loss
 from sskd.methods.kd import KD, Outputs
 from sskd.methods.networks import Networks, classifier_of
-
-
-@in_float32
-def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean over all entries of the squared difference of two tensors of one shape."""
-    return F.mse_loss(student, teacher)
 
 
 class SRRL(KD):
@@ -34,7 +27,7 @@ class SRRL(KD):
             nn.Conv2d(student, teacher, 1, bias=False), BatchNorm(teacher), nn.ReLU()
         )
         self.adapters = (self.connector,)
-        # In a tuple it is no module of the method, so checkpoints do not contain it.
+        # A tuple does not register it as a submodule, so checkpoints do not store it.
         self._classifier = (classifier_of(self.teacher, networks.data),)
 
     def feature_terms(self, outputs: Outputs) -> dict[str, Tensor]:
@@ -42,6 +35,6 @@ class SRRL(KD):
         connected = self.connector(outputs.student.pooled[:, :, None, None]).flatten(1)
         logits = self._classifier[0](connected)
         return {
-            "feature": mean_squared_error(connected, outputs.teacher.pooled),
-            "regression": mean_squared_error(logits, outputs.teacher.logits),
+            "feature": hint_loss(connected, outputs.teacher.pooled),
+            "regression": hint_loss(logits, outputs.teacher.logits),
         }

@@ -11,6 +11,7 @@ from sskd.config import Config
 from sskd.data import Images, Loader
 from sskd.errors import UserError
 from sskd.methods import Phase
+from sskd.optimizers import OPTIMIZERS
 from sskd.schedule import Schedule
 from sskd.settings import Settings
 
@@ -18,10 +19,22 @@ from sskd.settings import Settings
 def check_phase(phase: Phase, config: Config) -> None:
     """Raise UserError if settings of ``phase`` and of ``config`` exclude each other."""
     phase_optimizer(phase, config)
+    _refuse_rate_of_other_optimizer(phase, config)
     if phase.views.strong and config.strong_copies:
         raise UserError(
             f"augmentation={config.augmentation}: method={config.method.name} has strong views of "
             "its own; use augmentation=weak"
+        )
+
+
+def _refuse_rate_of_other_optimizer(phase: Phase, config: Config) -> None:
+    """Raise UserError if ``phase`` has a learning rate that is meant for another optimizer."""
+    lr = phase.schedule.lr if phase.schedule else None
+    name = config.optimizer.name
+    if lr is not None and not OPTIMIZERS[name].published_rates:
+        raise UserError(
+            f"optimizer={name}: method.{phase.name}.lr={lr} is meant for sgd; add "
+            f"method.{phase.name}.lr=null to train the phase at optimizer.lr={config.optimizer.lr}"
         )
 
 

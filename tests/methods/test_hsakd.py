@@ -96,10 +96,18 @@ def test_all_views_and_stages_are_compared(composed: Compose, few_images: Images
     with torch.no_grad():
         found = method.loss(batch).terms
         teacher, student = method.teacher(batch.x), method.student(batch.x)
+        of_teacher = method.teacher_classifiers(teacher.stages)
+        of_student = method.student_classifiers(student.stages)
+        joint = [
+            divergence(t.tolist(), s.tolist(), 3.0)
+            for stage in zip(of_teacher, of_student, strict=True)
+            for t, s in zip(*(each.double() for each in stage), strict=True)
+        ]
         rows = zip(teacher.logits.double(), student.logits.double(), strict=True)
         kl = [divergence(t.tolist(), s.tolist(), 3.0) for t, s in rows]
         ce = -student.logits[::4].double().log_softmax(1)[range(3), batch.y].mean().item()
     assert found["kl_p"].item() == pytest.approx(sum(kl) / 12, rel=1e-4)
+    assert found["kl_q"].item() == pytest.approx(sum(joint) / 12, rel=1e-4)
     assert found["ce"].item() == pytest.approx(ce, rel=1e-4)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Compose
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ import sskd.invocation.resolvers  # noqa: F401  ${by_pair:...}
 from sskd import CONF
 from sskd.data import Batch, Images
 from sskd.errors import UserError
-from sskd.methods import Networks, Outputs
+from sskd.methods import Networks, Outputs, build_method
 from sskd.methods.adapters import BatchNorm
 from sskd.methods.luminet import luminet_loss, perception
 from sskd.methods.networks import last_layers
@@ -207,6 +208,29 @@ def test_reviewkd_equals_its_levels(few_images: Images) -> None:
             fused, mapped = fusion(one, fused, other.shape[2:])
             total += hcl_loss(mapped, other).item()
     assert found.item() == pytest.approx(total)
+
+
+def test_cat_kd_has_the_authors_settings_of_a_pair() -> None:
+    expected = {  # beta, resolution, normalise
+        "resnet56-resnet20": (0.7, 2, False), "wrn_40_2-wrn_40_1": (1.5, 2, False),
+        "vgg13-vgg8": (4.5, 2, False), "vgg13-MobileNetV2": (15, 2, True),
+        "ResNet50-MobileNetV2": (40, 2, True), "wrn_40_2-ShuffleV1": (80, 4, True),
+    }  # fmt: skip
+    for pair, (beta, resolution, normalise) in expected.items():
+        settings = settings_of("cat_kd", pair)
+        assert settings["weights"] == {"ce": 1, "cat": beta}
+        assert (settings["resolution"], settings["normalise"]) == (resolution, normalise)
+
+
+@pytest.mark.parametrize("name", ["luminet", "reviewkd", "dkd"])
+def test_the_main_phase_has_the_warmup_of_the_file(
+    name: str, composed: Compose, few_images: Images
+) -> None:
+    student, teacher = (build_model("resnet8", few_images.num_classes) for _ in range(2))
+    method = build_method(composed(f"method={name}").method, student, teacher, few_images)
+    phase = list(method.phases())[-1]
+    assert set(phase.warmup) == set(method.terms) - {"ce"}
+    assert set(phase.warmup.values()) == {20 / 240}
 
 
 def test_reviewkd_refuses_other_numbers_of_stages(few_images: Images) -> None:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from conftest import Compose
@@ -15,15 +16,17 @@ from faults import SMALL
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from sskd.data import Batch
+from sskd.data import Batch, Images
 from sskd.invocation.resolvers import by_pair
+from sskd.methods import build_method
 from sskd.methods.base import LossOutput, Phase, fault_of_phases
-from sskd.methods.ctkd import LearnedTemperature, learned_kd_loss, reversal
+from sskd.methods.ctkd import CTKD, LearnedTemperature, learned_kd_loss, reversal
 from sskd.methods.dist import correlation_loss
 from sskd.methods.dkd import nckd_rows, other_classes, tckd_rows
-from sskd.methods.kd import Logits, kd_loss, softened_kl
+from sskd.methods.kd import KD, Logits, kd_loss, softened_kl
 from sskd.methods.logits import TRANSFORMS, LogitTransform, standardised
 from sskd.methods.ttm import power_sum, ttm_rows
+from sskd.models import build_model
 from sskd.runs.recipe import diff_from_recipe
 from sskd.train import train
 
@@ -140,6 +143,59 @@ def test_ttm_equals_loops() -> None:
     assert power_sum(certain, 2.0).item() == pytest.approx(1)
 
 
+def built(composed: Compose, images: Images, method: str) -> KD:
+    student, teacher = (build_model("resnet8", images.num_classes) for _ in range(2))
+    found = build_method(composed(f"method={method}").method, student, teacher, images)
+    assert isinstance(found, KD)
+    return found
+
+
+def test_the_terms_of_dist_equal_numpys(composed: Compose, few_images: Images) -> None:
+    both, method = logits(), built(composed, few_images, "dist")
+    student, teacher = (
+        np.array([softmax(row, method.temperature) for row in each]) for each in both[:2]
+    )
+    for name, s, t in (("inter", student, teacher), ("intra", student.T, teacher.T)):
+        mean = np.mean([np.corrcoef(one, other)[0, 1] for one, other in zip(s, t, strict=True)])
+        found = method.logit_terms(both)[name].item()
+        assert found == pytest.approx(method.temperature**2 * (1 - mean), rel=1e-5)
+    assert method.temperature != 1
+
+
+def test_wttm_weights_the_images(composed: Compose, few_images: Images) -> None:
+    both, method = logits(), built(composed, few_images, "wttm")
+    weighted = []
+    for student, teacher in zip(both.student, both.teacher, strict=True):
+        powers = [p ** (1 / method.temperature) for p in softmax(teacher)]
+        transformed = [power / sum(powers) for power in powers]
+        weighted.append(sum(powers) * divergence(transformed, softmax(student)))
+    found = method.logit_terms(both)["wttm"].item()
+    assert found == pytest.approx(sum(weighted) / IMAGES, rel=1e-5)
+
+
+def test_ctkd_trains_its_temperature_against_the_loss(
+    composed: Compose, few_images: Images
+) -> None:
+    both, method = logits(), built(composed, few_images, "ctkd")
+    assert isinstance(method, CTKD)
+    learned = method.learned_temperature
+    slopes: list[Tensor | None] = []
+    for progress in (1 / 240, 1.0):
+        method.progress.fill_(progress)
+        learned.theta.grad = None
+        method.logit_terms(both)["kd"].backward()
+        slopes.append(learned.theta.grad)
+    near = [
+        kd_loss(both.student, both.teacher, learned.value.item() + step).item()
+        for step in (-0.1, 0.1)
+    ]
+    early, late = slopes
+    assert early is not None
+    assert late is not None
+    assert late.item() * (near[1] - near[0]) < 0, "the temperature lowers the loss"
+    assert abs(early.item()) < 0.1 * abs(late.item()), "the reversal has no warmup"
+
+
 def test_the_learned_temperature_makes_the_loss_larger() -> None:
     """A step against the reversed gradient raises the loss; without a reversal it lowers it."""
     both = logits()
@@ -218,10 +274,12 @@ def test_a_setting_by_pair() -> None:
     def value(root: str) -> float:
         config = OmegaConf.create(root)
         assert isinstance(config, DictConfig)
-        return by_pair(8.0, {"a-b": 2.0}, _root_=config)
+        return by_pair(8.0, {"a-b": 2.0, "c": 3.0, "d-c": 1.0}, _root_=config)
 
     assert value("{teacher: {name: a}, student: {name: b}}") == 2
     assert value("{teacher: {name: b}, student: {name: a}}") == 8
+    assert value("{teacher: {name: b}, student: {name: c}}") == 3
+    assert value("{teacher: {name: d}, student: {name: c}}") == 1
     assert value("{teacher: null, student: {name: b}}") == 8
 
 

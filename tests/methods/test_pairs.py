@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from sskd.methods import Outputs, build_method
 from sskd.methods.adapters import conv_regressor
 from sskd.methods.kd import Distillation
 from sskd.methods.networks import Networks, modules_behind, probe_features
+from sskd.methods.simkd import Projector, simkd_loss
 from sskd.models import Features, build_model
 from sskd.teachers.assembly import assemble
 from sskd.train import train
@@ -116,6 +118,19 @@ def test_every_method_takes_or_refuses_every_pair(
             assert all(term.isfinite() for term in terms.values()), (teacher, student)
 
 
+def test_simkd_projects_the_map_of_every_pair(
+    features: dict[str, Features], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constant = partial(nn.init.constant_, val=0.01)
+    monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda weight, **_: constant(weight))
+    for teacher, student in product(LEVELS, LEVELS):
+        own, target = features[student].last_map, features[teacher].last_map
+        with torch.no_grad():
+            projected = Projector(own, target, reduction=2)(own)
+            assert projected.shape[:2] == target.shape[:2]
+            assert simkd_loss(projected, target).isfinite()
+
+
 def test_hsakd_needs_equally_many_stages(
     composed: Compose, networks: dict[str, nn.Module], images: Images
 ) -> None:
@@ -150,6 +165,8 @@ def test_fitnet_takes_any_stage_of_any_pair(
         (("method=fitnet", "method.stage=4"), "method=fitnet wrn_40_2-wrn_16_2: method.stage=4"),
         (("method=vid", "method.variance=1e-6"), "method.variance=1e-06: must be above"),
         (("method=mlld", "augmentation=weak_and_strong"), "has strong views of its own; use aug"),
+        (("method=mlld", "optimizer=adamw"), "add method.distill.lr=null to train the phase at"),
+        (("method=sskd", "optimizer=adamw"), "add method.ss_head.lr=null to train the phase at"),
         (("method=hsakd", "optimizer.momentum=0"), "above 0; change that, or method.nesterov"),
         (("method=hsakd", "teacher.method=hsakd_teacher"), "teacher.epoch=best: method=hsakd"),
         (

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from sskd.data import Batch
 from sskd.methods import METHODS, Method, Networks
+from sskd.methods.low_confidence import share_up_to_median
 from sskd.methods.mlld import code_terms, paper_terms
 from sskd.methods.skd import direction_differences, mahalanobis_length
 from sskd.methods.two_views import View, split_views
-from sskd.methods.unsure import share_up_to_median
 from sskd.models import Features, partial_features
 from sskd.schedule import PhaseSettings, Schedule
+from sskd.training.phase_settings import phase_schedule
 
 IMAGES, CLASSES = 5, 7
 TEMPERATURES = [4.0, 3.0, 5.0, 2.0, 6.0]
@@ -263,12 +264,14 @@ def test_losses_and_gradients_are_finite(
 @pytest.mark.parametrize(
     ("pair", "epochs", "lr"),
     [("vgg13-vgg8", 480, 0.025), ("vgg13-MobileNetV2", 480, 0.01),
-     ("wrn_40_2-ShuffleV1", 480, 0.01), ("resnet32x4-ShuffleV2", 960, 0.01)],
+     ("wrn_40_2-ShuffleV1", 480, 0.01), ("resnet32x4-ShuffleV2", 960, 0.01),
+     ("wrn_40_2-MobileNetV2", 480, 0.005), ("wrn_40_2-ShuffleV2", 480, 0.01)],
 )  # fmt: skip
 def test_mlld_has_the_published_schedule(
     composed: Compose, pair: str, epochs: int, lr: float
 ) -> None:
-    config = composed("method=mlld", f"pair={pair}")
+    teacher, student = pair.split("-")
+    config = composed("method=mlld", f"arch@teacher={teacher}", f"arch@student={student}")
     assert config.schedule.epochs == 240
-    found = Schedule(240, 0.05).phase(config.method.distill)
-    assert found == Schedule(epochs, lr, (150, 180, 210))
+    (phase,) = method_of("mlld", draw(1), draw(2), distill=config.method.distill).phases()
+    assert phase_schedule(phase, config) == Schedule(epochs, lr, (150, 180, 210))

@@ -1,4 +1,4 @@
-"""The masks of unsure images and classes in the authors' code of MLLD and of SKD.
+"""The masks of low-confidence images and classes in the authors' code of MLLD and of SKD.
 
 They multiply a mean instead of its parts, so that only the share of what they keep counts.
 """
@@ -18,7 +18,7 @@ def share_up_to_median(values: Tensor) -> Tensor:
     return (values <= median).float().mean()
 
 
-def unsure_shares(teacher: Tensor) -> tuple[Tensor, Tensor]:
+def low_confidence_shares(teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Return the shares of the images and of the classes that the authors' masks keep.
 
     They are the images with a confidence up to the median, and the classes with a sum of
