@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import bf16_convolutions
 import composing
 import few_digits
 import pytest
@@ -19,6 +20,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from torch import nn
 
 import sskd.train
 import train_student
@@ -35,6 +37,7 @@ from sskd.teachers.find import missing_teacher, run_location
 
 Compose = Callable[..., Config]
 
+bf16_convolutions.install()
 composing.install()
 few_digits.install()
 # More compiler processes would each import torch, while all cores run tests.
@@ -93,6 +96,12 @@ def _no_sync(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def all_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let this process read all 356 test images of the digits, of which other tests have 30."""
     monkeypatch.setitem(SOURCES, "digits", few_digits.ALL)
+
+
+@pytest.fixture
+def pytorchs_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the layers compute in bf16 by the kernels of PyTorch, which are slow on most CPUs."""
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", bf16_convolutions.PYTORCHS)
 
 
 def plan_of(config: Config, digest: str | None = None) -> RunPlan:

@@ -34,6 +34,7 @@ def prepare() -> None:
     for name in MODULES:
         import_module(name)
 
+    import bf16_convolutions
     import composing
     import few_digits
     import torch
@@ -47,6 +48,7 @@ def prepare() -> None:
     from sskd.runs.recipe import recipe
 
     torch.set_num_threads(1)  # a child would wait for OpenMP threads, which do not survive a fork
+    bf16_convolutions.install()
     composing.install()
     few_digits.install()
     with initialize_config_dir(str(CONF), version_base=None):

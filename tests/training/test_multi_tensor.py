@@ -45,6 +45,7 @@ class Scaled(nn.Linear):
         return nn.functional.linear(input, self.weight * (1 + 1e-3))
 
 
+@pytest.mark.usefixtures("pytorchs_convolutions")
 def test_weights_cast_at_once_have_autocasts_gradients() -> None:
     torch.manual_seed(0)
     plain = Two()
