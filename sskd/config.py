@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -172,7 +173,11 @@ def method_settings(name: str) -> type[BaseModel]:
 
     The keyword arguments of its base classes, to which ``**shared`` passes, are included.
     """
-    method = METHODS[name]
+    return _settings_of(METHODS[name])
+
+
+@cache  # pydantic takes 10 ms for a model, and each job of a sweep needs one
+def _settings_of(method: type[Method]) -> type[BaseModel]:
     own: dict[str, Any] = {}
     for kind in reversed(method.__mro__):
         if issubclass(kind, Method):
@@ -198,10 +203,13 @@ def _default(parameter: inspect.Parameter) -> Any:
 
 def config_model(values: Mapping[str, Any]) -> type[Config]:
     """Return ``Config`` with the settings of the method and the optimizer that ``values`` name."""
-    fields: dict[str, Any] = {
-        "method": (method_settings(_choice(values, "method", METHODS)), ...),
-        "optimizer": (OPTIMIZERS[_choice(values, "optimizer", OPTIMIZERS)].settings, ...),
-    }
+    method = method_settings(_choice(values, "method", METHODS))
+    return _config_of(method, OPTIMIZERS[_choice(values, "optimizer", OPTIMIZERS)].settings)
+
+
+@cache
+def _config_of(method: type[BaseModel], optimizer: type[BaseModel]) -> type[Config]:
+    fields: dict[str, Any] = {"method": (method, ...), "optimizer": (optimizer, ...)}
     return create_model("Config", __base__=Config, **fields)
 
 

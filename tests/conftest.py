@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
+import gc
 import os
 import shutil
 import sys
@@ -48,6 +50,13 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 def pytest_xdist_auto_num_workers() -> int:
     """Return one process more than there are cores: some tests wait for a server or a clock."""
     return (os.cpu_count() or 1) + 1
+
+
+def pytest_collection_finish() -> None:
+    """Hide the modules and tests from the garbage collector, which would scan them many times."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # otherwise C++ modules report leaks at exit
 
 
 @pytest.fixture(autouse=True)
