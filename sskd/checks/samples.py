@@ -55,9 +55,12 @@ def loader_of(images: Images, phase: Phase, batch_size: int) -> Loader:
 
 
 @cache
-def fitted_teacher(name: str, images: int) -> nn.Module:
-    """Return a network ``name`` that has learned ``random_images(images, 4)`` in four rotations."""
-    data = random_images(images, 4)
+def fitted_teacher(name: str, images: int, size: int = 32) -> nn.Module:
+    """Return a network ``name`` that has learned ``images`` random images in four rotations.
+
+    They are those of ``random_images(images, 4, size=size)``.
+    """
+    data = random_images(images, 4, size=size)
     torch.manual_seed(0)
     teacher = build_model(name, data.num_classes).train()
     batch = Loader(data.train, data.mean, data.std, batch_size=images, views=Views(4)).next_batch()
