@@ -67,7 +67,7 @@ def unchanged(images: Images) -> Images:
 def test_identical_images_keep_the_weights_finite(
     composed: Compose, method: str, given: Callable[[Images], Images], precision: str
 ) -> None:
-    images = given(random_images(BATCH, 4, classes=3))
+    images = given(random_images(BATCH, 4, classes=3, size=16))
     built, phases = assembled(composed, method, images)
     for phase in phases:
         loader = Loader(images.train, images.mean, images.std, batch_size=BATCH, views=phase.views)
@@ -86,7 +86,7 @@ def silence(network: nn.Module) -> None:
 def test_constant_features_keep_the_weights_finite(
     composed: Compose, method: str, silent: str
 ) -> None:
-    images = random_images(BATCH, 4, classes=3)
+    images = random_images(BATCH, 4, classes=3, size=16)
     built, phases = assembled(composed, method, images)
     for role in ("student", "teacher"):
         if silent in (role, "both") and getattr(built, role, None) is not None:
@@ -98,7 +98,7 @@ def test_constant_features_keep_the_weights_finite(
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_last_batch_of_one_keeps_the_weights_finite(composed: Compose, method: str) -> None:
-    images = random_images(BATCH + 1, 4, classes=3)
+    images = random_images(BATCH + 1, 4, classes=3, size=16)
     built, phases = assembled(composed, method, images)
     for phase in phases:
         loader = Loader(images.train, images.mean, images.std, batch_size=BATCH, views=phase.views)
