@@ -137,11 +137,14 @@ def wait_until(condition: Any, seconds: float = 30.0) -> None:
         time.sleep(0.02)
 
 
-def reporting_run(url: str, runs: Path, *more: str) -> Started:
-    """Start a run that reports to the server at ``url``."""
+def reporting_run(url: str, runs: Path, *more: str, at_start: int = 5, at_end: int = 5) -> Started:
+    """Start a run that reports to the server at ``url``.
+
+    At its start and at its end, it waits at most so many seconds for the server.
+    """
     environment = os.environ | {
         "WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online",
-        "WANDB_INIT_TIMEOUT": "5", "WANDB_FINISH_TIMEOUT": "5",
+        "WANDB_INIT_TIMEOUT": str(at_start), "WANDB_FINISH_TIMEOUT": str(at_end),
     }  # fmt: skip
     environment.pop("WANDB_SERVICE", None)  # set if a test in this process used W&B
     words = ["train_teacher.py", "arch=resnet8", "dataset=digits", "dataset.fraction=0.05"]

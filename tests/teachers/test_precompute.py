@@ -21,6 +21,7 @@ import torch
 from breaking import Undisturbed, check_survives, outcome
 from conftest import Compose, random_images
 from faults import SMALL, Attempt
+from filelock import FileLock
 from stand_in import wait_until
 from torch import Tensor
 
@@ -185,6 +186,30 @@ def kd(runs: Path, *more: str) -> list[str]:
     return overrides(runs, "method=kd", "schedule.epochs=1", "teacher.epochs=1", *more)
 
 
+@pytest.fixture
+def trained(composed: Compose, tmp_path: Path, shared_folder: Path) -> list[str]:
+    """Return the words of the run of ``kd``, which has finished under ``tmp_path``.
+
+    The processes of the tests train it once.
+    """
+    common = shared_folder / "precomputed"
+    with FileLock(f"{common}.lock"):
+        if not common.exists():
+            part = Path(f"{common}.part")
+            sskd.train.train(composed(*kd(part)))
+            part.rename(common)
+    shutil.copytree(common, tmp_path, dirs_exist_ok=True)
+    return kd(tmp_path)
+
+
+@pytest.fixture
+def taught(trained: list[str], tmp_path: Path) -> list[str]:
+    """Return the words of the run of ``kd``, of which only the teacher has been trained."""
+    for kind in ("distill", "phases"):
+        shutil.rmtree(tmp_path / "digits" / kind)
+    return trained
+
+
 def outputs(runs: Path) -> Path:
     (path,) = runs.rglob("outputs.bin")
     return path
@@ -222,11 +247,10 @@ def test_a_run_has_the_losses_of_one_without_the_file(
 
 
 def test_other_students_of_the_teacher_reuse_the_file(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    composed: Compose, taught: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    words = kd(tmp_path)
-    sskd.train.train(composed(*words))
+    sskd.train.train(composed(*taught))
     assert f"{PHASE}: computes" in capsys.readouterr().out
     before = outputs(tmp_path).read_bytes()
 
@@ -235,7 +259,7 @@ def test_other_students_of_the_teacher_reuse_the_file(
 
     monkeypatch.setattr(sskd.teachers.precompute, "_fill", fail)
     for other in ("seed=1", "method.temperature=2", "arch@student=resnet20", "batch_size=8"):
-        sskd.train.train(composed(*words, other))
+        sskd.train.train(composed(*taught, other))
         assert f"{outputs(tmp_path).parent}: reused" in capsys.readouterr().out
     assert outputs(tmp_path).read_bytes() == before
 
@@ -285,21 +309,21 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-def test_the_error_names_a_corrupt_file(composed: Compose, tmp_path: Path) -> None:
-    words = kd(tmp_path)
-    sskd.train.train(composed(*words))
+def test_the_error_names_a_corrupt_file(
+    composed: Compose, trained: list[str], tmp_path: Path
+) -> None:
     path = outputs(tmp_path)
     content = path.read_bytes()
     for damage in DAMAGES.values():
         damage(path)
         with pytest.raises(UserError) as error:
-            sskd.train.train(composed(*words, "seed=1"))
+            sskd.train.train(composed(*trained, "seed=1"))
         assert str(error.value) == (
             f"{path}: is corrupt; delete the folder {path.parent} and rerun the same command"
         )
         path.write_bytes(content)
     shutil.rmtree(path.parent)
-    sskd.train.train(composed(*words, "seed=1"))
+    sskd.train.train(composed(*trained, "seed=1"))
     assert outputs(tmp_path).read_bytes() == content
 
 
@@ -317,28 +341,29 @@ def test_too_small_a_disk_is_reported_at_the_start(
 
 @pytest.mark.parametrize("message", ["CUDA out of memory.", "MPS backend out of memory"])
 def test_too_small_a_device_is_reported(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str
+    composed: Compose, trained: list[str], monkeypatch: pytest.MonkeyPatch, message: str
 ) -> None:
     def full(*_: object) -> None:
         raise RuntimeError(message)
 
     monkeypatch.setattr(sskd.teachers.outputs, "map_rows", full)
-    with pytest.raises(UserError, match=r"outputs, 0\.\d+ GiB, do not fit into the memory of cpu"):
-        sskd.train.train(
-            composed(
-                *overrides(tmp_path, "method=kd", "schedule.epochs=1", "dataset.fraction=0.02")
-            )
-        )
+    expected = r"outputs, 6\.03e-05 GiB, do not fit into the memory of cpu"
+    with pytest.raises(UserError, match=expected):
+        sskd.train.train(composed(*trained, "seed=1"))
 
 
-def test_labels_do_not_change_the_outputs(composed: Compose, tmp_path: Path) -> None:
-    words = kd(tmp_path)
+def test_labels_do_not_change_the_outputs(
+    composed: Compose, taught: list[str], tmp_path: Path
+) -> None:
     for noise in (0.0, 0.3, 0.5):
-        sskd.train.train(composed(*words, f"dataset.label_noise={noise}"))
+        sskd.train.train(composed(*taught, f"dataset.label_noise={noise}"))
     assert outputs(tmp_path)
 
 
-def test_held_out_images_have_no_outputs(composed: Compose, tmp_path: Path) -> None:
+def test_held_out_images_have_no_outputs(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sskd.teachers.precompute, "_outputs", zeros)
     words = kd(tmp_path)
     sskd.train.train(composed(*words, "dataset.fraction=0.05", "dataset.holdout=0.5"))
     assert outputs(tmp_path).stat().st_size == 40 * 162 * 10 * 4
@@ -382,7 +407,7 @@ def stop(words: list[str], composed: Compose, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_process_that_lost_the_folder_stops_writing(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    composed: Compose, taught: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = 5 * 162 * 10 * 4
 
@@ -393,12 +418,12 @@ def test_a_process_that_lost_the_folder_stops_writing(
 
     before_sixth_write(monkeypatch, lose_lease)
     with pytest.raises(BusyError):
-        sskd.train.train(composed(*kd(tmp_path)))
+        sskd.train.train(composed(*taught))
     assert outputs(tmp_path).stat().st_size == written
 
 
 def test_an_image_is_computed_while_the_last_is_written(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    composed: Compose, taught: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But only one: each write waits for the next image, and no image comes before that write."""
     compute, write_at = sskd.teachers.precompute._outputs, sskd.teachers.precompute.write_at
@@ -421,12 +446,12 @@ def test_an_image_is_computed_while_the_last_is_written(
 
     monkeypatch.setattr(sskd.teachers.precompute, "_outputs", counted)
     monkeypatch.setattr(sskd.teachers.precompute, "write_at", slow)
-    sskd.train.train(composed(*kd(tmp_path)))
+    sskd.train.train(composed(*taught))
     assert ahead == [1] + [2] * 9
 
 
 def test_an_error_of_the_writing_thread_ends_the_run(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    composed: Compose, taught: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compute = sskd.teachers.precompute._outputs
 
@@ -437,72 +462,66 @@ def test_an_error_of_the_writing_thread_ends_the_run(
     with monkeypatch.context() as patch:
         patch.setattr(sskd.teachers.precompute, "_outputs", not_finite)
         with pytest.raises(UserError, match=r"for training image 4 \(counting from 0\) are not fi"):
-            sskd.train.train(composed(*kd(tmp_path)))
+            sskd.train.train(composed(*taught))
     assert outputs(tmp_path).stat().st_size == 4 * 162 * 10 * 4
     assert not [one for one in threading.enumerate() if "ThreadPool" in one.name]
 
 
 def test_a_stopped_computation_resumes(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    composed: Compose, trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    words = kd(tmp_path)
-    sskd.train.train(composed(*words))
     undisturbed = outputs(tmp_path).read_bytes()
     shutil.rmtree(outputs(tmp_path).parent)
-    stop([*words, "seed=1"], composed, monkeypatch)
+    stop([*trained, "seed=1"], composed, monkeypatch)
     capsys.readouterr()
-    sskd.train.train(composed(*words, "seed=1"))
+    sskd.train.train(composed(*trained, "seed=1"))
     assert "; 6/10 images are done\n" in capsys.readouterr().out
     assert outputs(tmp_path).read_bytes() == undisturbed
 
 
 def test_a_corrupt_partial_file_is_refused(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    composed: Compose, taught: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = kd(tmp_path)
-    stop(words, composed, monkeypatch)
+    stop(taught, composed, monkeypatch)
     path = outputs(tmp_path)
     content = path.read_bytes()
     for name in ("a bit", "cut", "missing"):
         DAMAGES[name](path)
         with pytest.raises(UserError, match=r"outputs\.bin: is corrupt; delete the folder"):
-            sskd.train.train(composed(*words))
+            sskd.train.train(composed(*taught))
         path.write_bytes(content)
-    sskd.train.train(composed(*words))
+    sskd.train.train(composed(*taught))
 
 
 def test_a_foreign_checkpoint_is_corrupt(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    composed: Compose, taught: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = kd(tmp_path)
-    stop(words, composed, monkeypatch)
+    stop(taught, composed, monkeypatch)
     path = outputs(tmp_path).with_name("last.pt")
     original, content = load_checkpoint(path), outputs(tmp_path).read_bytes()
     common = {name: original[name] for name in ("stage", "lines", "metrics_digest")}
     for state in OTHER_STATES:
         save_checkpoint(path, {**(original if state else common), **state})
         with pytest.raises(UserError, match=r"(last\.pt|bin): is corrupt; delete the folder"):
-            sskd.train.train(composed(*words))
+            sskd.train.train(composed(*taught))
         outputs(tmp_path).write_bytes(content)
 
 
 def test_an_unreadable_file_is_not_called_corrupt(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    composed: Compose, trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = kd(tmp_path)
-    sskd.train.train(composed(*words))
 
     def forbidden(path: Path, *_: int) -> str:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(sskd.teachers.outputs, "_known_digest", forbidden)
     with pytest.raises(PermissionError, match=r"outputs\.bin"):
-        sskd.train.train(composed(*words, "seed=1"))
+        sskd.train.train(composed(*trained, "seed=1"))
 
 
 def test_a_job_frees_its_outputs_before_the_next_loads_them(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    composed: Compose, taught: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[weakref.ref[Tensor]] = []
     map_rows = sskd.teachers.outputs.map_rows
@@ -515,8 +534,7 @@ def test_a_job_frees_its_outputs_before_the_next_loads_them(
 
     monkeypatch.setattr(sskd.teachers.outputs, "map_rows", watched)
     for seed in range(3):
-        words = kd(tmp_path)
-        sskd.train.train(composed(*words, f"seed={seed}"))
+        sskd.train.train(composed(*taught, f"seed={seed}"))
     assert len(loaded) == 3
 
 

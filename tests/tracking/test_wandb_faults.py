@@ -46,7 +46,10 @@ def test_a_server_that_fails_from_the_start(tmp_path: Path, fault: str, message:
     with StandIn(fault) as server:
         if fault == "closed":
             server.close()
-        output = output_of_complete(reporting_run(server.url, tmp_path / "runs"), tmp_path / "runs")
+        # No answer can come, so that there is no need to wait for one.
+        seconds = 5 if fault == "none" else 1
+        run = reporting_run(server.url, tmp_path / "runs", at_start=seconds, at_end=seconds)
+        output = output_of_complete(run, tmp_path / "runs")
     assert message in output
     if fault == "none":
         assert server.lines["wandb-history.jsonl"] == EPOCHS + 1  # with the picture
@@ -56,7 +59,7 @@ def test_a_server_that_fails_from_the_start(tmp_path: Path, fault: str, message:
 def test_a_server_that_fails_in_mid_run(tmp_path: Path, fault: str) -> None:
     runs = tmp_path / "runs"
     with StandIn() as server:
-        run = reporting_run(server.url, runs)
+        run = reporting_run(server.url, runs, at_end=1)  # no answer comes then
         wait_until(lambda: list(runs.rglob("last.pt")))
         server.fault = fault
         if fault == "closed":
