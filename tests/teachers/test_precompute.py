@@ -82,7 +82,7 @@ class Spy:
 def test_a_method_declares_the_teacher_outputs_it_reads(composed: Compose, name: str) -> None:
     if not METHODS[name].needs_teacher:
         pytest.skip("it has no teacher")
-    images = random_images(8, 4)
+    images = random_images(8, 4, size=16)
     pair = ("arch@teacher=resnet14", "arch@student=resnet8")
     method = assemble(composed(f"method={name}", *pair), images)
     read: set[str] = set()
@@ -113,7 +113,7 @@ def test_methods_that_read_only_vectors_can_precompute() -> None:
 def test_rows_equal_what_the_teacher_computes(
     composed: Compose, teacher: str, precision: str
 ) -> None:
-    images = random_images(1, 4)
+    images = random_images(2, 4, size=16)
     pair = (f"arch@teacher={teacher}", "arch@student=resnet8")
     config = composed("method=rkd", *pair, f"precision={precision}", "dataset=digits")
     method = build(config, images)
@@ -138,7 +138,7 @@ def test_rows_equal_what_the_teacher_computes(
 
 @pytest.mark.parametrize("name", PRECOMPUTABLE)
 def test_losses_equal_those_with_the_teacher_itself(composed: Compose, name: str) -> None:
-    images = random_images(8, 4)
+    images = random_images(8, 4, size=16)
     pair = ("arch@teacher=resnet14", "arch@student=resnet8")
     config = composed(f"method={name}", *pair, "dataset=digits")
     method = build(config, images)
