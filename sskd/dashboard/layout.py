@@ -19,7 +19,7 @@ from sskd.dashboard.panels import (
     first_phases,
 )
 from sskd.invocation.names import tool_command
-from sskd.report.published import Published, published_for
+from sskd.report.published import Published, all_published
 
 # Config keys in the form of W&B's filters.
 DATASET, PAIR = ws.Config("dataset.value.name"), ws.Config("pair.value")
@@ -126,21 +126,23 @@ def _grid(name: str, filters: ws.And, panels: Panels, *, hidden: bool) -> wr.Pan
 
 def _published(scope: Scope) -> list[Any]:
     blocks: list[Any] = []
-    for source in published_for(scope.dataset):
+    for source in all_published(scope.dataset):
         for name, pairs in source.tables.items():
             shown = [pair for pair in pairs if pair in scope.pairs]
             if shown:
                 blocks += [wr.H2(f"Published: {name}"), wr.MarkdownBlock(_markdown(source, shown))]
-        blocks += [wr.P(note) for note in source.notes]
+        later = {row for *pair, row in source.later.top1 if tuple(pair) in scope.pairs}
+        blocks += [wr.P(note) for note in (*source.notes, *source.later.notes(later))]
     return blocks
 
 
 def _markdown(source: Published, pairs: Sequence[tuple[str, str]]) -> str:
-    rows = dict.fromkeys(row for *_, row in source.top1)
     header = ["teacher<br>student", *("<br>".join(pair) for pair in pairs)]
     lines = [header, [":---"] + ["---:"] * len(pairs)]
-    for row in rows:
-        found = [source.top1.get((*pair, row)) for pair in pairs]
+    for row in source.all_rows:
+        found = [source.value(pair, row) for pair in pairs]
+        if row in source.later.rows and not any(found):
+            continue
         lines.append([row, *("" if value is None else f"{value:.2f}" for value in found)])
     for rerun in source.reruns:
         texts = [rerun.text(pair) for pair in pairs]

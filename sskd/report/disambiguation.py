@@ -92,11 +92,12 @@ def _labels(name: str, datasets: Sequence[Origin]) -> dict[Origin, str]:
 def _by_epochs(results: Sequence[FinishedRun], warn: Warn) -> list[FinishedRun]:
     """Add the number of epochs to the difference if runs of one setting have several.
 
-    The published experiment's number is not added, so that its values stay beside those runs.
+    The published experiment's number is not added, so that its values stay beside those runs. A
+    number that the method itself replaces does not count.
     """
     found: dict[tuple[str, Settings], set[int]] = {}
     for run in results:
-        if run.epochs is not None:
+        if run.epochs is not None and not _replaces_epochs(run):
             found.setdefault((run.dataset, run.setting), set()).add(run.epochs)
     several = {key: sorted(epochs) for key, epochs in found.items() if len(epochs) > 1}
     for (dataset, setting), epochs in several.items():
@@ -105,10 +106,15 @@ def _by_epochs(results: Sequence[FinishedRun], warn: Warn) -> list[FinishedRun]:
         warn(f"runs of '{dataset}' with {shown} have {numbers} epochs; they are shown separately")
     return [
         replace(run, difference=tuple(sorted((*run.difference, (EPOCHS, str(run.epochs))))))
-        if (run.dataset, run.setting) in several and not _has_published_epochs(run)
+        if (run.dataset, run.setting) in several
+        and not (_has_published_epochs(run) or _replaces_epochs(run))
         else run
         for run in results
     ]
+
+
+def _replaces_epochs(run: FinishedRun) -> bool:
+    return EPOCHS_SETTING in dict(run.departures)
 
 
 def _has_published_epochs(run: FinishedRun) -> bool:

@@ -19,7 +19,6 @@ from sskd.report.published import (
     Published,
     RowKey,
     display_name,
-    is_comparable,
     published_for,
     row_label,
     settings_text,
@@ -104,7 +103,10 @@ class Group:
         return {name: pairs for name, pairs in tables.items() if pairs}
 
     def layout(self, table: str) -> tuple[str, ...]:
-        """Return the rows that ``table`` always shows: those of a published table."""
+        """Return the rows that ``table`` always shows: those of a published table.
+
+        Rows of later methods are shown if there are runs of them.
+        """
         return self.published.rows if self.published and table in self.published.tables else ()
 
     def pair_runs(self, pair: Pair) -> dict[RowKey, list[FinishedRun]]:
@@ -114,8 +116,8 @@ class Group:
         # If the pair has only one teacher from a file, its digest need not set rows apart.
         one_teacher = len({dict(run.variant).get(DIGEST) for run in distilled}) == 1
         for run in distilled:
-            variant = self._variant(run)
-            key = (display_name(run.method), without_digest(variant) if one_teacher else variant)
+            name, variant = self._row_of(run)
+            key = (name, without_digest(variant) if one_teacher else variant)
             rows.setdefault(key, []).append(run)
         split = {key: runs for row, found in rows.items() for key, runs in _by_teacher(row, found)}
         return {key: split[key] for key in sorted(split, key=self.row_order) if split[key]}
@@ -141,7 +143,7 @@ class Group:
     def row_order(self, row: RowKey) -> tuple[int, str, Settings]:
         """Return the key that sorts rows in the published order, other methods after them."""
         name, variant = row
-        rows = self.published.rows if self.published else ROWS
+        rows = self.published.all_rows if self.published else ROWS
         return rows.index(name) if name in rows else len(rows), name, variant
 
     def entry(
@@ -157,14 +159,14 @@ class Group:
         place = (self.dataset, self.setting_title, table, *pair, row_label(row))
         return Entry(*place, self.epoch, *mean_std_n(values), published)
 
-    def _variant(self, run: FinishedRun) -> Settings:
-        """Return the settings that set the run apart from the plain row of its method."""
-        if self.published and self.published.has_settings_of(display_name(run.method), run):
-            return tuple(item for item in run.variant if item[0] == DIGEST)
-        return run.variant
+    def _row_of(self, run: FinishedRun) -> RowKey:
+        """Return the run's row and the settings that set the run apart from others of that row."""
+        if self.published and (row := self.published.row_of(run)):
+            return row, tuple(item for item in run.variant if item[0] == DIGEST)
+        return display_name(run.method), run.variant
 
     def _published_top1(self, pair: Pair, row: RowKey, runs: Iterable[FinishedRun]) -> float | None:
-        if self.published is None or not is_comparable(self.setting):
+        if self.published is None or not self.published.is_comparable(self.setting):
             return None
         name, _ = row
         if row == TEACHER:
@@ -174,7 +176,7 @@ class Group:
             same = row == STUDENT or any(
                 self.published.is_same_experiment(name, run) for run in runs
             )
-        return self.published.top1.get((*pair, name)) if same else None
+        return self.published.value(pair, name) if same else None
 
 
 def build_groups(results: Iterable[FinishedRun], epoch: Epoch) -> Iterator[list[Group]]:
@@ -185,7 +187,7 @@ def build_groups(results: Iterable[FinishedRun], epoch: Epoch) -> Iterator[list[
     for dataset, setting in sorted(by_setting):
         runs = by_setting[dataset, setting]
         scratch_runs = tuple(run for run in runs if run.teacher is None)
-        sources: tuple[Published | None, ...] = published_for(dataset) or (None,)
+        sources: tuple[Published | None, ...] = published_for(dataset, setting) or (None,)
         distilled: list[list[FinishedRun]] = [[] for _ in sources]
         for run in runs:
             if run.teacher is not None:
@@ -216,8 +218,8 @@ def network_entries(
     group: Group, runs: Mapping[RowKey, Sequence[FinishedRun]]
 ) -> dict[RowKey, Entry]:
     """Return the entry of each row of ``network_runs``."""
-    comparable = group.published and is_comparable(group.setting)
-    alone = group.published.alone if group.published and comparable else {}
+    source = group.published
+    alone = source.alone if source and source.is_comparable(group.setting) else {}
     return {
         (name, variant): group.entry(
             NETWORKS_TABLE,
@@ -237,10 +239,13 @@ def mean_std_n(values: Sequence[float]) -> tuple[float, float | None, int]:
 
 
 def _source_index(run: FinishedRun, sources: Sequence[Published | None]) -> int:
-    """Return the index of the first source with the run's settings, or 0."""
-    row = display_name(run.method)
-    matches = (i for i, source in enumerate(sources) if source and source.has_settings_of(row, run))
-    return next(matches, 0)
+    """Return the index of a source with the run's settings, or 0.
+
+    A source with a recipe of its own, which follows the others, has precedence.
+    """
+    found = [i for i, source in enumerate(sources) if source and source.row_of(run)]
+    own = [i for i in found if (source := sources[i]) and source.setting]
+    return next(iter(own or found), 0)
 
 
 def _by_teacher(row: RowKey, runs: list[FinishedRun]) -> Iterator[tuple[RowKey, list[FinishedRun]]]:
@@ -319,6 +324,7 @@ class MissingCell:
 def find_missing(groups: Iterable[Group], unfinished: Iterable[Path]) -> list[MissingCell]:
     """Return the missing cells of the published pairs that have at least one student.
 
+    The sources' own rows count, not those of later methods, which a table shows only with runs.
     A cell is not missing if an absolute folder in ``unfinished`` belongs to its row. The setting
     of that run does not matter, because a folder's name has only a hash of it.
     """

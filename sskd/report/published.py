@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 
-from sskd.errors import UserError
+from sskd.report.later import (
+    CRD_BENCHMARK_LATER,
+    FROM_LAST,
+    SSKD_LATER,
+    TEACHER_EPOCH,
+    LaterMethods,
+    LaterValues,
+    Pair,
+    load_later,
+)
+from sskd.report.published_csv import read_csv
 from sskd.report.results import DIGEST, SHORT_DIGEST, FinishedRun, Settings
 from sskd.runs.weightings import WEIGHTING
 
-Pair = tuple[str, str]  # teacher and student
 # A row: its name, and the settings that set its runs apart from the plain row of that name.
 RowKey = tuple[str, Settings]
 
@@ -28,13 +34,21 @@ ROWS = (
     *("RKD", "PKT", "AB", "FT", "CRD", "SSKD"),
 )
 # Methods that their papers do not write in capitals alone.
-DISPLAY_NAMES = {"fitnet": "FitNet"}
+DISPLAY_NAMES = {
+    "fitnet": "FitNet",
+    "reviewkd": "ReviewKD",
+    "simkd": "SimKD",
+    "cat_kd": "CAT-KD",
+    "luminet": "LumiNet",
+    "ls": "LS+KD",
+    "hsakd_teacher": "HSAKD teacher",
+}
 
 COLUMNS = ("table", "teacher", "student", "row", "top1")
 RERUN_COLUMNS = ("teacher", "student", "by", "top1", "std", "runs")
 # Settings that may differ from the recipe in a comparison with published values.
 COMPARABLE = frozenset({"precision"})
-TEACHER_EPOCH, USUAL_EPOCH = "teacher.epoch", "best"
+USUAL_EPOCH = "best"
 # Points of top-1. The closest two published teachers of one network differ by 0.21.
 SAME_TEACHER = 0.1
 
@@ -69,8 +83,11 @@ class PublishedSource:
         variant: the settings of the method and the teacher that its students changed.
         variant_of: the same by row, for rows with other changes.
         reruns: by row, the file of values that others measured.
-        teachers_of: by row, the file of the teachers of a row that was copied from there.
+        teachers_of: by row, the file of the teachers of a row that was copied from there, or whose
+            own file lists none.
         epochs: the number of epochs of its networks.
+        setting: what all its runs changed in the rest of the recipe.
+        later: the values of later methods with its teachers.
     """
 
     file: str
@@ -81,6 +98,8 @@ class PublishedSource:
     reruns: Mapping[str, str] = field(default_factory=dict)
     teachers_of: Mapping[str, str] = field(default_factory=dict)
     epochs: int = 240
+    setting: Settings = ()
+    later: LaterMethods = field(default_factory=LaterMethods)
 
 
 @dataclass(frozen=True)
@@ -124,6 +143,8 @@ class Published:
         reruns: what others measured.
         epochs: the number of epochs of the networks.
         notes: what a reader must know before comparing.
+        setting: what all runs changed in the recipe, without their method and teacher.
+        later: the values of later methods, which are not in ``rows``, ``tables`` and ``top1``.
     """
 
     name: str
@@ -136,10 +157,34 @@ class Published:
     reruns: tuple[Rerun, ...]
     epochs: int
     notes: tuple[str, ...]
+    setting: Settings
+    later: LaterValues
 
-    def has_settings_of(self, row: str, run: FinishedRun) -> bool:
-        """Return whether ``run`` changed the same settings as the published runs of ``row``."""
-        return self.variants.get(row) == _requested_settings(run)
+    @property
+    def all_rows(self) -> tuple[str, ...]:
+        """The rows, those of later methods last."""
+        return (*self.rows, *self.later.rows)
+
+    def value(self, pair: Pair, row: str) -> float | None:
+        """Return the top-1 of ``row``, which may be a later method's; None if there is none."""
+        return self.top1.get((*pair, row), self.later.top1.get((*pair, row)))
+
+    def is_comparable(self, setting: Settings) -> bool:
+        """Return whether runs of ``setting`` may be compared with these values.
+
+        Only the precision may differ from the published setting. Another schedule, batch size,
+        optimizer or part of the data is another experiment.
+        """
+        return tuple(item for item in setting if item[0] not in COMPARABLE) == self.setting
+
+    def row_of(self, run: FinishedRun) -> str | None:
+        """Return the row whose published runs changed the same settings as ``run``, if any did."""
+        name, requested = display_name(run.method), _requested_settings(run)
+        pair = (run.teacher or "", run.student)
+        for row in (name, *self.later.variants_of(name)):
+            if self.variants.get(row, self.later.settings_of(row, pair)) == requested:
+                return row
+        return None
 
     def has_teacher_of(self, row: str, run: FinishedRun) -> bool:
         """Return whether the run's teacher is, as far as known, the published one of ``row``.
@@ -149,14 +194,14 @@ class Published:
         """
         if DIGEST not in dict(run.variant):
             return True
-        expected = self.teachers[row].get(run.teacher or "")
+        expected = self.teachers.get(row, {}).get(run.teacher or "")
         if expected is None or run.teacher_top1 is None:
             return False
         return abs(run.teacher_top1 - expected) <= SAME_TEACHER
 
     def is_same_experiment(self, row: str, run: FinishedRun) -> bool:
         """Return whether the published value of ``row`` and ``run`` may be compared."""
-        return self.has_settings_of(row, run) and self.has_teacher_of(row, run)
+        return self.row_of(run) == row and self.has_teacher_of(row, run)
 
 
 def _requested_settings(run: FinishedRun) -> Settings:
@@ -173,6 +218,7 @@ def _requested_settings(run: FinishedRun) -> Settings:
     return tuple(sorted(variant.items()))
 
 
+CRD_TEACHERS = "published_crd_benchmark.csv"
 SSKD = PublishedSource(
     "published.csv",
     "",
@@ -188,11 +234,11 @@ SSKD = PublishedSource(
         " repository's vgg13 as the teacher (74.49).",
     ),
     reruns={"SSKD": "published_sskd_reruns.csv"},
-    teachers_of={"KD": "published_crd_benchmark.csv"},
+    teachers_of={"KD": CRD_TEACHERS},
+    later=SSKD_LATER,
 )
-FROM_LAST = ((TEACHER_EPOCH, "last"),)
 CRD_BENCHMARK = PublishedSource(
-    "published_crd_benchmark.csv",
+    CRD_TEACHERS,
     "the CRD benchmark",
     (
         "The CRD benchmark: Tian et al., Contrastive Representation Distillation, ICLR 2020, with"
@@ -202,32 +248,48 @@ CRD_BENCHMARK = PublishedSource(
     ),
     variant=(*FROM_LAST, (WEIGHTING, "crd_benchmark")),
     variant_of={"KD": FROM_LAST},
+    later=CRD_BENCHMARK_LATER,
+)
+SKD = PublishedSource(
+    "published_skd.csv",
+    "SKD's recipe",
+    (
+        "SKD's recipe: Jeong et al., Streamlined Knowledge Distillation, CVPR 2026, with the CRD"
+        " benchmark's teachers. An epoch has two copies of each image, and the learning rate is 0.1"
+        " for all networks. KD gains about as much from this recipe as from a better method: its"
+        " values do not compare with those of other recipes.",
+    ),
+    variant=FROM_LAST,
+    teachers_of=dict.fromkeys(("KD", "DKD", "SKD"), CRD_TEACHERS),
+    setting=(
+        ("augmentation", "weak_and_strong"),
+        ("optimizer.lr", "0.1"),
+        ("optimizer.weight_decay", "4e-05"),
+    ),
 )
 # Runs that match no source's settings are shown with the first source of their dataset.
-SOURCES = {"cifar100": (SSKD, CRD_BENCHMARK)}
-
-
-def is_comparable(setting: Settings) -> bool:
-    """Return whether runs of ``setting`` may be compared with published values.
-
-    Only the precision may differ from the recipe. Another schedule, batch size, optimizer or part
-    of the data is another experiment.
-    """
-    return all(key in COMPARABLE for key, _ in setting)
+SOURCES = {"cifar100": (SSKD, CRD_BENCHMARK, SKD)}
 
 
 @functools.cache
-def published_for(dataset: str) -> tuple[Published, ...]:
+def published_for(dataset: str, setting: Settings = ()) -> tuple[Published, ...]:
     """Return the published values for ``dataset`` by source; an empty tuple if there are none.
 
     For CIFAR-100 they are the two tables each of Xu et al., Knowledge Distillation Meets
     Self-Supervision, ECCV 2020, and of the CRD benchmark: ``similar`` (teacher and student of
     one family) and ``cross`` (of two). The rows ``teacher`` and ``student`` are networks trained
-    from scratch, the others are the student distilled by that method.
+    from scratch, the others are the student distilled by that method. A source with a recipe of
+    its own follows if runs of ``setting`` may be compared with it.
 
     Raises:
         UserError: a CSV file of the package is malformed.
     """
+    sources = all_published(dataset)
+    return tuple(each for each in sources if not each.setting or each.is_comparable(setting))
+
+
+def all_published(dataset: str) -> tuple[Published, ...]:
+    """Return the published values for ``dataset`` of all sources, whatever their recipe."""
     return tuple(_load(source) for source in SOURCES.get(dataset, ()))
 
 
@@ -242,6 +304,7 @@ def _load(source: PublishedSource) -> Published:
         top1[(*pair, line["row"])] = float(line["top1"])
     rows = tuple(dict.fromkeys(line["row"] for line in lines))
     teachers = _from_scratch(lines, TEACHER_ROW)
+    later = load_later(source.later)
     listed = ", ".join(f"{name} {top1:.2f}" for name, top1 in teachers.items())
     return Published(
         name=source.name,
@@ -254,7 +317,7 @@ def _load(source: PublishedSource) -> Published:
             for row in rows
             if row not in (TEACHER_ROW, STUDENT_ROW)
         },
-        teachers=dict.fromkeys(rows, teachers)
+        teachers=dict.fromkeys((*rows, *later.rows), teachers)
         | {
             row: _from_scratch(_read_tables(file), TEACHER_ROW)
             for row, file in source.teachers_of.items()
@@ -262,6 +325,8 @@ def _load(source: PublishedSource) -> Published:
         reruns=_load_reruns(source),
         epochs=source.epochs,
         notes=tuple(note.format(teachers=listed) for note in source.notes),
+        setting=source.setting,
+        later=later,
     )
 
 
@@ -283,58 +348,3 @@ def _load_reruns(source: PublishedSource) -> tuple[Rerun, ...]:
 
 def _read_tables(file: str) -> list[dict[str, str]]:
     return read_csv(file, COLUMNS, ("teacher", "student", "row"))
-
-
-def read_csv(
-    file: str,
-    columns: Sequence[str],
-    key: Sequence[str],
-    numbers: Sequence[str] = ("top1",),
-    optional: Collection[str] = (),
-) -> list[dict[str, str]]:
-    """Return the lines of the CSV ``file`` beside this module, by column.
-
-    Args:
-        columns: the header.
-        key: the columns that no two lines have in common.
-        numbers: the columns of numbers above 0 and up to 100.
-        optional: the columns that may be empty.
-
-    Raises:
-        UserError: a line is malformed; the message has its number.
-    """
-    path = resources.files(__package__).joinpath(file)
-    lines: dict[tuple[str, ...], dict[str, str]] = {}
-    number = 0
-    try:
-        rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline=""), strict=True)
-        for number, row in enumerate(rows, start=1):
-            if number == 1:
-                _require(row == list(columns), f"should be {','.join(columns)}")
-                continue
-            line = _check_line(row, columns, numbers, optional)
-            found = tuple(line[name] for name in key)
-            _require(found not in lines, f"{', '.join(found)} has a value already")
-            lines[found] = line
-        _require(bool(lines), "has no values")
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path}, line {number}: {error}; reinstall the package") from None
-    return list(lines.values())
-
-
-def _check_line(
-    row: Sequence[str], columns: Sequence[str], numbers: Sequence[str], optional: Collection[str]
-) -> dict[str, str]:
-    _require(len(row) == len(columns), f"has {len(row)} columns, not {len(columns)}")
-    line = dict(zip(columns, row, strict=True))
-    missing = [key for key in columns if not line[key] and key not in optional]
-    _require(not missing, f"has no {', '.join(missing)}")
-    for name in numbers:
-        valid = not line[name] or 0 < float(line[name]) <= 100
-        _require(valid, f"{name} is {line[name]}, not from 0 to 100")
-    return line
-
-
-def _require(condition: bool, otherwise: str) -> None:
-    if not condition:
-        raise ValueError(otherwise)

@@ -19,7 +19,6 @@ from sskd.report.published import (
     SAME_TEACHER,
     Pair,
     RowKey,
-    is_comparable,
     row_label,
     settings_text,
 )
@@ -109,7 +108,8 @@ def build_tables(results: Iterable[FinishedRun], epoch: Epoch) -> list[Table]:
         if runs := network_runs(groups[0], shown):
             found.append(_networks_table(groups[0], runs))
         last = max(index for index, table in enumerate(found) if table.entries)
-        found[last] = replace(found[last], notes=_notes(groups))
+        compared = [e for each in found for e in each.entries if e.published is not None]
+        found[last] = replace(found[last], notes=_notes(groups, compared))
         tables += found
     return _notes_once(tables)
 
@@ -125,13 +125,17 @@ def _notes_once(tables: list[Table]) -> list[Table]:
     return found[::-1]
 
 
-def _notes(groups: list[Group]) -> tuple[str, ...]:
+def _notes(groups: list[Group], compared: Iterable[Entry]) -> tuple[str, ...]:
+    """Return the notes of ``groups``; ``compared`` are their entries with published values."""
     sources = [group.published for group in groups if group.published and group.distilled]
     if not sources and groups[0].published:
         sources = [groups[0].published]
     notes = [LEGEND]
-    if sources and is_comparable(groups[0].setting):
-        notes += [PUBLISHED_LEGEND, *(note for source in sources for note in source.notes)]
+    comparable = [source for source in sources if source.is_comparable(groups[0].setting)]
+    if comparable:
+        rows = {entry.row.partition(" (")[0] for entry in compared}
+        notes.append(PUBLISHED_LEGEND)
+        notes += (n for source in comparable for n in (*source.notes, *source.later.notes(rows)))
     elif sources:
         notes.append(INCOMPARABLE_LEGEND)
     if any(group.distilled for group in groups):
