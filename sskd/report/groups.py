@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sskd.config import ALONE
+from sskd.report.later import TEACHER_METHOD
 from sskd.report.published import (
     KD,
     ROWS,
@@ -206,11 +208,16 @@ def build_groups(results: Iterable[FinishedRun], epoch: Epoch) -> Iterator[list[
 
 
 def network_runs(group: Group, shown: Iterable[str]) -> dict[RowKey, list[FinishedRun]]:
-    """Return the runs from scratch by network, without the plain ones of the networks ``shown``."""
+    """Return the runs from scratch by network, without the plain ones of the networks ``shown``.
+
+    A network that another method than ``ALONE`` trained has a row of its own.
+    """
     rows: dict[RowKey, list[FinishedRun]] = {}
     for run in group.scratch_runs:
-        if run.variant or run.student not in shown:
-            rows.setdefault((run.student, run.variant), []).append(run)
+        how = () if run.method == ALONE else (("method", run.method),)
+        variant = (*how, *run.variant)
+        if variant or run.student not in shown:
+            rows.setdefault((run.student, variant), []).append(run)
     return {key: rows[key] for key in sorted(rows)}
 
 
@@ -271,14 +278,18 @@ def _teacher_top1(group: Group, pair: Pair) -> list[float]:
 
 
 def _students_of_untrained_teacher(group: Group, pair: Pair) -> list[FinishedRun]:
-    """Return the pair's students if its teacher was not trained in this setting."""
+    """Return the pair's students if its teacher was not trained in this setting.
+
+    Students whose teacher another method trained are left out: that is another teacher.
+    """
     if _plain_runs(group.scratch_runs, pair[0]):
         return []
-    return [run for run in group.distilled if (run.teacher, run.student) == pair]
+    students = [run for run in group.distilled if (run.teacher, run.student) == pair]
+    return [run for run in students if TEACHER_METHOD not in dict(run.variant)]
 
 
 def _plain_runs(runs: Iterable[FinishedRun], network: str) -> list[FinishedRun]:
-    return [run for run in runs if run.student == network and not run.variant]
+    return [run for run in runs if (run.student, run.method, run.variant) == (network, ALONE, ())]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from sskd.report.results import Settings
 
 Pair = tuple[str, str]  # teacher and student
 
-TEACHER_EPOCH = "teacher.epoch"
+TEACHER_EPOCH, TEACHER_METHOD = "teacher.epoch", "teacher.method"
 FROM_LAST = ((TEACHER_EPOCH, "last"),)
 COLUMNS = ("teacher", "student", "row", "top1", "by")
 
@@ -25,6 +25,7 @@ class LaterMethods:
         variant: the settings of the method and the teacher that their students changed.
         variant_of: the same by row, for rows with other changes.
         variant_of_pair: the same by teacher, student and row, for pairs with other changes.
+        without_values: the rows of further methods whose runs with ``variant`` stand beside these.
         base_of: by row that is a variant of another, the name of that method's row.
         remarks: what a reader must know before comparing, with the rows that this concerns.
     """
@@ -34,6 +35,7 @@ class LaterMethods:
     variant: Settings = ()
     variant_of: Mapping[str, Settings] = field(default_factory=dict)
     variant_of_pair: Mapping[tuple[str, str, str], Settings] = field(default_factory=dict)
+    without_values: tuple[str, ...] = ()
     base_of: Mapping[str, str] = field(default_factory=dict)
     remarks: tuple[tuple[str, frozenset[str]], ...] = ()
 
@@ -53,8 +55,8 @@ class LaterValues:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """The rows in the order of publication."""
-        return tuple(self.reporters)
+        """The rows in the order of publication, those without values last."""
+        return (*self.reporters, *self.methods.without_values)
 
     def variants_of(self, name: str) -> Iterator[str]:
         """Yield the rows that are variants of the method whose row is ``name``."""
@@ -62,7 +64,7 @@ class LaterValues:
 
     def settings_of(self, row: str, pair: Pair) -> Settings | None:
         """Return the settings that the runs of ``row`` changed; None if it is no later row."""
-        if row not in self.reporters:
+        if row not in self.rows:
             return None
         own = self.methods.variant_of.get(row, self.methods.variant)
         return self.methods.variant_of_pair.get((*pair, row), own)
@@ -75,8 +77,8 @@ class LaterValues:
                 reported.setdefault(by, []).append(row)
         if not reported:
             return
-        listed = "; ".join(f"{', '.join(found)} by {by}" for by, found in reported.items())
-        yield f"Published later, with {self.methods.teachers} teachers: {listed}."
+        listed = "; ".join(f"{', '.join(found)} ({by})" for by, found in reported.items())
+        yield f"Published later, with {self.methods.teachers} teachers, by whom: {listed}."
         yield from (text for text, about in self.methods.remarks if not about.isdisjoint(rows))
 
 
@@ -105,13 +107,13 @@ def _ls_mlld(weight: float) -> Settings:
 SSKD_LATER = LaterMethods(
     "published_hsakd.csv",
     "SSKD's",
-    variant_of={"HSAKD*": (*FROM_LAST, ("teacher.method", "hsakd_teacher"))},
+    variant_of={"HSAKD*": (*FROM_LAST, (TEACHER_METHOD, "hsakd_teacher"))},
     base_of={"HSAKD*": "HSAKD"},
     remarks=(
         (
-            "HSAKD reports the best epoch on the test set, mean of three runs. HSAKD*'s teacher was"
-            " trained together with its classifiers, which raises its own accuracy by about 4"
-            " points.",
+            "HSAKD reports the best epoch on the test set (--best), mean of three runs. The teacher"
+            " of HSAKD* was trained together with its classifiers, which raises its own accuracy by"
+            " about 4 points.",
             frozenset({"HSAKD", "HSAKD*"}),
         ),
     ),
@@ -120,6 +122,7 @@ CRD_BENCHMARK_LATER = LaterMethods(
     "published_later.csv",
     "the CRD benchmark's",
     variant=FROM_LAST,
+    without_values=("SRRL", "CAT-KD", "CRLD", "SKD"),
     variant_of={"LS+MLLD": _ls_mlld(9.0)},
     variant_of_pair={
         (*pair, "LS+MLLD"): _ls_mlld(6.0)
@@ -128,9 +131,9 @@ CRD_BENCHMARK_LATER = LaterMethods(
     base_of={"LS+MLLD": "MLLD"},
     remarks=(
         (
-            "LS+KD and LS+MLLD report the best epoch on the test set: for resnet32x4-resnet8x4, the"
-            " logs of LS's authors have 76.66 and 78.28 there, and 76.28 and 78.17 at the last"
-            " epoch.",
+            "LS+KD and LS+MLLD report the best epoch on the test set (--best): for"
+            " resnet32x4-resnet8x4, the logs of LS's authors have 76.66 and 78.28 there, and 76.28"
+            " and 78.17 at the last epoch.",
             frozenset({"LS+KD", "LS+MLLD"}),
         ),
         (

@@ -162,8 +162,8 @@ class Published:
 
     @property
     def all_rows(self) -> tuple[str, ...]:
-        """The rows, those of later methods last."""
-        return (*self.rows, *self.later.rows)
+        """The rows: the networks alone first, later methods last."""
+        return tuple(dict.fromkeys((TEACHER_ROW, STUDENT_ROW, *self.rows, *self.later.rows)))
 
     def value(self, pair: Pair, row: str) -> float | None:
         """Return the top-1 of ``row``, which may be a later method's; None if there is none."""
