@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sskd.config import ALONE
 from sskd.report.later import TEACHER_METHOD
 from sskd.report.published import (
     KD,
@@ -28,6 +27,8 @@ from sskd.report.published import (
 from sskd.report.results import DIGEST, Epoch, FinishedRun, Settings, without_digest
 
 NETWORKS_TABLE = "networks"
+# That of sskd.config, which would import torch.
+ALONE = "vanilla"
 GAIN_LEGEND = (
     "Gain: the method's mean top-1 minus the mean of the student alone, or of KD, in points. Error"
     " bars: one standard deviation of that difference, the root of the sum of both sample"

@@ -62,7 +62,7 @@ class LaterValues:
         """Yield the rows that are variants of the method whose row is ``name``."""
         return (row for row, base in self.methods.base_of.items() if base == name)
 
-    def settings_of(self, row: str, pair: Pair) -> Settings | None:
+    def changes_of(self, row: str, pair: Pair) -> Settings | None:
         """Return the settings that the runs of ``row`` changed; None if it is no later row."""
         if row not in self.rows:
             return None

@@ -182,7 +182,7 @@ class Published:
         name, requested = display_name(run.method), _requested_settings(run)
         pair = (run.teacher or "", run.student)
         for row in (name, *self.later.variants_of(name)):
-            if self.variants.get(row, self.later.settings_of(row, pair)) == requested:
+            if self.variants.get(row, self.later.changes_of(row, pair)) == requested:
                 return row
         return None
 

@@ -225,7 +225,7 @@ def test_the_report_has_the_published_values(
         ]
 
     # Xu et al., ECCV 2020: SSKD's row of wrn_40_2 to wrn_16_2, and of vgg13 to vgg8.
-    similar, *_ = published("--pairs", "wrn_40_2-wrn_16_2", "vgg13-vgg8")
+    similar, benchmark, recipe = published("--pairs", "wrn_40_2-wrn_16_2", "vgg13-vgg8")
     assert similar[0] == ["teacher<br>student", "wrn_40_2<br>wrn_16_2", "vgg13<br>vgg8"]
     assert ["SSKD", "76.04", "75.33"] in similar
     assert ["student", "73.64", "70.68"] in similar
@@ -233,6 +233,12 @@ def test_the_report_has_the_published_values(
     assert similar.index(["SSKD", "76.04", "75.33"]) < similar.index(
         ["SSKD, HSAKD's authors (3), re-run", "76.16 ± 0.17", ""]
     )
+    assert ["ReviewKD", "76.12", "74.85"] in benchmark
+    assert ["SKD", "76.60", "75.75"] in recipe
+    # Later methods without a value for the pair have no row.
+    _, benchmark = published("--pairs", "ResNet50-vgg8")
+    assert ["DKD", "75.34"] in benchmark
+    assert not any(name == "ReviewKD" for name, _ in benchmark)
     assert published("--pairs", "resnet14-resnet8") == []
     assert published("--dataset", "digits") == []
 
