@@ -36,6 +36,17 @@ from sskd.train import train
 RUN = ("dataset=digits", "arch@teacher=resnet8", "arch@student=resnet8", "seed=3")
 
 
+@pytest.fixture(autouse=True)
+def _build_models_again() -> Iterator[None]:
+    """Forget the models of settings before a test and after it, because it replaces classes."""
+    caches = (sskd.config._settings_of, sskd.config._config_of)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
 class LaterKD(KD):
     def __init__(self, *networks: Any, sharpness: Positive = 1.0, **shared: Any) -> None:
         super().__init__(*networks, **shared)
