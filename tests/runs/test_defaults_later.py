@@ -36,14 +36,13 @@ from sskd.train import train
 RUN = ("dataset=digits", "arch@teacher=resnet8", "arch@student=resnet8", "seed=3")
 
 
-@pytest.fixture(autouse=True)
-def _build_models_again() -> Iterator[None]:
-    """Forget the models of settings before a test and after it, because it replaces classes."""
-    caches = (sskd.config._settings_of, sskd.config._config_of)
-    for cached in caches:
-        cached.cache_clear()
-    yield
-    for cached in caches:
+def forget_settings() -> None:
+    """Let the settings and their defaults be built again, of other classes than before."""
+    for cached in (
+        sskd.runs.recipe.defaults_of,
+        sskd.config._settings_of,
+        sskd.config._config_of,
+    ):
         cached.cache_clear()
 
 
@@ -129,11 +128,11 @@ def upgrade(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
 
     def add_setting(kind: str) -> None:
         LATER[kind][0](monkeypatch)
-        sskd.runs.recipe.defaults_of.cache_clear()
+        forget_settings()
 
     yield add_setting
     monkeypatch.undo()
-    sskd.runs.recipe.defaults_of.cache_clear()
+    forget_settings()
 
 
 def words_of(kind: str) -> tuple[str, ...]:
@@ -217,7 +216,7 @@ def test_a_student_finds_its_teacher(
     write_run(teacher_config(composed(*words_of(kind))), "result.json", '{"digest": {"best": "0"}}')
     upgrade(kind)
     monkeypatch.setitem(METHODS, "vanilla", LaterVanilla)
-    sskd.runs.recipe.defaults_of.cache_clear()
+    forget_settings()
     found = find_teacher(composed(*words_of(kind)))
     assert found is not None
     assert found.digest == "0"
@@ -283,12 +282,12 @@ def test_a_missing_setting_counts_as_the_recipes_value(
 
     monkeypatch.setattr(sskd.config, "Config", Required)
     monkeypatch.setattr(sskd.runs.recipe, "_compose", with_ema)
-    sskd.runs.recipe.defaults_of.cache_clear()
+    forget_settings()
     same, other = (parse_config({**old.model_dump(), "ema": ema}) for ema in (0.25, 0.5))
     assert Run(folder_of(old), full_config(same)).finished(RunResult) == RunResult()
     with pytest.raises(UserError, match=r"ema \(0.25 there, 0.5 here\)"):
         Run(folder_of(old), full_config(other)).finished(RunResult)
-    sskd.runs.recipe.defaults_of.cache_clear()
+    forget_settings()
 
 
 @pytest.mark.parametrize("missing", ["method.name", "student.name", "seed", "method.weights.kd"])
@@ -318,5 +317,5 @@ def test_a_later_version_trains_no_finished_run_again(
         if "phase" not in kind:
             LATER[kind][0](monkeypatch)
     monkeypatch.setitem(METHODS, "vanilla", LaterVanilla)
-    sskd.runs.recipe.defaults_of.cache_clear()
+    forget_settings()
     assert train(composed(*words)) == result
