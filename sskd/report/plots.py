@@ -110,28 +110,31 @@ def draw_curves(title: str, rows: Sequence[RowKey], curves: Mapping[RowKey, Curv
     """Return top-1 by epoch, over all epochs and over the last quarter, a line for each row.
 
     ``rows`` are all rows of the group, so that a row has the same line in the figure of each pair.
+    The last quarters of runs with different numbers of epochs are drawn by the share of the epochs.
     """
     figure = new_figure(title, 13, 4.8)
     whole, end = figure.subplots(1, 2, width_ratios=(3, 2))
     right = 1.6 + CHARACTER_WIDTH * longest_label(curves)
     set_margins(figure, left=0.6, right=right, bottom=0.55)
     figure.subplots_adjust(wspace=0.12)
-    last = max(curve.epochs[-1] for curve in curves.values())
+    lengths = {curve.epochs[-1] for curve in curves.values()}
+    last, unit = (max(lengths), "epoch") if len(lengths) == 1 else (100, "% of the run's epochs")
     shown = []
     for row, curve in curves.items():
-        for axes in (whole, end):
-            _draw_curve(axes, curve, *line_style(rows.index(row)))
-        points = zip(curve.epochs, curve.mean, strict=True)
-        shown += [curve.mean[-1], *(top1 for epoch, top1 in points if epoch >= 0.75 * last)]
+        places = [epoch * last / curve.epochs[-1] for epoch in curve.epochs]
+        for axes, at in ((whole, curve.epochs), (end, places)):
+            _draw_curve(axes, curve, *line_style(rows.index(row)), at=at)
+        points = zip(places, curve.mean, strict=True)
+        shown += [curve.mean[-1], *(top1 for place, top1 in points if place >= 0.75 * last)]
     margin = 0.05 * (max(shown) - min(shown)) + 0.1
     end.set_ylim(min(shown) - margin, max(shown) + margin)
     end.set_xlim(0.75 * last, last)
-    whole.set_xlim(0, last)
+    whole.set_xlim(0, max(lengths))
     whole.set_title("all epochs", loc="left")
     end.set_title("the last quarter", loc="left")
     whole.set_ylabel("top-1 on the test set, %")
-    for axes in (whole, end):
-        axes.set_xlabel("epoch")
+    for axes, label in ((whole, "epoch"), (end, unit)):
+        axes.set_xlabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _label_ends(end, rows, curves)
     return figure
@@ -169,13 +172,16 @@ def draw_losses(
     return figure
 
 
-def _draw_curve(axes: Axes, curve: Curve, color: str, dashes: Any = "-") -> None:
-    marker = "o" if len(curve.epochs) == 1 else None  # a line of a single point is invisible
-    axes.plot(curve.epochs, curve.mean, color=color, ls=dashes, lw=1.4, marker=marker)
+def _draw_curve(
+    axes: Axes, curve: Curve, color: str, dashes: Any = "-", *, at: Sequence[float] | None = None
+) -> None:
+    places = curve.epochs if at is None else at
+    marker = "o" if len(places) == 1 else None  # a line of a single point is invisible
+    axes.plot(places, curve.mean, color=color, ls=dashes, lw=1.4, marker=marker)
     if any(curve.std):
         low = [mean - std for mean, std in zip(curve.mean, curve.std, strict=True)]
         high = [mean + std for mean, std in zip(curve.mean, curve.std, strict=True)]
-        axes.fill_between(curve.epochs, low, high, color=color, alpha=0.18, linewidth=0)
+        axes.fill_between(places, low, high, color=color, alpha=0.18, linewidth=0)
 
 
 def _draw_terms(

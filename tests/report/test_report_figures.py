@@ -28,8 +28,8 @@ from sskd.report.figures import (
 )
 from sskd.report.groups import pair_gains
 from sskd.report.metrics import read_metrics
-from sskd.report.plots import avoid_overlap
-from sskd.report.published import KD, STUDENT
+from sskd.report.plots import Curve, avoid_overlap, draw_curves
+from sskd.report.published import KD, STUDENT, RowKey
 from sskd.report.report import read_report
 
 PAIR = ("resnet56", "resnet20")
@@ -85,6 +85,17 @@ def test_curves_are_means_over_seeds_by_epoch(tmp_path: Path) -> None:
     assert curve.mean == (15.0, 20.0, 30.0)
     # 10 and 20: squared deviations 25 + 25 over n - 1 = 1; the third epoch has one run.
     assert list(curve.std) == pytest.approx([math.sqrt(50), 0.0, 0.0])
+
+
+def test_the_last_quarter_shows_shorter_runs_too(tmp_path: Path) -> None:
+    curves: dict[RowKey, Curve] = {
+        KD: Curve((1, 2, 3, 4), (10.0, 20.0, 30.0, 31.0), (0.0,) * 4),
+        ("MLLD", ()): Curve((1, 8), (15.0, 35.0), (0.0,) * 2),
+    }
+    _, end = axes = draw_curves("title", list(curves), curves).axes
+    places = [[np.asarray(line.get_xdata()).tolist() for line in each.lines[:2]] for each in axes]
+    assert places == [[[1, 2, 3, 4], [1, 8]], [[25, 50, 75, 100], [12.5, 100]]]
+    assert (end.get_xlim(), end.get_xlabel()) == ((75, 100), "% of the run's epochs")
 
 
 def test_loss_curves_count_epochs_through_all_phases(tmp_path: Path) -> None:

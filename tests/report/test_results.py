@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from sskd.report.published import display_name
+
 ROOT = Path(__file__).parents[2]
 # By sweep: the number of epochs, and the rows that have three seeds.
 SWEEPS = {
@@ -108,3 +110,49 @@ def test_the_first_rows_have_all_seeds(sweep: str) -> None:
     for row, folders in runs(sweep).items():
         seeds = [of_result(each, "seed") for each in folders]
         assert sorted(seeds) == ([0, 1, 2] if row in several else [0])
+
+
+def later_runs() -> dict[str, list[Path]]:
+    """Return the folders of the later methods' runs by row, in the order of the seeds."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted((ROOT / "results/runs/later/cifar100").glob("[ds]*/**/result.json")):
+        method = of_result(path.parent, "method")
+        row = "alone" if method == "vanilla" else display_name(method)
+        found.setdefault(row, []).append(path.parent)
+    return found
+
+
+def terms_of(folder: Path) -> str:
+    """Return each unweighted term of the last phase in its first epoch and in its last."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = (line for line in lines if line["stage"] == lines[-1]["stage"])
+    names = [key for key in first if key.startswith("loss/")]
+    return "; ".join(
+        f"{name.removeprefix('loss/')} {first[name]:.4g} → {last[name]:.4g}" for name in names
+    )
+
+
+def test_the_table_of_later_methods_equals_the_metrics() -> None:
+    heading = "## The later methods on a tenth of the images"
+    _, *rows = table("results/README.md", heading, "resnet20")
+    reached = later_runs()
+    assert {row[0] for row in rows} == set(reached)
+    for name, top1, passes, agreement, terms in rows:
+        folders = reached[name]
+        values = [of_result(each, "top1")["last"] for each in folders]
+        assert top1 == f"{mean_std(values)} ({len(values)})"
+        assert passes == str(of_result(folders[0], "passes"))
+        if name != "alone":
+            agreed = statistics.mean(of_result(each, "agreement") for each in folders)
+            assert agreement == f"{agreed:.2f} %"
+        assert terms == terms_of(folders[0])
+
+
+def test_the_terms_of_later_methods_fall() -> None:
+    for name, folders in later_runs().items():
+        for folder in folders:
+            for term in terms_of(folder).split("; "):
+                first, last = map(float, re.findall(r"\S+(?= →)|(?<=→ )\S+", term))
+                assert last < first, (name, term)
+            # Guesses reach 1 % with a standard deviation of 0.1 points.
+            assert of_result(folder, "top1")["last"] > 2, name
