@@ -271,7 +271,6 @@ SKD = PublishedSource(
 SOURCES = {"cifar100": (SSKD, CRD_BENCHMARK, SKD)}
 
 
-@functools.cache
 def published_for(dataset: str, setting: Settings = ()) -> tuple[Published, ...]:
     """Return the published values for ``dataset`` by source; an empty tuple if there are none.
 
@@ -288,6 +287,7 @@ def published_for(dataset: str, setting: Settings = ()) -> tuple[Published, ...]
     return tuple(each for each in sources if not each.setting or each.is_comparable(setting))
 
 
+@functools.cache
 def all_published(dataset: str) -> tuple[Published, ...]:
     """Return the published values for ``dataset`` of all sources, whatever their recipe."""
     return tuple(_load(source) for source in SOURCES.get(dataset, ()))

@@ -12,6 +12,7 @@ from sskd.data import Images, Loader
 from sskd.errors import UserError
 from sskd.methods import Phase
 from sskd.optimizers import OPTIMIZERS
+from sskd.overrides import flatten
 from sskd.schedule import Schedule
 from sskd.settings import Settings
 
@@ -102,10 +103,9 @@ def departures_of(phase: Phase, config: Config) -> dict[str, Any]:
 
 def departures_note(phase: Phase, config: Config) -> str:
     """Return ``, with key=value instead of value, ...`` for what ``phase`` replaces, or ""."""
-    run = config.model_dump(include={"optimizer", "schedule"})
+    run = flatten(config.model_dump(include={"optimizer", "schedule"}))
     texts = [
-        f"{key}={json.dumps(value)} instead of {json.dumps(run[group][name])}"
+        f"{key}={json.dumps(value)} instead of {json.dumps(run[key])}"
         for key, value in departures_of(phase, config).items()
-        for group, _, name in [key.partition(".")]
     ]
     return f", with {', '.join(texts)}" if texts else ""

@@ -1069,12 +1069,12 @@ def test_malformed_published_values_are_refused(
     monkeypatch.setattr(
         published, "SOURCES", {"cifar100": (published.PublishedSource(str(path), "", ()),)}
     )
-    published.published_for.cache_clear()
+    published.all_published.cache_clear()
     put_run(tmp_path / "runs", "run")
     try:
         assert report_main([str(tmp_path / "runs")]) == 1
     finally:
-        published.published_for.cache_clear()
+        published.all_published.cache_clear()
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith(f"error: {path}, line ")
