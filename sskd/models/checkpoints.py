@@ -212,7 +212,8 @@ def _require_file(path: Path) -> None:
 def _explain_mismatch(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) -> str:
     found, known = recognise(checkpoint.state), recognise(expected)
     if found is None or known is None:
-        return f"{checkpoint.path} does not fit: {_differences(checkpoint.state, expected)}"
+        differences = _differences(checkpoint.state, expected)
+        return f"{checkpoint.path} does not fit: {differences}; name a file of this network alone"
     if found[0] != known[0]:
         advice = f"name the architecture {found[0]}, for a teacher with arch@teacher={found[0]}"
     else:
