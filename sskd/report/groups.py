@@ -147,7 +147,7 @@ class Group:
         """Return the key that sorts rows in the published order, other methods after them."""
         name, variant = row
         rows = self.published.all_rows if self.published else ROWS
-        return rows.index(name) if name in rows else len(rows), name, variant
+        return rows.index(name) if name in rows else len(rows), name.casefold(), variant
 
     def entry(
         self,

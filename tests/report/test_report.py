@@ -332,6 +332,13 @@ def test_a_dataset_without_published_values(tmp_path: Path) -> None:
     assert "peak memory" in " ".join(cifar100[1].notes)
 
 
+def test_other_methods_follow_in_alphabetical_order(tmp_path: Path) -> None:
+    methods = ("srrl", "wttm", "simkd", "luminet", "sskd")
+    runs = [record(dataset="digits", method=method) for method in methods]
+    table, _ = build_tables(read(tmp_path, *runs), "last")
+    assert [row[0] for row in texts(table)] == ["SSKD", "LumiNet", "SimKD", "SRRL", "WTTM"]
+
+
 def test_wide_tables_repeat_the_labels_in_each_block() -> None:
     rows = (("KD\n  published", "1.00 (1)\n2.00 -1.00", ""), ("AT", "", "3.00 (1)"))
     header = ("row", "first", "second")
