@@ -14,6 +14,7 @@ import torch
 from conftest import Compose
 from faults import SMALL
 from omegaconf import DictConfig, OmegaConf
+from test_later_features import settings_of
 from torch import Tensor
 
 from sskd.data import Batch, Images
@@ -289,3 +290,28 @@ def test_dkds_beta_is_that_of_the_pair(composed: Compose, pair: str, beta: float
     assert composed("method=dkd", f"pair={pair}").method.weights.nckd == beta
     given = composed("method=dkd", f"pair={pair}", "method.weights.nckd=3")
     assert given.method.weights.nckd == 3
+
+
+def test_ls_has_the_settings_of_the_authors_logs() -> None:
+    # Temperature and KD's weight in the names of the files in logs/KD of
+    # sunshangquan/logit-standardization-KD, such as kd,resnet110,resnet20,4,12.txt.
+    expected = {
+        "ResNet50-MobileNetV2": (3, 1), "resnet110-resnet20": (4, 12),
+        "resnet110-resnet32": (2, 9), "resnet32x4-ShuffleV2": (2, 9),
+        "resnet32x4-resnet8x4": (2, 9), "resnet32x4-wrn_16_2": (3, 9),
+        "resnet32x4-wrn_40_2": (3, 9), "resnet56-resnet20": (2, 9),
+        "vgg13-MobileNetV2": (3, 9), "vgg13-vgg8": (3, 9),
+        "wrn_40_2-MobileNetV2": (3, 9), "wrn_40_2-resnet8x4": (2, 9),
+        "wrn_40_2-wrn_16_2": (2, 9), "wrn_40_2-wrn_40_1": (2, 9),
+    }  # fmt: skip
+    found = {pair: settings_of("ls", pair) for pair in expected}
+    assert expected == {
+        pair: (ls["temperature"], ls["weights"]["kd"]) for pair, ls in found.items()
+    }
+
+
+def test_skd_has_the_settings_of_the_authors_code() -> None:
+    # The defaults of the class in Distiller/SKD.py of HyunJunSik/StreamLined.
+    found = settings_of("skd", "resnet56-resnet20")
+    assert (found["temperature"], found["ridge"]) == (4, 0.1)
+    assert found["weights"] == {"ce": 0.1, "kd": 0.9, "direction": 0.9}
