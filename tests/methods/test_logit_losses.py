@@ -295,6 +295,8 @@ def test_dkds_beta_is_that_of_the_pair(composed: Compose, pair: str, beta: float
 def test_ls_has_the_settings_of_the_authors_logs() -> None:
     # Temperature and KD's weight in the names of the files in logs/KD of
     # sunshangquan/logit-standardization-KD, such as kd,resnet110,resnet20,4,12.txt.
+    # The pairs of the last line have no file: the defaults of --base-temp and --kd-weight in
+    # tools/train.py. CE's weight is in mdistiller/engine/cfg.py.
     expected = {
         "ResNet50-MobileNetV2": (3, 1), "resnet110-resnet20": (4, 12),
         "resnet110-resnet32": (2, 9), "resnet32x4-ShuffleV2": (2, 9),
@@ -303,15 +305,21 @@ def test_ls_has_the_settings_of_the_authors_logs() -> None:
         "vgg13-MobileNetV2": (3, 9), "vgg13-vgg8": (3, 9),
         "wrn_40_2-MobileNetV2": (3, 9), "wrn_40_2-resnet8x4": (2, 9),
         "wrn_40_2-wrn_16_2": (2, 9), "wrn_40_2-wrn_40_1": (2, 9),
+        "resnet32x4-ShuffleV1": (2, 9), "wrn_40_2-ShuffleV1": (2, 9), "ResNet50-vgg8": (2, 9),
     }  # fmt: skip
-    found = {pair: settings_of("ls", pair) for pair in expected}
-    assert expected == {
-        pair: (ls["temperature"], ls["weights"]["kd"]) for pair, ls in found.items()
-    }
+    for pair, (temperature, weight) in expected.items():
+        settings = settings_of("ls", pair)
+        assert settings["temperature"] == temperature
+        assert settings["weights"] == {"ce": 0.1, "kd": weight}
+        assert settings["logits"] == "standardised"
 
 
-def test_skd_has_the_settings_of_the_authors_code() -> None:
-    # The defaults of the class in Distiller/SKD.py of HyunJunSik/StreamLined.
-    found = settings_of("skd", "resnet56-resnet20")
-    assert (found["temperature"], found["ridge"]) == (4, 0.1)
+@pytest.mark.parametrize(
+    "pair", ["resnet56-resnet20", "wrn_40_2-wrn_16_2", "vgg13-vgg8", "resnet32x4-ShuffleV1"]
+)
+def test_skd_has_the_settings_of_the_authors_code(pair: str) -> None:
+    # The defaults of the class in Distiller/SKD.py of HyunJunSik/StreamLined. It multiplies both
+    # terms by its weight of KD.
+    found = settings_of("skd", pair)
+    assert (found["temperature"], found["ridge"], found["variant"]) == (4, 0.1, "code")
     assert found["weights"] == {"ce": 0.1, "kd": 0.9, "direction": 0.9}
