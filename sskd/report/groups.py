@@ -216,7 +216,8 @@ def network_runs(group: Group, shown: Iterable[str]) -> dict[RowKey, list[Finish
     rows: dict[RowKey, list[FinishedRun]] = {}
     for run in group.scratch_runs:
         how = () if run.method == ALONE else (("method", run.method),)
-        variant = (*how, *run.variant)
+        others = (each for each in run.variant if each[0] != "method.name")
+        variant = (*how, *others)
         if variant or run.student not in shown:
             rows.setdefault((run.student, variant), []).append(run)
     return {key: rows[key] for key in sorted(rows)}

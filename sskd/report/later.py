@@ -143,7 +143,8 @@ CRD_BENCHMARK_LATER = LaterMethods(
             | frozenset({"MLLD", "TTM", "WTTM", "LumiNet"}),
         ),
         (
-            "MLLD's and LS+MLLD's values come from 480 epochs, with ShuffleNets from 960.",
+            "MLLD's and LS+MLLD's values come from 480 epochs, those of resnet32x4 with a"
+            " ShuffleNet from 960.",
             frozenset({"MLLD", "LS+MLLD"}),
         ),
         (

@@ -254,8 +254,9 @@ SKD = PublishedSource(
     "published_skd.csv",
     "SKD's recipe",
     (
-        "SKD's recipe: Jeong et al., Streamlined Knowledge Distillation, CVPR 2026, with the CRD"
-        " benchmark's teachers. An epoch has two copies of each image, and the learning rate is 0.1"
+        "SKD's recipe: Jeong et al., Streamlined Knowledge Distillation, CVPR 2026; shown beside"
+        " runs with the CRD benchmark's teachers, though its authors' code trains the teachers on"
+        " strong copies too. An epoch has two copies of each image, and the learning rate is 0.1"
         " for all networks. KD gains about as much from this recipe as from a better method: its"
         " values do not compare with those of other recipes.",
     ),

@@ -62,8 +62,9 @@ def _refuse_heads_of_checkpoint(teacher_method: str) -> None:
     """Raise UserError if a checkpoint, which has no heads, should come from ``teacher_method``."""
     if METHODS[teacher_method].has_heads:
         raise UserError(
-            f"teacher.method={teacher_method} has no effect beside teacher.checkpoint, a file "
-            "without what that method trains beside the network; leave one of the two out"
+            f"teacher.method={teacher_method} has no effect beside teacher.checkpoint, which gives "
+            "the network without its heads; to use the heads, remove teacher.checkpoint and set "
+            "runs=FOLDER to the folder in which the teacher was trained"
         )
 
 

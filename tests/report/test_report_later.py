@@ -215,7 +215,12 @@ def test_a_network_of_another_method_is_another_network(tmp_path: Path) -> None:
     runs = read(
         tmp_path,
         plain,
-        joint | {"method": "hsakd_teacher", "top1": top1(77.0, 78.0)},
+        joint
+        | {
+            "method": "hsakd_teacher",
+            "top1": top1(77.0, 78.0),
+            "difference": {"method.name": "hsakd_teacher"},
+        },
         record(method="hsakd"),
     )
     found = entries(build_tables(runs, "last"))
