@@ -32,7 +32,7 @@ from sskd.invocation.names import command_name
 from sskd.methods import METHODS, Method
 from sskd.models import ARCHITECTURES
 from sskd.optimizers import OPTIMIZERS
-from sskd.overrides import about_renamed, flatten
+from sskd.overrides import about_unknown, flatten
 from sskd.schedule import Gamma, Milestones
 from sskd.settings import (
     Count,
@@ -280,18 +280,20 @@ def _choice(
     return name
 
 
+_WORDS_OF_PYDANTIC = re.compile("^(Value error, |Input |String |List )| after validation")
+
+
 def _explain(problem: Any, model: type[BaseModel], values: Mapping[str, Any]) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        if line := about_renamed(path):
-            return line
-        known = list(fields_of(model))
-        return f"{path}: no such setting{did_you_mean(path, known)}"
+        return about_unknown(path, fields_of(model))
     if problem["type"] == "missing":
         return f"{path}: missing; give it as {path}=VALUE"
     if problem["type"] == "string_unicode":
         return f"{path}: is not UTF-8, as the files of a run are; rename it, or name a link to it"
-    message = re.sub("^(Value error, |Input |String |List )", "", problem["msg"])
+    message = _WORDS_OF_PYDANTIC.sub("", problem["msg"])
+    if problem["type"] == "list_type":
+        message = "should be a list in brackets: [VALUE,VALUE]"
     given = _given(problem, values)
     value = "" if isinstance(given, Mapping) else f" (got {shortened(given)})"
     return f"{path}: {message}{value}"

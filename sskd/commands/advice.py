@@ -13,11 +13,11 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from sskd import CONF
-from sskd.errors import UserError, did_you_mean, mask_unprintable, shortened
+from sskd.errors import UserError, mask_unprintable, shortened
 from sskd.invocation.composition import compose_config
 from sskd.invocation.extensions import load_extensions
 from sskd.invocation.names import command_name, config_dir, current_role
-from sskd.overrides import about_renamed, as_override, flatten
+from sskd.overrides import about_unknown, as_override, flatten
 from sskd.runs.weightings import WEIGHTING
 
 # The only group without a default option.
@@ -129,13 +129,11 @@ def about_plus(error: Exception) -> str | None:
 
 
 def _unknown_setting(key: str) -> str:
-    if line := about_renamed(key):
-        return line
     known = _known_settings()
     if key in known:
         word = _word_of(key) or f"{key}=VALUE"
         return f"{key}: is not in the chosen files; add it with a plus: +{shlex.quote(word)}"
-    return f"{key}: no such setting{did_you_mean(key, known)}"
+    return about_unknown(key, known)
 
 
 def _group_without_plus(group: str) -> str | None:

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from sskd.errors import UserError
 from sskd.methods.base import in_float32, unit_vectors
 from sskd.methods.kd import Distillation, Outputs
 from sskd.methods.networks import Networks, classifier_of
 
-# Pixels a side of the pooled maps; those of the networks have at most 32 for 32-pixel images.
-Resolution = Annotated[int, Field(gt=0, le=256)]
+Resolution = Annotated[int, Field(gt=0, le=256)]  # pixels a side of the pooled maps
 
 
 def class_activation_maps(classifier: nn.Linear, last_map: Tensor) -> Tensor:
@@ -49,6 +49,12 @@ class CATKD(Distillation):
         self, networks: Networks, *, resolution: Resolution, normalise: bool, **shared: Any
     ) -> None:
         super().__init__(networks, **shared)
+        largest = max(max(features.last_map.shape[2:]) for features in networks.probe())
+        if resolution > largest:
+            raise UserError(
+                f"method.resolution={resolution}: the networks' maps have {largest} pixels a side; "
+                f"use at most {largest}"
+            )
         self.resolution, self.normalise = resolution, normalise
         # A tuple does not register them as submodules, so checkpoints store them only once.
         self._classifiers = tuple(

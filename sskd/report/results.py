@@ -122,6 +122,11 @@ def without_digest(settings: Settings) -> Settings:
     return tuple((key, value) for key, value in settings if key != DIGEST)
 
 
+def without_method(settings: Settings) -> Settings:
+    """Return ``settings`` without the method's name, which a network alone can have there."""
+    return tuple((key, value) for key, value in settings if key != "method.name")
+
+
 def read_results(root: Path, warn: Warn) -> list[FinishedRun]:
     """Read all results under ``root``, sorted by path.
 

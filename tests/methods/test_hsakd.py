@@ -149,7 +149,9 @@ def test_the_teacher_of_another_method_is_another_run(composed: Compose) -> None
         composed("method=kd", "teacher.method=kd")
 
 
-def test_students_use_the_classifiers_of_their_teacher(composed: Compose, tmp_path: Path) -> None:
+def test_students_use_the_classifiers_of_their_teacher(
+    composed: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = (
         *("dataset=digits", "dataset.fraction=0.02", "schedule.epochs=1", "method=hsakd"),
         *("arch@teacher=resnet8", "arch@student=resnet8"),
@@ -163,6 +165,10 @@ def test_students_use_the_classifiers_of_their_teacher(composed: Compose, tmp_pa
     assert (result.passes, result.departures) == (4, {"optimizer.nesterov": True})
     (heads,) = tmp_path.rglob("heads.safetensors")
     assert not list(tmp_path.rglob("teacher_classifiers"))
+    assert "ignored" not in capsys.readouterr().out
+    train(composed(*words[:-1], f"teacher.checkpoint={heads.parent}", "teacher.epoch=last"))
+    assert f"teacher: {heads} is ignored" in capsys.readouterr().out
+    assert list(tmp_path.rglob("teacher_classifiers"))
     heads.write_bytes(b"")
     with pytest.raises(UserError, match="missing or corrupt; train the teacher from scratch"):
         train(composed(*words, "teacher.epoch=last", "seed=1"))

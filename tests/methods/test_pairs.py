@@ -164,6 +164,7 @@ def test_fitnet_takes_any_stage_of_any_pair(
         (("method=at", "arch@student=vgg8"), "method=at wrn_40_2-vgg8: .*the teacher has 3 stages"),
         (("method=fitnet", "method.stage=4"), "method=fitnet wrn_40_2-wrn_16_2: method.stage=4"),
         (("method=vid", "method.variance=1e-6"), "method.variance=1e-06: must be above"),
+        (("method=cat_kd", "method.resolution=9"), "method.resolution=9: .* use at most 8"),
         (("method=mlld", "augmentation=weak_and_strong"), "has strong views of its own; use aug"),
         (("method=mlld", "optimizer=adamw"), "add method.distill.lr=null to train the phase at"),
         (("method=sskd", "optimizer=adamw"), "add method.ss_head.lr=null to train the phase at"),

@@ -28,6 +28,9 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     weights = {"method.weights.ce": 1.0, "method.weights.kd": 1.0}
     at: dict[str, Any] = {"method": "at", "difference": weights, "dataset_source": "cifar100"}
     put_run(root, "cifar100/distill/resnet56-resnet20/at/seed0-0123abcd", **at)
+    joint: dict[str, Any] = {"method": "hsakd_teacher", "student": "resnet56"}
+    joint |= {"difference": {"method.name": "hsakd_teacher"}}
+    put_alone(root, "cifar100/scratch/resnet56/seed0-01234567", [77.0, 78.0], **joint)
     folder = root / "cifar100/distill/resnet56-resnet20/sskd/seed0"
     put_status(folder, "failed", error="=not finite")
     return root
@@ -58,12 +61,15 @@ def test_tables_figures_and_files_are_logged(runs: Path) -> None:
     assert (kd["n"], kd["published"]) == (2, 70.66)
     assert kd["last - published"] == pytest.approx(69.5 - 70.66)
     assert kd["best - published"] == pytest.approx(72.5 - 70.66)
-    assert [row["hours"] for row in tables["cost"]] == [2.0] * 5
+    assert [row["hours"] for row in tables["cost"]] == [2.0] * 6
     # Rows of another weighting than the default have its name.
     at = "AT (weighting=common)"
     for name in ("results", "cost"):
         assert {row["row"] for row in tables[name] if row["row"].startswith("AT")} == {at}
     assert [row["peak memory (MiB)"] for row in tables["cost"] if row["row"] == "KD"] == [100] * 2
+    # A network that was trained with another method than alone has its name once.
+    (joint,) = (row["row"] for row in tables["cost"] if row["pair"] == "resnet56")
+    assert joint == "HSAKD teacher"
     failed = {row["state"]: row for row in tables["failed"]}
     assert failed["failed"]["reason"] == "=not finite"
     assert "resnet56-resnet20 · FitNet" in {
