@@ -315,7 +315,8 @@ def test_ls_has_the_settings_of_the_authors_logs() -> None:
 
 
 @pytest.mark.parametrize(
-    "pair", ["resnet56-resnet20", "wrn_40_2-wrn_16_2", "vgg13-vgg8", "resnet32x4-ShuffleV1"]
+    "pair",
+    ["resnet56-resnet20", "resnet32x4-resnet8x4", "vgg13-vgg8", "resnet32x4-ShuffleV1"],
 )
 def test_skd_has_the_settings_of_the_authors_code(pair: str) -> None:
     # The defaults of the class in Distiller/SKD.py of HyunJunSik/StreamLined. It multiplies both
