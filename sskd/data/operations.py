@@ -25,7 +25,7 @@ COLUMNS = 14
 LUMA = (19595, 38470, 7471)  # the weights of red, green and blue in gray, times ``ONE``
 
 
-class Round(NamedTuple):
+class OperationBatch(NamedTuple):
     """One operation for each of N images, int32.
 
     Pixel (x, y) shows what was at (a x + b y + c, d x + e y + f), and ``maps`` [N, 2, 3] is
@@ -43,7 +43,7 @@ class Round(NamedTuple):
     equalize: Tensor
 
     @classmethod
-    def of(cls, columns: Tensor) -> Round:
+    def of(cls, columns: Tensor) -> OperationBatch:
         """Return the parts of ``columns``, int32 [N, 14]."""
         maps, weights, *levels = columns.split([6, 4, 1, 1, 1, 1], dim=1)
         return cls(maps.view(-1, 2, 3), weights, *levels)
@@ -59,10 +59,10 @@ class Operations:
         self._luma = torch.tensor(LUMA, dtype=torch.int32, device=device).view(3, 1, 1)
         self._one = torch.ones((), dtype=torch.int32, device=device)
 
-    def __call__(self, images: Tensor, todo: Round) -> Tensor:
+    def __call__(self, images: Tensor, batch: OperationBatch) -> Tensor:
         """Return ``images``, uint8 [N, 3, S, S], after one operation on each."""
-        mixed = self.mix(self.move(images, todo.maps), todo.weights)
-        return self.replace_levels(mixed, todo)
+        mixed = self.mix(self.move(images, batch.maps), batch.weights)
+        return self.replace_levels(mixed, batch)
 
     def move(self, images: Tensor, maps: Tensor) -> Tensor:
         """Return what ``maps`` show of ``images``, as the nearest pixels, black from outside."""
@@ -95,7 +95,7 @@ class Operations:
         mixed[..., 1:-1, 1:-1] += of_smooth * (smooth - inner)
         return mixed >> BITS
 
-    def replace_levels(self, images: Tensor, todo: Round) -> Tensor:
+    def replace_levels(self, images: Tensor, batch: OperationBatch) -> Tensor:
         """Posterize, solarize, autocontrast or equalize ``images``, int32; return uint8 ones."""
         pixels = images.flatten(2)
         low, high = pixels.amin(2, keepdim=True), pixels.amax(2, keepdim=True)
@@ -104,13 +104,13 @@ class Operations:
         counts[..., 1:].scatter_add_(2, pixels, self._one.expand_as(pixels))
         below = counts.cumsum(2, dtype=torch.int32)[..., :-1]  # the pixels below each level
         share = below.gather(2, high.long()) // 255
-        coarse = self._levels & todo.mask
-        plain = torch.where(coarse < todo.threshold, coarse, 255 - coarse)
+        coarse = self._levels & batch.mask
+        plain = torch.where(coarse < batch.threshold, coarse, 255 - coarse)
         stretched = (self._levels - low) * 255 / span.clamp(min=1)
         equalized = (below + share // 2) / share.clamp(min=1)
         tables = torch.stack([plain[:, None].expand_as(below), stretched, equalized], dim=2)
         # A channel with nothing to spread keeps its levels.
-        stretch, equalize = todo.stretch[..., None], todo.equalize[..., None]
+        stretch, equalize = batch.stretch[..., None], batch.equalize[..., None]
         table = stretch * span.clamp(max=1) + equalize * share.clamp(max=1)
         table = table.long()[..., None].expand(-1, -1, -1, LEVELS)
         chosen = tables.clamp(0, 255).to(torch.uint8).gather(2, table).squeeze(2)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sskd.data.operations import COLUMNS, LEVELS, ONE, Operations, Round
+from sskd.data.operations import COLUMNS, LEVELS, ONE, OperationBatch, Operations
 
 SQUARE = 4  # columns of Cutout
 GRAY = (125, 123, 114)  # the authors' colour of Cutout
@@ -91,13 +91,14 @@ def draw_strong(
     # The authors' np.random.uniform(side) is between 1 and the side, not 0 and the side.
     centres = 1 + (side - 1) * torch.stack([x, y])
     squares = square_columns(settings.cutout * side * length, centres)
-    return torch.cat([round_columns(operations, magnitudes, side).flatten(1), squares], dim=1)
+    return torch.cat([operation_columns(operations, magnitudes, side).flatten(1), squares], dim=1)
 
 
-def round_columns(operations: Tensor, magnitudes: Tensor, side: int) -> Tensor:
-    """Return the columns of ``Round`` for ``operations``, int64, and ``magnitudes``, float64.
+def operation_columns(operations: Tensor, magnitudes: Tensor, side: int) -> Tensor:
+    """Return the columns of ``OperationBatch``, int32.
 
-    Both have the same shape, and the result, int32, has one more dimension, of 14 columns.
+    ``operations``, int64, and ``magnitudes``, float64, have the same shape. The result has one more
+    dimension, of 14 columns.
     """
     chosen = F.one_hot(operations, len(Operation)).unbind(-1)
     blends = torch.stack([chosen[each] for each in BLENDS])
@@ -116,7 +117,7 @@ def round_columns(operations: Tensor, magnitudes: Tensor, side: int) -> Tensor:
 
 
 def _maps(magnitudes: Sequence[Tensor], side: int) -> list[Tensor]:
-    """Return the six numbers of ``Round.maps``, for the magnitude of each operation or 0.
+    """Return the six numbers of ``OperationBatch.maps``, for the magnitude of each operation or 0.
 
     A shear leaves the upper left corner of the image in its place, a rotation the centre.
     """
@@ -163,8 +164,8 @@ class StrongView:
         ``parameters`` [N, P] are rows of what ``draw_strong`` returns for ``side``.
         """
         for start in range(0, parameters.shape[1] - SQUARE, COLUMNS):
-            todo = Round.of(parameters[:, start : start + COLUMNS])
-            images = self._operate(images, todo)
+            batch = OperationBatch.of(parameters[:, start : start + COLUMNS])
+            images = self._operate(images, batch)
         return self._cover(images, parameters[:, -SQUARE:])
 
     def _cover(self, images: Tensor, squares: Tensor) -> Tensor:

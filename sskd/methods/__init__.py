@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from sskd.data import Images
 from sskd.methods.ab import AB
 from sskd.methods.at import AT
-from sskd.methods.auxiliary import HSAKDTeacher
 from sskd.methods.base import (
     LossOutput,
     Method,
@@ -30,6 +29,7 @@ from sskd.methods.fitnet import FitNet
 from sskd.methods.fsp import FSP
 from sskd.methods.ft import FT
 from sskd.methods.hsakd import HSAKD
+from sskd.methods.hsakd_teacher import HSAKDTeacher
 from sskd.methods.kd import KD, Outputs
 from sskd.methods.luminet import LumiNet
 from sskd.methods.mlld import MLLD

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sskd.data import Batch, Views
+from sskd.data import Views
 from sskd.errors import UserError
-from sskd.methods.base import LossOutput, Method, top1
+from sskd.methods.base import top1
 from sskd.methods.networks import Networks, probe_features
 
 ROTATIONS = 4
@@ -72,44 +72,17 @@ def joint_labels(labels: Tensor) -> Tensor:
     return (ROTATIONS * labels[:, None] + rotation).flatten()
 
 
-def joint_loss(joint_logits: Sequence[Tensor], labels: Tensor) -> LossOutput:
-    """Return ``joint``: the cross-entropies of the classifiers with the joint labels, summed.
+def joint_loss(joint_logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Return the cross-entropies of the classifiers with the joint labels, summed: a scalar.
 
     Args:
         joint_logits: of each classifier, [4 * B, 4 * classes].
         labels: [B].
     """
     target = joint_labels(labels)
-    losses = [F.cross_entropy(logits.float(), target) for logits in joint_logits]
-    metrics = {"joint_top1": top1(joint_logits[-1], target)}
-    return LossOutput({"joint": torch.stack(losses).sum()}, metrics)
+    return torch.stack([F.cross_entropy(each.float(), target) for each in joint_logits]).sum()
 
 
-class HSAKDTeacher(Method):
-    """A network alone, trained together with its auxiliary classifiers: the teacher of HSAKD*."""
-
-    needs_teacher = False
-    has_heads = True
-    views = VIEWS
-    terms = ("ce", "joint")
-
-    def __init__(self, networks: Networks, *, nesterov: bool, **shared: Any) -> None:
-        super().__init__(networks, **shared)
-        self.optimizer_settings = {"nesterov": nesterov}
-        self.classifiers = AuxiliaryClassifiers(self.student, networks)
-        self.adapters = (self.classifiers,)
-
-    @property
-    def heads(self) -> nn.Module:
-        """The auxiliary classifiers, which ``hsakd`` uses."""
-        return self.classifiers
-
-    def loss(self, batch: Batch) -> LossOutput:
-        """Return ``ce`` of the views that are not rotated, and ``joint`` of all views."""
-        features = self.student(batch.x)
-        logits = features.logits[::ROTATIONS].float()
-        terms, metrics = joint_loss(self.classifiers(features.stages), batch.y)
-        return LossOutput(
-            {"ce": F.cross_entropy(logits, batch.y), **terms},
-            {"top1": top1(logits, batch.y), **metrics},
-        )
+def joint_top1(joint_logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Return the accuracy of the last classifier on the joint labels, in percent, a scalar."""
+    return top1(joint_logits[-1], joint_labels(labels))

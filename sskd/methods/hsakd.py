@@ -16,7 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sskd.data import Batch
-from sskd.methods.auxiliary import ROTATIONS, VIEWS, AuxiliaryClassifiers, joint_loss
+from sskd.methods.auxiliary import (
+    ROTATIONS,
+    VIEWS,
+    AuxiliaryClassifiers,
+    joint_loss,
+    joint_top1,
+)
 from sskd.methods.base import LossOutput, Method, Phase, top1
 from sskd.methods.kd import kd_loss
 from sskd.methods.networks import Networks
@@ -91,7 +97,9 @@ class HSAKD(Method):
 
     def classifiers_loss(self, batch: Batch) -> LossOutput:
         """Return ``joint`` of the teacher's auxiliary classifiers."""
-        return joint_loss(self.teacher_classifiers(self.teacher_features(batch).stages), batch.y)
+        joint = self.teacher_classifiers(self.teacher_features(batch).stages)
+        metrics = {"joint_top1": joint_top1(joint, batch.y)}
+        return LossOutput({"joint": joint_loss(joint, batch.y)}, metrics)
 
     def loss(self, batch: Batch) -> LossOutput:
         """Return ``ce`` of the views that are not rotated, ``kl_q`` and ``kl_p`` of all views."""

@@ -22,12 +22,15 @@ from sskd.settings import Positive
 
 Variant = Literal["code", "paper"]
 Temperatures = Annotated[list[Positive], Field(min_length=1, max_length=30)]
-_STRONG = 3  # the first temperatures, at which the authors' code compares strong views
+# The authors' code compares strong views at the first temperatures alone.
+STRONG_TEMPERATURES = 3
 
 
-def instance_loss(view: View, temperatures: Sequence[float]) -> Tensor:
-    """Return the sum of ``kd_loss`` over the ``temperatures``, a scalar."""
-    student, teacher = view.compared_student, view.compared_teacher
+def instance_loss(student: Tensor, teacher: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """Return the sum of ``kd_loss`` over the ``temperatures``, a scalar.
+
+    Both are logits [B, C].
+    """
     return sum((kd_loss(student, teacher, t) for t in temperatures), student.new_zeros(()))
 
 
@@ -41,20 +44,22 @@ def gram_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (student @ student.T - teacher @ teacher.T).square().sum() / len(student)
 
 
-def batch_loss(view: View, temperatures: Sequence[float]) -> Tensor:
-    """Return ``gram_loss`` of the images, [B, B], summed over the ``temperatures``."""
-    pairs = (_softened(view, t) for t in temperatures)
-    return torch.stack([gram_loss(student, teacher) for student, teacher in pairs]).sum()
+def batch_loss(student: Tensor, teacher: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """Return ``gram_loss`` of the images, summed over the ``temperatures``, a scalar.
+
+    Both are logits [B, C].
+    """
+    pairs = (((student / t).softmax(1), (teacher / t).softmax(1)) for t in temperatures)
+    return torch.stack([gram_loss(*pair) for pair in pairs]).sum()
 
 
-def class_loss(view: View, temperatures: Sequence[float]) -> Tensor:
-    """Return ``gram_loss`` of the classes, [C, C], summed over the ``temperatures``."""
-    pairs = (_softened(view, t) for t in temperatures)
-    return torch.stack([gram_loss(student.T, teacher.T) for student, teacher in pairs]).sum()
+def class_loss(student: Tensor, teacher: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """Return ``gram_loss`` of the classes, summed over the ``temperatures``, a scalar.
 
-
-def _softened(view: View, temperature: float) -> tuple[Tensor, Tensor]:
-    return (view.student / temperature).softmax(1), (view.teacher / temperature).softmax(1)
+    Both are logits [B, C].
+    """
+    pairs = (((student / t).softmax(1).T, (teacher / t).softmax(1).T) for t in temperatures)
+    return torch.stack([gram_loss(*pair) for pair in pairs]).sum()
 
 
 def code_terms(weak: View, strong: View, temperatures: Sequence[float]) -> dict[str, Tensor]:
@@ -64,13 +69,13 @@ def code_terms(weak: View, strong: View, temperatures: Sequence[float]) -> dict[
     has the weak views once more; the other levels do not enter the loss.
     """
     images, classes = low_confidence_shares(weak.teacher)
-    first, others = temperatures[:_STRONG], temperatures[_STRONG:]
-    of_first, of_others = instance_loss(weak, first), instance_loss(weak, others)
-    again = instance_loss(strong, first) + of_others
+    first, others = temperatures[:STRONG_TEMPERATURES], temperatures[STRONG_TEMPERATURES:]
+    weak_first, weak_others = _instance(weak, first), _instance(weak, others)
+    strong_views = _instance(strong, first) + weak_others  # a quirk of the authors' code
     return {
-        "instance": images * (of_first + of_others) + again,
-        "batch": images * batch_loss(weak, temperatures),
-        "classes": classes * class_loss(weak, temperatures),
+        "instance": images * (weak_first + weak_others) + strong_views,
+        "batch": images * batch_loss(weak.student, weak.teacher, temperatures),
+        "classes": classes * class_loss(weak.student, weak.teacher, temperatures),
     }
 
 
@@ -79,11 +84,19 @@ def paper_terms(weak: View, strong: View, temperatures: Sequence[float]) -> dict
 
     The paper has one view; the terms are the sums over both.
     """
-    levels = {"instance": instance_loss, "batch": batch_loss, "classes": class_loss}
-    return {
-        name: level(weak, temperatures) + level(strong, temperatures)
-        for name, level in levels.items()
-    }
+    of_views = [
+        {
+            "instance": _instance(view, temperatures),
+            "batch": batch_loss(view.student, view.teacher, temperatures),
+            "classes": class_loss(view.student, view.teacher, temperatures),
+        }
+        for view in (weak, strong)
+    ]
+    return {name: of_views[0][name] + of_views[1][name] for name in of_views[0]}
+
+
+def _instance(view: View, temperatures: Sequence[float]) -> Tensor:
+    return instance_loss(view.compared_student, view.compared_teacher, temperatures)
 
 
 VARIANTS: dict[str, Callable[[View, View, Sequence[float]], dict[str, Tensor]]] = {

@@ -49,7 +49,9 @@ def mahalanobis_length(rows: Tensor, ridge: float) -> Tensor:
 
 
 @in_float32
-def code_terms(student: Tensor, teacher: Tensor, settings: SKD) -> dict[str, Tensor]:
+def code_terms(
+    student: Tensor, teacher: Tensor, temperature: float, ridge: float
+) -> dict[str, Tensor]:
     """Return the terms as the authors' code computes them, from logits [B, C].
 
     Masks of low-confidence images and classes scale the terms by the share that they keep, as in
@@ -58,22 +60,24 @@ def code_terms(student: Tensor, teacher: Tensor, settings: SKD) -> dict[str, Ten
     images, classes = low_confidence_shares(teacher)
     differences = direction_differences(student, teacher) / student.shape[1]
     return {
-        "kd": images * kd_loss(student, teacher, settings.temperature),
-        "direction": classes * mahalanobis_length(differences, settings.ridge),
+        "kd": images * kd_loss(student, teacher, temperature),
+        "direction": classes * mahalanobis_length(differences, ridge),
     }
 
 
 @in_float32
-def paper_terms(student: Tensor, teacher: Tensor, settings: SKD) -> dict[str, Tensor]:
+def paper_terms(
+    student: Tensor, teacher: Tensor, temperature: float, ridge: float
+) -> dict[str, Tensor]:
     """Return the terms by the paper's equations, without masks, from logits [B, C]."""
     differences = direction_differences(student, teacher)
     return {
-        "kd": kd_loss(student, teacher, settings.temperature),
-        "direction": mahalanobis_length(differences, settings.ridge),
+        "kd": kd_loss(student, teacher, temperature),
+        "direction": mahalanobis_length(differences, ridge),
     }
 
 
-VARIANTS: dict[str, Callable[[Tensor, Tensor, SKD], dict[str, Tensor]]] = {
+VARIANTS: dict[str, Callable[[Tensor, Tensor, float, float], dict[str, Tensor]]] = {
     "code": code_terms,
     "paper": paper_terms,
 }
@@ -93,4 +97,4 @@ class SKD(KD):
 
     def logit_terms(self, logits: Logits) -> dict[str, Tensor]:
         """Return ``kd`` and ``direction``."""
-        return self.terms_of(logits.student, logits.teacher, self)
+        return self.terms_of(logits.student, logits.teacher, self.temperature, self.ridge)

@@ -139,8 +139,20 @@ CRD_BENCHMARK_LATER = LaterMethods(
         (
             "The sources that were read for the other later methods do not say which epoch their"
             " values are of.",
-            frozenset({"OFD", "ReviewKD", "DKD", "DIST", "SimKD", "CTKD"})
-            | frozenset({"MLLD", "TTM", "WTTM", "LumiNet"}),
+            frozenset(
+                (
+                    "OFD",
+                    "ReviewKD",
+                    "DKD",
+                    "DIST",
+                    "SimKD",
+                    "CTKD",
+                    "MLLD",
+                    "TTM",
+                    "WTTM",
+                    "LumiNet",
+                )
+            ),
         ),
         (
             "MLLD's and LS+MLLD's values come from 480 epochs, those of resnet32x4 with a"

@@ -20,7 +20,7 @@ from sskd.data.strong import (
     StrongAugmentation,
     StrongView,
     draw_strong,
-    round_columns,
+    operation_columns,
     square_columns,
 )
 
@@ -59,7 +59,7 @@ def pictures(count: int, side: int = SIDE) -> Tensor:
 
 def one_round(operation: Operation, magnitudes: Tensor, side: int) -> Tensor:
     """Return the parameters of views with one operation and without Cutout."""
-    columns = round_columns(torch.full(magnitudes.shape, operation), magnitudes, side)
+    columns = operation_columns(torch.full(magnitudes.shape, operation), magnitudes, side)
     return torch.cat([columns, torch.tensor([NO_SQUARE] * len(columns)).int()], dim=1)
 
 
@@ -130,7 +130,7 @@ def test_a_neutral_magnitude_leaves_an_image(operation: Operation) -> None:
 
 def test_operations_and_magnitudes_are_uniform() -> None:
     settings, generator = StrongAugmentation(), torch.Generator().manual_seed(0)
-    with patch.object(strong, "round_columns", wraps=round_columns) as spy:
+    with patch.object(strong, "operation_columns", wraps=operation_columns) as spy:
         draw_strong(5000, SIDE, settings, generator)
     operations, magnitudes, _ = spy.call_args.args
     assert operations.shape == (5000, 2)
