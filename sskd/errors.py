@@ -118,6 +118,12 @@ def shortened(value: object, most: int = 60) -> str:
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the choice nearest to ``word``, or an empty string."""
+    best = nearest(word, choices)
+    return f"; did you mean '{best}'?" if best else ""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """Return the choice nearest to ``word``; None if they have too little in common."""
 
     def likeness(choice: str) -> tuple[float, int]:
         match = difflib.SequenceMatcher(None, word.lower(), choice.lower())
@@ -125,4 +131,4 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
         return match.ratio(), start.size if start.a == start.b == 0 else 0
 
     best = max(choices, key=likeness, default="")
-    return f"; did you mean '{best}'?" if likeness(best)[0] > 0.5 else ""
+    return best if likeness(best)[0] > 0.5 else None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from sskd.errors import did_you_mean
+from sskd.errors import did_you_mean, nearest
 
 # Settings of earlier versions by their last name, and what to type now.
 _RENAMED = {
@@ -42,36 +42,56 @@ def as_override(key: str, value: Any) -> str:
 
 def about_unknown(key: str, known: Collection[str]) -> str:
     """Return a message about the dotted ``key``, which is none of the settings ``known``."""
-    name = key.rpartition(".")[2]
-    if name in _RENAMED:
-        return f"{key}: is now {_RENAMED[name]}"
+    if _last(key) in _RENAMED:
+        return f"{key}: is now {_RENAMED[_last(key)]}"
     return f"{key}: no such setting{_alternatives(key, known)}"
 
 
 def _alternatives(key: str, known: Collection[str]) -> str:
-    """Return the settings to use instead of ``key``.
+    """Return the end of the message: settings to use instead of ``key``, if some are similar."""
+    group, rest, names = _unknown_part(key, known)
+    if group and not names:
+        return f"; {group} is a setting, not a group"
+    if group:
+        return _alternatives_in(group, rest, names, known)
+    if "." in key:
+        return did_you_mean(key, known)
+    # The name of a network or a method is chosen by its group.
+    found = [each for each in known if _last(each) != "name"]
+    name = nearest(key, map(_last, found))
+    return _question([name] if name in found else [each for each in found if _last(each) == name])
 
-    Those with its last name come first, preferably in the same group; then the nearest name in
-    the same group; then the names of all settings there.
+
+def _alternatives_in(group: str, rest: str, names: list[str], known: Collection[str]) -> str:
+    """Return the settings to use instead of ``rest`` in ``group``, which has ``names``.
+
+    Those with the same last name in a group of it come first, then the nearest name, then all.
     """
-    of_name = [each for each in known if each.rpartition(".")[2] == key.rpartition(".")[2]]
-    of_group = [each for each in of_name if each.partition(".")[0] == key.partition(".")[0]]
-    if same := of_group or of_name:
-        return f"; did you mean {' or '.join(map(repr, same))}?"
-    group, word, names = _unknown_part(key, known)
-    if hint := did_you_mean(word, names):
-        return hint.replace("'", f"'{group}.", 1) if group else hint
-    return f"; {group} has: {', '.join(names)}" if group and names else ""
+    inside = [each for each in known if each.startswith(f"{group}.")]
+    if same := [each for each in inside if _last(each) == _last(rest)]:
+        return _question(same)
+    if name := nearest(rest.partition(".")[0], names):
+        return _question([f"{group}.{name}"])
+    return f"; {group} has: {', '.join(names)}"
 
 
 def _unknown_part(key: str, known: Collection[str]) -> tuple[str, str, list[str]]:
-    """Return the group in which ``key`` leaves ``known``, the next name, and the names there."""
+    """Return the last group on the path of ``key`` in ``known``, the rest, and the names there."""
     group, rest = "", key
     while True:
         prefix = f"{group}." if group else ""
         inside = (each.removeprefix(prefix) for each in known if each.startswith(prefix))
         names = list(dict.fromkeys(each.partition(".")[0] for each in inside))
-        word, _, rest = rest.partition(".")
-        if word not in names or not rest:
-            return group, word, names
-        group = prefix + word
+        word, _, behind = rest.partition(".")
+        if word not in names or not behind:
+            return group, rest, names
+        group, rest = prefix + word, behind
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _question(settings: Iterable[str]) -> str:
+    listed = " or ".join(f"'{each}'" for each in settings)
+    return f"; did you mean {listed}?" if listed else ""

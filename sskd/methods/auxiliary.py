@@ -84,5 +84,8 @@ def joint_loss(joint_logits: Sequence[Tensor], labels: Tensor) -> Tensor:
 
 
 def joint_top1(joint_logits: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """Return the accuracy of the last classifier on the joint labels, in percent, a scalar."""
+    """Return the accuracy of the last classifier on the joint labels, in percent, a scalar.
+
+    The arguments are those of ``joint_loss``.
+    """
     return top1(joint_logits[-1], joint_labels(labels))

@@ -40,7 +40,11 @@ def cat_loss(student: Tensor, teacher: Tensor, resolution: int, *, normalise: bo
 
 
 class CATKD(Distillation):
-    """Match the class activation maps of both networks."""
+    """Match the class activation maps of both networks.
+
+    Raises:
+        UserError: a network has no linear classifier, or ``resolution`` is larger than both maps.
+    """
 
     terms = ("ce", "cat")
     teacher_outputs = ("last_map",)
@@ -52,8 +56,8 @@ class CATKD(Distillation):
         largest = max(max(features.last_map.shape[2:]) for features in networks.probe())
         if resolution > largest:
             raise UserError(
-                f"method.resolution={resolution}: the networks' maps have {largest} pixels a side; "
-                f"use at most {largest}"
+                f"method.resolution={resolution}: the larger of the networks' last maps has "
+                f"{largest} pixels a side; use at most {largest}"
             )
         self.resolution, self.normalise = resolution, normalise
         # A tuple does not register them as submodules, so checkpoints store them only once.

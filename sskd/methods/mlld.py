@@ -44,6 +44,7 @@ def gram_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (student @ student.T - teacher @ teacher.T).square().sum() / len(student)
 
 
+@in_float32
 def batch_loss(student: Tensor, teacher: Tensor, temperatures: Sequence[float]) -> Tensor:
     """Return ``gram_loss`` of the images, summed over the ``temperatures``, a scalar.
 
@@ -53,6 +54,7 @@ def batch_loss(student: Tensor, teacher: Tensor, temperatures: Sequence[float]) 
     return torch.stack([gram_loss(*pair) for pair in pairs]).sum()
 
 
+@in_float32
 def class_loss(student: Tensor, teacher: Tensor, temperatures: Sequence[float]) -> Tensor:
     """Return ``gram_loss`` of the classes, summed over the ``temperatures``, a scalar.
 

@@ -24,6 +24,7 @@ Variant = Literal["code", "paper"]
 Ridge = Annotated[float, Field(ge=1e-4, le=LARGEST, allow_inf_nan=False), EARLY, LATE]
 
 
+@in_float32
 def direction_differences(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the Gram matrix of the student's unit logits minus the teacher's, [B, B].
 
@@ -33,6 +34,7 @@ def direction_differences(student: Tensor, teacher: Tensor) -> Tensor:
     return one @ one.T - other @ other.T
 
 
+@in_float32
 def mahalanobis_length(rows: Tensor, ridge: float) -> Tensor:
     """Return the mean Mahalanobis length of ``rows`` [N, K], a scalar.
 

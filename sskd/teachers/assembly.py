@@ -45,8 +45,9 @@ def _report_ignored_heads(teacher: TeacherWeights) -> None:
     heads = teacher.path.parent / HEADS
     if heads.is_file():
         say(
-            f"teacher: {heads} is ignored, because teacher.checkpoint gives the network alone; the "
-            "method trains heads of its own"
+            f"teacher: {heads} is ignored, because teacher.checkpoint gives the network alone; to "
+            "use the heads, remove teacher.checkpoint, set runs=FOLDER to the folder in which the "
+            "teacher was trained, and name its method with teacher.method"
         )
 
 

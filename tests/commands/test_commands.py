@@ -46,10 +46,16 @@ MISTAKES = [
     (["+foo.bar=1"], "foo: no such setting"),
     (["lr=0.1", "method=kd"], "lr: no such setting; did you mean 'optimizer.lr'?"),
     (["method.lr=0.1"], "method.lr: no such setting; did you mean 'method.ss_head.lr'?"),
-    (["method.epochs=2", "method=dkd"], "did you mean 'teacher.epochs' or 'schedule.epochs'?"),
+    (["schedule.epoch=2"], "did you mean 'schedule.epochs'?"),
+    (["method=mlld", "method.distill.epoch=2"], "did you mean 'method.distill.epochs'?"),
+    (["ss_head.epoch=2"], "did you mean 'method.ss_head.epochs'?"),
+    (["milestone=1", "method=kd"], "milestone: no such setting; did you mean 'schedule.mileston"),
     (["method.beta=1", "method=at"], "method.beta: no such setting; method has: name, weights, "),
+    (["method.epochs=2", "method=dkd"], "method.epochs: no such setting; method has: name, weig"),
+    (["wandb.name=run"], "wandb.name: no such setting; wandb has: "),
+    (["name=run"], "name: no such setting\n"),
     (["+method.wights.kd=1"], "did you mean 'method.weights'?"),
-    (["optimizer.lr.x=1"], "optimizer.lr.x: no such setting"),
+    (["optimizer.lr.x=1"], "optimizer.lr.x: no such setting; optimizer.lr is a setting, not"),
     (["method=mlld", "method.temperatures=4"], "method.temperatures: should be a list in brack"),
     (["method=mlld", "method.temperatures=[]"], "should have at least 1 item, not 0 (got [])"),
     (["optimizer.lr=-1"], "optimizer.lr: should be greater than 0"),
@@ -113,6 +119,24 @@ def test_a_mistake_is_one_line_and_changes_nothing(
     assert err.strip().count("\n") == 0, err
     assert message in err
     assert not command.runs.exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "settings"),
+    [
+        ("lr=0.1", "'optimizer.lr'"),
+        ("epochs=3", "'schedule.epochs'"),
+        ("optimizer.lrr=1", "'optimiz"),
+    ],
+)
+def test_a_network_alone_is_offered_no_setting_of_a_student(
+    command: Command, word: str, settings: str
+) -> None:
+    _, _, err = command("arch=resnet8", word, script=train_teacher)
+    key = word.partition("=")[0]
+    assert err.startswith(f"error: {key}: no such setting; did you mean {settings}")
+    assert "method" not in err
+    assert "teacher" not in err
 
 
 @pytest.mark.parametrize(

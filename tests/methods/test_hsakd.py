@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Compose
+from conftest import Compose, random_images
 from torch import nn
 
 from sskd.checks.samples import first_batch
@@ -19,6 +19,8 @@ from sskd.methods.hsakd import HSAKD, hierarchical_kl
 from sskd.methods.networks import Networks
 from sskd.models import build_model
 from sskd.runs.recipe import diff_from_recipe, teacher_config, training_command
+from sskd.teachers.assembly import assemble
+from sskd.teachers.find import find_teacher
 from sskd.train import train
 from sskd.training.phase_settings import phase_optimizer
 
@@ -166,9 +168,10 @@ def test_students_use_the_classifiers_of_their_teacher(
     (heads,) = tmp_path.rglob("heads.safetensors")
     assert not list(tmp_path.rglob("teacher_classifiers"))
     assert "ignored" not in capsys.readouterr().out
-    train(composed(*words[:-1], f"teacher.checkpoint={heads.parent}", "teacher.epoch=last"))
+    from_file = composed(*words[:-1], f"teacher.checkpoint={heads.parent}", "teacher.epoch=last")
+    method = assemble(from_file, random_images(2, 8, classes=10), find_teacher(from_file))
     assert f"teacher: {heads} is ignored" in capsys.readouterr().out
-    assert list(tmp_path.rglob("teacher_classifiers"))
+    assert [phase.name for phase in method.phases()] == ["teacher_classifiers", "distill"]
     heads.write_bytes(b"")
     with pytest.raises(UserError, match="missing or corrupt; train the teacher from scratch"):
         train(composed(*words, "teacher.epoch=last", "seed=1"))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from sskd.methods.kd import kd_loss, softened_kl
+from sskd.methods.mlld import batch_loss, class_loss
+from sskd.methods.skd import direction_differences, mahalanobis_length
 from sskd.methods.sskd import keep_rows, masked_mean, positives, similarity, split_views
 
 
@@ -66,11 +69,19 @@ def test_losses_are_float32_for_any_input(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
     student = torch.randn(4, 6, generator=generator).to(dtype)
     teacher = torch.randn(4, 6, generator=generator).to(dtype)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = (kd_loss(student, teacher, 4.0), similarity(student, teacher))
-    outside = (kd_loss(student.float(), teacher.float(), 4.0),)
-    assert [value.dtype for value in inside] == [torch.float32, torch.float32]
-    torch.testing.assert_close(inside[0], outside[0])
+    losses: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda one, other: kd_loss(one, other, 4.0),
+        lambda one, other: batch_loss(one, other, [4.0, 2.0]),
+        lambda one, other: class_loss(one, other, [4.0, 2.0]),
+        lambda one, _: mahalanobis_length(one, 0.1),
+        direction_differences,
+        similarity,
+    ]
+    for loss in losses:
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = loss(student, teacher)
+        assert inside.dtype == torch.float32
+        torch.testing.assert_close(inside, loss(student.float(), teacher.float()))
 
 
 @pytest.mark.parametrize(("images", "width"), [(1, 3), (4, 8), (9, 64)])
