@@ -66,13 +66,14 @@ class Curve:
 
 
 def draw_gains(title: str, rows: Sequence[RowKey], gains: Mapping[Pair, Gains]) -> Figure:
-    """Return a panel for each pair, with a bar for each of ``rows`` and each reference."""
+    """Return a panel for each pair, with a bar for each of ``rows`` and each reference in it."""
     columns = min(4, len(gains))
     lines = math.ceil(len(gains) / columns)
     labels = [shorten(row_label(row)) for row in rows]
     left = 0.4 + CHARACTER_WIDTH * longest_label(rows)
-    colors = dict(zip(REFERENCES, COLORS, strict=False))
-    legend = [Patch(color=colors[key], label=text) for key, text in REFERENCES.items()]
+    compared = {key for by_row in gains.values() for found in by_row.values() for key in found}
+    colors = {key: color for key, color in zip(REFERENCES, COLORS, strict=False) if key in compared}
+    legend = [Patch(color=color, label=REFERENCES[key]) for key, color in colors.items()]
     panel = 0.3 * len(rows)
     figure = new_figure(title, max(2.6 * columns + left, 6), lines * (panel + 1.1), legend)
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
@@ -94,7 +95,7 @@ def _draw_bars(
     for number, (reference, color) in enumerate(colors.items()):
         bars = {row: by[reference] for row, by in gains.items() if reference in by}
         axes.barh(
-            [rows.index(row) + 0.38 * (number - 0.5) for row in bars],
+            [rows.index(row) + 0.38 * (number - (len(colors) - 1) / 2) for row in bars],
             [bar.points for bar in bars.values()],
             xerr=[math.nan if bar.std is None else bar.std for bar in bars.values()],
             height=0.36,
@@ -135,7 +136,7 @@ def draw_curves(title: str, rows: Sequence[RowKey], curves: Mapping[RowKey, Curv
     whole.set_ylabel("top-1 on the test set, %")
     for axes, label in ((whole, "epoch"), (end, unit)):
         axes.set_xlabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
     _label_ends(end, rows, curves)
     return figure
 

@@ -39,6 +39,17 @@ def figures(root: Path) -> dict[str, Figure]:
     return draw_figures(read_report(root, never), never)
 
 
+def test_a_reference_without_gains_is_not_drawn(tmp_path: Path) -> None:
+    for method, top1 in (("kd", 70.0), ("at", 71.0), ("sskd", 72.0)):
+        put_run(tmp_path, method, [top1], method=method)
+    gain = figures(tmp_path)["gain"]
+    (legend,) = gain.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["over KD"]
+    (axes,) = gain.axes
+    bars = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    assert [bar.get_y() + bar.get_height() / 2 for bar in bars] == list(axes.get_yticks())
+
+
 def test_gains_and_their_deviation(tmp_path: Path) -> None:
     for seed, (alone, kd, sskd) in enumerate([(69.0, 70.0, 72.0), (70.0, 71.0, 72.0)]):
         put_alone(tmp_path, f"alone{seed}", [alone], seed=seed)
