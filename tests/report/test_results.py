@@ -112,6 +112,18 @@ def test_the_first_rows_have_all_seeds(sweep: str) -> None:
         assert sorted(seeds) == ([0, 1, 2] if row in several else [0])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_both_precisions_of_the_student_alone_equal_the_metrics(precision: str) -> None:
+    page = (ROOT / "results/README.md").read_text(encoding="utf-8")
+    alone = ROOT / "results/runs/short/cifar100/scratch/resnet20"
+    folders = [
+        each for each in sorted(alone.iterdir()) if of_result(each, "precision") == precision
+    ]
+    assert [of_result(each, "seed") for each in folders] == [0, 1, 2]
+    top1 = [last_top1(each, 24) for each in folders]
+    assert f"reached {mean_std(top1)} ({top1[0]:.2f}, {top1[1]:.2f} and {top1[2]:.2f}" in page
+
+
 def later_runs() -> dict[str, list[Path]]:
     """Return the folders of the later methods' runs by row, in the order of the seeds."""
     found: dict[str, list[Path]] = {}
