@@ -180,16 +180,14 @@ def _known_settings() -> list[str]:
 
     load_extensions()
     folders, role = _config_folders(), current_role()
-    chosen = {"method": "vanilla" if role == "teacher" else "sskd", "optimizer": "sgd"}
-    for group in chosen:
+    words = []
+    for group in ("method", "optimizer"):
         option = re.split("[=,]", _word_of(group) or "=")[1]
         if any((folder / group / f"{option}.yaml").is_file() for folder in [CONF, *folders]):
-            chosen[group] = option
+            words.append(f"{group}={option}")
     GlobalHydra.instance().clear()
-    words = [f"{group}={name}" for group, name in chosen.items()]
-    composed = compose_config(role, words, folders)
-    values: Any = OmegaConf.to_container(composed)
-    fields = fields_of(config_model({group: {"name": name} for group, name in chosen.items()}))
+    values: Any = OmegaConf.to_container(compose_config(role, words, folders))
+    fields = fields_of(config_model(values))
     if role == "teacher":
         fields = {key: field for key, field in fields.items() if not key.startswith("teacher")}
     groups = ["arch@teacher", "arch@student", *(path.stem for path in CONF.iterdir())]

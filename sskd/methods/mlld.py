@@ -86,15 +86,16 @@ def paper_terms(weak: View, strong: View, temperatures: Sequence[float]) -> dict
 
     The paper has one view; the terms are the sums over both.
     """
-    of_views = [
-        {
-            "instance": _instance(view, temperatures),
-            "batch": batch_loss(view.student, view.teacher, temperatures),
-            "classes": class_loss(view.student, view.teacher, temperatures),
-        }
-        for view in (weak, strong)
-    ]
-    return {name: of_views[0][name] + of_views[1][name] for name in of_views[0]}
+    of_weak, of_strong = (_levels(view, temperatures) for view in (weak, strong))
+    return {name: of_weak[name] + of_strong[name] for name in of_weak}
+
+
+def _levels(view: View, temperatures: Sequence[float]) -> dict[str, Tensor]:
+    return {
+        "instance": _instance(view, temperatures),
+        "batch": batch_loss(view.student, view.teacher, temperatures),
+        "classes": class_loss(view.student, view.teacher, temperatures),
+    }
 
 
 def _instance(view: View, temperatures: Sequence[float]) -> Tensor:

@@ -50,7 +50,6 @@ def mahalanobis_length(rows: Tensor, ridge: float) -> Tensor:
     return torch.linalg.solve_triangular(factor, rows.T, upper=False).norm(dim=0).mean()
 
 
-@in_float32
 def code_terms(
     student: Tensor, teacher: Tensor, temperature: float, ridge: float
 ) -> dict[str, Tensor]:
@@ -67,7 +66,6 @@ def code_terms(
     }
 
 
-@in_float32
 def paper_terms(
     student: Tensor, teacher: Tensor, temperature: float, ridge: float
 ) -> dict[str, Tensor]:

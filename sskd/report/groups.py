@@ -24,7 +24,7 @@ from sskd.report.published import (
     row_label,
     settings_text,
 )
-from sskd.report.results import DIGEST, Epoch, FinishedRun, Settings, without_digest, without_method
+from sskd.report.results import DIGEST, Epoch, FinishedRun, Settings, without_digest
 
 NETWORKS_TABLE = "networks"
 # That of sskd.config, which would import torch.
@@ -216,7 +216,7 @@ def network_runs(group: Group, shown: Iterable[str]) -> dict[RowKey, list[Finish
     rows: dict[RowKey, list[FinishedRun]] = {}
     for run in group.scratch_runs:
         how = () if run.method == ALONE else (("method", run.method),)
-        variant = (*how, *without_method(run.variant))
+        variant = (*how, *run.variant)
         if variant or run.student not in shown:
             rows.setdefault((run.student, variant), []).append(run)
     return {key: rows[key] for key in sorted(rows)}

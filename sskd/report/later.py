@@ -96,6 +96,12 @@ def load_later(methods: LaterMethods) -> LaterValues:
     )
 
 
+_UNSTATED_EPOCH = (
+    *("OFD", "ReviewKD", "DKD", "DIST", "SimKD"),
+    *("CTKD", "MLLD", "TTM", "WTTM", "LumiNet"),
+)
+
+
 def _ls_mlld(weight: float) -> Settings:
     """Return what LS's authors change in MLLD."""
     weights = {f"method.weights.{term}": str(weight) for term in ("instance", "batch", "classes")}
@@ -139,20 +145,7 @@ CRD_BENCHMARK_LATER = LaterMethods(
         (
             "The sources that were read for the other later methods do not say which epoch their"
             " values are of.",
-            frozenset(
-                (
-                    "OFD",
-                    "ReviewKD",
-                    "DKD",
-                    "DIST",
-                    "SimKD",
-                    "CTKD",
-                    "MLLD",
-                    "TTM",
-                    "WTTM",
-                    "LumiNet",
-                )
-            ),
+            frozenset(_UNSTATED_EPOCH),
         ),
         (
             "MLLD's and LS+MLLD's values come from 480 epochs, those of resnet32x4 with a"

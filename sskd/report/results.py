@@ -65,7 +65,8 @@ class FinishedRun:
     Attributes:
         teacher: the network's name; None for a network trained from scratch, the ``student``.
         difference: the settings that differ from today's recipe: dotted keys and values as text,
-            sorted by key. Weights of CE and KD that have a name are one key, ``weighting``.
+            sorted by key, without the method's name. Weights of CE and KD that have a name are one
+            key, ``weighting``.
         teacher_epoch: the requested epoch of the teacher. ``difference`` lacks it if the teacher
             is a file.
         epochs: the number of epochs of the last phase.
@@ -120,11 +121,6 @@ class FinishedRun:
 def without_digest(settings: Settings) -> Settings:
     """Return ``settings`` without the digest of the teacher's weights."""
     return tuple((key, value) for key, value in settings if key != DIGEST)
-
-
-def without_method(settings: Settings) -> Settings:
-    """Return ``settings`` without the method's name, which a network alone can have there."""
-    return tuple((key, value) for key, value in settings if key != "method.name")
 
 
 def read_results(root: Path, warn: Warn) -> list[FinishedRun]:
@@ -270,7 +266,8 @@ def _difference(record: fields.Record, *, follows: bool) -> Settings:
         )
     if not all(key and key.isprintable() for key in recorded):
         raise ValueError("'difference' has a key that is not a name")
-    texts = {key: _as_text(item) for key, item in recorded.items()}
+    # A network alone can have the method's name there, which the run has as ``method``.
+    texts = {key: _as_text(item) for key, item in recorded.items() if key != "method.name"}
     return tuple(sorted(name_weighting(method, recipe, texts, follows=follows).items()))
 
 

@@ -14,7 +14,7 @@ from sskd.report.files import write_files
 from sskd.report.groups import Entry
 from sskd.report.published import display_name, row_label
 from sskd.report.report import Report
-from sskd.report.results import Warn, without_method
+from sskd.report.results import Warn
 from sskd.tracking.session import open_run, sync_later
 
 # The fields of ``sskd.report.groups.Entry`` that identify a cell.
@@ -90,7 +90,7 @@ def _place(entry: Entry) -> tuple[str, ...]:
 def _cost(report: Report) -> Iterator[list[Any]]:
     for run in report.results:
         pair = f"{run.teacher}-{run.student}" if run.teacher else run.student
-        row = row_label((display_name(run.method), without_method(run.variant)))
+        row = row_label((display_name(run.method), run.variant))
         place = [run.dataset, pair, row, run.seed]
         cost = [run.passes, run.images_per_second, run.peak_memory_mib, run.seconds / 3600]
         yield [*place, *cost, run.agreement, run.kl]

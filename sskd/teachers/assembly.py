@@ -7,13 +7,11 @@ import torch
 from sskd.config import Config
 from sskd.data import Images, Split
 from sskd.errors import UserError
-from sskd.methods import METHODS, Method, build_method
+from sskd.methods import Method, build_method
 from sskd.models import build_model
-from sskd.output import say
-from sskd.runs.names import HEADS
 from sskd.runs.plan import TeacherWeights
 from sskd.seeding import seed_torch
-from sskd.teachers.find import load_heads, load_teacher
+from sskd.teachers.find import load_heads, load_teacher, report_ignored_heads
 from sskd.training.phase_settings import check_phase
 
 
@@ -30,25 +28,14 @@ def assemble(config: Config, images: Images, found: TeacherWeights | None = None
         teacher = build_model(config.teacher.name, images.num_classes)
         if found:
             load_teacher(teacher, found)
+            report_ignored_heads(config.method.name, found)
     heads = load_heads(found.heads) if found and found.heads else None
-    if found and heads is None and METHODS[config.method.name].uses_heads:
-        _report_ignored_heads(found)
     seed_torch(config.seed, "method")
     try:
         return build_method(config.method, student, teacher, images, heads=heads)
     except UserError as error:
         networks = [network.name for network in (config.teacher, config.student) if network]
         raise UserError(f"method={config.method.name} {'-'.join(networks)}: {error}") from None
-
-
-def _report_ignored_heads(teacher: TeacherWeights) -> None:
-    heads = teacher.path.parent / HEADS
-    if heads.is_file():
-        say(
-            f"teacher: {heads} is ignored, because teacher.checkpoint gives the network alone; to "
-            "use the heads, remove teacher.checkpoint, set runs=FOLDER to the folder in which the "
-            "teacher was trained, and name its method with teacher.method"
-        )
 
 
 def check_compatible(config: Config) -> None:

@@ -20,6 +20,7 @@ from sskd.models import (
     recognise,
     weights_digest,
 )
+from sskd.output import say
 from sskd.overrides import flatten
 from sskd.runs.comparison import explain_difference, is_run_of, refuse_other_result
 from sskd.runs.folder import read_config_file, read_result, run_folder
@@ -37,6 +38,10 @@ from sskd.runs.result import RunResult
 from sskd.teachers.shared import read_intact
 
 _FILES = {"best": BEST, "last": WEIGHTS}
+_TO_USE_HEADS = (
+    "to use the heads, remove teacher.checkpoint and set runs=FOLDER to the folder in which the "
+    "teacher was trained"
+)
 
 
 def missing_teacher(config: Config) -> Config | None:
@@ -63,8 +68,17 @@ def _refuse_heads_of_checkpoint(teacher_method: str) -> None:
     if METHODS[teacher_method].has_heads:
         raise UserError(
             f"teacher.method={teacher_method} has no effect beside teacher.checkpoint, which gives "
-            "the network without its heads; to use the heads, remove teacher.checkpoint and set "
-            "runs=FOLDER to the folder in which the teacher was trained"
+            f"the network without its heads; {_TO_USE_HEADS}"
+        )
+
+
+def report_ignored_heads(method: str, teacher: TeacherWeights) -> None:
+    """Report heads beside the file of a ``teacher`` that ``method`` could use and does not get."""
+    heads = teacher.path.parent / HEADS
+    if METHODS[method].uses_heads and teacher.heads is None and heads.is_file():
+        say(
+            f"teacher: {heads} is ignored, because teacher.checkpoint gives the network alone; "
+            f"{_TO_USE_HEADS}, and teacher.method to its method"
         )
 
 

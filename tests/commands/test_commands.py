@@ -126,7 +126,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(
     [
         ("lr=0.1", "'optimizer.lr'"),
         ("epochs=3", "'schedule.epochs'"),
-        ("optimizer.lrr=1", "'optimiz"),
+        ("optimizer.lrr=1", "'optimizer.lr'"),
     ],
 )
 def test_a_network_alone_is_offered_no_setting_of_a_student(
