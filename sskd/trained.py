@@ -60,12 +60,19 @@ class TrainedNetwork:
     def images(self) -> Images:
         """The images of its dataset, on the CPU."""
         images = load_images(self.dataset)
-        if _digest_of_run(self.path) not in (None, images.digest):
+        if _recorded_dataset(self.path).get("digest") not in (None, images.digest):
             complain(
                 f"warning: {self.path}: the images in {self.dataset.root} may differ from those of "
                 "its run: config.yaml has another dataset.digest"
             )
         return images
+
+    @property
+    def held_out_by_run(self) -> bool:
+        """Whether its run left the images of ``dataset.holdout`` out of its training."""
+        recorded = _recorded_dataset(self.path)
+        chosen = (self.dataset.holdout, self.dataset.seed)
+        return (recorded.get("holdout"), recorded.get("seed")) == chosen and chosen[0] > 0
 
     @cached_property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -185,11 +192,11 @@ def _dataset_of_run(checkpoint: Path) -> list[str]:
     return [f"dataset={dataset['source']}", "dataset.download=false", *values]
 
 
-def _digest_of_run(checkpoint: Path) -> object:
-    """Return the digest of the data files that the run of ``checkpoint`` recorded, if any."""
+def _recorded_dataset(checkpoint: Path) -> dict[str, Any]:
+    """Return the dataset in the configuration of the run of ``checkpoint``; empty without one."""
     path = checkpoint.parent / CONFIG
     dataset = read_config_file(path).get("dataset") if path.exists() else None
-    return dataset.get("digest") if isinstance(dataset, dict) else None
+    return dataset if isinstance(dataset, dict) else {}
 
 
 def _is_plain(value: object) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,10 +16,18 @@ from sskd.streams import wait_for
 
 
 @torch.inference_mode()
-def predict(network: nn.Module, split: Split, images: Images, of: str = "the network") -> Tensor:
+def predict(
+    network: nn.Module,
+    split: Split,
+    images: Images,
+    of: str = "the network",
+    *,
+    advance: Callable[[int], object] = lambda count: None,
+) -> Tensor:
     """Return ``network``'s logits [N, C] for the images of ``split``, unrotated and uncropped.
 
     Computed in eval mode and in float32 with TF32 off, whatever precision the network trains in.
+    After each batch ``advance`` is called with its number of images.
 
     Raises:
         NotFiniteError: they are not finite; ``of`` names the network or the images in its message.
@@ -25,8 +35,12 @@ def predict(network: nn.Module, split: Split, images: Images, of: str = "the net
     network.eval()
     device = split.images.device
     batches = eval_batches(split, images.mean, images.std, inference_batch_size(device))
+    computed = []
     with exact(device):
-        logits = torch.cat([network(x).logits for x, _ in batches])
+        for x, _ in batches:
+            computed.append(network(x).logits)
+            advance(len(x))
+    logits = torch.cat(computed)
     wait_for(device)
     non_finite = (~logits.isfinite()).any(1)
     if non_finite.any():
