@@ -41,7 +41,7 @@ from sskd.methods import METHODS
 from sskd.report.published import published_for
 
 PAIRS = ("resnet56-resnet20", "wrn_40_2-wrn_16_2")
-TOOL_MODULES = ("sskd.report.__main__", "sskd.evaluate", "sskd.dashboard.__main__")
+TOOL_MODULES = ("sskd.report.__main__", "sskd.evaluate.__main__", "sskd.dashboard.__main__")
 # Tests of these pages run their commands (commands/test_extending.py, test_library.py).
 RUN_ELSEWHERE = {"docs/extending.md", "docs/library.md"}
 EVERYWHERE = {

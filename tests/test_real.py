@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import Compose
 
-from sskd import evaluate
 from sskd.data import SOURCES, DatasetSettings
 from sskd.data.images import Split
 from sskd.data.reading import Source
+from sskd.evaluate.__main__ import main as evaluate
 from sskd.models import build_model, load_weights
 from sskd.train import train
 
@@ -64,7 +64,7 @@ def test_the_trained_teacher_has_the_stated_accuracy(
     count = 1000
     images = few_test_images(count)
     path = teachers_root / "resnet56_cifar100.pth"
-    assert evaluate.main([str(path), f"dataset.root={cifar100_root}"]) == 0
+    assert evaluate([str(path), f"dataset.root={cifar100_root}", "--repeats", "0"]) == 0
     output = capsys.readouterr().out
     measured = re.search(r"resnet56, cifar100 test set: top-1 ([\d.]+)", output)
     assert measured is not None, output

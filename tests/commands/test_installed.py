@@ -138,6 +138,6 @@ def test_evaluate_finds_the_configuration(console_script: Command, tmp_path: Pat
     trained = console_script("sskd-teacher", "dataset=digits", "arch=resnet8", *SMALL[1:3])
     assert trained.returncode == 0, trained.stderr
     (result,) = tmp_path.glob("runs/digits/scratch/resnet8/*/result.json")
-    measured = console_script("sskd-evaluate", str(result.parent))
+    measured = console_script("sskd-evaluate", str(result.parent), "--repeats", "0")
     assert measured.returncode == 0, measured.stderr
     assert "resnet8, digits test set: top-1 " in measured.stdout

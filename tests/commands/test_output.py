@@ -24,7 +24,7 @@ from report_runs import put_run
 from tqdm import tqdm
 
 import sskd.dashboard.__main__
-import sskd.evaluate
+import sskd.evaluate.__main__
 import sskd.report.__main__
 from sskd import CONF
 from sskd.commands.sweep import Job, Sweep
@@ -152,8 +152,8 @@ REPORTS: dict[str, Callable[[Path, pytest.MonkeyPatch], int]] = {
 
 
 def evaluated(patch: pytest.MonkeyPatch) -> int:
-    patch.setattr(sskd.evaluate, "evaluate", lambda **_: "a checkpoint: top-1 1.00")
-    return sskd.evaluate.main(["some.pth"])
+    patch.setattr(sskd.evaluate.__main__, "_run", lambda _: say("a checkpoint: top-1 1.00"))
+    return sskd.evaluate.__main__.main(["some.pth"])
 
 
 def dashboard(patch: pytest.MonkeyPatch) -> int:

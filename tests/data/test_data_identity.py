@@ -22,7 +22,7 @@ import sskd.train
 from sskd.data import load_images
 from sskd.data.sources import folder_digest
 from sskd.errors import UserError
-from sskd.evaluate import main as evaluate
+from sskd.evaluate.__main__ import main as evaluate
 from sskd.runs.result import RunResult
 from sskd.teachers.find import run_location
 from sskd.train import train
@@ -214,7 +214,7 @@ def test_an_evaluation_warns_of_changed_images(
     folder = str(run_location(config)[0])
     for warnings in (0, 1):
         capsys.readouterr()
-        assert evaluate([folder, "--device", "cpu"]) == 0
+        assert evaluate([folder, "--device", "cpu", "--repeats", "0"]) == 0
         out, err = capsys.readouterr()
         assert "top-1" in out
         assert err.count("another dataset.digest") == err.count("\n") == warnings

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from sskd.config import Config
 from sskd.data import Images, eval_batches, load_images
 from sskd.errors import UserError
-from sskd.evaluate import evaluate
+from sskd.evaluate.evaluation import Options, evaluate
+from sskd.evaluate.render import first_line
 from sskd.methods import Outputs, build_method, state_without_teacher
 from sskd.methods.cat_kd import cat_loss, class_activation_maps
 from sskd.methods.networks import classifier_of
@@ -25,6 +26,7 @@ from sskd.runs.folder import write_config_file
 from sskd.runs.identity import full_config
 from sskd.teachers.assembly import assemble
 from sskd.train import train
+from sskd.trained import TrainedNetwork
 from sskd.training.acceleration import fold_teacher
 
 # Parameters of the projector: 32, 32 and 64 channels behind the 64 of resnet8.
@@ -199,7 +201,8 @@ def save_fitted(config: Config, folder: Path) -> None:
 def test_the_deployed_network_is_evaluated(composed: Compose, tmp_path: Path) -> None:
     config, folder = composed(*SMALL, "method=simkd", "method.reduction=4"), tmp_path / "run"
     save_fitted(config, folder)
-    line = evaluate(str(folder), arch=None, device="cpu", overrides=[])
+    options = Options(device="cpu", repeats=0)
+    line = first_line(evaluate(TrainedNetwork(folder), options))
     assert line.endswith(
         "best.pt: resnet8 as method=simkd deploys it, digits test set: top-1 100.00 "
         "(the file states 99.50)"
@@ -207,7 +210,7 @@ def test_the_deployed_network_is_evaluated(composed: Compose, tmp_path: Path) ->
     path = folder / "config.yaml"
     path.write_text(path.read_text().replace("reduction: 4", "reduction: ${oc.env:HOME}"))
     with pytest.raises(UserError, match="are not plain values"):
-        evaluate(str(folder), arch=None, device="cpu", overrides=[])
+        evaluate(TrainedNetwork(folder), options)
     with pytest.raises(UserError, match="does not fit"):
         load_weights(build_model("resnet8", 10), folder / "best.pt")
 

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sskd.methods.kd
-from sskd import evaluate
 from sskd.data import Images, Loader, Split
 from sskd.errors import UserError
+from sskd.evaluate.__main__ import main as evaluate
 from sskd.methods import METHODS, LossOutput, Method, Phase
 from sskd.models import build_model
 from sskd.teachers.assembly import assemble
@@ -299,7 +299,7 @@ def test_logits_that_are_not_finite_have_no_accuracy(
     path = tmp_path / f"net{suffix}"
     save = save_file if suffix == ".safetensors" else torch.save
     save(overflowing().state_dict(), path)
-    assert evaluate.main([str(path), "dataset=digits"]) == 1
+    assert evaluate([str(path), "dataset=digits"]) == 1
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert f"{path}: resnet8, digits test set: the logits of image 0 of " in err

@@ -12,7 +12,7 @@ from conftest import Compose
 from faults import SMALL
 
 import sskd.data.cifar
-from sskd import evaluate
+from sskd.evaluate.__main__ import main
 from sskd.models import build_model
 from sskd.train import train
 
@@ -29,7 +29,7 @@ def test_a_runs_folder_is_evaluated_on_its_own_dataset(
         (folder / "last.pt", result.top1.last),
         (folder / "model.safetensors", result.top1.last),
     ):
-        assert evaluate.main([str(checkpoint)]) == 0
+        assert main([str(checkpoint), "--repeats", "0"]) == 0
         assert f"resnet8, digits test set: top-1 {top1:.2f}" in capsys.readouterr().out
 
 
@@ -55,7 +55,7 @@ def test_mistakes_are_one_line(
     words = [files.get(item, item) for item in arguments]
     if not any(item.startswith("dataset=") for item in words):
         words.append("dataset=digits")
-    assert evaluate.main(words) == 1
+    assert main(words) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ")
@@ -87,7 +87,7 @@ def test_an_untrusted_configuration_is_read_as_data(
     torch.save({"state_dict": build_model("resnet8", 10).state_dict()}, tmp_path / "best.pt")
     dataset = {"source": "digits", **changes}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"dataset": dataset}))
-    assert evaluate.main([str(tmp_path)]) == 1
+    assert main([str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert message in err
@@ -103,6 +103,6 @@ def test_an_untrusted_configuration_downloads_nothing(
     torch.save({"state_dict": build_model("resnet8", 100).state_dict()}, tmp_path / "best.pt")
     dataset = {"source": "cifar100", "root": str(tmp_path / "victim"), "download": True}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"dataset": dataset}))
-    assert evaluate.main([str(tmp_path)]) == 1
+    assert main([str(tmp_path)]) == 1
     assert "use dataset.download=true on a machine with internet access" in capsys.readouterr().err
     assert not (tmp_path / "victim").exists()

@@ -1,0 +1,1 @@
+"""The command ``python -m sskd.evaluate``: what a trained network reaches, and what it costs."""
