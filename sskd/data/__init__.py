@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sskd.data.augmentation import CROPS, ONE_VIEW, Views
+from sskd.data.augmentation import CROPS, JIGSAWS, ONE_VIEW, Views
 from sskd.data.augmenter import Augmenter
 from sskd.data.images import (
     Images,
@@ -17,12 +17,15 @@ from sskd.data.reading import find_problem
 from sskd.data.settings import DatasetSettings
 from sskd.data.sources import SOURCES
 from sskd.data.strong import StrongAugmentation
+from sskd.data.transformations import TRANSFORMATIONS, Transformations
 from sskd.errors import UserError
 
 __all__ = [
     "CROPS",
+    "JIGSAWS",
     "ONE_VIEW",
     "SOURCES",
+    "TRANSFORMATIONS",
     "Augmenter",
     "Batch",
     "DatasetSettings",
@@ -30,6 +33,7 @@ __all__ = [
     "Loader",
     "Split",
     "StrongAugmentation",
+    "Transformations",
     "Views",
     "eval_batches",
     "load_images",

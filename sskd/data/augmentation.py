@@ -1,4 +1,4 @@
-"""Flips, rotations, random crops and normalisation of whole batches, on any device.
+"""Flips, rotations, jigsaws, random crops and normalisation of whole batches, on any device.
 
 The random choices (``draw_crops``) are separate from the pixels (``Cropper``). So each crop has a
 number, under which the outputs of a teacher for it can be stored.
@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sskd.data.strong import StrongAugmentation
+from sskd.data.transformations import Transformations
 
 PADDING = 4  # pixels on each side
 QUARTER_TURNS = 4
 OFFSETS = 2 * PADDING + 1  # positions of a crop along one axis
 CROPS = 2 * OFFSETS**2  # crops of one view of an image: flipped or not, at any offset
+# The orders of 2 x 2 patches; the first one is that of the image.
+JIGSAWS = tuple(permutations(range(4)))
 
 
 @dataclass(frozen=True)
@@ -30,20 +34,39 @@ class Views:
         one_crop: the views of an image are rotations of the same crop (Yang et al., IJCAI 2021)
             instead of crops of their own (Xu et al., ECCV 2020).
         strong: if given, as many strong views follow these weak ones, with crops of their own.
+        transformed: if given, transformed views follow one normal view, with crops of their own.
+        jigsaws: views that follow one normal view; each has a crop of its own, whose 2 x 2 patches
+            are in a random other order.
     """
 
     rotations: int = 1
     one_crop: bool = False
     strong: StrongAugmentation | None = None
+    transformed: Transformations | None = None
+    jigsaws: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.rotations <= QUARTER_TURNS:
             raise ValueError(f"rotations must be 1 to {QUARTER_TURNS}, not {self.rotations}")
+        kinds = [self.rotations > 1, self.strong, self.transformed, self.jigsaws]
+        if (self.transformed or self.jigsaws) and sum(map(bool, kinds)) > 1:
+            raise ValueError("transformed views and jigsaws follow one normal view alone")
+
+    @property
+    def crops(self) -> int:
+        """Views of each image without the strong ones."""
+        transformed = self.transformed.views if self.transformed else 0
+        return self.rotations + transformed + self.jigsaws
 
     @property
     def count(self) -> int:
         """Views of each image."""
-        return self.rotations * (2 if self.strong else 1)
+        return self.crops * (2 if self.strong else 1)
+
+    @property
+    def are_rotations(self) -> bool:
+        """Whether there are only rotations, of which each has one of 162 crops."""
+        return not (self.strong or self.transformed or self.jigsaws)
 
 
 ONE_VIEW = Views()
@@ -58,6 +81,8 @@ def draw_crops(images: int, views: Views, generator: torch.Generator) -> Tensor:
     usual augmentation of CIFAR (He et al., CVPR 2016).
 
     The number of a crop is ``((v * 2 + flipped) * 9 + top) * 9 + left``: 162 crops for each view.
+    v is the number of quarter turns of a rotation, the order of a jigsaw's patches (its place in
+    ``JIGSAWS``), and 0 for a view that is transformed later.
     """
     weak = _draw_rotations(images, views, generator)
     return torch.cat([weak, _draw_rotations(images, views, generator)], 1) if views.strong else weak
@@ -66,12 +91,17 @@ def draw_crops(images: int, views: Views, generator: torch.Generator) -> Tensor:
 def _draw_rotations(images: int, views: Views, generator: torch.Generator) -> Tensor:
     device = generator.device
     flip = torch.rand(images, 1, generator=generator, device=device) < 0.5
-    drawn = 1 if views.one_crop else views.rotations
+    drawn = 1 if views.one_crop else views.crops
     top, left = torch.randint(OFFSETS, (2, images, drawn), generator=generator, device=device)
     if views.one_crop:
         top, left = _rotated_offsets(top, left, views.rotations)
-    turn = torch.arange(views.rotations, device=device)
-    return ((turn * 2 + flip) * OFFSETS + top) * OFFSETS + left
+    arrangement = torch.zeros(images, views.crops, dtype=torch.int64, device=device)
+    arrangement[:, : views.rotations] = torch.arange(views.rotations, device=device)
+    if views.jigsaws:
+        shape = (images, views.jigsaws)
+        others = torch.randint(1, len(JIGSAWS), shape, generator=generator, device=device)
+        arrangement[:, views.rotations :] = others
+    return ((arrangement * 2 + flip) * OFFSETS + top) * OFFSETS + left
 
 
 def _rotated_offsets(top: Tensor, left: Tensor, rotations: int) -> tuple[Tensor, Tensor]:
@@ -89,6 +119,8 @@ def _rotated_offsets(top: Tensor, left: Tensor, rotations: int) -> tuple[Tensor,
 class Cropper:
     """Cuts crops out of ``images``, uint8 [N, 3, S, S], by one gather, in at most ``rotations``.
 
+    With ``jigsaws``, for which S must be even, a crop can have its patches in any order.
+
     A table has the position in the image of each pixel of each crop, so that a GPU starts four
     kernels for a batch of any crops.
 
@@ -96,14 +128,18 @@ class Cropper:
         images: what the crops are cut out of. While they exist, no other tensor has their id.
     """
 
-    def __init__(self, images: Tensor, rotations: int) -> None:
+    def __init__(self, images: Tensor, rotations: int, *, jigsaws: bool = False) -> None:
         self.images = images
         count, channels, self._side = len(images), images.shape[1], images.shape[2]
         self._pixels_of_image = self._side**2 + 1
         pixels = images.new_zeros(count, self._pixels_of_image, channels)  # the last one is black
         pixels[:, :-1] = images.permute(0, 2, 3, 1).flatten(1, 2)
         self._pixels = pixels.flatten(0, 1)
-        self._positions = _pixel_positions(self._side, rotations).to(images.device)
+        positions = _pixel_positions(self._side, rotations)
+        if jigsaws:
+            orders = _jigsaw_positions(self._side).unbind()
+            positions = torch.cat([positions.index_select(1, order) for order in orders])
+        self._positions = positions.to(images.device)
 
     def __call__(self, indices: Tensor, crops: Tensor) -> Tensor:
         """Return the ``crops`` [B, k] of the images ``indices`` [B]: uint8 [B * k, 3, S, S].
@@ -134,8 +170,17 @@ def _pixel_positions(side: int, rotations: int) -> Tensor:
     return torch.cat(tables)
 
 
+def _jigsaw_positions(side: int) -> Tensor:
+    """Return where the pixels of a crop come from in each order of its patches: [24, S * S]."""
+    half = side // 2
+    pixels = torch.arange(side**2).view(2, half, 2, half)
+    patches = pixels.transpose(1, 2).reshape(4, half, half)
+    placed = patches[torch.tensor(JIGSAWS)].view(-1, 2, 2, half, half)
+    return placed.transpose(2, 3).flatten(1)
+
+
 class Normaliser:
-    """Turns uint8 images [N, 3, H, ``width``] into normalised float32, channels last in memory.
+    """Turns images [N, 3, H, ``width``] of 0..255 into normalised float32, channels last in memory.
 
     ``mean`` and ``std`` hold one value for each channel, in units of [0, 1].
     """
@@ -152,6 +197,6 @@ class Normaliser:
     def __call__(self, images: Tensor) -> Tensor:
         """Return ``(images / 255 - mean) / std``."""
         pixels = images.permute(0, 2, 3, 1)
-        rows = pixels.reshape(-1, len(self._mean)).float()
+        rows = pixels.reshape(-1, len(self._mean)).to(torch.float32, copy=True)
         rows.div_(255).sub_(self._mean).div_(self._std)
         return rows.view(pixels.shape).permute(0, 3, 1, 2)

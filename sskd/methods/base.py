@@ -143,7 +143,7 @@ class Method(nn.Module, ABC):
       that a CUDA graph can contain its step. If it cannot, it sets ``capturable`` to False.
     """
 
-    views: ClassVar[Views] = ONE_VIEW
+    views: Views = ONE_VIEW  # of the last phase
     needs_teacher: ClassVar[bool] = True
     capturable: ClassVar[bool] = True
     has_heads: ClassVar[bool] = False  # ``heads`` is not None

@@ -2,9 +2,9 @@
 
 Each image comes in four views, one normal and three transformed (rotated). In a first phase a
 projection head on the teacher learns to match each transformed view to the normal view of the same
-image (section 3.2). Then the student learns the teacher's predictions for both kinds of view and
-the teacher's similarities between them, without those on which the teacher is most wrong (section
-3.3).
+image (section 3.2), or another self-supervised task (``sskd.methods.tasks``). Then the student
+learns the teacher's predictions for both kinds of view and the teacher's scores in the task,
+without those on which the teacher is most wrong (section 3.3).
 """
 
 from __future__ import annotations
@@ -16,30 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sskd.data import Batch, Views
-from sskd.methods.adapters import ProjectionHead
-from sskd.methods.base import LossOutput, Method, Phase, in_float32, top1
+from sskd.data import Batch
+from sskd.methods.base import LossOutput, Method, Phase, top1
 from sskd.methods.kd import softened_kl
 from sskd.methods.logits import TRANSFORMS, LogitTransform
 from sskd.methods.networks import Networks
+from sskd.methods.tasks import ROTATIONS, TASKS, VIEWS, TaskName, TransformationName, split_views
 from sskd.schedule import PhaseSettings
 from sskd.settings import Positive, Share
-
-VIEWS = 4
-
-
-@in_float32
-def similarity(transformed: Tensor, normal: Tensor) -> Tensor:
-    """Return A, the cosine of each transformed view with each normal view (equation 5).
-
-    Args:
-        transformed: [N, d], projections of the transformed views.
-        normal: [B, d], projections of the normal views.
-
-    Returns:
-        [N, B], float32, in [-1, 1].
-    """
-    return F.normalize(transformed, dim=1) @ F.normalize(normal, dim=1).T
 
 
 def keep_rows(scores: Tensor, target: Tensor, ratio: float) -> Tensor:
@@ -72,28 +56,14 @@ def masked_mean(rows: Tensor, keep: Tensor) -> Tensor:
     return torch.where(keep, rows, 0).sum() / keep.sum().clamp(min=1)
 
 
-def split_views(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Split [4B, ...], image by image, into the normal [B, ...] and transformed [3B, ...] views."""
-    views = rows.unflatten(0, (-1, VIEWS))
-    return views[:, 0], views[:, 1:].flatten(0, 1)
-
-
-def positives(normal: Tensor) -> Tensor:
-    """Return the column of each transformed view's positive: the normal view of the same image.
-
-    [3B], int64, for the rows of ``similarity``; ``normal`` is [B, ...].
-    """
-    return torch.arange(len(normal), device=normal.device).repeat_interleave(VIEWS - 1)
-
-
 class SSKD(Method):
-    """Learn the teacher's predictions and self-supervised similarities, by selective transfer.
+    """Learn the teacher's predictions and its scores in a self-supervised task, selectively.
 
     Of the paper's losses, ``tf`` is L_T, whose temperature tau is ``temperature``, and ``ss`` is
     L_ss, whose tau is ``ss_temperature``.
     """
 
-    views = Views(VIEWS)
+    views = ROTATIONS  # of the task; these are the contrastive one's
     terms = ("ce", "kd", "tf", "ss")
     teacher_outputs = ("logits", "pooled")
 
@@ -107,6 +77,8 @@ class SSKD(Method):
         ss_ratio: Share,
         ss_head: PhaseSettings,
         logits: LogitTransform = "raw",
+        task: TaskName = "contrastive",
+        transformations: TransformationName = "rotation",
         **shared: Any,
     ) -> None:
         super().__init__(networks, **shared)
@@ -116,10 +88,13 @@ class SSKD(Method):
         self.ss_ratio = ss_ratio
         self.phase_settings = ss_head
         self.transform = TRANSFORMS[logits]
+        self.task = TASKS[task](networks.data, transformations)
+        self.views = self.task.views
+        self.accuracy = f"{task}_top1"
         student, teacher = (features.pooled.shape[1] for features in networks.probe())
         # The teacher's head comes first: its initial weights must not depend on the student.
-        self.teacher_head = ProjectionHead(teacher)
-        self.student_head = ProjectionHead(student)
+        self.teacher_head = self.task.head(teacher)
+        self.student_head = self.task.head(student)
         self.adapters = (self.student_head,)
 
     def phases(self) -> Iterable[Phase]:
@@ -128,7 +103,7 @@ class SSKD(Method):
             "ss_head",
             trains=self.teacher_head,
             loss=self.head_loss,
-            weights={"contrast": 1.0},
+            weights={self.task.loss: 1.0},
             views=self.views,
             schedule=self.phase_settings,
             teacher_only=True,
@@ -136,20 +111,20 @@ class SSKD(Method):
         yield from super().phases()
 
     def head_loss(self, batch: Batch) -> LossOutput:
-        """Return ``contrast``: the cross-entropy of the similarities with the positives."""
-        scores = self._similarities(self.teacher_head, self.teacher_features(batch).pooled)
-        target = positives(batch.y)
+        """Return the loss of the task: the cross-entropy of the teacher's scores."""
+        scores = self._scores(self.teacher_head, self.teacher_features(batch).pooled)
+        target = self.task.target(batch)
         loss = F.cross_entropy(scores, target)
-        return LossOutput({"contrast": loss}, {"contrastive_top1": top1(scores, target)})
+        return LossOutput({self.task.loss: loss}, {self.accuracy: top1(scores, target)})
 
     def loss(self, batch: Batch) -> LossOutput:
         """Return ``ce`` and ``kd`` of the normal views, ``tf`` and ``ss`` of the kept rows."""
         teacher = self.teacher_features(batch)
         with torch.no_grad():
-            teacher_scores = self._similarities(self.teacher_head, teacher.pooled)
+            teacher_scores = self._scores(self.teacher_head, teacher.pooled)
         student = self.student(batch.x)
-        scores = self._similarities(self.student_head, student.pooled)
-        target = positives(batch.y)
+        scores = self._scores(self.student_head, student.pooled)
+        target = self.task.target(batch)
 
         normal, _ = split_views(student.logits.float())
         _, teacher_transformed = split_views(teacher.logits.float())
@@ -167,12 +142,11 @@ class SSKD(Method):
         }
         metrics = {
             "top1": top1(normal, batch.y),
-            "contrastive_top1": top1(scores, target),
+            self.accuracy: top1(scores, target),
             "kept_tf": 100 * keep_tf.float().mean(),
             "kept_ss": 100 * keep_ss.float().mean(),
         }
         return LossOutput(terms, metrics)
 
-    def _similarities(self, head: nn.Module, pooled: Tensor) -> Tensor:
-        normal, transformed = split_views(head(pooled))
-        return similarity(transformed, normal)
+    def _scores(self, head: nn.Module, pooled: Tensor) -> Tensor:
+        return self.task.scores(head(pooled))

@@ -70,10 +70,10 @@ class Precomputed:
 def can_precompute(method: Method | type[Method]) -> bool:
     """Return whether ``method`` reads only fields of the teacher that fit on a disk.
 
-    There are too many strong views to store.
+    There are too many views other than rotations to store.
     """
     read = set(method.teacher_outputs)
-    return method.views.strong is None and set() < read <= set(VECTOR_FIELDS)
+    return method.views.are_rotations and set() < read <= set(VECTOR_FIELDS)
 
 
 def layout_of(method: Method, images: Images, precision: str) -> Layout:

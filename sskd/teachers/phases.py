@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ from sskd.runs.run import Run
 from sskd.teachers.shared import corrupt_file_error, find_or_compute, read_intact
 from sskd.training.phase_settings import phase_schedule
 from sskd.training.trainer import Trainer
+
+_LATER_VIEWS = ("transformed", "jigsaws")
 
 
 def find_or_train_phase(
@@ -102,6 +105,10 @@ def phase_settings(
 def _views_setting(views: Views) -> Any:
     """Return ``views`` as a setting; a number if nothing but the rotations is set.
 
-    So folders from the time when there were only rotations are found.
+    So folders from the time when there were only rotations are found, and without later fields that
+    are not set, those from the time before them.
     """
-    return views.rotations if views == Views(views.rotations) else asdict(views)
+    if views == Views(views.rotations):
+        return views.rotations
+    values = {k: v for k, v in asdict(views).items() if v or k not in _LATER_VIEWS}
+    return json.loads(json.dumps(values))  # with lists, as the file of the folder has them

@@ -96,6 +96,8 @@ def _why_not(method: Method, config: Config) -> str:
     """Return why the outputs for all crops do not suffice; "" if they do."""
     if config.strong_copies or method.views.strong:
         return "there are too many strong views to store"
+    if not method.views.are_rotations:
+        return "there are too many transformed views to store"
     if not can_precompute(method):
         return (
             f"method={config.method.name} reads more of the teacher than its logits and its pooled "

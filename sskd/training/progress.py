@@ -17,8 +17,10 @@ from sskd.turns import shares_process
 _ON_TERMINAL = 1.0
 _IN_LOG = 60.0
 
-# The metrics that a line shows; metrics.jsonl has all.
-_SHOWN = ("lr", "loss", "top1", "contrastive_top1", "test/", "holdout/", "images_per_second")
+# The beginnings of the metrics that a line shows, and the end of those of a first phase or a
+# self-supervised task; metrics.jsonl has all.
+_SHOWN = ("lr", "loss", "top1", "test/", "holdout/", "images_per_second")
+_SHOWN_END = "_top1"
 
 
 class Progress:
@@ -95,7 +97,7 @@ class Progress:
 
 def _rounded(metrics: Mapping[str, Any]) -> str:
     """Return the shown metrics as text, rounded."""
-    shown = {k: v for k, v in metrics.items() if k.startswith(_SHOWN)}
+    shown = {k: v for k, v in metrics.items() if k.startswith(_SHOWN) or k.endswith(_SHOWN_END)}
     return ", ".join(f"{name} {value:{_format(value)}}" for name, value in shown.items())
 
 

@@ -19,7 +19,8 @@ from benchmarks.conventional import CONVENTIONAL, ConventionalSSKD, kept_rows, s
 from benchmarks.throughput import Measured, Row, Turns
 from benchmarks.workload import Case, noise
 from sskd.methods.kd import kd_loss
-from sskd.methods.sskd import keep_rows, similarity
+from sskd.methods.sskd import keep_rows
+from sskd.methods.tasks import similarity
 from sskd.models import build_model
 
 RESULTS = Path(__file__).parents[2] / "results"

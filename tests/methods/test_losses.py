@@ -13,7 +13,8 @@ from torch import Tensor
 from sskd.methods.kd import kd_loss, softened_kl
 from sskd.methods.mlld import batch_loss, class_loss
 from sskd.methods.skd import direction_differences, mahalanobis_length
-from sskd.methods.sskd import keep_rows, masked_mean, positives, similarity, split_views
+from sskd.methods.sskd import keep_rows, masked_mean
+from sskd.methods.tasks import positives, similarity, split_views
 
 
 def softmax(row: list[float], temperature: float) -> list[float]:
