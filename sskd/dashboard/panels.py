@@ -11,6 +11,7 @@ from wandb_workspaces.reports.v2.interface import PanelTypes
 
 from sskd.config import method_settings
 from sskd.methods import METHODS
+from sskd.methods.tasks import TASKS
 from sskd.schedule import PhaseSettings
 
 Panels: TypeAlias = list[PanelTypes]
@@ -135,15 +136,19 @@ def _agreement(grouping: Grouping) -> Panels:
 
 def _self_supervision(grouping: Grouping) -> Panels:
     return [
-        curve("Contrastive top-1 of the student (%)", ["distill/contrastive_top1"], grouping),
         curve(
-            "Contrastive top-1 of the teacher's head (%)",
-            ["ss_head/contrastive_top1"],
+            "Top-1 of the self-supervised task, student (%)",
+            [f"distill/{task}_top1" for task in TASKS],
+            grouping,
+        ),
+        curve(
+            "Top-1 of the self-supervised task, teacher's head (%)",
+            [f"ss_head/{task}_top1" for task in TASKS],
             grouping,
             x="ss_head/epoch",
         ),
         curve("Transformed views kept for TF (%)", ["distill/kept_tf"], grouping),
-        curve("Similarities kept for SS (%)", ["distill/kept_ss"], grouping),
+        curve("Scores of the task kept for SS (%)", ["distill/kept_ss"], grouping),
     ]
 
 
@@ -212,7 +217,7 @@ SUBJECTS = (
     ),
     Subject(
         "Self-supervision",
-        "SSKD's contrastive task, and how much of its two terms selective transfer keeps.",
+        "SSKD's self-supervised task, and how much of two of its terms selective transfer keeps.",
         run_panels=_self_supervision,
     ),
     Subject(

@@ -23,6 +23,7 @@ from sskd.config import method_settings
 from sskd.dashboard import panels
 from sskd.dashboard.__main__ import main
 from sskd.methods import METHODS
+from sskd.methods.tasks import TASKS
 from sskd.schedule import PhaseSettings
 from sskd.train import train
 
@@ -119,6 +120,8 @@ def test_panels_show_only_keys_that_runs_log(
     places = {key.removesuffix("crd") for key in metrics if key.endswith("/crd")}
     assert places >= {"distill/loss/", "distill/weighted/"}
     metrics |= {place + term for place in places for term in panels.method_terms()}
+    # And so is the accuracy of SSKD's other tasks.
+    metrics |= {key.replace("contrastive", task) for key in metrics for task in TASKS}
     for spec in built():
         shown = set().union(*map(keys_of_runs, all_panels(spec)))
         assert {"test/top1", "distill/weighted/crd", "flow/loss", "kl", "hours"} <= shown
