@@ -6,6 +6,7 @@ import io
 import re
 import statistics
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ from sskd.report.plots import STYLE, Curve, draw_curves, draw_gains, draw_losses
 from sskd.report.published import Pair, row_label
 from sskd.report.report import Report
 from sskd.report.results import Warn
+from sskd.report.study_plots import draw_study
 from sskd.runs.epoch_line import EpochLine
 
 TEST_TOP1 = "test/top1"
@@ -29,9 +31,10 @@ Metrics = Mapping[Path, list[EpochLine]]  # by the folder of the run
 
 
 def draw_figures(report: Report, warn: Warn) -> dict[str, Figure]:
-    """Return the figures by name: ``gain``, ``curves-<pair>`` and ``losses-<pair>``.
+    """Return the figures by name: gains, curves and losses of pairs, and studies.
 
-    If the report has several groups of pairs, the names contain the title of the group too.
+    The names are ``gain``, ``curves-<pair>``, ``losses-<pair>`` and ``study-<pair>-<key>``. If the
+    report has several groups of pairs, the first three contain the title of the group too.
     Figures without data are left out. Malformed metrics are reported through ``warn``.
     """
     metrics = {run.folder: read_metrics(run.folder, warn) for run in report.results}
@@ -44,6 +47,12 @@ def draw_figures(report: Report, warn: Warn) -> dict[str, Figure]:
             for kind, pair, figure in _group_figures(group, metrics):
                 name = "-".join(map(_slug, [kind, *title, *pair]))
                 figures[_unused(name[:LONGEST_NAME], figures)] = figure
+        names = Counter((study.pair_name, study.key) for study in report.studies)
+        for study in report.studies:
+            one = names[study.pair_name, study.key] == 1
+            title = [] if one else [study.dataset, study.setting_title]
+            name = "-".join(map(_slug, ["study", *title, study.pair_name, study.key]))
+            figures[_unused(name[:LONGEST_NAME], figures)] = draw_study(study)
     return figures
 
 

@@ -24,7 +24,14 @@ from sskd.report.published import (
     row_label,
     settings_text,
 )
-from sskd.report.results import DIGEST, Epoch, FinishedRun, Settings, without_digest
+from sskd.report.results import (
+    DIGEST,
+    Epoch,
+    FinishedRun,
+    Settings,
+    numeric_order,
+    without_digest,
+)
 
 NETWORKS_TABLE = "networks"
 # That of sskd.config, which would import torch.
@@ -34,6 +41,8 @@ GAIN_LEGEND = (
     " bars: one standard deviation of that difference, the root of the sum of both sample"
     " variances over seeds; none if either side is a single run."
 )
+# Sorts rows: by their place in a layout, their names and their settings.
+RowOrder = tuple[int, str, tuple[tuple[str, float, str], ...]]
 REFERENCES = {STUDENT: "over the student alone", KD: "over KD"}
 
 
@@ -143,11 +152,9 @@ class Group:
             if top1
         }
 
-    def row_order(self, row: RowKey) -> tuple[int, str, Settings]:
+    def row_order(self, row: RowKey) -> RowOrder:
         """Return the key that sorts rows in the published order, other methods after them."""
-        name, variant = row
-        rows = self.published.all_rows if self.published else ROWS
-        return rows.index(name) if name in rows else len(rows), name.casefold(), variant
+        return row_order(row, self.published.all_rows if self.published else ROWS)
 
     def entry(
         self,
@@ -182,12 +189,19 @@ class Group:
         return self.published.value(pair, name) if same else None
 
 
+def row_order(row: RowKey, rows: Sequence[str]) -> RowOrder:
+    """Return the key that sorts rows as ``rows`` lists them, other methods after them."""
+    name, variant = row
+    place = rows.index(name) if name in rows else len(rows)
+    return place, name.casefold(), numeric_order(variant)
+
+
 def build_groups(results: Iterable[FinishedRun], epoch: Epoch) -> Iterator[list[Group]]:
     """Yield the groups of each dataset and setting, the unchanged recipe first."""
     by_setting: dict[tuple[str, Settings], list[FinishedRun]] = {}
     for run in results:
         by_setting.setdefault((run.dataset, run.setting), []).append(run)
-    for dataset, setting in sorted(by_setting):
+    for dataset, setting in sorted(by_setting, key=lambda key: (key[0], numeric_order(key[1]))):
         runs = by_setting[dataset, setting]
         scratch_runs = tuple(run for run in runs if run.teacher is None)
         sources: tuple[Published | None, ...] = published_for(dataset, setting) or (None,)

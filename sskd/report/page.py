@@ -117,15 +117,22 @@ def _shades(entries: Sequence[Entry]) -> tuple[dict[Entry, float], str]:
 
 def _gains_over_student(entries: Iterable[Entry]) -> Iterator[tuple[Entry, float]]:
     entries = list(entries)
-    alone = {(e.teacher, e.student): e.mean for e in entries if e.row == STUDENT_ROW}
+    # The columns of a study have several settings.
+    alone = {(e.setting, e.teacher, e.student): e.mean for e in entries if e.row == STUDENT_ROW}
     for entry in entries:
-        pair = (entry.teacher, entry.student)
+        pair = (entry.setting, entry.teacher, entry.student)
         if pair in alone and entry.row not in (TEACHER_ROW, STUDENT_ROW):
             yield entry, entry.mean - alone[pair]
 
 
 SECTIONS = {
     "gain": ("Gains", GAIN_LEGEND),
+    "study": (
+        "Studies",
+        "Top-1 on the test set at the last epoch against the value of one setting: mean over seeds,"
+        " with a bar of plus and minus one sample standard deviation. Hollow markers are published"
+        " values. A star is the line's best value by the accuracy on held-out images.",
+    ),
     "curves": (
         "Accuracy",
         "Top-1 on the test set after each epoch: mean over seeds, in a band of plus and minus one"

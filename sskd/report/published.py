@@ -179,7 +179,7 @@ class Published:
 
     def row_of(self, run: FinishedRun) -> str | None:
         """Return the row whose published runs changed the same settings as ``run``, if any did."""
-        name, requested = display_name(run.method), _requested_settings(run)
+        name, requested = display_name(run.method), requested_settings(run)
         pair = (run.teacher or "", run.student)
         for row in (name, *self.later.variants_of(name)):
             if self.variants.get(row, self.later.changes_of(row, pair)) == requested:
@@ -204,7 +204,7 @@ class Published:
         return self.row_of(run) == row and self.has_teacher_of(row, run)
 
 
-def _requested_settings(run: FinishedRun) -> Settings:
+def requested_settings(run: FinishedRun) -> Settings:
     """Return the run's changes to its method and teacher, with the teacher's requested epoch.
 
     If the teacher is a file, its digest alone decides the result, and the requested epoch is

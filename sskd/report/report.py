@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from sskd.report.disambiguation import distinct_results
@@ -10,7 +11,10 @@ from sskd.report.groups import Group, MissingCell, build_groups, find_missing
 from sskd.report.render import render_csv
 from sskd.report.results import Epoch, FinishedRun, Warn, read_results
 from sskd.report.status import JobStatus, read_jobs
-from sskd.report.tables import Table, build_tables
+from sskd.report.studies import Study, find_studies, moved_runs
+from sskd.report.study_tables import build_study_tables
+from sskd.report.tables import Table, build_tables, notes_once
+from sskd.report.terms import Terms, build_terms_table, find_terms, moved_term_runs
 
 
 @dataclass(frozen=True)
@@ -21,14 +25,32 @@ class Report:
     results: list[FinishedRun]
     jobs: list[JobStatus]
 
+    @cached_property
+    def studies(self) -> list[Study]:
+        """The studies among the results."""
+        return find_studies(self.results)
+
+    @cached_property
+    def terms(self) -> list[Terms]:
+        """The runs of SSKD's terms."""
+        return find_terms(self.results)
+
+    @cached_property
+    def grouped_results(self) -> list[FinishedRun]:
+        """The results that are shown by setting: those that only studies show are left out."""
+        moved = moved_runs(self.studies) | moved_term_runs(self.terms)
+        return [run for run in self.results if run.folder not in moved]
+
     def groups(self, epoch: Epoch = "last") -> list[Group]:
         """Return the groups that have distilled students, by setting and source."""
-        settings = build_groups(self.results, epoch)
+        settings = build_groups(self.grouped_results, epoch)
         return [group for groups in settings for group in groups if group.distilled]
 
     def tables(self, epoch: Epoch) -> list[Table]:
-        """Return all tables, at the last or at the best epoch."""
-        return build_tables(self.results, epoch)
+        """Return all tables, at the last or at the best epoch: by setting, then the studies."""
+        by_setting = build_tables(self.grouped_results, epoch)
+        terms = [build_terms_table(each, epoch) for each in self.terms]
+        return notes_once([*by_setting, *terms, *build_study_tables(self.studies, epoch)])
 
     def csv(self) -> str:
         """Return the entries of all tables, at both epochs, as CSV."""

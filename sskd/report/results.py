@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ from sskd.files import MOST_DEPTH, is_regular_file, is_too_deep, read_bounded_te
 from sskd.overrides import flatten
 from sskd.runs import fields
 from sskd.runs.names import CONFIG, MOST_CONFIG, MOST_RESULT, NAME, RESULT
-from sskd.runs.result import RunResult
+from sskd.runs.result import HoldoutTop1, RunResult
 from sskd.runs.weightings import RECIPE, WEIGHTING, name_weighting
 
 Epoch = Literal["last", "best"]
@@ -73,6 +74,7 @@ class FinishedRun:
         passes: the number of views of each image on which the student was trained.
         departures: the settings of the recipe that the method itself replaces.
         settings: all settings that decide the result, without ``NOT_SETTINGS``.
+        holdout: the accuracies on held-out images; None without ``dataset.holdout``.
 
     ``teacher_epoch``, ``peak_memory_mib``, ``commit``, ``epochs`` and ``passes`` are None, and
     ``settings`` empty, if they were not recorded.
@@ -102,6 +104,7 @@ class FinishedRun:
     origin: Origin
     folder: Path
     settings: Settings = ()
+    holdout: HoldoutTop1 | None = None
 
     @property
     def setting(self) -> Settings:
@@ -116,6 +119,27 @@ class FinishedRun:
     def top1(self, epoch: Epoch) -> float:
         """Return the test accuracy, in percent, of the last or of the best epoch."""
         return self.last if epoch == "last" else self.best
+
+    def holdout_top1(self, epoch: Epoch) -> float | None:
+        """Return the accuracy on the held-out images, in percent, of their last or best epoch."""
+        if self.holdout is None:
+            return None
+        return self.holdout.last if epoch == "last" else self.holdout.best
+
+
+def as_number(text: str) -> float | None:
+    """Return ``text`` as a finite number; None if it is none."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def numeric_order(settings: Settings) -> tuple[tuple[str, float, str], ...]:
+    """Return the key that sorts settings by name, then numbers by value, then other texts."""
+    numbers = ((key, as_number(text), text) for key, text in settings)
+    return tuple((key, math.inf if n is None else n, text) for key, n, text in numbers)
 
 
 def without_digest(settings: Settings) -> Settings:
@@ -203,6 +227,7 @@ def parse_result(text: str, folder: Path) -> FinishedRun | None:
         origin=Origin(result.dataset_source, result.dataset_digest, result.teacher_digest),
         folder=folder,
         settings=_settings(record, result.precision),
+        holdout=result.holdout_top1,
     )
 
 
@@ -253,7 +278,7 @@ def _settings(record: fields.Record, precision: str | None) -> Settings:
     flat = flatten(recorded)
     if flat.get("precision") == "auto" and precision is not None:
         flat["precision"] = precision
-    return tuple(sorted((k, _as_text(v)) for k, v in flat.items() if k not in NOT_SETTINGS))
+    return tuple(sorted((k, as_text(v)) for k, v in flat.items() if k not in NOT_SETTINGS))
 
 
 def _difference(record: fields.Record, *, follows: bool) -> Settings:
@@ -267,16 +292,17 @@ def _difference(record: fields.Record, *, follows: bool) -> Settings:
     if not all(key and key.isprintable() for key in recorded):
         raise ValueError("'difference' has a key that is not a name")
     # A network alone can have the method's name there, which the run has as ``method``.
-    texts = {key: _as_text(item) for key, item in recorded.items() if key != "method.name"}
+    texts = {key: as_text(item) for key, item in recorded.items() if key != "method.name"}
     return tuple(sorted(name_weighting(method, recipe, texts, follows=follows).items()))
 
 
 def _departures(recorded: Mapping[str, Any]) -> Settings:
     if not all(key and key.isprintable() for key in recorded):
         raise ValueError("'departures' has a key that is not a name")
-    return tuple(sorted((key, _as_text(value)) for key, value in recorded.items()))
+    return tuple(sorted((key, as_text(value)) for key, value in recorded.items()))
 
 
-def _as_text(value: object) -> str:
+def as_text(value: object) -> str:
+    """Return a recorded value as text: a printable string itself, anything else as JSON."""
     printable = isinstance(value, str) and value.isprintable()
     return str(value) if printable else json.dumps(value)

@@ -111,14 +111,14 @@ def build_tables(results: Iterable[FinishedRun], epoch: Epoch) -> list[Table]:
         compared = [e for each in found for e in each.entries if e.published is not None]
         found[last] = replace(found[last], notes=_notes(groups, compared))
         tables += found
-    return _notes_once(tables)
+    return notes_once(tables)
 
 
-def _notes_once(tables: list[Table]) -> list[Table]:
+def notes_once(tables: Iterable[Table]) -> list[Table]:
     """Keep each note only beneath the last table that has it."""
     kept: set[str] = set()
     found = []
-    for table in reversed(tables):
+    for table in reversed(list(tables)):
         notes = tuple(note for note in table.notes if note not in kept)
         found.append(replace(table, notes=notes))
         kept.update(table.notes)
@@ -192,7 +192,7 @@ def _pairs_table(group: Group, name: str, pairs: list[Pair]) -> Table:
 def _pair_cell(entry: Entry | None) -> Cell:
     if entry is None:
         return Cell()
-    text = "\n".join(filter(None, (_measured(entry), _published(entry))))
+    text = "\n".join(filter(None, (measured_text(entry), published_text(entry))))
     return Cell(text, entry.mean, entry)
 
 
@@ -223,9 +223,9 @@ def _networks_table(group: Group, runs: dict[RowKey, list[FinishedRun]]) -> Tabl
         sizes = sorted({run.parameters for run in runs[key]})
         cells = (
             Cell(row_label(key)),
-            Cell(_measured(entry), round(entry.mean, 2)),
+            Cell(measured_text(entry), round(entry.mean, 2)),
             Cell(" or ".join(f"{size:,}" for size in sizes), float(sizes[0])),
-            Cell(_published(entry), entry.published),
+            Cell(published_text(entry), entry.published),
         )
         rows.append(cells[:columns])
     return Table(
@@ -244,18 +244,7 @@ def _cost_table(group: Group, pairs: list[Pair]) -> Table:
     for pair in pairs:
         label = "-".join(pair)
         for key, runs in group.pair_runs(pair).items():
-            cells = (
-                _mean_cell((run.last for run in runs), digits=2),
-                _mean_cell((run.best for run in runs), digits=2),
-                _mean_cell((run.best - run.last for run in runs), digits=2),
-                _mean_cell((run.agreement for run in runs), digits=2),
-                _mean_cell((run.kl for run in runs), digits=3),
-                _mean_cell((run.passes for run in runs), digits=0),
-                _mean_cell((run.images_per_second for run in runs), digits=0),
-                _mean_cell((run.peak_memory_mib for run in runs), digits=0),
-                _mean_cell((run.seconds / 3600 for run in runs), digits=3),
-            )
-            rows.append((Cell(label), Cell(row_label(key)), *cells))
+            rows.append((Cell(label), Cell(row_label(key)), *cost_cells(runs)))
             label = ""
     return Table(
         title=f"{group.title} · {COST_TITLE}",
@@ -264,6 +253,21 @@ def _cost_table(group: Group, pairs: list[Pair]) -> Table:
         labels=2,
         align=">",
         notes=(COST_LEGEND, *_departures(group, pairs)),
+    )
+
+
+def cost_cells(runs: Sequence[FinishedRun]) -> tuple[Cell, ...]:
+    """Return the cells of a row of a table of cost, means over ``runs``."""
+    return (
+        _mean_cell((run.last for run in runs), digits=2),
+        _mean_cell((run.best for run in runs), digits=2),
+        _mean_cell((run.best - run.last for run in runs), digits=2),
+        _mean_cell((run.agreement for run in runs), digits=2),
+        _mean_cell((run.kl for run in runs), digits=3),
+        _mean_cell((run.passes for run in runs), digits=0),
+        _mean_cell((run.images_per_second for run in runs), digits=0),
+        _mean_cell((run.peak_memory_mib for run in runs), digits=0),
+        _mean_cell((run.seconds / 3600 for run in runs), digits=3),
     )
 
 
@@ -280,12 +284,13 @@ def _departures(group: Group, pairs: Iterable[Pair]) -> Iterator[str]:
         yield f"Settings that a method replaces in the recipe. {changed}."
 
 
-def _measured(entry: Entry) -> str:
+def measured_text(entry: Entry) -> str:
+    """Return the mean, the deviation if there is one, and the number of runs."""
     deviation = "" if entry.std is None else f" ± {entry.std:.2f}"
     return f"{entry.mean:.2f}{deviation} ({entry.n})"
 
 
-def _published(entry: Entry) -> str:
+def published_text(entry: Entry) -> str:
     """Return the published value and the difference, or an empty text if there is none."""
     if entry.published is None or entry.difference is None:
         return ""
