@@ -26,6 +26,7 @@ from sskd.report.results import (
     FinishedRun,
     Settings,
     as_number,
+    numeric_order,
     without_digest,
 )
 
@@ -111,7 +112,18 @@ def find_studies(results: Sequence[FinishedRun]) -> list[Study]:
     found = [study for place in lines.by_place for study in _studies(place, lines)]
     shared = {(s.dataset, s.pair[1], s.key, s.setting) for s in found if s.pair is not None}
     found += _network_studies(lines, shared)
-    return sorted(found, key=lambda s: (s.dataset, s.pair or ("~",), s.setting, s.key))
+    return sorted(found, key=_order)
+
+
+def _order(study: Study) -> tuple[object, ...]:
+    """Return the key that sorts studies; those of networks alone come last."""
+    return (
+        study.dataset,
+        study.pair is None,
+        study.pair or (),
+        numeric_order(study.setting),
+        study.key,
+    )
 
 
 def moved_runs(studies: Iterable[Study]) -> set[Path]:
@@ -225,20 +237,21 @@ def _studies(place: Place, lines: _Lines) -> Iterator[Study]:
 
 
 def _name_grid(rows: Rows) -> dict[RowKey, RowKey]:
-    """Return the names of ``rows``: in a grid of two settings, the recipe's row has its value too.
+    """Return the names of ``rows``: those of a grid of two settings have the other's value.
 
-    A method is a grid if its other rows have numbers of one other setting.
+    The rows of a method are a grid if all but the recipe's have a number of one other setting.
     """
     names = {row: row for row in rows}
-    for name, variant in rows:
-        others = [other for also, other in rows if also == name and other]
-        keys = {key for other in others for key, _ in other}
-        if variant or len(keys) != 1 or not all(as_number(o[0][1]) is not None for o in others):
+    for name in {name for name, _ in rows}:
+        found = [row for row in rows if row[0] == name]
+        keys = {key for _, variant in found for key, _ in variant}
+        if len(found) < 2 or len(keys) != 1 or DIGEST in keys:
             continue
         (key,) = keys
-        own = recipe_value(_all(rows[name, variant])[0], key)
-        if own is not None and (number := as_number(own)) is not None:
-            names[name, variant] = (name, ((key, f"{number:g}"),))
+        own = {row: recipe_value(_all(rows[row])[0], key) for row in found}
+        numbers = {row: as_number(dict(row[1]).get(key) or own[row] or "") for row in found}
+        if None not in numbers.values() and len({*numbers.values()}) == len(found):
+            names |= {row: (name, ((key, f"{number:g}"),)) for row, number in numbers.items()}
     return names
 
 

@@ -19,7 +19,9 @@ from sskd.report.tables import (
     LEGEND,
     Cell,
     Table,
+    commits_notes,
     cost_cells,
+    departures_notes,
     measured_text,
 )
 
@@ -35,7 +37,8 @@ HOLDOUT_LEGEND = (
 PUBLISHED_LEGEND = (
     "Beneath a value of a study, the published one and the difference, measured - published; only"
     " if apart from the studied setting nothing but the precision differs from the recipe, and a"
-    " teacher from a file has the published teacher's accuracy."
+    " teacher from a file has the published teacher's accuracy. Published values are of the best"
+    " epoch on the test set (--best)."
 )
 
 
@@ -175,6 +178,7 @@ def _notes(study: Study, epoch: Epoch) -> Iterator[str]:
     if lines:
         yield PUBLISHED_LEGEND
     yield from dict.fromkeys(line.note for line in lines)
+    yield from commits_notes(runs for cells in study.lines.values() for runs in cells.values())
 
 
 def _cost_table(study: Study) -> Table:
@@ -184,11 +188,12 @@ def _cost_table(study: Study) -> Table:
         for value, runs in cells.items():
             rows.append((Cell(label), Cell(value_text(value)), *cost_cells(runs)))
             label = ""
+    by_row = ((row, runs) for row, cells in study.lines.items() for runs in cells.values())
     return Table(
         title=f"{study_title(study)} · {COST_TITLE}",
         header=("row", study.key, *COST_HEADER[2:]),
         rows=tuple(rows),
         labels=2,
         align=">",
-        notes=(COST_LEGEND,),
+        notes=(COST_LEGEND, *departures_notes(by_row)),
     )

@@ -140,20 +140,25 @@ def _notes(groups: list[Group], compared: Iterable[Entry]) -> tuple[str, ...]:
         notes.append(INCOMPARABLE_LEGEND)
     if any(group.distilled for group in groups):
         notes.append(TEACHER_LEGEND)
-    if commits := ", ".join(_commits_in_one_mean(groups)):
-        notes.append(f"Some means are over runs of different commits of the suite: {commits}.")
-    return tuple(notes)
+    return (*notes, *commits_notes(_cells(groups)))
 
 
-def _commits_in_one_mean(groups: Iterable[Group]) -> list[str]:
-    """Return the shortened commits of the rows that have runs of several."""
-    mixed: set[str] = set()
+def _cells(groups: Iterable[Group]) -> Iterator[Sequence[FinishedRun]]:
+    """Yield the runs of each mean."""
     for group in groups:
-        tables = [network_runs(group, ()), *map(group.pair_runs, group.pairs())]
-        for runs in (runs for rows in tables for runs in rows.values()):
-            commits = {run.commit or "not recorded" for run in runs}
-            mixed |= commits if len(commits) > 1 else set()
-    return sorted(re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", commit) for commit in mixed)
+        for rows in (network_runs(group, ()), *map(group.pair_runs, group.pairs())):
+            yield from rows.values()
+
+
+def commits_notes(cells: Iterable[Sequence[FinishedRun]]) -> Iterator[str]:
+    """Yield a note with the shortened commits of the ``cells`` that have runs of several."""
+    mixed: set[str] = set()
+    for runs in cells:
+        commits = {run.commit or "not recorded" for run in runs}
+        mixed |= commits if len(commits) > 1 else set()
+    if mixed:
+        short = sorted(re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", commit) for commit in mixed)
+        yield f"Some means are over runs of different commits of the suite: {', '.join(short)}."
 
 
 def _group_tables(group: Group) -> Iterator[Table]:
@@ -252,7 +257,7 @@ def _cost_table(group: Group, pairs: list[Pair]) -> Table:
         rows=tuple(rows),
         labels=2,
         align=">",
-        notes=(COST_LEGEND, *_departures(group, pairs)),
+        notes=(COST_LEGEND, *departures_notes(_rows_of(group, pairs))),
     )
 
 
@@ -271,14 +276,20 @@ def cost_cells(runs: Sequence[FinishedRun]) -> tuple[Cell, ...]:
     )
 
 
-def _departures(group: Group, pairs: Iterable[Pair]) -> Iterator[str]:
+def _rows_of(group: Group, pairs: Iterable[Pair]) -> Iterator[tuple[RowKey, list[FinishedRun]]]:
+    return (item for pair in pairs for item in group.pair_runs(pair).items())
+
+
+def departures_notes(
+    rows: Iterable[tuple[RowKey, Sequence[FinishedRun]]],
+) -> Iterator[str]:
     """Yield one note with the settings that methods replace, if any does."""
     pairs_of: dict[str, dict[str, None]] = {}
-    for pair in pairs:
-        for key, runs in group.pair_runs(pair).items():
-            for departures in {run.departures for run in runs} - {()}:
-                text = f"{row_label(key)}: {settings_text(departures)}"
-                pairs_of.setdefault(text, {})["-".join(pair)] = None
+    for key, runs in rows:
+        for run in runs:
+            if run.departures:
+                text = f"{row_label(key)}: {settings_text(run.departures)}"
+                pairs_of.setdefault(text, {})[f"{run.teacher}-{run.student}"] = None
     if pairs_of:
         changed = "; ".join(f"{text} ({', '.join(names)})" for text, names in pairs_of.items())
         yield f"Settings that a method replaces in the recipe. {changed}."

@@ -24,7 +24,15 @@ from sskd.report.results import (
     numeric_order,
     without_digest,
 )
-from sskd.report.tables import EPOCH_TITLES, LEGEND, Cell, Table, measured_text, published_text
+from sskd.report.tables import (
+    EPOCH_TITLES,
+    LEGEND,
+    Cell,
+    Table,
+    commits_notes,
+    measured_text,
+    published_text,
+)
 
 TF, SS = "method.weights.tf", "method.weights.ss"
 KD_ROW, ALONE_ROW, TF_ROW, SS_ROW = "KD", "KD on SSKD's batches", "+ tf", "+ ss"
@@ -108,7 +116,12 @@ def build_terms_table(terms: Terms, epoch: Epoch) -> Table:
         align="<",
         entries=tuple(entries),
         epoch=epoch,
-        notes=(LEGEND, LEGEND_OF_TERMS, *([TERMS_NOTE] if compared else [])),
+        notes=(
+            LEGEND,
+            LEGEND_OF_TERMS,
+            *([TERMS_NOTE] if compared else []),
+            *commits_notes(terms.runs.values()),
+        ),
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import Compose
 from pydantic import ValidationError
 from sklearn.datasets import load_digits
 
@@ -251,3 +252,18 @@ def test_all_tensors_move_to_another_device() -> None:
     assert images.holdout is not None
     for split in (images.train, images.test, images.holdout):
         assert split.images.device.type == split.labels.device.type == "meta"
+
+
+def test_methods_and_seeds_share_images_and_wrong_labels(composed: Compose) -> None:
+    """A study of few or of wrong labels compares methods, not choices of images."""
+    study = ("dataset=digits", "dataset.fraction=0.5", "dataset.label_noise=0.3")
+    configs = [
+        composed(*study, "pair=vgg13-vgg8", f"method={method}", f"seed={seed}", "runs=runs")
+        for method, seed in (("kd", 0), ("kd", 1), ("sskd", 2), ("crd", 0))
+    ]
+    (chosen,) = {config.dataset.model_dump_json() for config in configs}
+    first, again = (load_images(DatasetSettings.model_validate_json(chosen)) for _ in range(2))
+    assert torch.equal(first.train.images, again.train.images)
+    assert torch.equal(first.train.labels, again.train.labels)
+    # The teacher saw all images with their own labels.
+    assert {(c.teacher.fraction, c.teacher.label_noise) for c in configs if c.teacher} == {(1, 0)}
