@@ -233,7 +233,7 @@ def _studies(place: Place, lines: _Lines) -> Iterator[Study]:
     named = _name_grid(kept)
     ordered = _ordered(dataset, {named[row]: cells for row, cells in kept.items()})
     lines_of = {named[row]: found for row, found in published.items()}
-    yield Study(dataset, pair, key, setting, ordered, lines_of)
+    yield Study(dataset, pair, key, setting, lines=ordered, published=lines_of)
 
 
 def _name_grid(rows: Rows) -> dict[RowKey, RowKey]:
@@ -264,7 +264,7 @@ def _network_studies(lines: _Lines, shared: set[tuple[str, str, str, Settings]])
             if row[1] or (dataset, row[0], key, setting) not in shared
         }
         if kept := _kept(key, left):
-            yield Study(dataset, None, key, setting, _ordered(dataset, kept))
+            yield Study(dataset, None, key, setting, lines=_ordered(dataset, kept))
 
 
 def _kept(key: str, rows: Rows) -> Rows:

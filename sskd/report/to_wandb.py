@@ -108,7 +108,7 @@ def _unfinished(report: Report) -> Iterator[list[Any]]:
 
 
 def _images(written: Iterable[Path]) -> dict[str, list[wandb.Image]]:
-    """Return the report's figures as images, by kind: gain, curves, losses."""
+    """Return the report's figures as images, by kind: gain, study, curves, losses."""
     images: dict[str, list[wandb.Image]] = {}
     for path in written:
         if path.suffix == ".png":
