@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sskd.report.groups import ALONE, row_order
@@ -57,6 +58,8 @@ class Study:
         setting: what all runs share, apart from method and teacher, that is not in the recipe.
         lines: the runs by row and value.
         published: the comparable published lines by row.
+        compared: the values whose runs stay in the table of their setting, because it compares
+            more methods than the study.
     """
 
     dataset: str
@@ -65,6 +68,7 @@ class Study:
     setting: Settings
     lines: Lines
     published: Mapping[RowKey, tuple[PublishedLine, ...]] = field(default_factory=dict)
+    compared: frozenset[Value] = frozenset()
 
     @property
     def setting_title(self) -> str:
@@ -103,6 +107,13 @@ class Study:
         """Yield all runs of all lines."""
         return (run for cells in self.lines.values() for runs in cells.values() for run in runs)
 
+    def moved(self) -> Iterator[FinishedRun]:
+        """Yield the runs that no table of a setting shows as well."""
+        for cells in self.lines.values():
+            for value, runs in cells.items():
+                if value not in self.compared:
+                    yield from (run for run in runs if changes(run, self.key))
+
 
 def find_studies(results: Sequence[FinishedRun]) -> list[Study]:
     """Return the studies among ``results``, sorted by dataset, pair, setting and key."""
@@ -131,7 +142,7 @@ def moved_runs(studies: Iterable[Study]) -> set[Path]:
 
     Runs with the recipe's own value of the setting stay in their tables too.
     """
-    return {run.folder for study in studies for run in study.runs() if changes(run, study.key)}
+    return {run.folder for study in studies for run in study.moved()}
 
 
 def changes(run: FinishedRun, key: str) -> bool:
@@ -222,7 +233,7 @@ def _studies(place: Place, lines: _Lines) -> Iterator[Study]:
     alone = lines.alone.get((dataset, None, key, setting), {}).get((pair[1], ()))
     if alone:
         split[STUDENT] = alone
-    kept = _kept(key, split)
+    kept, compared = _without_comparisons(key, _kept(key, split))
     if not kept:
         return
     published = {
@@ -233,7 +244,8 @@ def _studies(place: Place, lines: _Lines) -> Iterator[Study]:
     named = _name_grid(kept)
     ordered = _ordered(dataset, {named[row]: cells for row, cells in kept.items()})
     lines_of = {named[row]: found for row, found in published.items()}
-    yield Study(dataset, pair, key, setting, lines=ordered, published=lines_of)
+    study = Study(dataset, pair, key, setting, lines=ordered, published=lines_of)
+    yield replace(study, compared=compared)
 
 
 def _name_grid(rows: Rows) -> dict[RowKey, RowKey]:
@@ -263,8 +275,10 @@ def _network_studies(lines: _Lines, shared: set[tuple[str, str, str, Settings]])
             for row, cells in rows.items()
             if row[1] or (dataset, row[0], key, setting) not in shared
         }
-        if kept := _kept(key, left):
-            yield Study(dataset, None, key, setting, lines=_ordered(dataset, kept))
+        kept, compared = _without_comparisons(key, _kept(key, left))
+        if kept:
+            study = Study(dataset, None, key, setting, lines=_ordered(dataset, kept))
+            yield replace(study, compared=compared)
 
 
 def _kept(key: str, rows: Rows) -> Rows:
@@ -277,6 +291,22 @@ def _kept(key: str, rows: Rows) -> Rows:
     }
     kept = {row: cells for row, cells in kept.items() if cells}
     return kept if any(len(cells) >= needed for cells in kept.values()) else {}
+
+
+def _without_comparisons(key: str, rows: Rows) -> tuple[Rows, frozenset[Value]]:
+    """Return ``rows`` without those of comparisons, and the values of these.
+
+    Where most methods have one value and no other, their setting is a comparison of methods. It
+    keeps its table, and these methods are not in the study. Settings of methods have no tables.
+    """
+    if key.startswith(ROW_KEYS):
+        return rows, frozenset()
+    single = {row: next(iter(cells)) for row, cells in rows.items() if len(cells) == 1}
+    methods = {row: cells for row, cells in rows.items() if row != STUDENT}
+    several = Counter(value for cells in methods.values() if len(cells) > 1 for value in cells)
+    alone = Counter(value for row, value in single.items() if row != STUDENT)
+    compared = frozenset(value for value, count in alone.items() if count > several[value])
+    return {row: rows[row] for row in rows if single.get(row) not in compared}, compared
 
 
 def _by_teacher(

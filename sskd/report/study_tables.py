@@ -28,7 +28,8 @@ from sskd.report.tables import (
 RECIPE_MARK, BEST_MARK = "recipe", "*"
 STUDY_LEGEND = (
     "Studies: the runs of a row differ in one setting and the seed alone. The recipe's own value of"
-    " the setting is marked. These runs are in no other table, except those of the recipe's value."
+    " the setting is marked. The runs are in another table only if they have the recipe's value, or if"
+    " that table compares more methods."
 )
 HOLDOUT_LEGEND = (
     "held-out: mean top-1 in % on the held-out training images (dataset.holdout). An asterisk marks"

@@ -162,6 +162,22 @@ def test_two_values_are_a_study_if_one_is_published(tmp_path: Path, key: str) ->
     assert ("optimizer.lr=0.5" in titles) == (key == "optimizer.lr")
 
 
+def test_a_comparison_of_methods_keeps_its_table(tmp_path: Path) -> None:
+    put_study(tmp_path, "dataset.fraction", 1.0, {0.1: [50.0], 0.5: [60.0], 1.0: [70.0]})
+    for method in ("at", "crd"):
+        put_run(tmp_path, method, method=method, difference={"dataset.fraction": 0.1})
+    (row,) = texts(study_table(tmp_path, "dataset.fraction"))
+    assert row[0].startswith("KD\n")
+    tables = [table for table in report_of(tmp_path).tables("last") if table.epoch]
+    assert [table.title.split(" · ")[1:3] for table in tables] == [
+        ["the recipe", "similar"],
+        ["dataset.fraction=0.1", "similar"],
+        ["the recipe", "resnet56-resnet20"],
+    ]
+    rows = [entry.row for entry in tables[1].entries]
+    assert rows == ["teacher", "KD", "AT", "CRD"]
+
+
 @pytest.mark.parametrize("key", ["teacher.seed", "dataset.seed", "dataset.holdout"])
 def test_numbers_that_only_choose_are_no_study(tmp_path: Path, key: str) -> None:
     put_study(tmp_path, key, 0, {value: [70.0] for value in (0, 0.1, 0.2)})
