@@ -66,7 +66,7 @@ def draw_study(study: Study) -> Figure:
     title = f"Study of {study.key} · {study.dataset} · {study.setting_title} · {study.pair_name}"
     figure = new_figure(title, 6.4 + right, height)
     axes = figure.subplots()
-    set_margins(figure, left=0.7, right=right, bottom=0.75)
+    set_margins(figure, left=0.8, right=right, bottom=0.75)
     # The panel has no title of its own.
     unused = (PANEL_TITLE_HEIGHT - 0.1) / figure.get_size_inches()[1]
     figure.subplots_adjust(top=figure.subplotpars.top + unused)

@@ -28,7 +28,7 @@ from sskd.report.tables import (
 RECIPE_MARK, BEST_MARK = "recipe", "*"
 STUDY_LEGEND = (
     "Studies: the runs of a row differ in one setting and the seed alone. The recipe's own value of"
-    " the setting is marked. The runs are in another table only if they have the recipe's value, or if"
+    " the setting is marked. The runs are in another table only if they have the recipe's value or"
     " that table compares more methods."
 )
 HOLDOUT_LEGEND = (
