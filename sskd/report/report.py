@@ -14,7 +14,7 @@ from sskd.report.status import JobStatus, read_jobs
 from sskd.report.studies import Study, find_studies, moved_runs
 from sskd.report.study_tables import build_study_tables
 from sskd.report.tables import Table, build_tables, notes_once
-from sskd.report.terms import Terms, build_terms_table, find_terms, moved_term_runs
+from sskd.report.terms import Terms, build_terms_tables, find_terms, moved_term_runs
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Report:
     def tables(self, epoch: Epoch) -> list[Table]:
         """Return all tables, at the last or at the best epoch: by setting, then the studies."""
         by_setting = build_tables(self.grouped_results, epoch)
-        terms = [build_terms_table(each, epoch) for each in self.terms]
+        terms = [table for each in self.terms for table in build_terms_tables(each, epoch)]
         return notes_once([*by_setting, *terms, *build_study_tables(self.studies, epoch)])
 
     def csv(self) -> str:

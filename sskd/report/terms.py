@@ -25,11 +25,15 @@ from sskd.report.results import (
     without_digest,
 )
 from sskd.report.tables import (
+    COST_HEADER,
+    COST_LEGEND,
+    COST_TITLE,
     EPOCH_TITLES,
     LEGEND,
     Cell,
     Table,
     commits_notes,
+    cost_cells,
     measured_text,
     published_text,
 )
@@ -59,6 +63,11 @@ class Terms:
     dataset: str
     setting: Settings
     runs: dict[tuple[str, Column], tuple[FinishedRun, ...]]
+
+    @property
+    def title(self) -> str:
+        """The dataset, the setting, and what the table is about."""
+        return " · ".join((self.dataset, settings_text(self.setting) or "the recipe", TITLE))
 
     @property
     def columns(self) -> list[Column]:
@@ -94,11 +103,16 @@ def moved_term_runs(terms: Iterable[Terms]) -> set[Path]:
     }
 
 
-def build_terms_table(terms: Terms, epoch: Epoch) -> Table:
+def build_terms_tables(terms: Terms, epoch: Epoch) -> list[Table]:
+    """Return the table of accuracies and the one of cost."""
+    return [_terms_table(terms, epoch), _cost_table(terms)]
+
+
+def _terms_table(terms: Terms, epoch: Epoch) -> Table:
     """Return the table: a column for each pair, and for each teacher if a pair has several."""
     columns = terms.columns
     rows, entries, compared = [], [], False
-    for row in (KD_ROW, ALONE_ROW, TF_ROW, SS_ROW):
+    for row in ROWS.values():
         found = [_entry(terms, row, column, epoch) for column in columns]
         if not any(found) and row == ALONE_ROW:
             continue
@@ -107,9 +121,8 @@ def build_terms_table(terms: Terms, epoch: Epoch) -> Table:
         compared |= has_published
         cells = [_cell(entry) for entry in found]
         rows.append((Cell(row + "\n  published" * has_published), *cells))
-    title = (terms.dataset, settings_text(terms.setting) or "the recipe", TITLE)
     return Table(
-        title=" · ".join((*title, EPOCH_TITLES[epoch])),
+        title=f"{terms.title} · {EPOCH_TITLES[epoch]}",
         header=("teacher\nstudent", *_names(columns)),
         rows=tuple(rows),
         labels=1,
@@ -122,6 +135,24 @@ def build_terms_table(terms: Terms, epoch: Epoch) -> Table:
             *([TERMS_NOTE] if compared else []),
             *commits_notes(terms.runs.values()),
         ),
+    )
+
+
+def _cost_table(terms: Terms) -> Table:
+    rows = []
+    for column, name in zip(terms.columns, _names(terms.columns), strict=True):
+        label = name.replace("\n", "-")
+        for row in ROWS.values():
+            if runs := terms.runs.get((row, column)):
+                rows.append((Cell(label), Cell(row), *cost_cells(runs)))
+                label = ""
+    return Table(
+        title=f"{terms.title} · {COST_TITLE}",
+        header=COST_HEADER,
+        rows=tuple(rows),
+        labels=2,
+        align=">",
+        notes=(COST_LEGEND,),
     )
 
 

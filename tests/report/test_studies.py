@@ -273,7 +273,11 @@ def test_the_terms_of_sskd_have_a_table(tmp_path: Path) -> None:
     put_run(tmp_path, "tf", [74.0], method="sskd", difference={ss: 0.0}, **VGG)
     put_run(tmp_path, "sskd", [75.0], method="sskd", **VGG)
     tables = report_of(tmp_path).tables("last")
-    (table,) = (table for table in tables if "terms of SSKD" in table.title)
+    table, cost = (table for table in tables if "terms of SSKD" in table.title)
+    assert [row[:3] for row in texts(cost)] == [
+        *(("vgg13-vgg8", "KD", "73.50"), ("", "KD on SSKD's batches", "73.20")),
+        *(("", "+ tf", "74.00"), ("", "+ ss", "75.00")),
+    ]
     assert table.header == ("teacher\nstudent", "vgg13\nvgg8")
     assert texts(table) == (
         ("KD\n  published", "73.50 (1)\n73.00 +0.50"),
