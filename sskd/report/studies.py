@@ -123,7 +123,7 @@ def find_studies(results: Sequence[FinishedRun]) -> list[Study]:
     found = [study for place in lines.by_place for study in _studies(place, lines)]
     shared = {(s.dataset, s.pair[1], s.key, s.setting) for s in found if s.pair is not None}
     found += _network_studies(lines, shared)
-    return sorted(found, key=_order)
+    return sorted(map(_name_grid, _without_points_of_others(found)), key=_order)
 
 
 def _order(study: Study) -> tuple[object, ...]:
@@ -241,30 +241,49 @@ def _studies(place: Place, lines: _Lines) -> Iterator[Study]:
         for row, cells in kept.items()
         if row != STUDENT
     }
-    named = _name_grid(kept)
-    ordered = _ordered(dataset, {named[row]: cells for row, cells in kept.items()})
-    lines_of = {named[row]: found for row, found in published.items()}
-    study = Study(dataset, pair, key, setting, lines=ordered, published=lines_of)
+    study = Study(dataset, pair, key, setting, lines=_ordered(dataset, kept), published=published)
     yield replace(study, compared=compared)
 
 
-def _name_grid(rows: Rows) -> dict[RowKey, RowKey]:
-    """Return the names of ``rows``: those of a grid of two settings have the other's value.
+def _without_points_of_others(studies: Sequence[Study]) -> Iterator[Study]:
+    """Yield the studies without the single values that are part of a line of another study."""
+    in_lines = {
+        run.folder
+        for study in studies
+        for cells in study.lines.values()
+        if len(cells) > 1
+        for run in _all(cells)
+    }
+    for study in studies:
+        lines = {
+            row: cells
+            for row, cells in study.lines.items()
+            if len(cells) > 1 or not in_lines.issuperset(run.folder for run in _all(cells))
+        }
+        yield replace(study, lines=lines)
+
+
+def _name_grid(study: Study) -> Study:
+    """Return ``study`` with rows that have the other value of a grid of two settings.
 
     The rows of a method are a grid if all but the recipe's have a number of one other setting.
     """
-    names = {row: row for row in rows}
-    for name in {name for name, _ in rows}:
-        found = [row for row in rows if row[0] == name]
+    names = {row: row for row in study.lines}
+    for name in {name for name, _ in names}:
+        found = [row for row in names if row[0] == name]
         keys = {key for _, variant in found for key, _ in variant}
         if len(found) < 2 or len(keys) != 1 or DIGEST in keys:
             continue
         (key,) = keys
-        own = {row: recipe_value(_all(rows[row])[0], key) for row in found}
+        own = {row: recipe_value(_all(study.lines[row])[0], key) for row in found}
         numbers = {row: as_number(dict(row[1]).get(key) or own[row] or "") for row in found}
         if None not in numbers.values() and len({*numbers.values()}) == len(found):
             names |= {row: (name, ((key, f"{number:g}"),)) for row, number in numbers.items()}
-    return names
+    return replace(
+        study,
+        lines=_ordered(study.dataset, {names[row]: cells for row, cells in study.lines.items()}),
+        published={names[row]: found for row, found in study.published.items() if row in names},
+    )
 
 
 def _network_studies(lines: _Lines, shared: set[tuple[str, str, str, Settings]]) -> Iterator[Study]:

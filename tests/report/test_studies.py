@@ -215,6 +215,17 @@ def test_a_grid_has_a_line_for_each_other_value(tmp_path: Path) -> None:
     assert len(places) == 18
 
 
+def test_a_point_of_another_study_is_no_row(tmp_path: Path) -> None:
+    key, few = "dataset.fraction", {"dataset.fraction": 0.25}
+    put_study(tmp_path, key, 1.0, {0.25: [60.0], 1.0: [70.0]})
+    temperatures = {1.0: [61.0], 4.0: [], 8.0: [62.0]}
+    put_study(tmp_path, "method.temperature", 4.0, temperatures, difference=few)
+    assert texts(study_table(tmp_path, key))[0][1].startswith("60.00 (1)")
+    assert len(study_table(tmp_path, key).rows) == 1
+    temperature = study_table(tmp_path, "method.temperature")
+    assert texts(temperature) == (("KD", "61.00 (1)", "60.00 (1)", "62.00 (1)"),)
+
+
 def test_a_name_is_a_column_beside_two_publications(tmp_path: Path) -> None:
     recorded = {"run": {"method": {"task": "contrastive"}}}
     put_run(tmp_path, "recipe", [75.0], method="sskd", **VGG, **recorded)
