@@ -316,16 +316,23 @@ def _without_comparisons(key: str, rows: Rows) -> tuple[Rows, frozenset[Value]]:
     """Return ``rows`` without those of comparisons, and the values of these.
 
     Where most methods have one value and no other, their setting is a comparison of methods. It
-    keeps its table, and these methods are not in the study. Settings of methods have no tables.
+    keeps its table, and these methods are not in the study. Nor is a variant with one value of a
+    method that has a line. Settings of methods have no tables.
     """
     if key.startswith(ROW_KEYS):
         return rows, frozenset()
     single = {row: next(iter(cells)) for row, cells in rows.items() if len(cells) == 1}
-    methods = {row: cells for row, cells in rows.items() if row != STUDENT}
-    several = Counter(value for cells in methods.values() if len(cells) > 1 for value in cells)
-    alone = Counter(value for row, value in single.items() if row != STUDENT)
+    studied = {row[0]: cells for row, cells in rows.items() if row not in single}
+    several = Counter(value for cells in studied.values() for value in cells)
+    others = {(row[0], value) for row, value in single.items() if row[0] not in {*studied}}
+    alone = Counter(value for name, value in others if name != STUDENT[0])
     compared = frozenset(value for value, count in alone.items() if count > several[value])
-    return {row: rows[row] for row in rows if single.get(row) not in compared}, compared
+    kept = {
+        row: cells
+        for row, cells in rows.items()
+        if row not in single or (single[row] not in compared and row[0] not in studied)
+    }
+    return kept, compared
 
 
 def _by_teacher(

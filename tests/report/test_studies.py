@@ -224,6 +224,11 @@ def test_a_point_of_another_study_is_no_row(tmp_path: Path) -> None:
     assert len(study_table(tmp_path, key).rows) == 1
     temperature = study_table(tmp_path, "method.temperature")
     assert texts(temperature) == (("KD", "61.00 (1)", "60.00 (1)", "62.00 (1)"),)
+    tables = [table for table in report_of(tmp_path).tables("last") if table.epoch]
+    assert [table.title.split(" · ")[1] for table in tables] == [
+        *("the recipe", "the recipe", "dataset.fraction=0.25"),
+    ]
+    assert all("study" in table.title for table in tables[1:])
 
 
 def test_a_name_is_a_column_beside_two_publications(tmp_path: Path) -> None:
