@@ -91,9 +91,10 @@ def holdout_means(study: Study, row: RowKey, epoch: Epoch) -> dict[Value, float]
 
 
 def best_by_holdout(study: Study, row: RowKey, epoch: Epoch) -> Value | None:
-    """Return the value with the best mean on held-out images, the first of equal ones."""
+    """Return the value with the best mean on held-out images; None if several share it."""
     means = holdout_means(study, row, epoch)
-    return max(means, key=lambda value: means[value]) if len(means) > 1 else None
+    best = [value for value, mean in means.items() if mean == max(means.values())]
+    return best[0] if len(best) == 1 and len(means) > 1 else None
 
 
 def _place(study: Study, row: RowKey, value: Value) -> tuple[str, str]:

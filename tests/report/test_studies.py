@@ -376,3 +376,12 @@ def test_the_recipe_is_read_as_runs_read_it(student: str, method: str, source: s
     }
     assert len(numbers) > 20
     assert {key: read.get(key) for key in numbers} == numbers
+
+
+def test_no_value_is_the_best_if_several_share_it(tmp_path: Path) -> None:
+    holdout = {"last": 60.0, "best": 60.0, "best_epoch": 1, "test_top1_at_best": 70.0}
+    values = {temperature: [70.0] for temperature in (1.0, 2.0, 4.0)}
+    setting = {"dataset.holdout": 0.1}
+    extra: dict[str, Any] = {"difference": setting, "holdout_top1": holdout}
+    put_study(tmp_path, "method.temperature", 4.0, values, **extra)
+    assert "*" not in str(study_table(tmp_path, "method.temperature").texts)
