@@ -242,6 +242,15 @@ def expanded(path: str | Path) -> Path:
         raise UserError(f"{path}: {user} has no home folder; use an absolute path") from None
 
 
+def cache_folder() -> Path | None:
+    """Return the folder of the suite's caches of this user; None if the user has no home."""
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return (configured if configured.is_absolute() else expanded("~/.cache")) / "sskd"
+    except UserError:
+        return None
+
+
 def _start_of_command() -> Path:
     """Return the folder in which the command was started; empty if it is the current one."""
     if not HydraConfig.initialized():

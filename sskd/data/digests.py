@@ -24,7 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sskd.errors import UserError
-from sskd.files import expanded, open_bounded, write_atomically
+from sskd.files import cache_folder, open_bounded, write_atomically
 
 FORMAT = 1  # of the cache; changes with the meaning of an entry
 MAX_CACHE_BYTES = 2**29  # more than two million files
@@ -91,13 +91,9 @@ def _is_unchanged(root: Path, path: str, entry: Entry | None) -> bool:
 
 def _cache_path(root: Path) -> Path | None:
     """Return the cache file for the resolved path of ``root``; None if the user has no home."""
-    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        folder = configured if configured.is_absolute() else expanded("~/.cache")
-    except UserError:
-        return None
+    folder = cache_folder()
     digest = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
-    return folder / "sskd" / "digests" / f"{digest[:32]}.json"
+    return folder and folder / "digests" / f"{digest[:32]}.json"
 
 
 def _read_cache(cache: Path) -> dict[str, Entry]:

@@ -104,11 +104,12 @@ def render_csv(entries: Iterable[Entry]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_HEADER)
     for entry in entries:
-        writer.writerow(_csv_field(getattr(entry, name)) for name in CSV_HEADER)
+        writer.writerow(csv_field(getattr(entry, name)) for name in CSV_HEADER)
     return text.getvalue()
 
 
-def _csv_field(value: str | float | None) -> str | float:
+def csv_field(value: str | float | None) -> str | float:
+    """Return a value as a field: a number with up to 4 decimals, None as an empty text."""
     if value is None:
         return ""
     if isinstance(value, str):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from sskd.data import Images, Split, eval_batches
 from sskd.device import inference_batch_size
@@ -42,14 +44,51 @@ def predict(
             advance(len(x))
     logits = torch.cat(computed)
     wait_for(device)
-    non_finite = (~logits.isfinite()).any(1)
+    _require_finite(logits, "logits", of)
+    return logits
+
+
+class Vectors(NamedTuple):
+    """The outputs of a network that are vectors: ``logits`` [N, C] and ``pooled`` [N, d]."""
+
+    logits: Tensor
+    pooled: Tensor
+
+
+@torch.inference_mode()
+def predict_vectors(network: nn.Module, split: Split, images: Images, of: str) -> Vectors:
+    """Return logits and pooled features on the CPU; computation and errors are as in ``predict``.
+
+    ``of`` is also the title of the progress bar, which a terminal shows.
+    """
+    network.eval()
+    device = split.images.device
+    batches = eval_batches(split, images.mean, images.std, inference_batch_size(device))
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    bar = tqdm(
+        total=len(split), desc=of, unit=" images", unit_scale=True, disable=None, leave=False
+    )
+    with exact(device), bar:
+        for x, _ in batches:
+            features = network(x)
+            found[0].append(features.logits.cpu())
+            found[1].append(features.pooled.cpu())
+            bar.update(len(x))
+    vectors = Vectors(*map(torch.cat, found))
+    for name, rows in vectors._asdict().items():
+        _require_finite(rows, name, of)
+    return vectors
+
+
+def _require_finite(rows: Tensor, name: str, of: str) -> None:
+    """Raise NotFiniteError if ``rows`` [N, K], the ``name`` of the network, are not finite."""
+    non_finite = (~rows.isfinite()).any(1)
     if non_finite.any():
         first = int(non_finite.int().argmax())
         raise NotFiniteError(
-            f"{of}: the logits of image {first} of {len(logits)} (counting from 0) are not finite"
+            f"{of}: the {name} of image {first} of {len(rows)} (counting from 0) are not finite"
             f"{_and_others(int(non_finite.sum()) - 1)}"
         )
-    return logits
 
 
 def _and_others(count: int) -> str:

@@ -1,0 +1,1 @@
+"""What commands share that measure trained networks: choice, datasets, stored results, files."""

@@ -1,0 +1,56 @@
+"""The command line that the commands for trained networks share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from sskd.invocation.names import tool_command
+from sskd.measuring.selection import Chosen
+
+
+def new_parser(name: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """Return a parser of the arguments that all such commands take."""
+    command = tool_command(name)
+    parser = argparse.ArgumentParser(
+        prog=command,
+        description=description,
+        epilog=examples.format(command=command),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="RUN",
+        help="trained networks: folders of runs, one run or a checkpoint; then choices of the "
+        "dataset, dataset=NAME and dataset.KEY=VALUE, as for the training commands",
+    )
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="take the weights of the best epoch on the test set, not those of the last epoch",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    parser.add_argument("--config-dir", "-cd", help="a folder with dataset/NAME.yaml of your own")
+    parser.add_argument(
+        "--out",
+        metavar="PATH",
+        help="also write the table to PATH.md, its numbers to PATH.csv, the values of each network "
+        "to PATH.json and a picture to PATH.png and PATH.svg",
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="measure again what has been measured before"
+    )
+    return parser
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the places of networks and the choices of the dataset among ``words``."""
+    choices = [word for word in words if "=" in word and not Path(word).exists()]
+    return [word for word in words if word not in choices], choices
+
+
+def title_of(number: int, chosen: Sequence[Chosen]) -> str:
+    """Return how progress names the network ``number``, counted from 0."""
+    return f"{number + 1}/{len(chosen)} {chosen[number].name}"

@@ -1,0 +1,115 @@
+"""Write the files of a measurement: a table, its numbers, each network's values, a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from operator import methodcaller
+from pathlib import Path
+from typing import Any
+
+from sskd.errors import UserError
+from sskd.files import read_bounded_text, write_atomically
+from sskd.report.render import csv_field, render_markdown
+from sskd.report.tables import Table
+
+SUFFIXES = (".md", ".csv", ".json", ".png", ".svg")
+MOST_BYTES = 2**26
+ABOUT = "about"
+Record = Mapping[str, Any]
+
+
+class Output:
+    """The files whose paths begin with ``out``.
+
+    Args:
+        out: as in ``--out``; None: nothing is written.
+        about: what is measured. Files that are about something else are not overwritten.
+
+    Raises:
+        UserError: ``out`` is a folder, or there are such files.
+    """
+
+    def __init__(self, out: str | None, about: Record) -> None:
+        self._about = json.loads(json.dumps(about))
+        self._base = None if out is None else _base_of(out)
+        if self._base and self._path(".json").exists():
+            self._refuse_other()
+
+    def write(
+        self,
+        table: Table,
+        lines: Sequence[Record],
+        networks: Sequence[Record],
+        draw: Callable[[], Mapping[str, bytes]],
+    ) -> list[Path]:
+        """Write the files and return their paths.
+
+        Args:
+            table: written as markdown.
+            lines: the lines of the CSV file, with the same keys.
+            networks: what was measured of each network, written as JSON.
+            draw: returns the picture by suffix.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        if self._base is None:
+            return []
+        record = {ABOUT: self._about, "networks": networks}
+        contents = {
+            ".md": f"# Results\n\n{render_markdown(table)}".encode(),
+            ".csv": _csv(lines).encode(),
+            ".json": f"{json.dumps(record, indent=1)}\n".encode(),
+            **draw(),
+        }
+        try:
+            self._base.parent.mkdir(parents=True, exist_ok=True)
+            for suffix, content in contents.items():
+                write_atomically(self._path(suffix), methodcaller("write", content))
+        except OSError as error:
+            raise UserError(f"--out '{self._base}': cannot write there ({error})") from error
+        return [self._path(suffix) for suffix in contents]
+
+    def _path(self, suffix: str) -> Path:
+        assert self._base is not None
+        return self._base.with_name(f"{self._base.name}{suffix}")
+
+    def _refuse_other(self) -> None:
+        path = self._path(".json")
+        try:
+            found = json.loads(read_bounded_text(path, MOST_BYTES)).get(ABOUT)
+        except (OSError, ValueError, AttributeError, RecursionError):
+            found = None
+        if found != self._about:
+            raise UserError(
+                f"{path}: holds something else ({_difference(found, self._about)}); choose "
+                "another --out PATH, or move the file away"
+            )
+
+
+def _base_of(out: str) -> Path:
+    base = Path(out)
+    if base.suffix in SUFFIXES:
+        base = base.with_suffix("")
+    if not base.name or base.is_dir():
+        raise UserError(f"--out '{out}' is a folder; name a file in it, such as '{base / 'table'}'")
+    return base
+
+
+def _difference(found: object, about: Record) -> str:
+    if not isinstance(found, dict):
+        return "it is not a file of this command"
+    keys = [key for key in {**found, **about} if found.get(key) != about.get(key)]
+    return ", ".join(f"{key}: {found.get(key)}, not {about.get(key)}" for key in keys)
+
+
+def _csv(lines: Sequence[Record]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]) if lines else [], lineterminator="\n")
+    writer.writeheader()
+    for line in lines:
+        writer.writerow({key: csv_field(value) for key, value in line.items()})
+    return text.getvalue()

@@ -1,0 +1,95 @@
+"""Rows of a table of measured networks: one for each experiment, over its seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from sskd.measuring.selection import Chosen
+from sskd.report.groups import ALONE, mean_std_n
+from sskd.report.published import (
+    ROWS,
+    STUDENT_ROW,
+    RowKey,
+    display_name,
+    published_for,
+    row_label,
+    settings_text,
+)
+from sskd.report.results import DIGEST, FinishedRun, without_digest
+from sskd.report.tables import Cell
+
+
+class Row(NamedTuple):
+    """An experiment: the data and the setting of its training, its networks, and its method."""
+
+    dataset: str
+    setting: str
+    networks: str
+    method: str
+
+
+def rows_of(networks: Sequence[tuple[Chosen, str]]) -> list[Row]:
+    """Return the row of each network.
+
+    Args:
+        networks: each with the name of its architecture, which only a file needs.
+    """
+    several = pairs_of_several_teachers(each.run for each, _ in networks if each.run)
+    return [
+        row_of(each.run, digest=(each.run.teacher, each.run.student) in several)
+        if each.run
+        else Row("", "", architecture, each.name)
+        for each, architecture in networks
+    ]
+
+
+def row_of(run: FinishedRun, networks: str | None = None, *, digest: bool = False) -> Row:
+    """Return the row of ``run``; ``networks`` replaces the names of its teacher and student.
+
+    Only with ``digest`` the row has the digest of a teacher's file, which separates the students
+    of several teachers of one name.
+    """
+    pair = f"{run.teacher}-{run.student}" if run.teacher else run.student
+    name = STUDENT_ROW if run.method == ALONE else display_name(run.method)
+    key: RowKey = (name, run.variant if digest else without_digest(run.variant))
+    return Row(run.dataset, settings_text(run.setting), networks or pair, row_label(key))
+
+
+def pairs_of_several_teachers(runs: Iterable[FinishedRun]) -> set[tuple[str | None, str]]:
+    """Return the pairs whose students had teachers of different content."""
+    found: dict[tuple[str | None, str], set[str | None]] = {}
+    for run in runs:
+        digests = found.setdefault((run.teacher, run.student), set())
+        digests.add(dict(run.variant).get(DIGEST))
+    return {pair for pair, digests in found.items() if len(digests) > 1}
+
+
+def row_order(row: Row) -> tuple[object, ...]:
+    """Return the key that sorts rows as the report does."""
+    name = row.method.partition(" (")[0]
+    place = ROWS.index(name) if name in ROWS else len(ROWS)
+    return row.dataset, row.setting, row.networks, place, row.method.casefold()
+
+
+def is_published(run: FinishedRun, row: str) -> bool:
+    """Return whether ``run`` is the experiment of the published ``row`` of SSKD's paper."""
+    published = published_for(run.dataset)
+    if not published or not published[0].is_comparable(run.setting):
+        return False
+    alone = run.teacher is None and not run.variant and run.method == ALONE
+    return alone if row == STUDENT_ROW else published[0].is_same_experiment(row, run)
+
+
+def mean_cell(values: Sequence[float], digits: int, *, count: bool = False) -> Cell:
+    """Return a cell with the mean of ``values`` and their sample standard deviation."""
+    if not values:
+        return Cell()
+    mean, std, n = mean_std_n(values)
+    deviation = "" if std is None else f" ± {std:.{digits}f}"
+    return Cell(f"{mean:.{digits}f}{deviation}" + f" ({n})" * count, mean)
+
+
+def value_cell(value: float | None, digits: int) -> Cell:
+    """Return a cell with a published value; an empty one for None."""
+    return Cell() if value is None else Cell(f"{value:.{digits}f}", value)

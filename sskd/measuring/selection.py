@@ -1,0 +1,113 @@
+"""Choose trained networks by name: files, folders of runs, and folders that hold many runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sskd.errors import UserError, one_line
+from sskd.files import expanded, read_bounded_text
+from sskd.report.disambiguation import distinct_results
+from sskd.report.results import Epoch, FinishedRun, Warn, find_files, parse_result, read_results
+from sskd.runs.names import BEST, CONFIG, MOST_RESULT, RESULT, WEIGHTS
+
+_FILES: dict[Epoch, str] = {"last": WEIGHTS, "best": BEST}
+_DEPTHS = {"scratch": 3, "distill": 4}  # parts of a run's path from its kind on
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A trained network that the user chose.
+
+    Attributes:
+        path: the file of its weights, or a folder that holds it.
+        name: where it is, without the folders above the one that the user named.
+        run: the run that trained it; None for a file.
+    """
+
+    path: Path
+    name: str
+    run: FinishedRun | None = None
+
+
+def choose_networks(places: Sequence[str], epoch: Epoch, warn: Warn) -> list[Chosen]:
+    """Return the networks at ``places``, each once.
+
+    A place is a checkpoint, the folder of a run, or a folder with runs below it, of which the
+    finished ones are taken. Malformed results and copies of runs are left out and reported through
+    ``warn``.
+
+    Args:
+        epoch: whose weights to take of a run.
+
+    Raises:
+        UserError: there is no network at a place, or its run has not finished.
+    """
+    found = {
+        chosen.path.resolve(): chosen
+        for place in places
+        for chosen in _choose(expanded(place), epoch, warn)
+    }
+    runs = [chosen.run for chosen in found.values() if chosen.run]
+    kept = {run.folder: run for run in distinct_results(runs, warn)}
+    return [
+        replace(chosen, run=kept[chosen.run.folder]) if chosen.run else chosen
+        for chosen in found.values()
+        if chosen.run is None or chosen.run.folder in kept
+    ]
+
+
+def _choose(place: Path, epoch: Epoch, warn: Warn) -> Iterator[Chosen]:
+    if not place.exists():
+        raise UserError(
+            f"{place}: no such file or folder; name a checkpoint, a run or a folder of runs"
+        )
+    if place.is_file():
+        yield Chosen(place, place.name)
+        return
+    is_run = any((place / name).exists() for name in (CONFIG, RESULT))
+    runs = [_read_run(place)] if is_run else read_results(place, warn)
+    for run in runs:
+        yield Chosen(_weights_of(run, epoch), _inner_path(run, place), run)
+    if runs:
+        return
+    if unfinished := len(list(find_files(place, [CONFIG], warn))):
+        raise UserError(
+            f"{place}: none of its {unfinished} runs has finished; run their commands again"
+        )
+    yield Chosen(place, place.name)  # a folder that holds one checkpoint
+
+
+def _read_run(folder: Path) -> FinishedRun:
+    """Return the result of the run in ``folder``; UserError if it has none."""
+    path = folder / RESULT
+    if not path.exists():
+        raise UserError(
+            f"{folder}: the run has not finished, it has no {RESULT}; run its command again, or "
+            "name one of its files"
+        )
+    try:
+        run = parse_result(read_bounded_text(path, MOST_RESULT), folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is not a result ({one_line(error)})") from None
+    if run is None:
+        raise UserError(f"{folder}: is a phase that students share; name the run of a network")
+    return run
+
+
+def _weights_of(run: FinishedRun, epoch: Epoch) -> Path:
+    path = run.folder / _FILES[epoch]
+    if not path.is_file():
+        raise UserError(
+            f"{run.folder}: has no {path.name}, the weights of the {epoch} epoch; name a file"
+        )
+    return path
+
+
+def _inner_path(run: FinishedRun, place: Path) -> str:
+    """Return where ``run`` is below its dataset's folder, or else below ``place``."""
+    parts = run.folder.absolute().parts[-_DEPTHS[run.kind] :]
+    if parts[0] == run.kind:
+        return "/".join(parts)
+    return run.folder.name if run.folder == place else str(run.folder.relative_to(place))

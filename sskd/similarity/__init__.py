@@ -1,0 +1,1 @@
+"""Similarity of students to their teachers: predictions, features and weights of classifiers."""

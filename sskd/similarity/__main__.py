@@ -1,0 +1,163 @@
+"""Compare students with their teachers: ``python -m sskd.similarity RUN``."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sskd.commands.process import run_tool
+from sskd.invocation.extensions import load_extensions
+from sskd.measuring.command import new_parser, split_words
+from sskd.measuring.selection import Chosen, choose_networks
+from sskd.output import complain, say
+from sskd.report.results import Epoch
+
+if TYPE_CHECKING:
+    from sskd.data import DatasetSettings, Images
+    from sskd.measuring.files import Output
+    from sskd.measuring.rows import Row
+    from sskd.similarity.measure import Pair
+    from sskd.similarity.table import Measured
+
+DESCRIPTION = """\
+Compare students with their teachers on the test images of a dataset, by default that of their
+training: agreement and KL divergence of the predictions, CKA of the features, correlations of the
+classifiers' weights. One table: a row for each experiment, the mean over its seeds. A network
+trained alone is compared with the teacher of the students of its architecture. What has been
+measured before is not measured again.
+"""
+EXAMPLES = """\
+examples:
+  {command} runs/cifar100                                 all finished students
+  {command} runs/cifar100 dataset=svhn --out results/svhn     on images of another dataset
+  {command} vgg8.pth --teacher vgg13.pth                  two files
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure the students that the command line names and return the exit status."""
+    return run_tool(lambda: _run(_parser().parse_intermixed_args(arguments)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser("similarity", DESCRIPTION, EXAMPLES)
+    parser.add_argument(
+        "--teacher",
+        metavar="FILE",
+        help="the teacher's checkpoint, if the runs do not lead to it, and of networks without one",
+    )
+    return parser
+
+
+def _run(given: argparse.Namespace) -> None:
+    load_extensions()
+    places, choices = split_words(given.words)
+    folders = [] if given.config_dir is None else [Path(given.config_dir)]
+    epoch: Epoch = "best" if given.best else "last"
+    chosen = choose_networks(places, epoch, lambda text: complain(f"warning: {text}"))
+    # Importing torch takes seconds, which --help should not.
+    from sskd.measuring.datasets import choose_dataset, load_for_measuring
+    from sskd.measuring.files import Output
+    from sskd.similarity.measure import load_pairs
+    from sskd.similarity.teachers import pairs_of
+
+    students = pairs_of(chosen, given.teacher)
+    pairs = load_pairs([(each.path, teacher) for each, teacher in students], folders)
+    settings = choose_dataset([pair.student for pair in pairs], choices, folders)
+    output = Output(given.out, {"command": "similarity", "dataset": settings.name, "epoch": epoch})
+    networks = [network for pair in pairs for network in (pair.student, pair.teacher)]
+    images = load_for_measuring(settings, networks, given.device)
+    for pair in pairs:
+        pair.require_same_classes()
+    measured = _measure(given, [each for each, _ in students], pairs, (settings, images))
+    _show(measured, settings, output)
+
+
+def _measure(
+    given: argparse.Namespace,
+    chosen: Sequence[Chosen],
+    pairs: Sequence[Pair],
+    data: tuple[DatasetSettings, Images],
+) -> list[Measured]:
+    """Return the similarity of each pair, with a line for each."""
+    from sskd.measuring.command import title_of
+    from sskd.measuring.store import stored
+    from sskd.similarity.classifiers import mean_difference
+    from sskd.similarity.measure import (
+        TeacherOutputs,
+        measure_similarity,
+        measurement_key,
+        weight_difference,
+    )
+    from sskd.similarity.table import Measured
+
+    settings, images = data
+    teachers, measured = TeacherOutputs(), []
+    rows = _rows(chosen, pairs)
+    for number, (each, pair) in enumerate(zip(chosen, pairs, strict=True)):
+        title = title_of(number, chosen)
+        values, before = stored(
+            measurement_key(pair, settings, images),
+            partial(measure_similarity, pair, images, title, teachers),
+            again=given.again,
+        )
+        difference = weight_difference(pair, images)
+        if difference is not None:
+            values["weights"] = mean_difference(difference)
+        say(
+            f"{title}: agreement {values['agreement']:.2f}, KL {values['kl']:.3f}, "
+            f"CKA {values['cka']:.4f}{' (measured before)' * before}"
+        )
+        measured.append(Measured(each.name, rows[number], each.run, values, difference))
+    return measured
+
+
+def _rows(chosen: Sequence[Chosen], pairs: Sequence[Pair]) -> list[Row]:
+    """Return the row of each pair; a network alone has that of its teacher's students."""
+    from sskd.measuring.rows import rows_of
+
+    names = [f"{pair.teacher.name}-{pair.student.name}" for pair in pairs]
+    rows = rows_of(list(zip(chosen, names, strict=True)))
+    return [
+        row._replace(networks=f"{pair.teacher.name}-{each.run.student}")
+        if each.run and each.run.teacher is None
+        else row
+        for each, pair, row in zip(chosen, pairs, rows, strict=True)
+    ]
+
+
+def _show(measured: Sequence[Measured], settings: DatasetSettings, output: Output) -> None:
+    """Print the table and write the files of ``--out``."""
+    from sskd.report.render import render_text
+    from sskd.similarity.table import build_table, csv_lines, summarise
+
+    summaries = summarise(measured, settings.source)
+    table = build_table(summaries, settings.name)
+    say("\n" + render_text(table, shutil.get_terminal_size().columns).removesuffix("\n"))
+
+    def draw() -> dict[str, bytes]:
+        # Importing matplotlib takes a second.
+        from sskd.report.figures import as_png, as_svg
+        from sskd.similarity.figure import draw_differences
+
+        if all(each.difference is None for each in summaries):
+            return {}
+        figure = draw_differences("Differences of weight correlations to the teacher", summaries)
+        return {".png": as_png(figure), ".svg": as_svg(figure)}
+
+    networks = [
+        {"name": each.name, **each.row._asdict(), "seed": each.run and each.run.seed}
+        | {"values": dict(each.values)}
+        for each in measured
+    ]
+    if paths := output.write(table, csv_lines(summaries), networks, draw):
+        say(f"\nwrote {paths[0]}, {', '.join(path.suffix for path in paths[1:])}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
