@@ -60,8 +60,11 @@ def _read_metadata(content: bytes) -> dict[str, str]:
 def write_cache(path: Path, published: Mapping[str, str], source: Source) -> None:
     """Write ``source`` to ``path`` atomically; an error is ignored, because the cache is optional.
 
-    A shared folder, for example, is often read-only. ``published`` is as in ``read_cache``.
+    A shared folder, for example, is often read-only. ``published`` is as in ``read_cache``. A
+    dataset that is too large for ``read_cache`` is not written.
     """
+    if sum(tensor.nbytes for tensor in _tensors(source).values()) >= MAX_BYTES - 2**20:
+        return
 
     def write(stream: BinaryIO) -> None:
         metadata = {"classes": source.classes, "sha256": _digest(source, published)}

@@ -27,19 +27,28 @@ def load_folder(settings: DatasetSettings) -> Source:
     train, test, skipped = list_folder(root)
     if summary := str(skipped):
         complain_once(f"{root}: skipped {summary}")
-    content = hashlib.sha256()
-    train_split = _read_part(root, train, settings.size, content.update)
-    test_split = _read_part(root, test, settings.size, content.update)
-    # The names are written to text files, so bytes that are not UTF-8 are escaped.
-    classes = (os.fsencode(name).decode(errors="backslashreplace") for name in train.classes)
-    return Source(tuple(classes), train_split, test_split, content.hexdigest())
+    return read_listings(root, (train, test), settings.size)
 
 
 def folder_digest(settings: DatasetSettings) -> str:
     """Return the SHA-256 of the paths and contents of the images that ``load_folder`` reads."""
     root = absolute_path(settings.root)
     train, test, _ = list_folder(root)
-    paths = train.paths + test.paths
+    return digest_of(root, (train, test))
+
+
+def read_listings(root: Path, listings: tuple[Listing, Listing], size: int) -> Source:
+    """Read the listed images of both parts, training and test, scaled to ``size``."""
+    content = hashlib.sha256()
+    train, test = (_read_part(root, listing, size, content.update) for listing in listings)
+    # The names are written to text files, so bytes that are not UTF-8 are escaped.
+    classes = (os.fsencode(name).decode(errors="backslashreplace") for name in listings[0].classes)
+    return Source(tuple(classes), train, test, content.hexdigest())
+
+
+def digest_of(root: Path, listings: tuple[Listing, Listing]) -> str:
+    """Return the SHA-256 of the paths and contents of the listed images."""
+    paths = [path for listing in listings for path in listing.paths]
     digests = file_digests(root, paths, MAX_BYTES, unreadable_error)
     content = hashlib.sha256()
     for path, digest in zip(paths, digests, strict=True):

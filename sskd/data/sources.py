@@ -1,4 +1,4 @@
-"""The datasets: CIFAR-100, CIFAR-10, handwritten digits, and any folder of images by class."""
+"""The datasets by name: published ones, handwritten digits, and any folder of images by class."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ from sskd.data.folder import (
 from sskd.data.images import Split
 from sskd.data.reading import Source
 from sskd.data.settings import DatasetSettings
+from sskd.data.stl10 import load_stl10, refuse_missing_stl10
+from sskd.data.svhn import load_svhn, refuse_missing_svhn
+from sskd.data.tiny_imagenet import (
+    load_tiny_imagenet,
+    refuse_missing_tiny_imagenet,
+    tiny_imagenet_digest,
+)
 
 DIGITS_TEST_EVERY = 5
 DIGITS_WHITE = 16
@@ -82,6 +89,9 @@ class Reader(NamedTuple):
 SOURCES: dict[str, Reader] = {
     "cifar100": Reader(load_cifar100, no_digest, refuse_missing_cifar100),
     "cifar10": Reader(load_cifar10, no_digest, refuse_missing_cifar10),
+    "stl10": Reader(load_stl10, no_digest, refuse_missing_stl10),
+    "svhn": Reader(load_svhn, no_digest, refuse_missing_svhn),
+    "tiny_imagenet": Reader(load_tiny_imagenet, tiny_imagenet_digest, refuse_missing_tiny_imagenet),
     "digits": Reader(load_digits, no_digest),
     "folder": Reader(load_folder, folder_digest, refuse_missing_folder, names_and_sizes),
 }

@@ -30,7 +30,7 @@ ROW_KEYS = ("teacher.", "method.", WEIGHTING)
 NOT_SETTINGS = ("seed", "dataset.name", "dataset.digest", DIGEST)
 SHORT_DIGEST = 8  # characters
 # Sources whose content never changes. Their names belong to no other data.
-FIXED_SOURCES = frozenset({"cifar100", "cifar10", "digits"})
+FIXED_SOURCES = frozenset({"cifar100", "cifar10", "stl10", "svhn", "digits"})
 
 
 @dataclass(frozen=True)
