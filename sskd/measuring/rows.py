@@ -19,6 +19,9 @@ from sskd.report.published import (
 from sskd.report.results import DIGEST, FinishedRun, without_digest
 from sskd.report.tables import Cell
 
+ALONE_ROW, STUDENT_ALONE = "alone", "student alone"
+_ORDER = (ALONE_ROW, STUDENT_ALONE, *ROWS)
+
 
 class Row(NamedTuple):
     """An experiment: the data and the setting of its training, its networks, and its method."""
@@ -51,7 +54,7 @@ def row_of(run: FinishedRun, networks: str | None = None, *, digest: bool = Fals
     of several teachers of one name.
     """
     pair = f"{run.teacher}-{run.student}" if run.teacher else run.student
-    name = STUDENT_ROW if run.method == ALONE else display_name(run.method)
+    name = ALONE_ROW if run.method == ALONE else display_name(run.method)
     key: RowKey = (name, run.variant if digest else without_digest(run.variant))
     return Row(run.dataset, settings_text(run.setting), networks or pair, row_label(key))
 
@@ -68,7 +71,7 @@ def pairs_of_several_teachers(runs: Iterable[FinishedRun]) -> set[tuple[str | No
 def row_order(row: Row) -> tuple[object, ...]:
     """Return the key that sorts rows as the report does."""
     name = row.method.partition(" (")[0]
-    place = ROWS.index(name) if name in ROWS else len(ROWS)
+    place = _ORDER.index(name) if name in _ORDER else len(_ORDER)
     return row.dataset, row.setting, row.networks, place, row.method.casefold()
 
 

@@ -68,12 +68,12 @@ def _run(given: argparse.Namespace) -> None:
 
     students = pairs_of(chosen, given.teacher)
     pairs = load_pairs([(each.path, teacher) for each, teacher in students], folders)
+    for pair in pairs:
+        pair.require_same_classes()
     settings = choose_dataset([pair.student for pair in pairs], choices, folders)
     output = Output(given.out, {"command": "similarity", "dataset": settings.name, "epoch": epoch})
     networks = [network for pair in pairs for network in (pair.student, pair.teacher)]
     images = load_for_measuring(settings, networks, given.device)
-    for pair in pairs:
-        pair.require_same_classes()
     measured = _measure(given, [each for each, _ in students], pairs, (settings, images))
     _show(measured, settings, output)
 
@@ -119,12 +119,15 @@ def _measure(
 
 def _rows(chosen: Sequence[Chosen], pairs: Sequence[Pair]) -> list[Row]:
     """Return the row of each pair; a network alone has that of its teacher's students."""
-    from sskd.measuring.rows import rows_of
+    from sskd.measuring.rows import ALONE_ROW, STUDENT_ALONE, rows_of
 
     names = [f"{pair.teacher.name}-{pair.student.name}" for pair in pairs]
     rows = rows_of(list(zip(chosen, names, strict=True)))
     return [
-        row._replace(networks=f"{pair.teacher.name}-{each.run.student}")
+        row._replace(
+            networks=f"{pair.teacher.name}-{each.run.student}",
+            method=row.method.replace(ALONE_ROW, STUDENT_ALONE, 1),
+        )
         if each.run and each.run.teacher is None
         else row
         for each, pair, row in zip(chosen, pairs, rows, strict=True)
