@@ -41,7 +41,14 @@ from sskd.methods import METHODS
 from sskd.report.published import published_for
 
 PAIRS = ("resnet56-resnet20", "wrn_40_2-wrn_16_2")
-TOOL_MODULES = ("sskd.report.__main__", "sskd.evaluate.__main__", "sskd.dashboard.__main__")
+TOOL_MODULES = (
+    *("sskd.report.__main__", "sskd.evaluate.__main__", "sskd.dashboard.__main__"),
+    *("sskd.transfer.__main__", "sskd.similarity.__main__"),
+)
+TOOL_NAMES = {
+    *("sskd.report", "sskd.evaluate", "sskd.dashboard"),
+    *("sskd.transfer", "sskd.similarity"),
+}
 # Tests of these pages run their commands (commands/test_extending.py, test_library.py).
 RUN_ELSEWHERE = {"docs/extending.md", "docs/library.md"}
 EVERYWHERE = {
@@ -51,11 +58,7 @@ EVERYWHERE = {
     for words in commands(read(page))
 }
 TRAINING = {line: words for line, words in EVERYWHERE.items() if words[1] != "-m"}
-TOOLS = {
-    line: words
-    for line, words in EVERYWHERE.items()
-    if words[2] in ("sskd.report", "sskd.evaluate", "sskd.dashboard")
-}
+TOOLS = {line: words for line, words in EVERYWHERE.items() if words[2] in TOOL_NAMES}
 OTHERS = {line: words for line, words in EVERYWHERE.items() if line not in TRAINING | TOOLS}
 
 
@@ -163,9 +166,7 @@ def test_another_module_takes_its_arguments(
 def test_commands_were_found() -> None:
     """The tests above would pass if they found no command."""
     assert {"train_teacher.py", "train_student.py"} == {words[1] for words in TRAINING.values()}
-    assert {"sskd.report", "sskd.evaluate", "sskd.dashboard"} == {
-        words[2] for words in TOOLS.values()
-    }
+    assert {words[2] for words in TOOLS.values()} == TOOL_NAMES
     assert any("-cd" in words for words in TRAINING.values())
     swept = list(jobs(["seed=range(2)", "method=kd,at", "batch_size=8"]))
     assert len(swept) == 4

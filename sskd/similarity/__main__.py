@@ -150,7 +150,9 @@ def _show(measured: Sequence[Measured], settings: DatasetSettings, output: Outpu
 
         if all(each.difference is None for each in summaries):
             return {}
-        figure = draw_differences("Differences of weight correlations to the teacher", summaries)
+        names = " · ".join(dict.fromkeys(each.row.networks for each in summaries))
+        title = f"Correlations of the classes' weights: student minus teacher · {names}"
+        figure = draw_differences(title, summaries)
         return {".png": as_png(figure), ".svg": as_svg(figure)}
 
     networks = [

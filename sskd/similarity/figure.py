@@ -24,6 +24,7 @@ def draw_differences(title: str, summaries: Sequence[Summary]) -> Figure:
     ``summaries`` without a difference are left out; one has one.
     """
     shown = [(each, each.difference) for each in summaries if each.difference is not None]
+    several = len({each.row.networks for each, _ in shown}) > 1
     columns = min(COLUMNS, len(shown))
     lines = math.ceil(len(shown) / columns)
     most = max(difference.quantile(TOP_SHARE).item() for _, difference in shown)
@@ -36,12 +37,12 @@ def draw_differences(title: str, summaries: Sequence[Summary]) -> Figure:
         for axes, (each, difference) in zip(panels.flat, shown, strict=False):
             image = axes.imshow(difference.numpy(), cmap=COLORMAP, vmin=0, vmax=most or 1.0)
             mean = mean_difference(difference)
-            label = shorten(each.row.method)
+            label = shorten(" ".join([each.row.networks] * several + [each.row.method]))
             axes.set_title(f"{label}\nmean {mean:.4f}", loc="left", fontsize=9)
             axes.tick_params(labelsize=7)
         for axes in panels.flat[len(shown) :]:
             axes.set_visible(False)
         bar = figure.add_axes((1 - 0.75 / width, 0.2, 0.15 / width, 0.55))
-        figure.colorbar(image, cax=bar, extend="max")
+        figure.colorbar(image, cax=bar, extend="max", label="absolute difference")
         bar.tick_params(labelsize=8)
     return figure

@@ -127,7 +127,13 @@ def test_a_message_names_the_console_script(console_script: Command) -> None:
     assert "train a network with 'sskd-teacher dataset=digits" in empty.stderr
 
 
-@pytest.mark.parametrize("name", ["sskd-evaluate", "sskd-dashboard", "sskd-report", "sskd-checks"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("sskd-evaluate", "sskd-dashboard", "sskd-report", "sskd-checks"),
+        *("sskd-transfer", "sskd-similarity"),
+    ],
+)
 def test_the_tools_are_console_scripts(console_script: Command, name: str) -> None:
     shown = console_script(name, "--help")
     assert shown.returncode == 0, shown.stderr

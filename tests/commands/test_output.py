@@ -26,6 +26,8 @@ from tqdm import tqdm
 import sskd.dashboard.__main__
 import sskd.evaluate.__main__
 import sskd.report.__main__
+import sskd.similarity.__main__
+import sskd.transfer.__main__
 from sskd import CONF
 from sskd.commands.sweep import Job, Sweep
 from sskd.errors import BusyError, UnfinishedError, UserError
@@ -148,7 +150,15 @@ REPORTS: dict[str, Callable[[Path, pytest.MonkeyPatch], int]] = {
     "watch": lambda runs, _: sskd.report.__main__.main([str(runs), "--watch", "0.01"]),
     "evaluate": lambda _, patch: evaluated(patch),
     "dashboard": lambda _, patch: dashboard(patch),
+    "transfer": lambda _, patch: measured(patch, sskd.transfer.__main__),
+    "similarity": lambda _, patch: measured(patch, sskd.similarity.__main__),
 }
+
+
+def measured(patch: pytest.MonkeyPatch, module: Any) -> int:
+    patch.setattr(module, "_run", lambda _: say("a table"))
+    status: int = module.main(["runs"])
+    return status
 
 
 def evaluated(patch: pytest.MonkeyPatch) -> int:
@@ -171,7 +181,7 @@ def test_a_closed_pipe_ends_a_report_well(
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("what", ["report", "evaluate", "dashboard"])
+@pytest.mark.parametrize("what", sorted({*REPORTS} - {"watch"}))
 def test_a_full_disk_is_an_error_of_what_only_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, what: str
 ) -> None:

@@ -13,7 +13,7 @@ from conftest import Compose
 from pydantic import ValidationError
 from sklearn.datasets import load_digits
 
-from sskd.data import DatasetSettings, Images, Split, load_images
+from sskd.data import SOURCES, DatasetSettings, Images, Split, load_images
 from sskd.data.images import add_label_noise, channel_statistics, hold_out, keep_fraction
 from sskd.errors import UserError
 
@@ -27,7 +27,7 @@ def settings(name: str, **changes: Any) -> DatasetSettings:
     return DatasetSettings(**{**yaml.safe_load((CONF / f"{name}.yaml").read_text()), **changes})
 
 
-@pytest.mark.parametrize("name", ["cifar100", "cifar10", "digits", "folder"])
+@pytest.mark.parametrize("name", sorted(SOURCES))
 def test_the_yaml_shows_every_setting(name: str) -> None:
     shown = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     assert shown["source"] == name

@@ -28,6 +28,7 @@ OPTIONS = [
     *(f"method={path.stem}" for path in sorted((CONF / "method").glob("*.yaml"))),
     # The name of dataset=folder is by default that of its folder, which is in the path of a run.
     *("dataset=cifar10", "dataset=cifar100", "dataset=digits"),
+    *("dataset=stl10", "dataset=svhn", "dataset=tiny_imagenet"),
 ]
 
 
