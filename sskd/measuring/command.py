@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sskd.invocation.names import tool_command
 from sskd.measuring.selection import Chosen
+from sskd.report.results import Epoch
 
 
 def new_parser(name: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -49,6 +50,11 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the places of networks and the choices of the dataset among ``words``."""
     choices = [word for word in words if "=" in word and not Path(word).exists()]
     return [word for word in words if word not in choices], choices
+
+
+def epoch_of(given: argparse.Namespace) -> Epoch:
+    """Return whose weights the command line asks for."""
+    return "best" if given.best else "last"
 
 
 def title_of(number: int, chosen: Sequence[Chosen]) -> str:

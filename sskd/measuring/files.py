@@ -5,17 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-from sskd.errors import UserError
+from sskd.errors import UserError, shortened
 from sskd.files import read_bounded_text, write_atomically
 from sskd.report.render import csv_field, render_markdown
 from sskd.report.tables import Table
 
-SUFFIXES = (".md", ".csv", ".json", ".png", ".svg")
+SUFFIXES = (".json", ".md", ".csv", ".png", ".svg")
 MOST_BYTES = 2**26
 ABOUT = "about"
 Record = Mapping[str, Any]
@@ -27,16 +27,17 @@ class Output:
     Args:
         out: as in ``--out``; None: nothing is written.
         about: what is measured. Files that are about something else are not overwritten.
+        names: the networks. Files about others are not overwritten either.
 
     Raises:
         UserError: ``out`` is a folder, or there are such files.
     """
 
-    def __init__(self, out: str | None, about: Record) -> None:
+    def __init__(self, out: str | None, about: Record, names: Collection[str]) -> None:
         self._about = json.loads(json.dumps(about))
         self._base = None if out is None else _base_of(out)
-        if self._base and self._path(".json").exists():
-            self._refuse_other()
+        if self._base:
+            self._refuse_other(names)
 
     def write(
         self,
@@ -60,9 +61,10 @@ class Output:
             return []
         record = {ABOUT: self._about, "networks": networks}
         contents = {
+            # First: without it, a later command would not recognise the others.
+            ".json": f"{json.dumps(record, indent=1)}\n".encode(),
             ".md": f"# Results\n\n{render_markdown(table)}".encode(),
             ".csv": _csv(lines).encode(),
-            ".json": f"{json.dumps(record, indent=1)}\n".encode(),
             **draw(),
         }
         try:
@@ -77,17 +79,27 @@ class Output:
         assert self._base is not None
         return self._base.with_name(f"{self._base.name}{suffix}")
 
-    def _refuse_other(self) -> None:
-        path = self._path(".json")
-        try:
-            found = json.loads(read_bounded_text(path, MOST_BYTES)).get(ABOUT)
-        except (OSError, ValueError, AttributeError, RecursionError):
-            found = None
-        if found != self._about:
+    def _refuse_other(self, names: Collection[str]) -> None:
+        present = [self._path(suffix) for suffix in SUFFIXES if self._path(suffix).exists()]
+        if present and (reason := self._difference(names)):
             raise UserError(
-                f"{path}: holds something else ({_difference(found, self._about)}); choose "
-                "another --out PATH, or move the file away"
+                f"{present[0]}: holds something else ({reason}); choose another --out PATH, or "
+                "move the file away"
             )
+
+    def _difference(self, names: Collection[str]) -> str:
+        """Return how the present files differ; empty if they are of the same measurement."""
+        try:
+            record = json.loads(read_bounded_text(self._path(".json"), MOST_BYTES))
+            found = dict(record[ABOUT])
+            others = [each["name"] for each in record["networks"] if each["name"] not in names]
+        except (OSError, ValueError, TypeError, LookupError, RecursionError):
+            return "it is not a file of this command"
+        keys = [key for key in {**found, **self._about} if found.get(key) != self._about.get(key)]
+        if keys:
+            differing = (f"{key}: {found.get(key)}, not {self._about.get(key)}" for key in keys)
+            return ", ".join(differing)
+        return f"it has {shortened(others[0])} too" if others else ""
 
 
 def _base_of(out: str) -> Path:
@@ -97,13 +109,6 @@ def _base_of(out: str) -> Path:
     if not base.name or base.is_dir():
         raise UserError(f"--out '{out}' is a folder; name a file in it, such as '{base / 'table'}'")
     return base
-
-
-def _difference(found: object, about: Record) -> str:
-    if not isinstance(found, dict):
-        return "it is not a file of this command"
-    keys = [key for key in {**found, **about} if found.get(key) != about.get(key)]
-    return ", ".join(f"{key}: {found.get(key)}, not {about.get(key)}" for key in keys)
 
 
 def _csv(lines: Sequence[Record]) -> str:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 
 from sskd.commands.process import run_tool
 from sskd.invocation.extensions import load_extensions
-from sskd.measuring.command import new_parser, split_words
+from sskd.measuring.command import epoch_of, new_parser, split_words
 from sskd.measuring.selection import Chosen, choose_networks
 from sskd.output import complain, say
-from sskd.report.results import Epoch
 
 if TYPE_CHECKING:
     from sskd.data import DatasetSettings, Images
@@ -58,7 +57,7 @@ def _run(given: argparse.Namespace) -> None:
     load_extensions()
     places, choices = split_words(given.words)
     folders = [] if given.config_dir is None else [Path(given.config_dir)]
-    epoch: Epoch = "best" if given.best else "last"
+    epoch = epoch_of(given)
     chosen = choose_networks(places, epoch, lambda text: complain(f"warning: {text}"))
     # Importing torch takes seconds, which --help should not.
     from sskd.measuring.datasets import choose_dataset, load_for_measuring
@@ -71,11 +70,12 @@ def _run(given: argparse.Namespace) -> None:
     for pair in pairs:
         pair.require_same_classes()
     settings = choose_dataset([pair.student for pair in pairs], choices, folders)
-    output = Output(given.out, {"command": "similarity", "dataset": settings.name, "epoch": epoch})
+    about = {"command": "similarity", "dataset": settings.name, "epoch": epoch}
+    output = Output(given.out, about, [each.name for each, _ in students])
     networks = [network for pair in pairs for network in (pair.student, pair.teacher)]
     images = load_for_measuring(settings, networks, given.device)
     measured = _measure(given, [each for each, _ in students], pairs, (settings, images))
-    _show(measured, settings, output)
+    _show(given, measured, settings, output)
 
 
 def _measure(
@@ -109,11 +109,9 @@ def _measure(
         difference = weight_difference(pair, images)
         if difference is not None:
             values["weights"] = mean_difference(difference)
-        say(
-            f"{title}: agreement {values['agreement']:.2f}, KL {values['kl']:.3f}, "
-            f"CKA {values['cka']:.4f}{' (measured before)' * before}"
-        )
-        measured.append(Measured(each.name, rows[number], each.run, values, difference))
+        shown = f"{title}: agreement {values['agreement']:.2f}, KL {values['kl']:.3f}"
+        say(shown + " (measured before)" * before)
+        measured.append(Measured(each.name, rows[number], each.run, values, difference=difference))
     return measured
 
 
@@ -134,13 +132,20 @@ def _rows(chosen: Sequence[Chosen], pairs: Sequence[Pair]) -> list[Row]:
     ]
 
 
-def _show(measured: Sequence[Measured], settings: DatasetSettings, output: Output) -> None:
+def _show(
+    given: argparse.Namespace,
+    measured: Sequence[Measured],
+    settings: DatasetSettings,
+    output: Output,
+) -> None:
     """Print the table and write the files of ``--out``."""
     from sskd.report.render import render_text
+    from sskd.report.tables import EPOCH_TITLES
     from sskd.similarity.table import build_table, csv_lines, summarise
 
     summaries = summarise(measured, settings.source)
-    table = build_table(summaries, settings.name)
+    dataset = f"{settings.name} · students of the {EPOCH_TITLES[epoch_of(given)]}"
+    table = build_table(summaries, dataset)
     say("\n" + render_text(table, shutil.get_terminal_size().columns).removesuffix("\n"))
 
     def draw() -> dict[str, bytes]:
@@ -151,7 +156,7 @@ def _show(measured: Sequence[Measured], settings: DatasetSettings, output: Outpu
         if all(each.difference is None for each in summaries):
             return {}
         names = " · ".join(dict.fromkeys(each.row.networks for each in summaries))
-        title = f"Correlations of the classes' weights: student minus teacher · {names}"
+        title = f"Weight correlations of the classes: |student - teacher| · {names}"
         figure = draw_differences(title, summaries)
         return {".png": as_png(figure), ".svg": as_svg(figure)}
 

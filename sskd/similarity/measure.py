@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,8 @@ def measure_similarity(
 ) -> dict[str, float]:
     """Return ``kl`` in nats, ``agreement`` in percent, ``cka`` and ``cka_minibatch``.
 
-    Both networks get the test images with the normalisation of the student's training.
+    A CKA for which there are too few images is left out. Both networks get the test images with
+    the normalisation of the student's training.
 
     Args:
         images: on the device to compute on.
@@ -87,12 +89,13 @@ def measure_similarity(
     normalised = normalised_for(pair.student, images)
     student = _vectors(pair.student, normalised, title)
     teacher = teachers.of(pair, normalised)
-    return {
+    found = {
         "kl": mean_kl(student.logits, teacher.logits),
         "agreement": agreement(student.logits, teacher.logits),
         "cka": linear_cka(student.pooled, teacher.pooled),
         "cka_minibatch": minibatch_cka(student.pooled, teacher.pooled),
     }
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def weight_difference(pair: Pair, images: Images) -> Tensor | None:

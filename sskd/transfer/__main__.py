@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 from sskd.commands.process import run_tool
 from sskd.errors import UserError
 from sskd.invocation.extensions import load_extensions
-from sskd.measuring.command import new_parser, split_words, title_of
+from sskd.measuring.command import epoch_of, new_parser, split_words, title_of
 from sskd.measuring.selection import Chosen, choose_networks
 from sskd.output import complain, say
-from sskd.report.results import Epoch
 
 if TYPE_CHECKING:
     from sskd.data import DatasetSettings, Images
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
 
 PROTOCOL_NAMES = ("hsakd", "logistic")  # those of sskd.transfer.protocols, which imports torch
 DESCRIPTION = """\
-Train a linear classifier on the features of frozen networks, on another dataset than theirs, and
-show its accuracy in one table: a row for each experiment, the mean over its seeds. What has been
+Train a linear classifier on the features of frozen networks, on another dataset, and show its
+accuracy in one table: a row for each experiment, the mean over its seeds. What has been
 measured before is not measured again.
 """
 EXAMPLES = """\
@@ -61,7 +60,7 @@ def _run(given: argparse.Namespace) -> None:
     folders = [] if given.config_dir is None else [Path(given.config_dir)]
     if not any(word.startswith("dataset=") for word in choices):
         raise UserError("no dataset to transfer to; name one with dataset=NAME, such as digits")
-    epoch: Epoch = "best" if given.best else "last"
+    epoch = epoch_of(given)
     chosen = choose_networks(places, epoch, lambda text: complain(f"warning: {text}"))
     # Importing torch takes seconds, which --help should not.
     from sskd.measuring.datasets import compose_dataset, load_for_measuring
@@ -70,7 +69,7 @@ def _run(given: argparse.Namespace) -> None:
 
     settings = compose_dataset(choices, folders)
     about = {"command": "transfer", "dataset": settings.name, "protocol": given.protocol}
-    output = Output(given.out, about | {"epoch": epoch})
+    output = Output(given.out, about | {"epoch": epoch}, [each.name for each in chosen])
     networks = [TrainedNetwork(each.path, folders=folders) for each in chosen]
     images = load_for_measuring(settings, networks, given.device)
     measured = _measure(given, chosen, networks, (settings, images))
@@ -112,13 +111,15 @@ def _show(
 ) -> None:
     """Print the table and write the files of ``--out``."""
     from sskd.report.render import render_text
+    from sskd.report.tables import EPOCH_TITLES
     from sskd.transfer.protocols import PROTOCOLS
     from sskd.transfer.table import build_table, csv_lines, summarise
 
     whole = settings.fraction == 1 and settings.label_noise == settings.holdout == 0
     comparable = given.protocol == "hsakd" and settings.size == 32 and whole
     summaries = summarise(measured, settings.source, comparable=comparable)
-    table = build_table(summaries, settings.name, PROTOCOLS[given.protocol].description)
+    dataset = f"{settings.name} · networks of the {EPOCH_TITLES[epoch_of(given)]}"
+    table = build_table(summaries, dataset, PROTOCOLS[given.protocol].description)
     say("\n" + render_text(table, shutil.get_terminal_size().columns).removesuffix("\n"))
 
     def draw() -> dict[str, bytes]:

@@ -224,6 +224,18 @@ def test_a_file_about_something_else_is_kept(
     assert (tmp_path / "table.json").read_text() == content
 
 
+def test_files_about_other_networks_or_of_the_report_are_kept(
+    kd_run: Path, runs: Path, capsys: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "table"
+    words = ("similarity", kd_run.parent, "--out", out)
+    assert started(capsys, *words)[0] == 0
+    assert started(capsys, *words)[0] == 0, "the same networks"
+    assert "too)" in refused(capsys, "similarity", kd_run, "--out", out)
+    (tmp_path / "table.json").unlink()
+    assert "table.md: holds something else" in refused(capsys, *words)
+
+
 def test_a_corrupt_measurement_is_measured_again(kd_run: Path, capsys: Any, tmp_path: Path) -> None:
     words = (kd_run, *TRANSFER, "--protocol", "logistic")
     first = started(capsys, "transfer", *words)
