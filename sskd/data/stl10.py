@@ -58,11 +58,11 @@ def _files(size: int) -> PublishedFiles:
         )
 
     def parse(contents: dict[str, bytes]) -> Source:
-        parts = [
+        train_split, test_split = (
             _to_split(contents.pop(pixels), contents.pop(labels), size)
             for (pixels, _), (labels, _) in (train, test)
-        ]
-        return Source(CLASSES, *parts)
+        )
+        return Source(CLASSES, train_split, test_split)
 
     return PublishedFiles(
         name="STL10",

@@ -38,13 +38,17 @@ def _files() -> PublishedFiles:
         for url, name, md5 in published:
             download_url(url, part, name, md5)
 
+    def parse(contents: dict[str, bytes]) -> Source:
+        train, test = (_to_split(contents.pop(name)) for _, name, _ in published)
+        return Source(CLASSES, train, test)
+
     return PublishedFiles(
         name="SVHN",
         folder="",
         digests={name: md5 for _, name, md5 in published},
         url=published[0][0].rpartition("/")[0],
         fetch=fetch,
-        parse=lambda contents: Source(CLASSES, *map(_to_split, contents.values())),
+        parse=parse,
         cache="svhn.safetensors",
     )
 

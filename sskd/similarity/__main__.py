@@ -150,15 +150,15 @@ def _show(
 
     def draw() -> dict[str, bytes]:
         # Importing matplotlib takes a second.
-        from sskd.report.figures import as_png, as_svg
-        from sskd.similarity.figure import draw_differences
+        from sskd.report.figures import as_svg
+        from sskd.similarity.figure import as_small_png, draw_differences
 
         if all(each.difference is None for each in summaries):
             return {}
         names = " · ".join(dict.fromkeys(each.row.networks for each in summaries))
         title = f"Weight correlations of the classes: |student - teacher| · {names}"
         figure = draw_differences(title, summaries)
-        return {".png": as_png(figure), ".svg": as_svg(figure)}
+        return {".png": as_small_png(figure), ".svg": as_svg(figure)}
 
     networks = [
         {"name": each.name, **each.row._asdict(), "seed": each.run and each.run.seed}

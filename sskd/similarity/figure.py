@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import io
 import math
+import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from PIL import Image
 
+from sskd.report.figures import as_png
 from sskd.report.plots import STYLE, new_figure, set_margins, shorten
 from sskd.similarity.classifiers import mean_difference
 from sskd.similarity.table import Summary
 
 COLUMNS = 6
-PANEL, GAP, BAR = 1.7, 0.55, 1.0  # inches: a panel's side, between panels, for the colour bar
+PANEL, GAP, BAR = 1.7, 0.7, 1.0  # inches: a panel's side, between panels, for the colour bar
 COLORMAP = "viridis"
-TOP_SHARE = 0.995  # of all entries is within the colour scale, so that few do not hide the others
+TOP_SHARE = 0.995  # of a panel's entries
 
 
 def draw_differences(title: str, summaries: Sequence[Summary]) -> Figure:
     """Return a heat map [C, C] for each row, all in the same colours.
 
-    ``summaries`` without a difference are left out; one has one.
+    The scale ends where ``TOP_SHARE`` of the entries of the median panel are below, so that a row
+    with far larger differences does not hide the others.
+
+    Args:
+        summaries: those without a difference are left out; one has one.
     """
     shown = [(each, each.difference) for each in summaries if each.difference is not None]
     several = len({each.row.networks for each, _ in shown}) > 1
     columns = min(COLUMNS, len(shown))
     lines = math.ceil(len(shown) / columns)
-    most = max(difference.quantile(TOP_SHARE).item() for _, difference in shown)
+    most = statistics.median(difference.quantile(TOP_SHARE).item() for _, difference in shown)
+    scale: dict[str, Any] = {"vmin": 0, "vmax": most or 1.0, "interpolation": "nearest"}
     with mpl.rc_context(STYLE | {"axes.grid": False}):
         width = max(columns * (PANEL + GAP) + BAR, 6)
         figure = new_figure(title, width, lines * (PANEL + GAP) + 0.15)
@@ -35,7 +45,7 @@ def draw_differences(title: str, summaries: Sequence[Summary]) -> Figure:
         set_margins(figure, left=0.35, right=BAR, bottom=0.3)
         figure.subplots_adjust(wspace=0.25, hspace=GAP / PANEL)
         for axes, (each, difference) in zip(panels.flat, shown, strict=False):
-            image = axes.imshow(difference.numpy(), cmap=COLORMAP, vmin=0, vmax=most or 1.0)
+            image = axes.imshow(difference.numpy(), cmap=COLORMAP, **scale)
             mean = mean_difference(difference)
             label = shorten(" ".join([each.row.networks] * several + [each.row.method]))
             axes.set_title(f"{label}\nmean {mean:.4f}", loc="left", fontsize=9)
@@ -46,3 +56,11 @@ def draw_differences(title: str, summaries: Sequence[Summary]) -> Figure:
         figure.colorbar(image, cax=bar, extend="max", label="absolute difference")
         bar.tick_params(labelsize=8)
     return figure
+
+
+def as_small_png(figure: Figure) -> bytes:
+    """Return ``figure`` as a PNG file of 256 colours, a fifth of the size of one in full colour."""
+    image = Image.open(io.BytesIO(as_png(figure))).convert("RGB")
+    stream = io.BytesIO()
+    image.quantize(256, dither=Image.Dither.NONE).save(stream, "png", optimize=True)
+    return stream.getvalue()
