@@ -21,7 +21,7 @@ class Chosen:
     """A trained network that the user chose.
 
     Attributes:
-        path: the file of its weights, or a folder that holds it.
+        path: the file of its weights.
         name: where it is, without the folders above the one that the user named.
         run: the run that trained it; None for a file.
     """
@@ -76,7 +76,10 @@ def _choose(place: Path, epoch: Epoch, warn: Warn) -> Iterator[Chosen]:
         raise UserError(
             f"{place}: none of its {unfinished} runs has finished; run their commands again"
         )
-    yield Chosen(place, place.name)  # a folder that holds one checkpoint
+    # Importing torch takes seconds, which --help should not.
+    from sskd.models import find_checkpoint
+
+    yield Chosen(find_checkpoint(place, epoch), place.name)
 
 
 def _read_run(folder: Path) -> FinishedRun:

@@ -178,6 +178,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "no such place": ("transfer", ("absent", "dataset=digits"), "no such file or folder"),
     "unfinished": ("transfer", ("UNFINISHED", "dataset=digits"), "the run has not finished"),
     "none finished": ("similarity", ("UNFINISHED/..",), "none of its 1 runs has finished"),
+    "an empty folder": ("transfer", ("EMPTY", "dataset=digits"), "it holds nothing; name the file"),
     "not a network": ("similarity", ("OTHER", "--teacher", "TEACHER"), "has no architecture"),
     "other classes": ("similarity", ("FILE", "--teacher", "TEACHER"), "has 7 classes, its teacher"),
     "no teacher": ("similarity", ("FILE",), "is not a run; name its teacher with --teacher FILE"),
@@ -201,7 +202,9 @@ def test_a_mistake_is_one_line_and_writes_nothing(
         "OTHER": str(tmp_path / "other.pth"),
         "TEACHER": str(teacher_file),
         "KD": str(kd_run),
+        "EMPTY": str(tmp_path / "empty"),
     }
+    (tmp_path / "empty").mkdir()
     name, words, message = MISTAKES[mistake]
     if mistake == "none finished":
         shutil.rmtree(next(runs.glob("digits/scratch/resnet8/seed0*")))
