@@ -19,7 +19,6 @@ from sskd.errors import mask_unprintable
 from sskd.export.agreement import Agreement
 from sskd.export.contents import INPUT, OUTPUT, Classifier, Contents
 from sskd.export.formats import FORMATS, OPSET
-from sskd.export.quantise import IMAGES
 from sskd.export.subject import Subject
 from sskd.export.templates import render
 from sskd.overrides import flatten
@@ -91,7 +90,7 @@ def describe(subject: Subject, classifier: Classifier, *, folded: bool) -> dict[
     facts: dict[str, Any] = {
         "name": subject.name,
         "architecture": subject.arch,
-        "parameters": sum(each.numel() for each in classifier.parameters()),
+        "parameters": sum(each.numel() for each in trained.network.parameters()),
         "input": {"name": INPUT, "dtype": "float32", "shape": ["batch", 3, size, size]},
         "output": {"name": OUTPUT, "dtype": "float32", "shape": ["batch", len(classes)]},
         "channels": "RGB in [0, 1]",
@@ -127,7 +126,7 @@ def _training(subject: Subject) -> dict[str, Any]:
         "agreement": result.agreement,
         "weights_digest": getattr(result.digest, subject.epoch or "last"),
         "difference": dict(result.difference),
-        "settings": settings,
+        "settings": {key: value for key, value in settings.items() if value is not None},
         "precision": result.precision,
         "seconds": result.seconds,
         "device": result.device,
@@ -169,7 +168,6 @@ def render_card(
         usage=render(f"{name}.txt", file=file, size=contents.size, entry=contents.entry),
         agreement=agreement,
         int8=int8,
-        calibrated=IMAGES,
     )
     text = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=100)
     return f"---\n{text}---\n\n{body}"

@@ -14,7 +14,7 @@ from sskd.export.card import CARD, describe, render_card
 from sskd.export.contents import Classifier, Contents
 from sskd.export.formats import FORMATS, run_onnx
 from sskd.export.placing import place, refuse_existing, staging
-from sskd.export.quantise import write_int8
+from sskd.export.quantise import IMAGES, write_int8
 from sskd.export.subject import Subject
 from sskd.files import write_text
 from sskd.models import fold_batch_norms
@@ -109,5 +109,6 @@ def _quantise(source: Path, subject: Subject, expected: Tensor) -> dict[str, Any
         "file": path.name,
         "bytes": after,
         "bytes_float32": before,
+        "calibration_images": min(IMAGES, len(images.train)),
         "agreement": asdict(agreement),
     }

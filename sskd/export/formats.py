@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +140,7 @@ def _write_hub(folder: Path, contents: Contents) -> None:
 
 def _load_hub(folder: Path, contents: Contents) -> Run:
     loaded: Run = torch.hub.load(str(folder), contents.entry, source="local")
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # of hubconf.py
     return loaded
 
 
