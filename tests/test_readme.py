@@ -43,11 +43,11 @@ from sskd.report.published import published_for
 PAIRS = ("resnet56-resnet20", "wrn_40_2-wrn_16_2")
 TOOL_MODULES = (
     *("sskd.report.__main__", "sskd.evaluate.__main__", "sskd.dashboard.__main__"),
-    *("sskd.transfer.__main__", "sskd.similarity.__main__"),
+    *("sskd.transfer.__main__", "sskd.similarity.__main__", "sskd.export.__main__"),
 )
 TOOL_NAMES = {
     *("sskd.report", "sskd.evaluate", "sskd.dashboard"),
-    *("sskd.transfer", "sskd.similarity"),
+    *("sskd.transfer", "sskd.similarity", "sskd.export"),
 }
 # Tests of these pages run their commands (commands/test_extending.py, test_library.py).
 RUN_ELSEWHERE = {"docs/extending.md", "docs/library.md"}

@@ -62,7 +62,7 @@ def _reader(images: Tensor) -> Any:
     """Return an object from which the calibration takes the batches of ``images``."""
     from onnxruntime.quantization import CalibrationDataReader
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self._batches = _batches(images)
 

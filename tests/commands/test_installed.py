@@ -131,7 +131,7 @@ def test_a_message_names_the_console_script(console_script: Command) -> None:
     "name",
     [
         *("sskd-evaluate", "sskd-dashboard", "sskd-report", "sskd-checks"),
-        *("sskd-transfer", "sskd-similarity"),
+        *("sskd-transfer", "sskd-similarity", "sskd-export"),
     ],
 )
 def test_the_tools_are_console_scripts(console_script: Command, name: str) -> None:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import sskd.dashboard.__main__
 import sskd.evaluate.__main__
+import sskd.export.__main__
 import sskd.report.__main__
 import sskd.similarity.__main__
 import sskd.transfer.__main__
@@ -152,6 +153,7 @@ REPORTS: dict[str, Callable[[Path, pytest.MonkeyPatch], int]] = {
     "dashboard": lambda _, patch: dashboard(patch),
     "transfer": lambda _, patch: measured(patch, sskd.transfer.__main__),
     "similarity": lambda _, patch: measured(patch, sskd.similarity.__main__),
+    "export": lambda _, patch: exported(patch),
 }
 
 
@@ -169,6 +171,11 @@ def evaluated(patch: pytest.MonkeyPatch) -> int:
 def dashboard(patch: pytest.MonkeyPatch) -> int:
     patch.setattr(sskd.dashboard.__main__, "_dashboard", lambda _: say("built"))
     return sskd.dashboard.__main__.main([])
+
+
+def exported(patch: pytest.MonkeyPatch) -> int:
+    patch.setattr(sskd.export.__main__, "_run", lambda _: say("wrote"))
+    return sskd.export.__main__.main(["RUN", "--to", "onnx"])
 
 
 @pytest.mark.parametrize("what", REPORTS)

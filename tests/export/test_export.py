@@ -8,8 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnxruntime
 import pages
 import pytest
 import torch
@@ -30,6 +28,8 @@ from sskd.models import build_model, fold_batch_norms, save_weights
 from sskd.models.features import partial_features
 from sskd.train import train
 
+onnx = pytest.importorskip("onnx", reason="the extra [export] is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra [export] is not installed")
 DIGITS = [str(digit) for digit in range(10)]
 
 
