@@ -75,8 +75,8 @@ _TEXTS = {
         "pytorch",
         "in `config.json`, as `classes` and `id2label`",
         "Needs `torch`, at least the version that wrote `model.pt2` (`versions` in the head), "
-        "`numpy` and `pillow`. `model.safetensors` holds the weights under the names of the "
-        "published checkpoints, not folded, for training.",
+        "`numpy` and `pillow`. `model.safetensors` holds the weights under their names in the "
+        "suite, not folded, for training.",
     ),
 }
 
