@@ -81,8 +81,11 @@ _TEXTS = {
 }
 
 
-def describe(subject: Subject, classifier: Classifier, *, folded: bool) -> dict[str, Any]:
-    """Return the facts about a network as plain values: the card's head, and metadata of files."""
+def describe(subject: Subject, classifier: Classifier, *, folded: int) -> dict[str, Any]:
+    """Return the facts about a network as plain values: the card's head, and metadata of files.
+
+    ``folded`` is the number of its BatchNorms that are in convolutions of ``classifier``.
+    """
     trained, result = subject.trained, subject.result
     mean, std = trained.normalisation
     size, classes = trained.images.image_size, list(trained.images.classes)
@@ -95,8 +98,7 @@ def describe(subject: Subject, classifier: Classifier, *, folded: bool) -> dict[
         "output": {"name": OUTPUT, "dtype": "float32", "shape": ["batch", len(classes)]},
         "channels": "RGB in [0, 1]",
         "normalisation": {"inside": True, "mean": list(mean), "std": list(std)},
-        "batch_norms": classifier.batch_norms,
-        "folded": folded,
+        "batch_norms": {"left": classifier.batch_norms, "folded": folded},
         "dataset": {
             "name": trained.images.name,
             "source": trained.dataset.source,

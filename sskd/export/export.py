@@ -66,16 +66,17 @@ def export(subject: Subject, out: Path, choices: Choices) -> list[Path]:
 
 def _contents(subject: Subject, *, fold: bool) -> Contents:
     trained = subject.trained
-    network = fold_batch_norms(trained.network) if fold else trained.network
-    classifier = Classifier(network, *trained.normalisation)
+    classifier = Classifier(trained.network, *trained.normalisation)
+    count = classifier.batch_norms
     if fold:
-        say(f"{classifier.batch_norms} BatchNorms are left after folding")
+        classifier = Classifier(fold_batch_norms(trained.network), *trained.normalisation)
+        say(f"folded {count - classifier.batch_norms} of {count} BatchNorms")
     return Contents(
         classifier=classifier,
         original=trained.network,
         entry=subject.arch if subject.arch.isidentifier() else "network",
         size=trained.images.image_size,
-        facts=describe(subject, classifier, folded=fold),
+        facts=describe(subject, classifier, folded=count - classifier.batch_norms),
     )
 
 
