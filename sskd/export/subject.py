@@ -13,6 +13,7 @@ from sskd.models import find_checkpoint, weights_digest
 from sskd.runs.folder import read_result
 from sskd.runs.names import BEST, CONFIG, RESULT, WEIGHTS
 from sskd.runs.result import RunResult
+from sskd.runs.status import STATUS
 from sskd.trained import TrainedNetwork
 
 FILES = {"last": WEIGHTS, "best": BEST}  # of a run, by epoch
@@ -69,7 +70,8 @@ def find_subject(
             its result.
     """
     path = expanded(checkpoint)
-    if path.is_dir() and (path / CONFIG).exists():
+    # A run that has not started has a status alone.
+    if any((path / name).exists() for name in (CONFIG, STATUS)):
         _require_finished(path, path / FILES[epoch])
         path = path / FILES[epoch]
     elif path.is_dir():
@@ -86,7 +88,7 @@ def _require_finished(folder: Path, weights: Path) -> RunResult:
     if result is None:
         raise UserError(
             f"{folder}: the run has not finished (there is no {RESULT}); train it to its end with "
-            "the command in status.json"
+            f"the command in {STATUS}"
         )
     if not weights.exists():
         raise UserError(f"{folder}: has no {weights.name}; choose --epoch last or --epoch best")

@@ -236,6 +236,9 @@ def test_a_run_that_has_not_finished_is_refused(
     words = ("--to", "torchscript", "--out", tmp_path / "out")
     assert "has not finished" in refused(capsys, folder, *words)
     assert "has not finished" in refused(capsys, folder / "model.safetensors", *words)
+    (tmp_path / "queued").mkdir()
+    (tmp_path / "queued/status.json").touch()
+    assert "has not finished" in refused(capsys, tmp_path / "queued", *words)
     assert not (tmp_path / "out").exists()
 
 
