@@ -38,7 +38,8 @@ class TrainedNetwork:
         dataset: the settings of its dataset.
 
     Raises:
-        UserError: there is no such checkpoint, or its run's config.yaml is not one of this suite.
+        UserError: there is no such checkpoint, its run's config.yaml is not one of this suite, or
+            the run was trained on another dataset than the one chosen.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class TrainedNetwork:
     ) -> None:
         self.path = find_checkpoint(str(checkpoint))
         self._arch, self._folders = arch, folders
-        choices = ["method=vanilla", *_dataset_of_run(self.path), *overrides]
+        choices = ["method=vanilla", *_dataset_of_run(self.path, overrides), *overrides]
         self.dataset: DatasetSettings = read_config(
             compose_config("student", choices, folders)
         ).dataset
@@ -169,14 +170,16 @@ def _has_name(group: object) -> TypeGuard[dict[str, Any]]:
     return isinstance(name, str) and re.fullmatch(r"\w+", name) is not None
 
 
-def _dataset_of_run(checkpoint: Path) -> list[str]:
+def _dataset_of_run(checkpoint: Path, overrides: Sequence[str]) -> list[str]:
     """Return overrides that choose the dataset of the run whose folder holds ``checkpoint``.
+
+    They come before those of the user, ``overrides``.
 
     The run may be untrusted, so nothing is downloaded to its root and no interpolation resolved.
     Empty if the folder is not a run's folder.
 
     Raises:
-        UserError: its config.yaml chooses no dataset of this suite.
+        UserError: its config.yaml chooses no dataset of this suite, or the user another one.
     """
     path = checkpoint.parent / CONFIG
     if not path.exists():
@@ -184,6 +187,12 @@ def _dataset_of_run(checkpoint: Path) -> list[str]:
     dataset = read_config_file(path).get("dataset")
     if not isinstance(dataset, dict) or dataset.get("source") not in list(SOURCES):
         raise UserError(f"{path}: names no dataset; it is not a run's configuration")
+    for override in overrides:
+        if override.startswith("dataset=") and override != f"dataset={dataset['source']}":
+            raise UserError(
+                f"{path}: the run was trained on {dataset['source']}, and {override} names other "
+                "data; leave it out, or copy the checkpoint out of the run's folder"
+            )
     settings = {key: value for key, value in dataset.items() if key not in ("digest", "download")}
     for key, value in settings.items():
         if key not in DatasetSettings.model_fields or not _is_plain(value):

@@ -20,7 +20,7 @@ Grouping: TypeAlias = "wr.Config | None"
 
 # Keys that `python -m sskd.report --wandb` logs.
 RESULTS, COST, FAILED = "tables/results", "tables/cost", "tables/failed"
-GAINS = "plots/gain"
+GAINS, STUDIES = "plots/gain", "plots/study"
 
 MAX_RUNS = 1000  # W&B shows the first 10 otherwise
 _FULL = wr.Layout(w=24, h=12)
@@ -82,6 +82,11 @@ def _result_tables() -> Panels:
 
 def _gain_plots() -> Panels:
     plots = wr.MediaBrowser(title="Gain in top-1", media_keys=[GAINS], num_columns=1, layout=_FULL)
+    return [plots]
+
+
+def _study_plots() -> Panels:
+    plots = wr.MediaBrowser(title="Studies", media_keys=[STUDIES], num_columns=2, layout=_FULL)
     return [plots]
 
 
@@ -197,6 +202,11 @@ SUBJECTS = (
         report_panels=_gain_plots,
         run_panels=_top1_bars,
         folded=False,
+    ),
+    Subject(
+        "Studies",
+        "Top-1 by the value of one setting, such as the share of the images, for each method.",
+        report_panels=_study_plots,
     ),
     Subject(
         "Curves",

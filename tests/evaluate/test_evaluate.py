@@ -31,6 +31,9 @@ def test_a_runs_folder_is_evaluated_on_its_own_dataset(
     ):
         assert main([str(checkpoint), "--repeats", "0"]) == 0
         assert f"resnet8, digits test set: top-1 {top1:.2f}" in capsys.readouterr().out
+    assert main([str(folder), "dataset=digits", "--repeats", "0"]) == 0
+    assert main([str(folder), "dataset=cifar10"]) == 1
+    assert "was trained on digits, and dataset=cifar10 names" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_panels_show_only_keys_that_runs_log(
 
 def test_panels_show_all_that_the_report_logs(built: Callable[..., tuple[Spec, Spec]]) -> None:
     expected = {"tables/results", "tables/cost", "tables/failed"}
-    expected |= {"plots/gain"}
+    expected |= {"plots/gain", "plots/study"}
     workspace, report = built()
     assert set().union(*map(keys_of_report, all_panels(workspace))) == expected
     shown = set()
