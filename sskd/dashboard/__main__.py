@@ -19,8 +19,8 @@ from sskd.output import say
 
 DESCRIPTION = """\
 Build a Weights & Biases workspace and report of all runs of a project: tables of
-results, gains, accuracy curves by pair, losses, agreement with the teacher, cost
-and failures. The tables and the plots of gains are those that
+results, gains, studies, accuracy curves by pair, losses, agreement with the teacher,
+cost and failures. The tables and the plots of gains and studies are those that
 '{report} --wandb' has logged.
 """
 EXAMPLES = """\

@@ -165,8 +165,8 @@ def test_workspace_begins_with_results_and_averages_seeds(
     workspace, _ = built("--dataset", "cifar10", "--pairs", "vgg13-vgg8", "--entity", "us")
     assert (workspace["entity"], workspace["project"]) == ("us", "sskd")
     assert list(sections(workspace)) == [
-        *("Results", "Gains", "Curves", "Losses", "Agreement", "Self-supervision", "Cost"),
-        "Failures",
+        *("Results", "Gains", "Studies", "Curves", "Losses", "Agreement", "Self-supervision"),
+        *("Cost", "Failures"),
     ]
     (run_set,) = workspace["spec"]["section"]["runSets"]
     assert filters(run_set) == {
@@ -249,8 +249,8 @@ def test_the_report_has_the_published_values(
 def test_without_save_it_prints_what_was_built(capsys: Any) -> None:
     assert main(["--pairs", "vgg13-vgg8", "vgg13-MobileNetV2"]) == 0
     output, errors = capsys.readouterr()
-    assert output.startswith("built a workspace of 29 panels and a report of ")
-    assert output.endswith("in 8 sections; not saved: add --save, with a login (wandb login)\n")
+    assert output.startswith("built a workspace of 30 panels and a report of ")
+    assert output.endswith("in 9 sections; not saved: add --save, with a login (wandb login)\n")
     assert errors == ""
 
 
@@ -259,7 +259,7 @@ def test_without_a_login_nothing_is_saved(monkeypatch: pytest.MonkeyPatch) -> No
     command = [sys.executable, "-m", "sskd.dashboard", "--pairs", "vgg13-vgg8", "--save"]
     found = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True)
     assert found.returncode == 1
-    assert found.stderr.startswith("error: built a workspace of 29 panels")
+    assert found.stderr.startswith("error: built a workspace of 30 panels")
     assert found.stderr.endswith("not saved: log in first (wandb login)\n")
     assert (found.stdout, found.stderr.count("\n")) == ("", 1)
 
