@@ -13,7 +13,7 @@ from test_graph import RATES, phases_of, tensors
 
 from sskd.commands.threads import run_in_threads
 from sskd.config import Config
-from sskd.data import Loader, Views
+from sskd.data import ONE_VIEW, Loader, Views
 from sskd.methods import KD, METHODS, Outputs
 from sskd.methods.kd import kd_loss
 from sskd.training.graph import GraphedStep
@@ -22,6 +22,7 @@ from sskd.training.step import WARMUP_STEPS, set_trainable
 from sskd.turns import outside_turn
 
 EPOCHS, WHOLE_BATCHES = len(RATES), 5  # and a smaller one
+OTHER_VIEW = Views(one_crop=True)  # has the shape of ONE_VIEW
 
 
 @pytest.fixture
@@ -36,9 +37,13 @@ def config(composed: Compose) -> Callable[..., Config]:
 class Job:
     """The last phase of a method, trained by a graph that a CPU replaces by its function."""
 
-    def __init__(self, config: Config, *, shared: object = None, seed: int = 0) -> None:
+    def __init__(
+        self, config: Config, *, shared: object = None, seed: int = 0, views: Views | None = None
+    ) -> None:
         torch.manual_seed(0)
         parts: dict[str, Any] = phases_of(config)[-1]
+        if views:
+            parts["loader"].views = views
         self.method = parts["method"]
         self.method.shared_teacher = shared
         self._seed, self._config, self._parts = seed, config, parts
@@ -144,6 +149,16 @@ def test_jobs_with_other_batches_share_nothing(config: Callable[..., Config]) ->
     found = run_in_threads(dict(enumerate(jobs)), 2)
     assert [metrics for metrics, _ in found] == [metrics for metrics, _ in expected]
     assert expected[0][0] != expected[1][0]
+    steps = EPOCHS * (WHOLE_BATCHES + 1)
+    assert [len(job.passes) for job in jobs] == [steps + 2, steps + 2]
+
+
+def test_jobs_with_other_views_share_nothing(config: Callable[..., Config]) -> None:
+    jobs = [
+        Job(config("kd"), shared="one teacher", views=views) for views in (ONE_VIEW, OTHER_VIEW)
+    ]
+    start_together(jobs)
+    run_in_threads(dict(enumerate(jobs)), 2)
     steps = EPOCHS * (WHOLE_BATCHES + 1)
     assert [len(job.passes) for job in jobs] == [steps + 2, steps + 2]
 
