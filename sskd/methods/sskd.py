@@ -63,7 +63,7 @@ class SSKD(Method):
     L_ss, whose tau is ``ss_temperature``.
     """
 
-    views = ROTATIONS  # of the task; these are the contrastive one's
+    views = ROTATIONS  # of the default task; each task has its own
     terms = ("ce", "kd", "tf", "ss")
     teacher_outputs = ("logits", "pooled")
 

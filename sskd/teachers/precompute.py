@@ -70,7 +70,7 @@ def find_or_compute_outputs(method: Method, images: Images, plan: RunPlan) -> No
     """Let ``method`` look up its teacher's outputs, which are computed if no run has done so.
 
     A line reports why nothing was precomputed: the method reads more of the teacher, or some views
-    are strong.
+    are not rotations.
 
     Raises:
         BusyError: another process took over the computation.

@@ -17,8 +17,8 @@ from sskd.turns import shares_process
 _ON_TERMINAL = 1.0
 _IN_LOG = 60.0
 
-# The beginnings of the metrics that a line shows, and the end of those of a first phase or a
-# self-supervised task; metrics.jsonl has all.
+# A line shows the metrics whose names begin with one of these, and the accuracies in first phases
+# and self-supervised tasks, such as joint_top1; metrics.jsonl has all.
 _SHOWN = ("lr", "loss", "top1", "test/", "holdout/", "images_per_second")
 _SHOWN_END = "_top1"
 
