@@ -216,6 +216,11 @@ class Transformations:
     all_of_pool: bool = False
     views: int = 3
 
+    def __post_init__(self) -> None:
+        if not self.pool or not set(self.pool) <= set(TRANSFORMATIONS):
+            known = ", ".join(TRANSFORMATIONS)
+            raise ValueError(f"pool must be a tuple of some of {known}, not {self.pool!r}")
+
 
 class TransformedView:
     """Makes transformed views of images of ``side`` pixels, on ``device``.

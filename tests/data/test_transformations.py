@@ -238,3 +238,9 @@ def test_only_one_kind_of_views_follows_the_normal_one() -> None:
         Views(4, jigsaws=3)
     with pytest.raises(ValueError, match="one normal view alone"):
         Views(jigsaws=3, transformed=Transformations(POOL))
+
+
+@pytest.mark.parametrize("pool", [(), ("rotaton",), "rotation"])
+def test_a_pool_has_names_of_transformations(pool: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="must be a tuple of some of colour_dropping, rotation"):
+        Transformations(pool)
