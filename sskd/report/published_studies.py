@@ -120,12 +120,6 @@ def comparable_lines(
             yield line
 
 
-def has_published_teacher(source: Published, run: FinishedRun) -> bool:
-    """Return whether the run's teacher is, as far as known, the one of the published studies."""
-    # KD had the same teacher as the others there, unlike in the tables.
-    return source.has_teacher_of("SSKD", run)
-
-
 def published_row(source: Published | None, run: FinishedRun, key: str) -> str | None:
     """Return the row that ``run`` has in the published tables, whatever its value of ``key``."""
     if source is None:
@@ -142,5 +136,6 @@ def _is_same(source: Published, line: PublishedLine, run: FinishedRun) -> bool:
     return (
         (run.teacher, run.student) == line.pair
         and published_row(source, run, line.key) == line.row
-        and has_published_teacher(source, run)
+        # KD had the same teacher as the others there, unlike in the tables.
+        and source.has_teacher_of("SSKD", run)
     )

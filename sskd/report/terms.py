@@ -8,12 +8,7 @@ from pathlib import Path
 
 from sskd.report.groups import Entry, mean_std_n
 from sskd.report.published import Pair, settings_text
-from sskd.report.published_studies import (
-    TERMS_NOTE,
-    has_published_teacher,
-    published_terms,
-    source_of,
-)
+from sskd.report.published_studies import TERMS_NOTE, published_terms, source_of
 from sskd.report.results import (
     DIGEST,
     SHORT_DIGEST,
@@ -187,7 +182,9 @@ def _entry(terms: Terms, row: str, column: Column, epoch: Epoch) -> Entry | None
     source = source_of(terms.dataset)
     same = source is not None and source.is_comparable(terms.setting)
     top1 = published_terms().get((pair, row)) if same else None
-    if source is None or not all(has_published_teacher(source, run) for run in runs):
+    # The figure's KD had the teachers of the tables' KD, unlike its other rows.
+    teachers_of = "KD" if row == KD_ROW else "SSKD"
+    if source is None or not all(source.has_teacher_of(teachers_of, run) for run in runs):
         top1 = None
     several = len({each for each in terms.columns if each[0] == pair}) > 1
     label = f"{row} ({DIGEST}={digest[:SHORT_DIGEST] or 'unknown'})" if several else row

@@ -304,6 +304,23 @@ def test_the_terms_of_sskd_have_a_table(tmp_path: Path) -> None:
     assert "weights.ss" not in str([each.texts for each in tables if each is not table])
 
 
+@pytest.mark.parametrize(
+    ("teacher_top1", "compared"),
+    [(75.4, [False, True, True]), (74.64, [True, False, False]), (70.0, [False] * 3)],
+)
+def test_terms_are_compared_with_the_same_teacher(
+    tmp_path: Path, teacher_top1: float, compared: list[bool]
+) -> None:
+    """The figure's KD had the CRD benchmark's vgg13 (74.64), its other rows SSKD's (75.38)."""
+    run: dict[str, Any] = VGG | {"teacher_top1": teacher_top1}
+    file = {"teacher.digest": DIGEST}
+    put_run(tmp_path, "kd", difference=file, **run)
+    put_run(tmp_path, "tf", method="sskd", difference=file | {"method.weights.ss": 0.0}, **run)
+    put_run(tmp_path, "sskd", method="sskd", difference=file, **run)
+    table, _ = (t for t in report_of(tmp_path).tables("last") if "terms of SSKD" in t.title)
+    assert [entry.published is not None for entry in table.entries] == compared
+
+
 def test_the_figure_has_the_numbers_of_the_table(tmp_path: Path) -> None:
     put_few_shot(tmp_path)
     figure = figures(tmp_path)["study-vgg13-vgg8-dataset.fraction"]
