@@ -68,6 +68,11 @@ def as_value(text: str) -> Value:
     return text if number is None else number
 
 
+def value_text(value: Value) -> str:
+    """Return a value of a setting as text, a number with all its reliable digits."""
+    return f"{value:.15g}" if isinstance(value, float) else value
+
+
 @functools.cache
 def published_studies() -> tuple[PublishedLine, ...]:
     """Return the published studies on CIFAR-100.

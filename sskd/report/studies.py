@@ -18,6 +18,7 @@ from sskd.report.published_studies import (
     published_row,
     source_of,
     studied_keys,
+    value_text,
     without,
 )
 from sskd.report.recipe_values import recipe_value
@@ -26,7 +27,6 @@ from sskd.report.results import (
     ROW_KEYS,
     FinishedRun,
     Settings,
-    as_number,
     numeric_order,
     without_digest,
 )
@@ -276,9 +276,10 @@ def _name_grid(study: Study) -> Study:
             continue
         (key,) = keys
         own = {row: recipe_value(_all(study.lines[row])[0], key) for row in found}
-        numbers = {row: as_number(dict(row[1]).get(key) or own[row] or "") for row in found}
-        if None not in numbers.values() and len({*numbers.values()}) == len(found):
-            names |= {row: (name, ((key, f"{number:g}"),)) for row, number in numbers.items()}
+        values = {row: as_value(dict(row[1]).get(key) or own[row] or "") for row in found}
+        are_numbers = all(isinstance(value, float) for value in values.values())
+        if are_numbers and len({*values.values()}) == len(found):
+            names |= {row: (name, ((key, value_text(value)),)) for row, value in values.items()}
     return replace(
         study,
         lines=_ordered(study.dataset, {names[row]: cells for row, cells in study.lines.items()}),

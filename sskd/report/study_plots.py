@@ -25,9 +25,9 @@ from sskd.report.plots import (
     shorten,
 )
 from sskd.report.published import RowKey, row_label
-from sskd.report.published_studies import PublishedLine, Value
+from sskd.report.published_studies import PublishedLine, Value, value_text
 from sskd.report.studies import Study
-from sskd.report.study_tables import best_by_holdout, study_entry, value_text
+from sskd.report.study_tables import best_by_holdout, study_entry
 
 # The dashes and the marker of published lines, by source.
 PUBLISHED_STYLES = (((0, (4, 3)), "o"), ((0, (1.5, 2)), "s"), ((0, (5, 2, 1, 2)), "D"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sskd.report.groups import Entry, mean_std_n
 from sskd.report.published import RowKey, row_label, settings_text
-from sskd.report.published_studies import PublishedLine, Value
+from sskd.report.published_studies import PublishedLine, Value, value_text
 from sskd.report.results import ROW_KEYS, Epoch, Settings
 from sskd.report.studies import Study
 from sskd.report.tables import (
@@ -53,11 +53,6 @@ def build_study_tables(studies: Sequence[Study], epoch: Epoch) -> list[Table]:
             tables.append(_cost_table(study))
         shown |= cells
     return tables
-
-
-def value_text(value: Value) -> str:
-    """Return a value of a setting as text."""
-    return f"{value:g}" if isinstance(value, float) else value
 
 
 def study_title(study: Study) -> str:

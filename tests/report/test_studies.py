@@ -184,6 +184,13 @@ def test_numbers_that_only_choose_are_no_study(tmp_path: Path, key: str) -> None
     assert report_of(tmp_path).studies == []
 
 
+def test_values_are_shown_with_all_digits(tmp_path: Path) -> None:
+    values = {value: [70.0] for value in (16384, 1048576, 1048577)}
+    put_study(tmp_path, "method.negatives", 0, values, method="crd")
+    table = study_table(tmp_path, "method.negatives")
+    assert table.header == ("method.negatives", "16384", "1048576", "1048577")
+
+
 def test_rows_and_settings_are_sorted_by_number(tmp_path: Path) -> None:
     for number, value in enumerate((8.0, 16.0)):
         put_run(tmp_path, f"t{number}", difference={"method.temperature": value})
