@@ -89,6 +89,12 @@ def _find_networks(given: argparse.Namespace) -> list[TrainedNetwork]:
 
     first, *others = given.words
     overrides = [word for word in others if "=" in word and not Path(word).exists()]
+    for word in overrides:
+        if not word.startswith(("dataset=", "dataset.")):
+            raise UserError(
+                f"{shortened(word)} is neither a checkpoint nor a choice of the dataset, as "
+                "dataset=NAME or dataset.KEY=VALUE; options begin with dashes, as --device"
+            )
     checkpoints = [first, *(word for word in others if word not in overrides)]
     folders = [] if given.config_dir is None else [Path(given.config_dir)]
     found = [

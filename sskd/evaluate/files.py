@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from operator import methodcaller
 from pathlib import Path
@@ -15,6 +16,7 @@ from sskd.evaluate.render import as_markdown
 from sskd.files import read_bounded_text, write_atomically
 
 SUFFIXES = (".json", ".md", ".png")
+PLOTS = ("reliability", "classes", "confusions")
 MOST_JSON = 2**26  # bytes of an earlier file
 
 # What an evaluation is of. Only an evaluation of the same may replace its files.
@@ -36,7 +38,14 @@ def base_path(out: str) -> Path:
 
 
 def refuse_other_files(base: Path, subjects: Sequence[Subject]) -> None:
-    """Raise UserError if files of this name exist that are not an evaluation of ``subjects``."""
+    """Refuse to replace files that are not an evaluation of ``subjects``.
+
+    Raises:
+        UserError: there are such files, or the folder is not writable.
+    """
+    folder = next(each for each in base.absolute().parents if each.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"--out '{base}': cannot write in {folder}; name another file with --out")
     path = base.with_name(f"{base.name}.json")
     advice = "name another file with --out, or remove it"
     if path.exists():
@@ -47,8 +56,11 @@ def refuse_other_files(base: Path, subjects: Sequence[Subject]) -> None:
             found = None
         if found != list(subjects):
             raise UserError(f"{path} exists and is not of the same evaluation; {advice}")
-    elif (other := base.with_name(f"{base.name}.md")).exists():
-        raise UserError(f"{other} exists without {path.name} of this command; {advice}")
+        return
+    plots = [f"{name}-{kind}.png" for name in _plot_bases(base, len(subjects)) for kind in PLOTS]
+    for other in map(base.with_name, (f"{base.name}.md", *plots)):
+        if other.exists():
+            raise UserError(f"{other} exists without {path.name} of this command; {advice}")
 
 
 def write_files(
@@ -64,11 +76,7 @@ def write_files(
         for subject, evaluation in zip(subjects, evaluations, strict=True)
     ]
     content = {"sskd_evaluate": sskd.__version__, "networks": networks}
-    several = len(evaluations) > 1
-    plots = [
-        plot_files(f"{base.name}-{number}" if several else base.name, evaluation)
-        for number, evaluation in enumerate(evaluations, 1)
-    ]
+    plots = list(map(plot_files, _plot_bases(base, len(evaluations)), evaluations))
     files = {
         f"{base.name}.json": (json.dumps(content, indent=1, allow_nan=False) + "\n").encode(),
         f"{base.name}.md": as_markdown(evaluations, [list(each) for each in plots]).encode(),
@@ -81,6 +89,13 @@ def write_files(
     except OSError as error:
         raise UserError(f"--out '{base}': cannot write there ({error})") from error
     return [base.with_name(name) for name in files]
+
+
+def _plot_bases(base: Path, count: int) -> list[str]:
+    """Return with what the names of the plots of each of ``count`` networks begin."""
+    if count == 1:
+        return [base.name]
+    return [f"{base.name}-{number}" for number in range(1, count + 1)]
 
 
 def plot_files(base: str, evaluation: Evaluation) -> dict[str, bytes]:

@@ -46,6 +46,7 @@ def test_a_runs_folder_is_evaluated_on_its_own_dataset(
         (["FILE", "dataset=digit"], "did you mean 'digits'"),
         (["FILE", "dataset.fractoin=1"], "did you mean 'dataset.fraction'"),
         (["FILE", "--device", "cuda:99"], "device=cuda:99"),
+        (["FILE", "device=cuda"], "'device=cuda' is neither a checkpoint nor a choice of the"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -179,13 +179,18 @@ def test_other_files_are_not_replaced(
 ) -> None:
     first, second, out = run("a"), run("b", seed=1), tmp_path / "net"
     (tmp_path / "other.md").write_text("mine")
+    (tmp_path / "plot-classes.png").write_text("mine")
+    (tmp_path / "both-2-reliability.png").write_text("mine")
     printed(capsys, first, "--out", out)
     before = (tmp_path / "net.json").read_bytes()
     for words, message in (
         ((second, "--out", out), "net.json exists and is not of the same evaluation"),
         ((first, "--holdout", "0.5", "--out", out), "is not of the same evaluation"),
         ((first, "--out", tmp_path / "other"), "other.md exists without other.json"),
+        ((first, "--out", tmp_path / "plot"), "plot-classes.png exists without plot.json"),
+        ((first, second, "--out", tmp_path / "both"), "both-2-reliability.png exists without"),
         ((first, "--out", tmp_path), "is a folder; name a file in it"),
+        ((first, "--out", first / "best.pt" / "net"), "best.pt; name another file with --out"),
     ):
         assert main([*map(str, words), *FAST]) == 1
         out_text, err = capsys.readouterr()
