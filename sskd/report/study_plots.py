@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -31,6 +32,7 @@ from sskd.report.study_tables import best_by_holdout, study_entry
 
 # The dashes and the marker of published lines, by source.
 PUBLISHED_STYLES = (((0, (4, 3)), "o"), ((0, (1.5, 2)), "s"), ((0, (5, 2, 1, 2)), "D"))
+LEFT, AXIS_WIDTH, LABEL_GAP = 0.8, 5.6, 0.05  # inches
 LOGARITHMIC = 10.0  # the ratio of the largest value to the least from which the axis is logarithmic
 
 
@@ -51,6 +53,29 @@ class _Axis:
         """Return the place of ``value``: a number itself, a name's number in the order."""
         return value if isinstance(value, float) else float(self.study.values.index(value))
 
+    @property
+    def labels(self) -> list[str]:
+        """The label of each value, of one or two lines."""
+        recipe = self.study.recipe_value
+        return [
+            value_text(value) + ("\nrecipe" if value == recipe else "")
+            for value in self.study.values
+        ]
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether labels beside each other would touch."""
+        places = [self.place(value) for value in self.study.values]
+        if self.is_logarithmic:
+            places = [math.log10(place) for place in places]
+        # Matplotlib leaves a twentieth of the range on both sides of numbers.
+        span = 1.1 * (places[-1] - places[0]) if self.study.is_numeric else len(places)
+        widths = [CHARACTER_WIDTH * max(map(len, label.split("\n"))) for label in self.labels]
+        return any(
+            AXIS_WIDTH * (right - left) < span * (sum(pair) / 2 + LABEL_GAP)
+            for (left, right), pair in zip(pairwise(places), pairwise(widths), strict=True)
+        )
+
 
 def draw_study(study: Study) -> Figure:
     """Return the figure of ``study`` at the last epoch.
@@ -64,13 +89,15 @@ def draw_study(study: Study) -> Figure:
     right = 0.75 + CHARACTER_WIDTH * 1.1 * names
     height = max(3.8, 0.9 + 0.23 * len(handles))
     title = f"Study of {study.key} · {study.dataset} · {study.setting_title} · {study.pair_name}"
-    figure = new_figure(title, 6.4 + right, height)
+    figure = new_figure(title, LEFT + AXIS_WIDTH + right, height)
     axes = figure.subplots()
-    set_margins(figure, left=0.8, right=right, bottom=0.75)
+    axis = _Axis(study)
+    longest = CHARACTER_WIDTH * max(map(len, axis.labels))
+    bottom = 0.5 + longest if axis.is_crowded else 0.75
+    set_margins(figure, left=LEFT, right=right, bottom=bottom)
     # The panel has no title of its own.
     unused = (PANEL_TITLE_HEIGHT - 0.1) / figure.get_size_inches()[1]
     figure.subplots_adjust(top=figure.subplotpars.top + unused)
-    axis = _Axis(study)
     for number, row in enumerate(study.lines):
         _draw_line(axes, axis, row, number)
         for line in study.published.get(row, ()):
@@ -147,11 +174,11 @@ def _set_axis(axes: Axes, axis: _Axis) -> None:
         axes.set_xscale("log")
     elif not study.is_numeric:
         axes.set_xlim(-0.5, len(places) - 0.5)
-    labels = [
-        value_text(value) + ("\nrecipe" if value == study.recipe_value else "")
-        for value in study.values
-    ]
-    axes.set_xticks(places, labels)
+    if axis.is_crowded:
+        labels = [label.replace("\n", ", ") for label in axis.labels]
+        axes.set_xticks(places, labels, rotation="vertical")
+    else:
+        axes.set_xticks(places, axis.labels)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(study.key)
     axes.set_ylabel("top-1 on the test set, %")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +355,29 @@ def test_the_figure_has_the_numbers_of_the_table(tmp_path: Path) -> None:
     assert names == ["KD", "SSKD", "published (figure 4a)"]
     assert [label.get_text() for label in axes.get_xticklabels()][-1] == "1\nrecipe"
     assert as_png(figure).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ((0.0, 3.0, 10.0), ["0", "2.7, recipe", "3", "10"]),
+        ((0.3, 30.0), ["0.3", "2.7\nrecipe", "30"]),
+        ((2.0, 3.0, 20.0), ["2", "2.7, recipe", "3", "20"]),  # logarithmic
+    ],
+)
+def test_the_labels_of_close_values_do_not_touch(
+    tmp_path: Path, values: tuple[float, ...], labels: list[str]
+) -> None:
+    key = "method.weights.tf"
+    put_study(tmp_path, key, 2.7, {value: [70.0] for value in (2.7, *values)}, method="sskd")
+    figure = figures(tmp_path)[f"study-resnet56-resnet20-{key}"]
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    shown = axes.get_xticklabels()
+    assert [label.get_text() for label in shown] == labels
+    boxes = [label.get_window_extent() for label in shown]
+    assert not any(one.overlaps(other) for one, other in pairwise(boxes))
+    assert min(box.y0 for box in boxes) > axes.xaxis.label.get_window_extent().y1
 
 
 def test_the_page_and_the_csv_have_the_study(tmp_path: Path) -> None:
