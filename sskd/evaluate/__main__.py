@@ -15,7 +15,7 @@ from sskd.invocation.names import tool_command
 from sskd.output import complain, say
 
 if TYPE_CHECKING:
-    from sskd.evaluate.evaluation import Options
+    from sskd.evaluate.evaluation import Evaluation, Options
     from sskd.trained import TrainedNetwork
 
 _DESCRIPTION = """\
@@ -56,7 +56,8 @@ def _run(given: argparse.Namespace) -> None:
 def _evaluate_all(networks: list[TrainedNetwork], options: Options, out: str | None) -> None:
     """Print the evaluation of each network, then a summary of several; write the files of ``out``.
 
-    Mistakes that need no measurement are reported before the first one.
+    Mistakes that need no measurement are reported before the first one. ``networks`` is emptied,
+    because each network keeps its images in memory.
     """
     from sskd.evaluate.evaluation import evaluate, refuse_second_holdout, subject_of
     from sskd.evaluate.files import base_path, refuse_other_files, write_files
@@ -68,10 +69,12 @@ def _evaluate_all(networks: list[TrainedNetwork], options: Options, out: str | N
     subjects = [] if base is None else [subject_of(trained, options) for trained in networks]
     if base is not None:
         refuse_other_files(base, subjects)
-    evaluations = []
-    for number, trained in enumerate(networks):
+    evaluations: list[Evaluation] = []
+    while networks:
+        trained = networks.pop(0)
+        gap = "\n" * bool(evaluations)
         evaluations.append(evaluate(trained, options))
-        say("\n" * (number > 0) + as_text(evaluations[-1]))
+        say(gap + as_text(evaluations[-1]))
     if len(evaluations) > 1:
         say(f"\n{summary_as_text(evaluations)}")
     if base is not None:

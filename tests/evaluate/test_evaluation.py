@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,10 +20,10 @@ from torch import Tensor
 
 from sskd.config import read_config
 from sskd.data import eval_batches, load_images
-from sskd.evaluate import corruptions, files
+from sskd.evaluate import corruptions, evaluation, files
 from sskd.evaluate.__main__ import main
 from sskd.evaluate.calibration import fit_temperature, measure_calibration
-from sskd.evaluate.evaluation import Options, evaluate, split_by_class
+from sskd.evaluate.evaluation import Evaluation, Options, evaluate, split_by_class
 from sskd.models import build_model
 from sskd.trained import TrainedNetwork
 from sskd.training.evaluation import predict
@@ -202,8 +203,19 @@ def test_other_files_are_not_replaced(
 
 @pytest.mark.usefixtures("without_plots")
 def test_several_networks_get_a_summary(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    earlier: list[weakref.ref[TrainedNetwork]] = []
+
+    def evaluate_alone(trained: TrainedNetwork, options: Options) -> Evaluation:
+        assert all(network() is None for network in earlier), "its images are still in memory"
+        earlier.append(weakref.ref(trained))
+        return evaluate(trained, options)
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate_alone)
     for number, name in enumerate(("a", "b")):
         run(f"runs/{name}", number)
         put_alone(tmp_path / "runs", name, [12.5])
