@@ -14,10 +14,11 @@ import torch
 import yaml
 from conftest import SmallTeacher, compose_once
 from faults import SMALL
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor, nn
 
 from sskd.config import read_config
+from sskd.data.decode import decode
 from sskd.errors import UserError
 from sskd.export.__main__ import NAMES, main
 from sskd.export.agreement import Agreement, require_agreement, require_any_batch
@@ -139,9 +140,20 @@ def test_the_code_of_the_page_classifies_a_picture(
     assert f"```python\n{code}```" in (exported / name / "README.md").read_text()
     shutil.copytree(exported / name, tmp_path / name)
     monkeypatch.chdir(tmp_path / name)
-    Image.new("L", (40, 50), 90).save("picture.png")
-    exec(compile(code, name, "exec"), {})
+    names: dict[str, Any] = {}
+    _write_sideways_picture(Path("picture.png"))
+    exec(compile(code, name, "exec"), names)
     assert capsys.readouterr().out.strip() in DIGITS
+    expected = decode(Path("picture.png").read_bytes(), 32)[None] / 255
+    torch.testing.assert_close(torch.as_tensor(names["images"]), expected)
+
+
+def _write_sideways_picture(path: Path) -> None:
+    """Write noise whose EXIF record says that the camera was held sideways."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    noise = torch.randint(256, (90, 120, 3), generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.to(torch.uint8).numpy()).save(path, exif=exif)
 
 
 def test_an_existing_export_is_only_replaced_by_force(
