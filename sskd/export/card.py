@@ -57,7 +57,8 @@ _TEXTS = {
     "onnx": _Text(
         "onnx",
         "in its metadata entry `classes`, as JSON",
-        f"Needs `onnxruntime`, `numpy` and `pillow`. The opset is {OPSET}.",
+        # Runtimes before 1.18 refuse the version of the format (IR 10) that torch writes.
+        f"Needs `onnxruntime` 1.18 or later, `numpy` and `pillow`. The opset is {OPSET}.",
     ),
     "pt2": _Text(
         "pytorch",

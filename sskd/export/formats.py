@@ -19,7 +19,7 @@ from sskd.export.templates import render
 from sskd.models import save_weights
 
 Run = Callable[[Tensor], Tensor]  # float32 images [N, 3, H, W] in [0, 1] to logits [N, C]
-OPSET = 18  # ONNX Runtime reads it since 1.14
+OPSET = 18
 INT8 = "model_int8.onnx"
 
 
@@ -126,7 +126,6 @@ def _write_hub(folder: Path, contents: Contents) -> None:
     (folder / "hubconf.py").write_text(hubconf, encoding="utf-8")
     classes = contents.facts["classes"]
     config = {
-        "architecture": contents.entry,
         "num_labels": len(classes),
         "id2label": {str(index): name for index, name in enumerate(classes)},
         "label2id": {name: index for index, name in enumerate(classes)},
