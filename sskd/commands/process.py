@@ -51,8 +51,8 @@ def run_command(main: Callable[[], object]) -> int:
 def run_tool(main: Callable[[], int | None]) -> int:
     """Run the ``main`` of a command without Hydra and return its exit status.
 
-    That is what ``main`` returns; 1 after an error, about which one line is printed; 130 after
-    Ctrl-C.
+    That is what ``main`` returns; 1 after an error, about which one line is printed; 128 + n
+    if signal n stopped it, such as 130 after Ctrl-C.
     """
     with steady_output():
         try:
@@ -60,6 +60,9 @@ def run_tool(main: Callable[[], int | None]) -> int:
         except USER_ERRORS as error:
             complain(f"error: {user_message(error)}")
             return 1
+        except Interrupted as stop:
+            complain(str(stop))
+            return 128 + stop.signum
         except KeyboardInterrupt:
             complain("\nstopped")
             return 130

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sskd.errors import UserError
 from sskd.files import fsync_folder, make_durable_folder
+from sskd.training.signals import raise_on_sigterm
 
 
 def refuse_existing(folders: Sequence[Path], card: str, *, force: bool) -> None:
@@ -36,12 +37,14 @@ def staging(out: Path) -> Iterator[Path]:
 
     Raises:
         OSError: ``out`` cannot be created.
+        Interrupted: SIGTERM came.
     """
     created = [each for each in (out, *out.parents) if not each.exists()]
     make_durable_folder(out)
     folder = Path(tempfile.mkdtemp(prefix=".", suffix=".part", dir=out))
     try:
-        yield folder
+        with raise_on_sigterm():
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # the first one that holds something ends it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,21 @@ def test_nothing_is_left_of_a_file_that_disagrees(
 
     monkeypatch.setitem(FORMATS, "torchscript", real._replace(load=load))
     assert "does not compute what the network computes" in refused(capsys, *words)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_terminated_export_leaves_nothing(
+    run_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(folder: Path, contents: Contents) -> None:
+        (folder / "model.pt").touch()
+        signal.raise_signal(signal.SIGTERM)
+
+    real = FORMATS["torchscript"]
+    monkeypatch.setitem(FORMATS, "torchscript", real._replace(write=write))
+    words = (str(run_folder), "--to", "torchscript", "--out", str(tmp_path / "new" / "out"))
+    assert main(words) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
