@@ -66,8 +66,8 @@ def find_subject(
         arch: as in ``TrainedNetwork``; so are ``overrides`` and ``folders``.
 
     Raises:
-        UserError: there is no such file; the run has not finished; or the weights are not those of
-            its result.
+        UserError: there is no such file; ``epoch`` is given for a file; the run has not finished;
+            or the weights are not those of its result.
     """
     path = expanded(checkpoint)
     # A run that has not started has a status alone.
@@ -76,6 +76,8 @@ def find_subject(
         path = path / FILES[epoch]
     elif path.is_dir():
         path = find_checkpoint(path, epoch)
+    elif epoch != "last":
+        raise UserError(f"{path}: is a file; --epoch chooses one in the folder of a run")
     trained = TrainedNetwork(path, arch=arch, overrides=overrides, folders=folders)
     if not (path.parent / CONFIG).exists():
         return Subject(trained)

@@ -260,6 +260,9 @@ def test_bad_words_are_refused(
     assert "did you mean 'onnx'" in refused(capsys, "r", "--to", "pt2,onx")
     assert "--to onnx" in refused(capsys, "r", "--to", "pt2", "--int8")
     assert "no checkpoint" in refused(capsys, tmp_path / "none", "--to", "pt2")
+    (tmp_path / "file.pth").touch()
+    words = (tmp_path / "file.pth", "--to", "pt2", "--epoch", "best")
+    assert "--epoch chooses" in refused(capsys, *words)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install '.[export]'" in refused(capsys, "r", "--to", "onnx")
 
