@@ -94,6 +94,7 @@ def describe(subject: Subject, classifier: Classifier, *, folded: int) -> dict[s
     facts: dict[str, Any] = {
         "name": subject.name,
         "architecture": subject.arch,
+        "network": trained.name,
         "parameters": sum(each.numel() for each in trained.network.parameters()),
         "input": {"name": INPUT, "dtype": "float32", "shape": ["batch", 3, size, size]},
         "output": {"name": OUTPUT, "dtype": "float32", "shape": ["batch", len(classes)]},

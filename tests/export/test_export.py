@@ -24,12 +24,14 @@ from sskd.data.decode import decode
 from sskd.errors import UserError
 from sskd.export.__main__ import NAMES, main
 from sskd.export.agreement import Agreement, require_agreement, require_any_batch
+from sskd.export.card import describe
 from sskd.export.contents import Classifier, Contents
 from sskd.export.formats import FORMATS
 from sskd.export.subject import find_subject
 from sskd.models import build_model, fold_batch_norms, save_weights
 from sskd.models.features import partial_features
 from sskd.train import train
+from sskd.trained import TrainedNetwork
 
 onnx = pytest.importorskip("onnx", reason="the extra [export] is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra [export] is not installed")
@@ -304,6 +306,15 @@ def test_a_file_without_a_run_has_a_card(tmp_path: Path, capsys: Any) -> None:
     assert main([str(tmp_path / "mine.safetensors"), *words]) == 0
     assert "without a record of its training" in (out / "torchscript/README.md").read_text()
     assert head(out / "torchscript/README.md")["sskd"]["training"] is None
+
+
+def test_a_card_says_which_method_deploys_the_network(
+    run_folder: Path, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "resnet8 as method=simkd deploys it"
+    monkeypatch.setattr(TrainedNetwork, "name", name)
+    facts = describe(find_subject(str(run_folder)), classifier, folded=0)
+    assert (facts["network"], facts["architecture"]) == (name, "resnet8")
 
 
 def test_an_export_is_named_after_its_run(run_folder: Path) -> None:
