@@ -25,9 +25,11 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     It is ``||Y'X||^2 / (||X'X|| ||Y'Y||)`` of the centred features, with Frobenius norms. It is
     biased upwards if there are not many more images than features.
     """
+    if _is_constant(x) or _is_constant(y):
+        return math.nan
     x, y = (features.double() - features.double().mean(0) for features in (x, y))
     scale = (x.T @ x).norm() * (y.T @ y).norm()
-    return ((y.T @ x).square().sum() / scale).item() if scale > 0 else math.nan
+    return ((y.T @ x).square().sum() / scale).item()
 
 
 def unbiased_hsic(gram: Tensor, other: Tensor) -> Tensor:
@@ -51,7 +53,7 @@ def minibatch_cka(x: Tensor, y: Tensor, *, batch_size: int = BATCH_SIZE, seed: i
     """
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     batches = [part for part in order.split(batch_size) if len(part) == min(batch_size, len(x))]
-    if len(batches[0]) < LEAST_IMAGES:
+    if len(batches[0]) < LEAST_IMAGES or _is_constant(x) or _is_constant(y):
         return math.nan
     total = torch.zeros(3, dtype=torch.float64)
     for part in batches:
@@ -59,3 +61,8 @@ def minibatch_cka(x: Tensor, y: Tensor, *, batch_size: int = BATCH_SIZE, seed: i
         total += torch.stack([unbiased_hsic(k, m), unbiased_hsic(k, k), unbiased_hsic(m, m)])
     both, own_x, own_y = (total / len(batches)).tolist()
     return both / math.sqrt(own_x * own_y) if own_x > 0 and own_y > 0 else math.nan
+
+
+def _is_constant(features: Tensor) -> bool:
+    """Return whether all images have the same features; rounding hides it in sums over them."""
+    return bool((features == features[0]).all())

@@ -99,8 +99,11 @@ def test_a_last_batch_that_is_not_full_is_left_out() -> None:
 
 def test_what_has_no_cka_is_not_a_number() -> None:
     x, y = related()
-    assert math.isnan(linear_cka(torch.ones(60, 5), y))
-    assert math.isnan(minibatch_cka(torch.ones(60, 5), y))
+    for value in (1, 0.3, 1000.1):
+        constant = torch.full((60, 5), value)
+        for cka in (linear_cka, minibatch_cka):
+            assert math.isnan(cka(constant, y))
+            assert math.isnan(cka(constant, constant))
     assert math.isnan(minibatch_cka(x[:3], y[:3]))
 
 
