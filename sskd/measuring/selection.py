@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,8 +44,10 @@ def choose_networks(places: Sequence[str], epoch: Epoch, warn: Warn) -> list[Cho
         epoch: whose weights to take of a run.
 
     Raises:
-        UserError: there is no network at a place, or its run has not finished.
+        UserError: no place is given, there is no network at one, or its run has not finished.
     """
+    if not places:
+        raise UserError("no trained network; name a checkpoint, a run or a folder of runs")
     found = {
         chosen.path.resolve(): chosen
         for place in places
@@ -51,10 +55,28 @@ def choose_networks(places: Sequence[str], epoch: Epoch, warn: Warn) -> list[Cho
     }
     runs = [chosen.run for chosen in found.values() if chosen.run]
     kept = {run.folder: run for run in distinct_results(runs, warn)}
+    return _named_apart(
+        [
+            replace(chosen, run=kept[chosen.run.folder]) if chosen.run else chosen
+            for chosen in found.values()
+            if chosen.run is None or chosen.run.folder in kept
+        ]
+    )
+
+
+def _named_apart(networks: Sequence[Chosen]) -> list[Chosen]:
+    """Return ``networks``, with the paths of files that share a name below their common folder.
+
+    The name of a file is its row: files that share one would be averaged.
+    """
+    counts = Counter(each.name for each in networks if each.run is None)
+    same = [each.path.absolute() for each in networks if not each.run and counts[each.name] > 1]
+    top = os.path.commonpath([path.parent for path in same]) if same else ""
     return [
-        replace(chosen, run=kept[chosen.run.folder]) if chosen.run else chosen
-        for chosen in found.values()
-        if chosen.run is None or chosen.run.folder in kept
+        replace(each, name=str(each.path.absolute().relative_to(top)))
+        if each.run is None and counts[each.name] > 1
+        else each
+        for each in networks
     ]
 
 
@@ -79,7 +101,7 @@ def _choose(place: Path, epoch: Epoch, warn: Warn) -> Iterator[Chosen]:
     # Importing torch takes seconds, which --help should not.
     from sskd.models import find_checkpoint
 
-    yield Chosen(find_checkpoint(place, epoch), place.name)
+    yield Chosen(find_checkpoint(place, epoch), place.absolute().name)
 
 
 def _read_run(folder: Path) -> FinishedRun:

@@ -166,8 +166,18 @@ def test_a_moved_folder_still_leads_to_its_teacher(runs: Path, capsys: Any) -> N
     assert "name its file with --teacher FILE" in refused(capsys, "similarity", moved)
 
 
+def test_files_of_one_name_are_not_averaged(teacher_file: Path, kd_run: Path) -> None:
+    weights = kd_run / "model.safetensors"
+    places = [str(teacher_file), str(kd_run / "best.pt"), str(weights)]
+    names = [each.name for each in choose_networks(places, "last", print)]
+    top = teacher_file.parents[3]
+    assert names == [str(Path(place).relative_to(top)) for place in places[:2]] + [weights.name]
+    assert choose_networks([str(weights)], "last", print)[0].name == weights.name
+
+
 MISTAKES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "no dataset": ("transfer", ("RUNS",), "name one with dataset=NAME"),
+    "no network": ("similarity", ("dataset=digits",), "no trained network; name a checkpoint"),
     "no such dataset": ("transfer", ("RUNS", "dataset=digit"), "did you mean 'digits'"),
     "missing data": (
         "transfer",
