@@ -38,33 +38,34 @@ def rows_of(networks: Sequence[tuple[Chosen, str]]) -> list[Row]:
     Args:
         networks: each with the name of its architecture, which only a file needs.
     """
-    several = pairs_of_several_teachers(each.run for each, _ in networks if each.run)
+    several = _pairs_of_several_teachers(each.run for each, _ in networks if each.run)
     return [
-        row_of(each.run, digest=(each.run.teacher, each.run.student) in several)
+        _row_of(each.run, digest=(each.run.teacher, each.run.student) in several)
         if each.run
         else Row("", "", architecture, each.name)
         for each, architecture in networks
     ]
 
 
-def row_of(run: FinishedRun, networks: str | None = None, *, digest: bool = False) -> Row:
-    """Return the row of ``run``; ``networks`` replaces the names of its teacher and student.
+def _row_of(run: FinishedRun, *, digest: bool) -> Row:
+    """Return the row of ``run``.
 
-    Only with ``digest`` the row has the digest of a teacher's file, which separates the students
-    of several teachers of one name.
+    Only with ``digest`` the row has the digest of its teacher's weights, which separates the
+    students of several teachers of one name.
     """
     pair = f"{run.teacher}-{run.student}" if run.teacher else run.student
     name = ALONE_ROW if run.method == ALONE else display_name(run.method)
-    key: RowKey = (name, run.variant if digest else without_digest(run.variant))
-    return Row(run.dataset, settings_text(run.setting), networks or pair, row_label(key))
+    teacher = [(DIGEST, run.origin.teacher or "unknown")] * digest
+    key: RowKey = (name, tuple(sorted([*without_digest(run.variant), *teacher])))
+    return Row(run.dataset, settings_text(run.setting), pair, row_label(key))
 
 
-def pairs_of_several_teachers(runs: Iterable[FinishedRun]) -> set[tuple[str | None, str]]:
-    """Return the pairs whose students had teachers of different content."""
-    found: dict[tuple[str | None, str], set[str | None]] = {}
+def _pairs_of_several_teachers(runs: Iterable[FinishedRun]) -> set[tuple[str | None, str]]:
+    """Return the pairs whose students had teachers of different weights."""
+    found: dict[tuple[str | None, str], set[str]] = {}
     for run in runs:
         digests = found.setdefault((run.teacher, run.student), set())
-        digests.add(dict(run.variant).get(DIGEST))
+        digests |= {run.origin.teacher} - {None}
     return {pair for pair, digests in found.items() if len(digests) > 1}
 
 

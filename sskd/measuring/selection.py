@@ -9,10 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sskd.errors import UserError, one_line
-from sskd.files import expanded, read_bounded_text
+from sskd.files import expanded
 from sskd.report.disambiguation import distinct_results
-from sskd.report.results import Epoch, FinishedRun, Warn, find_files, parse_result, read_results
-from sskd.runs.names import BEST, CONFIG, MOST_RESULT, RESULT, WEIGHTS
+from sskd.report.results import (
+    Epoch,
+    FinishedRun,
+    Warn,
+    find_files,
+    read_result_file,
+    read_results,
+)
+from sskd.runs.names import BEST, CONFIG, RESULT, WEIGHTS
 
 _FILES: dict[Epoch, str] = {"last": WEIGHTS, "best": BEST}
 _DEPTHS = {"scratch": 3, "distill": 4}  # parts of a run's path from its kind on
@@ -113,7 +120,7 @@ def _read_run(folder: Path) -> FinishedRun:
             "name one of its files"
         )
     try:
-        run = parse_result(read_bounded_text(path, MOST_RESULT), folder)
+        run = read_result_file(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: is not a result ({one_line(error)})") from None
     if run is None:

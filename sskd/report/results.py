@@ -155,16 +155,26 @@ def read_results(root: Path, warn: Warn) -> list[FinishedRun]:
     results = []
     for path in find_files(root, [RESULT], warn):
         try:
-            result = parse_result(read_bounded_text(path, MOST_RESULT), path.parent)
+            result = read_result_file(path)
         except (OSError, ValueError) as error:
             warn(f"{path}: {error}; left out")
             continue
-        if result is None:
-            continue
-        if result.origin == Origin():
-            result = replace(result, origin=read_origin(path.parent))
-        results.append(result)
+        if result is not None:
+            results.append(result)
     return results
+
+
+def read_result_file(path: Path) -> FinishedRun | None:
+    """Return the result in the file ``path``; None if it is of a phase shared by students.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is malformed.
+    """
+    result = parse_result(read_bounded_text(path, MOST_RESULT), path.parent)
+    if result is not None and result.origin == Origin():
+        return replace(result, origin=read_origin(path.parent))
+    return result
 
 
 def find_files(root: Path, names: Iterable[str], warn: Warn) -> Iterator[Path]:

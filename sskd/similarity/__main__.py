@@ -116,19 +116,19 @@ def _measure(
 
 
 def _rows(chosen: Sequence[Chosen], pairs: Sequence[Pair]) -> list[Row]:
-    """Return the row of each pair; a network alone has that of its teacher's students."""
+    """Return the row of each pair; a network alone has the names of its teacher's students."""
     from sskd.measuring.rows import ALONE_ROW, STUDENT_ALONE, rows_of
+    from sskd.similarity.teachers import with_teacher
 
-    names = [f"{pair.teacher.name}-{pair.student.name}" for pair in pairs]
-    rows = rows_of(list(zip(chosen, names, strict=True)))
+    compared = [
+        (with_teacher(each, pair.teacher), f"{pair.teacher.name}-{pair.student.name}")
+        for each, pair in zip(chosen, pairs, strict=True)
+    ]
     return [
-        row._replace(
-            networks=f"{pair.teacher.name}-{each.run.student}",
-            method=row.method.replace(ALONE_ROW, STUDENT_ALONE, 1),
-        )
+        row._replace(method=row.method.replace(ALONE_ROW, STUDENT_ALONE, 1))
         if each.run and each.run.teacher is None
         else row
-        for each, pair, row in zip(chosen, pairs, rows, strict=True)
+        for each, row in zip(chosen, rows_of(compared), strict=True)
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from sskd.errors import UserError
@@ -13,6 +14,7 @@ from sskd.report.results import FinishedRun
 from sskd.runs.folder import read_config_file, read_result
 from sskd.runs.names import BEST, CONFIG, WEIGHTS
 from sskd.runs.result import RunResult
+from sskd.trained import TrainedNetwork
 
 DEPTH = 5  # of a student's folder below the folder of runs
 
@@ -68,6 +70,15 @@ def pairs_of(chosen: Sequence[Chosen], given: str | None) -> list[tuple[Chosen, 
     return found
 
 
+def with_teacher(chosen: Chosen, teacher: TrainedNetwork) -> Chosen:
+    """Return ``chosen``; a network trained alone as if it were a student of ``teacher``."""
+    run = chosen.run
+    if run is None or run.teacher is not None:
+        return chosen
+    origin = replace(run.origin, teacher=_digest(teacher.path))
+    return replace(chosen, run=replace(run, teacher=teacher.name, origin=origin))
+
+
 def _teachers(each: Chosen, chosen: Sequence[Chosen], given: str | None) -> list[Path]:
     """Return the files of the teachers with which to compare one network."""
     run = each.run
@@ -77,7 +88,9 @@ def _teachers(each: Chosen, chosen: Sequence[Chosen], given: str | None) -> list
         return [find_checkpoint(given)]
     students = [other.run for other in chosen if other.run and other.run.teacher]
     same = [s for s in students if run and (s.student, s.dataset) == (run.student, run.dataset)]
-    return list(dict.fromkeys(find_teacher_file(student, None) for student in same))
+    files = dict.fromkeys(find_teacher_file(student, None) for student in same)
+    # A teacher that has a copy is one teacher.
+    return list({_digest(path): path for path in files}.values())
 
 
 def _candidates(run: FinishedRun) -> Iterator[Path]:

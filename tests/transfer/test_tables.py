@@ -10,13 +10,16 @@ import torch
 from report_runs import put_alone, put_run
 
 from sskd.measuring.rows import Row, rows_of
-from sskd.measuring.selection import choose_networks
+from sskd.measuring.selection import Chosen, choose_networks
+from sskd.models import build_model
 from sskd.report.figures import as_png
 from sskd.report.render import render_markdown
 from sskd.report.results import FinishedRun, read_results
 from sskd.runs.names import WEIGHTS
 from sskd.similarity import figure as similarity_figure
 from sskd.similarity import table as similarity_table
+from sskd.similarity.teachers import with_teacher
+from sskd.trained import TrainedNetwork
 from sskd.transfer import figure as transfer_figure
 from sskd.transfer import table as transfer_table
 
@@ -79,12 +82,28 @@ def test_students_of_several_teacher_files_have_several_rows(tmp_path: Path) -> 
         difference = {"teacher.digest": digest}
         folder = put_run(tmp_path, name, [70.0], difference=difference, teacher_digest=digest)
         (folder / WEIGHTS).write_bytes(b"")
+        # This one found its teacher by name: its difference lacks the digest.
+        folder = put_run(tmp_path, f"{name}1", [70.0], seed=1, teacher_digest=digest)
+        (folder / WEIGHTS).write_bytes(name.encode())
     several = choose_networks([str(tmp_path)], "last", print)
     rows = rows_of([(each, "") for each in several])
     assert [row.method for row in rows] == [
-        "KD (teacher.digest=11111111)", "KD (teacher.digest=22222222)",
+        *["KD (teacher.digest=11111111)"] * 2, *["KD (teacher.digest=22222222)"] * 2,
     ]  # fmt: skip
-    assert [row.method for row in rows_of([(several[0], "")])] == ["KD"]
+    assert [row.method for row in rows_of([(each, "") for each in several[:2]])] == ["KD", "KD"]
+
+
+def test_a_network_alone_has_a_row_for_each_teacher(tmp_path: Path) -> None:
+    alone = Chosen(tmp_path, "alone", finished(tmp_path, kind="scratch", student="resnet8"))
+    teachers = []
+    for name in ("a", "b"):
+        torch.save({"state_dict": build_model("resnet8", 7).state_dict()}, tmp_path / name)
+        teachers.append(TrainedNetwork(tmp_path / name))
+    first, second = rows_of([(with_teacher(alone, each), "") for each in teachers])
+    assert first.networks == second.networks == "resnet8-resnet8"
+    assert first.method != second.method
+    (only,) = rows_of([(with_teacher(alone, teachers[0]), "")])
+    assert only.method == "alone"
 
 
 def transfers(*last: float, best_epoch: int | None = 3) -> list[transfer_table.Measured]:
