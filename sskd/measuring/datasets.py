@@ -13,6 +13,8 @@ from sskd.errors import UserError
 from sskd.invocation.composition import compose_config
 from sskd.trained import TrainedNetwork
 
+PLACES = ("root", "name", "download")  # settings of a dataset that do not change its images
+
 
 def compose_dataset(overrides: Sequence[str], folders: Sequence[Path] = ()) -> DatasetSettings:
     """Return the settings of the dataset that ``overrides`` choose.
@@ -49,6 +51,13 @@ def choose_dataset(
                 f"{first.dataset.name}; name the dataset to measure on with dataset=NAME"
             )
     return TrainedNetwork(first.path, overrides=overrides, folders=folders).dataset
+
+
+def dataset_text(settings: DatasetSettings, overrides: Sequence[str]) -> str:
+    """Return the dataset's name and, in parentheses, how ``overrides`` change its images."""
+    changes = [word.removeprefix("dataset.") for word in overrides if word.startswith("dataset.")]
+    shown = sorted(word for word in changes if word.partition("=")[0] not in PLACES)
+    return f"{settings.name} ({', '.join(shown)})" if shown else settings.name
 
 
 def _images_of(settings: DatasetSettings) -> tuple[str, str, int]:

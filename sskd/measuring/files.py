@@ -29,12 +29,15 @@ class Output:
         about: what is measured. Files that are about something else are not overwritten.
         names: the networks. Files about others are not overwritten either.
 
+    Attributes:
+        about: as given.
+
     Raises:
         UserError: ``out`` is a folder, or there are such files.
     """
 
     def __init__(self, out: str | None, about: Record, names: Collection[str]) -> None:
-        self._about = json.loads(json.dumps(about))
+        self.about: dict[str, Any] = json.loads(json.dumps(about))
         self._base = None if out is None else _base_of(out)
         if self._base:
             self._refuse_other(names)
@@ -59,7 +62,7 @@ class Output:
         """
         if self._base is None:
             return []
-        record = {ABOUT: self._about, "networks": networks}
+        record = {ABOUT: self.about, "networks": networks}
         contents = {
             # First: without it, a later command would not recognise the others.
             ".json": f"{json.dumps(record, indent=1)}\n".encode(),
@@ -95,9 +98,9 @@ class Output:
             others = [each["name"] for each in record["networks"] if each["name"] not in names]
         except (OSError, ValueError, TypeError, LookupError, RecursionError):
             return "it is not a file of this command"
-        keys = [key for key in {**found, **self._about} if found.get(key) != self._about.get(key)]
+        keys = [key for key in {**found, **self.about} if found.get(key) != self.about.get(key)]
         if keys:
-            differing = (f"{key}: {found.get(key)}, not {self._about.get(key)}" for key in keys)
+            differing = (f"{key}: {found.get(key)}, not {self.about.get(key)}" for key in keys)
             return ", ".join(differing)
         return f"it has {shortened(others[0])} too" if others else ""
 

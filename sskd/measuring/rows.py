@@ -65,7 +65,8 @@ def _pairs_of_several_teachers(runs: Iterable[FinishedRun]) -> set[tuple[str | N
     found: dict[tuple[str | None, str], set[str]] = {}
     for run in runs:
         digests = found.setdefault((run.teacher, run.student), set())
-        digests |= {run.origin.teacher} - {None}
+        if run.origin.teacher is not None:
+            digests.add(run.origin.teacher)
     return {pair for pair, digests in found.items() if len(digests) > 1}
 
 
@@ -74,6 +75,39 @@ def row_order(row: Row) -> tuple[object, ...]:
     name = row.method.partition(" (")[0]
     place = _ORDER.index(name) if name in _ORDER else len(_ORDER)
     return row.dataset, row.setting, row.networks, place, row.method.casefold()
+
+
+def row_columns(rows: Sequence[Row]) -> dict[str, list[Cell]]:
+    """Return the columns that name ``rows``; what is the same for all of them has none."""
+    columns = {
+        "trained on": [row.dataset for row in rows],
+        "setting": [row.setting for row in rows],
+        "networks": [row.networks for row in rows],
+        "row": [row.method for row in rows],
+    }
+    for name in ("trained on", "setting"):
+        if len(set(columns[name])) == 1:
+            del columns[name]
+    return {name: [Cell(text) for text in texts] for name, texts in columns.items()}
+
+
+def setting_notes(rows: Sequence[Row], networks: str) -> list[str]:
+    """Return a note on the setting that all ``rows`` share, if it is not the recipe's.
+
+    ``networks`` is what the note calls the networks of the rows.
+    """
+    settings = {row.setting for row in rows}
+    common = settings if len(settings) == 1 else set()
+    return [f"The {networks} were trained with {text}." for text in common if text]
+
+
+def picture_labels(rows: Sequence[Row], always: Sequence[str]) -> list[str]:
+    """Return the names of ``rows`` in a picture: the fields ``always``, and what differs."""
+    names = ("networks", "method", "dataset", "setting")
+    shown = [
+        name for name in names if name in always or len({getattr(row, name) for row in rows}) > 1
+    ]
+    return [" ".join(filter(None, (getattr(row, name) for name in shown))) for row in rows]
 
 
 def is_published(run: FinishedRun, row: str) -> bool:

@@ -60,7 +60,7 @@ def _run(given: argparse.Namespace) -> None:
     epoch = epoch_of(given)
     chosen = choose_networks(places, epoch, lambda text: complain(f"warning: {text}"))
     # Importing torch takes seconds, which --help should not.
-    from sskd.measuring.datasets import choose_dataset, load_for_measuring
+    from sskd.measuring.datasets import choose_dataset, dataset_text, load_for_measuring
     from sskd.measuring.files import Output
     from sskd.similarity.measure import load_pairs
     from sskd.similarity.teachers import pairs_of
@@ -70,7 +70,8 @@ def _run(given: argparse.Namespace) -> None:
     for pair in pairs:
         pair.require_same_classes()
     settings = choose_dataset([pair.student for pair in pairs], choices, folders)
-    about = {"command": "similarity", "dataset": settings.name, "epoch": epoch}
+    dataset = dataset_text(settings, choices)
+    about = {"command": "similarity", "dataset": dataset, "epoch": epoch}
     output = Output(given.out, about, [each.name for each, _ in students])
     networks = [network for pair in pairs for network in (pair.student, pair.teacher)]
     images = load_for_measuring(settings, networks, given.device)
@@ -143,8 +144,8 @@ def _show(
     from sskd.report.tables import EPOCH_TITLES
     from sskd.similarity.table import build_table, csv_lines, summarise
 
-    summaries = summarise(measured, settings.source)
-    dataset = f"{settings.name} · students of the {EPOCH_TITLES[epoch_of(given)]}"
+    summaries = summarise(measured, settings.source, comparable=settings.size == 32)
+    dataset = f"{output.about['dataset']} · students of the {EPOCH_TITLES[epoch_of(given)]}"
     table = build_table(summaries, dataset)
     say("\n" + render_text(table, shutil.get_terminal_size().columns).removesuffix("\n"))
 

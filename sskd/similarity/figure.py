@@ -12,6 +12,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from PIL import Image
 
+from sskd.measuring.rows import picture_labels
 from sskd.report.figures import as_png
 from sskd.report.plots import STYLE, new_figure, set_margins, shorten
 from sskd.similarity.classifiers import mean_difference
@@ -33,7 +34,7 @@ def draw_differences(title: str, summaries: Sequence[Summary]) -> Figure:
         summaries: those without a difference are left out; one has one.
     """
     shown = [(each, each.difference) for each in summaries if each.difference is not None]
-    several = len({each.row.networks for each, _ in shown}) > 1
+    labels = picture_labels([each.row for each, _ in shown], always=("method",))
     columns = min(COLUMNS, len(shown))
     lines = math.ceil(len(shown) / columns)
     most = statistics.median(difference.quantile(TOP_SHARE).item() for _, difference in shown)
@@ -44,11 +45,10 @@ def draw_differences(title: str, summaries: Sequence[Summary]) -> Figure:
         panels = figure.subplots(lines, columns, squeeze=False)
         set_margins(figure, left=0.35, right=BAR, bottom=0.3)
         figure.subplots_adjust(wspace=0.25, hspace=GAP / PANEL)
-        for axes, (each, difference) in zip(panels.flat, shown, strict=False):
+        for axes, label, (_, difference) in zip(panels.flat, labels, shown, strict=False):
             image = axes.imshow(difference.numpy(), cmap=COLORMAP, **scale)
             mean = mean_difference(difference)
-            label = shorten(" ".join([each.row.networks] * several + [each.row.method]))
-            axes.set_title(f"{label}\nmean {mean:.4f}", loc="left", fontsize=9)
+            axes.set_title(f"{shorten(label)}\nmean {mean:.4f}", loc="left", fontsize=9)
             axes.tick_params(labelsize=7)
         for axes in panels.flat[len(shown) :]:
             axes.set_visible(False)

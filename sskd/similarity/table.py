@@ -9,7 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from sskd.measuring.rows import Row, is_published, mean_cell, row_order, value_cell
+from sskd.measuring.rows import (
+    Row,
+    is_published,
+    mean_cell,
+    row_columns,
+    row_order,
+    setting_notes,
+    value_cell,
+)
 from sskd.report.groups import mean_std_n
 from sskd.report.published_csv import read_csv
 from sskd.report.results import FinishedRun
@@ -97,8 +105,8 @@ def published_values(run: FinishedRun | None, dataset: str) -> dict[str, float]:
     return {}
 
 
-def summarise(measured: Sequence[Measured], dataset: str) -> list[Summary]:
-    """Return the rows in their order."""
+def summarise(measured: Sequence[Measured], dataset: str, *, comparable: bool) -> list[Summary]:
+    """Return the rows in their order; only if ``comparable``, with published values."""
     summaries = []
     for row in sorted({each.row for each in measured}, key=row_order):
         found = [each for each in measured if each.row == row]
@@ -108,23 +116,18 @@ def summarise(measured: Sequence[Measured], dataset: str) -> list[Summary]:
         }
         differences = [each.difference for each in found if each.difference is not None]
         mean = sum(differences[1:], differences[0]) / len(differences) if differences else None
-        summaries.append(Summary(row, values, published_values(found[0].run, dataset), mean))
+        paper = published_values(found[0].run, dataset) if comparable else {}
+        summaries.append(Summary(row, values, paper, mean))
     return summaries
 
 
 def build_table(summaries: Sequence[Summary], dataset: str) -> Table:
     """Return the table of the similarities on the test part of ``dataset``."""
-    settings = {each.row.setting for each in summaries}
-    columns: dict[str, list[Cell]] = {
-        "setting": [Cell(each.row.setting) for each in summaries],
-        "networks": [Cell(each.row.networks) for each in summaries],
-        "row": [Cell(each.row.method) for each in summaries],
+    rows = [each.row for each in summaries]
+    columns = row_columns(rows) | {
         "n": [Cell(str(each.students), each.students) for each in summaries],
     }
-    notes = [LEGEND]
-    if len(settings) == 1:
-        del columns["setting"]
-        notes += [f"The students were trained with {text}." for text in settings if text]
+    notes = [LEGEND, *setting_notes(rows, "students")]
     for name, digits in MEASURES.items():
         columns[HEADERS[name]] = [mean_cell(each.values[name], digits) for each in summaries]
     for name in PUBLISHED * any(each.published for each in summaries):

@@ -63,12 +63,13 @@ def _run(given: argparse.Namespace) -> None:
     epoch = epoch_of(given)
     chosen = choose_networks(places, epoch, lambda text: complain(f"warning: {text}"))
     # Importing torch takes seconds, which --help should not.
-    from sskd.measuring.datasets import compose_dataset, load_for_measuring
+    from sskd.measuring.datasets import compose_dataset, dataset_text, load_for_measuring
     from sskd.measuring.files import Output
     from sskd.trained import TrainedNetwork
 
     settings = compose_dataset(choices, folders)
-    about = {"command": "transfer", "dataset": settings.name, "protocol": given.protocol}
+    dataset = dataset_text(settings, choices)
+    about = {"command": "transfer", "dataset": dataset, "protocol": given.protocol}
     output = Output(given.out, about | {"epoch": epoch}, [each.name for each in chosen])
     networks = [TrainedNetwork(each.path, folders=folders) for each in chosen]
     images = load_for_measuring(settings, networks, given.device)
@@ -118,7 +119,7 @@ def _show(
     whole = settings.fraction == 1 and settings.label_noise == settings.holdout == 0
     comparable = given.protocol == "hsakd" and settings.size == 32 and whole
     summaries = summarise(measured, settings.source, comparable=comparable)
-    dataset = f"{settings.name} · networks of the {EPOCH_TITLES[epoch_of(given)]}"
+    dataset = f"{output.about['dataset']} · networks of the {EPOCH_TITLES[epoch_of(given)]}"
     table = build_table(summaries, dataset, PROTOCOLS[given.protocol].description)
     say("\n" + render_text(table, shutil.get_terminal_size().columns).removesuffix("\n"))
 

@@ -10,6 +10,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from sskd.measuring.rows import picture_labels
 from sskd.report.groups import mean_std_n
 from sskd.report.plots import (
     COLORS,
@@ -27,7 +28,8 @@ PUBLISHED = "D"  # the marker of a published value
 
 def draw_transfer(title: str, summaries: Sequence[Summary]) -> Figure:
     """Return the mean top-1 of each row, with the sample standard deviation over seeds."""
-    labels = [shorten(_label(each)) for each in summaries]
+    rows = [each.row for each in summaries]
+    labels = [shorten(label) for label in picture_labels(rows, always=("networks", "method"))]
     points = [mean_std_n(each.last) for each in summaries]
     published = [(at, each.published) for at, each in enumerate(summaries) if each.published]
     style: dict[str, Any] = {"color": COLORS[0], "marker": "o"}
@@ -57,7 +59,3 @@ def draw_transfer(title: str, summaries: Sequence[Summary]) -> Figure:
         axes.set_ylim(len(labels) - 0.4, -0.8)
         axes.set_xlabel("top-1 on the test part, %")
     return figure
-
-
-def _label(summary: Summary) -> str:
-    return " ".join(filter(None, (summary.row.networks, summary.row.method)))

@@ -7,12 +7,20 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from sskd.measuring.rows import Row, is_published, mean_cell, row_order, value_cell
+from sskd.measuring.rows import (
+    Row,
+    is_published,
+    mean_cell,
+    row_columns,
+    row_order,
+    setting_notes,
+    value_cell,
+)
 from sskd.report.groups import mean_std_n
 from sskd.report.published import STUDENT_ROW, TEACHER_ROW
 from sskd.report.published_csv import read_csv
 from sskd.report.results import FinishedRun
-from sskd.report.tables import Cell, Table
+from sskd.report.tables import Table
 
 PAIR = ("wrn_40_2", "ShuffleV1")
 DATASETS = ("stl10", "tiny_imagenet")
@@ -106,19 +114,13 @@ def summarise(measured: Sequence[Measured], dataset: str, *, comparable: bool) -
 
 def build_table(summaries: Sequence[Summary], dataset: str, protocol: str) -> Table:
     """Return the table of the transfer to ``dataset``; ``protocol`` describes the training."""
-    settings = {each.row.setting for each in summaries}
-    columns: dict[str, list[Cell]] = {
-        "setting": [Cell(each.row.setting) for each in summaries],
-        "networks": [Cell(each.row.networks) for each in summaries],
-        "row": [Cell(each.row.method) for each in summaries],
+    rows = [each.row for each in summaries]
+    columns = row_columns(rows) | {
         "last": [mean_cell(each.last, 2, count=True) for each in summaries],
         "best": [mean_cell(each.best, 2) for each in summaries],
         "published": [value_cell(each.published, 2) for each in summaries],
     }
-    notes = [LEGEND, f"The classifier's protocol: {protocol}."]
-    if len(settings) == 1:
-        del columns["setting"]
-        notes += [f"The networks were trained with {text}." for text in settings if text]
+    notes = [LEGEND, f"The classifier's protocol: {protocol}.", *setting_notes(rows, "networks")]
     for name, legend in (("best", BEST_LEGEND), ("published", PUBLISHED_LEGEND)):
         if any(cell.text for cell in columns[name]):
             notes.append(legend)

@@ -245,6 +245,8 @@ def test_files_about_other_networks_or_of_the_report_are_kept(
     assert started(capsys, *words)[0] == 0
     assert started(capsys, *words)[0] == 0, "the same networks"
     assert "too)" in refused(capsys, "similarity", kd_run, "--out", out)
+    message = refused(capsys, *words, "dataset=digits", "dataset.size=64")
+    assert "dataset: digits, not digits (size=64)" in message
     (tmp_path / "table.json").unlink()
     assert "table.md: holds something else" in refused(capsys, *words)
 

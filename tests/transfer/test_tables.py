@@ -9,7 +9,7 @@ import pytest
 import torch
 from report_runs import put_alone, put_run
 
-from sskd.measuring.rows import Row, rows_of
+from sskd.measuring.rows import Row, picture_labels, row_columns, rows_of, setting_notes
 from sskd.measuring.selection import Chosen, choose_networks
 from sskd.models import build_model
 from sskd.report.figures import as_png
@@ -123,6 +123,18 @@ def test_a_transfer_is_a_mean_with_a_deviation() -> None:
     assert (line["mean_best"], line["published"]) == (72, None)
 
 
+def test_rows_are_named_by_what_differs() -> None:
+    rows = [Row(name, setting, "a-b", "KD") for name in ("cifar10", "cifar100") for setting in "xy"]
+    columns = row_columns(rows)
+    assert list(columns) == ["trained on", "setting", "networks", "row"]
+    assert [cell.text for cell in columns["trained on"]] == [row.dataset for row in rows]
+    assert len(set(picture_labels(rows, always=("method",)))) == 4
+    assert setting_notes(rows, "networks") == []
+    assert list(row_columns(rows[:1])) == ["networks", "row"]
+    assert picture_labels(rows[:1], always=("method",)) == ["KD"]
+    assert setting_notes(rows[:1], "networks") == ["The networks were trained with x."]
+
+
 def test_a_protocol_without_epochs_has_no_best_one() -> None:
     measured = transfers(70.0, best_epoch=None)
     summaries = transfer_table.summarise(measured, "stl10", comparable=False)
@@ -156,7 +168,9 @@ def similarities(seeds: int, difference: torch.Tensor | None) -> list[similarity
 
 
 def test_a_similarity_is_a_mean_with_a_deviation(tmp_path: Path) -> None:
-    summaries = similarity_table.summarise(similarities(2, torch.eye(4)), "cifar100")
+    summaries = similarity_table.summarise(
+        similarities(2, torch.eye(4)), "cifar100", comparable=True
+    )
     table = similarity_table.build_table(summaries, "cifar100")
     cells = dict(zip(table.header, (cell.text for cell in table.rows[0]), strict=True))
     assert (cells["n"], cells["agree %"]) == ("2", "71.00 ± 1.41")
@@ -169,16 +183,19 @@ def test_a_similarity_is_a_mean_with_a_deviation(tmp_path: Path) -> None:
     measured = [
         similarity_table.Measured("a", each.row, run, each.values) for each in similarities(1, None)
     ]
-    table = similarity_table.build_table(
-        similarity_table.summarise(measured, "cifar100"), "cifar100"
-    )
-    assert [cell.text for cell in table.rows[0][-2:]] == ["6.910", "0.7003"]
+    for comparable in (True, False):
+        found = similarity_table.summarise(measured, "cifar100", comparable=comparable)
+        table = similarity_table.build_table(found, "cifar100")
+        assert ("published KL" in table.header) is comparable
+        assert ([cell.text for cell in table.rows[0][-2:]] == ["6.910", "0.7003"]) is comparable
 
 
 def test_the_panels_have_one_scale() -> None:
     maps = [torch.full((4, 4), 0.1), torch.rand(4, 4), torch.zeros(3, 3)]
-    summaries = [similarity_table.summarise(similarities(1, each), "")[0] for each in maps]
-    without = similarity_table.summarise(similarities(1, None), "")
+    summaries = [
+        similarity_table.summarise(similarities(1, each), "", comparable=False)[0] for each in maps
+    ]
+    without = similarity_table.summarise(similarities(1, None), "", comparable=False)
     drawn = similarity_figure.draw_differences("Weights", [*summaries, *without])
     images = [axes.images[0] for axes in drawn.axes if axes.images]
     assert len(images) == 3
