@@ -60,12 +60,13 @@ def _evaluate_all(networks: list[TrainedNetwork], options: Options, out: str | N
     because each network keeps its images in memory.
     """
     from sskd.evaluate.evaluation import evaluate, refuse_second_holdout, subject_of
-    from sskd.evaluate.files import base_path, refuse_other_files, write_files
+    from sskd.evaluate.files import SUFFIXES, refuse_other_files, write_evaluations
     from sskd.evaluate.render import as_text, summary_as_text
+    from sskd.measuring.files import base_path
 
     for trained in networks:
         refuse_second_holdout(trained, options)
-    base = None if out is None else base_path(out)
+    base = None if out is None else base_path(out, SUFFIXES)
     subjects = [] if base is None else [subject_of(trained, options) for trained in networks]
     if base is not None:
         refuse_other_files(base, subjects)
@@ -78,7 +79,7 @@ def _evaluate_all(networks: list[TrainedNetwork], options: Options, out: str | N
     if len(evaluations) > 1:
         say(f"\n{summary_as_text(evaluations)}")
     if base is not None:
-        first, *others = write_files(base, evaluations, subjects)
+        first, *others = write_evaluations(base, evaluations, subjects)
         say(f"\nwrote {first}, {', '.join(path.name for path in others)}")
 
 

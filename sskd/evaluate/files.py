@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +11,23 @@ import sskd
 from sskd.errors import UserError
 from sskd.evaluate.evaluation import Evaluation
 from sskd.evaluate.render import as_markdown
-from sskd.files import read_bounded_text, write_atomically
+from sskd.files import read_bounded_text
+from sskd.measuring.files import MOST_BYTES, write_files
 
 SUFFIXES = (".json", ".md", ".png")
 PLOTS = ("reliability", "classes", "confusions")
-MOST_JSON = 2**26  # bytes of an earlier file
 
 # What an evaluation is of. Only an evaluation of the same may replace its files.
 Subject = dict[str, Any]
 
 
-def base_path(out: str) -> Path:
-    """Return the path with which the names of all files begin.
-
-    Raises:
-        UserError: ``out`` is a folder.
-    """
-    base = Path(out)
-    if base.suffix in SUFFIXES:
-        base = base.with_suffix("")
-    if not base.name or base.is_dir():
-        raise UserError(f"--out '{out}' is a folder; name a file in it, such as '{base / 'net'}'")
-    return base
-
-
 def refuse_other_files(base: Path, subjects: Sequence[Subject]) -> None:
-    """Refuse to replace files that are not an evaluation of ``subjects``.
-
-    Raises:
-        UserError: there are such files, or the folder is not writable.
-    """
-    folder = next(each for each in base.absolute().parents if each.exists())
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise UserError(f"--out '{base}': cannot write in {folder}; name another file with --out")
+    """Raise UserError if files of these names exist that are not an evaluation of ``subjects``."""
     path = base.with_name(f"{base.name}.json")
     advice = "name another file with --out, or remove it"
     if path.exists():
         try:
-            content = json.loads(read_bounded_text(path, MOST_JSON))
+            content = json.loads(read_bounded_text(path, MOST_BYTES))
             found = [network["subject"] for network in content["networks"]]
         except (OSError, ValueError, TypeError, LookupError, RecursionError):
             found = None
@@ -63,7 +40,7 @@ def refuse_other_files(base: Path, subjects: Sequence[Subject]) -> None:
             raise UserError(f"{other} exists without {path.name} of this command; {advice}")
 
 
-def write_files(
+def write_evaluations(
     base: Path, evaluations: Sequence[Evaluation], subjects: Sequence[Subject]
 ) -> list[Path]:
     """Write ``base``.json, .md and the plots, and return their paths.
@@ -82,13 +59,7 @@ def write_files(
         f"{base.name}.md": as_markdown(evaluations, [list(each) for each in plots]).encode(),
         **{name: png for each in plots for name, png in each.items()},
     }
-    try:
-        base.parent.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            write_atomically(base.with_name(name), methodcaller("write", data))
-    except OSError as error:
-        raise UserError(f"--out '{base}': cannot write there ({error})") from error
-    return [base.with_name(name) for name in files]
+    return write_files({base.with_name(name): data for name, data in files.items()})
 
 
 def _plot_bases(base: Path, count: int) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import methodcaller
 from pathlib import Path
@@ -16,7 +17,7 @@ from sskd.report.render import csv_field, render_markdown
 from sskd.report.tables import Table
 
 SUFFIXES = (".json", ".md", ".csv", ".png", ".svg")
-MOST_BYTES = 2**26
+MOST_BYTES = 2**26  # of an earlier file
 ABOUT = "about"
 Record = Mapping[str, Any]
 
@@ -33,12 +34,12 @@ class Output:
         about: as given.
 
     Raises:
-        UserError: ``out`` is a folder, or there are such files.
+        UserError: ``out`` is a folder or not writable, or there are such files.
     """
 
     def __init__(self, out: str | None, about: Record, names: Collection[str]) -> None:
         self.about: dict[str, Any] = json.loads(json.dumps(about))
-        self._base = None if out is None else _base_of(out)
+        self._base = None if out is None else base_path(out, SUFFIXES)
         if self._base:
             self._refuse_other(names)
 
@@ -70,13 +71,7 @@ class Output:
             ".csv": _csv(lines).encode(),
             **draw(),
         }
-        try:
-            self._base.parent.mkdir(parents=True, exist_ok=True)
-            for suffix, content in contents.items():
-                write_atomically(self._path(suffix), methodcaller("write", content))
-        except OSError as error:
-            raise UserError(f"--out '{self._base}': cannot write there ({error})") from error
-        return [self._path(suffix) for suffix in contents]
+        return write_files({self._path(suffix): each for suffix, each in contents.items()})
 
     def _path(self, suffix: str) -> Path:
         assert self._base is not None
@@ -105,13 +100,39 @@ class Output:
         return f"it has {shortened(others[0])} too" if others else ""
 
 
-def _base_of(out: str) -> Path:
+def base_path(out: str, suffixes: Collection[str]) -> Path:
+    """Return the path with which the names of all files of ``--out`` begin.
+
+    Args:
+        suffixes: those of the files, of which ``out`` may have one.
+
+    Raises:
+        UserError: ``out`` is a folder, or the folder of the files is not writable.
+    """
     base = Path(out)
-    if base.suffix in SUFFIXES:
+    if base.suffix in suffixes:
         base = base.with_suffix("")
     if not base.name or base.is_dir():
         raise UserError(f"--out '{out}' is a folder; name a file in it, such as '{base / 'table'}'")
+    folder = next(each for each in base.absolute().parents if each.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"--out '{base}': cannot write in {folder}; name another file with --out")
     return base
+
+
+def write_files(contents: Mapping[Path, bytes]) -> list[Path]:
+    """Write the files of ``--out`` in their order, each atomically, and return their paths.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    for path, content in contents.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, methodcaller("write", content))
+        except OSError as error:
+            raise UserError(f"--out: cannot write {path} ({error})") from error
+    return list(contents)
 
 
 def _csv(lines: Sequence[Record]) -> str:

@@ -195,6 +195,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "another teacher": ("similarity", ("KD", "--teacher", "FILE"), "is not the teacher of"),
     "only alone": ("similarity", ("RUNS/digits/scratch",), "was trained without a teacher"),
     "no device": ("transfer", ("RUNS", "dataset=digits", "--device", "cuda:9"), "device=cuda:9"),
+    "no folder": ("similarity", ("RUNS", "--out", "FILE/table"), "file.pth; name another file"),
     "a folder as file": ("transfer", ("RUNS", "dataset=digits", "--out", "RUNS"), "is a folder"),
 }
 
