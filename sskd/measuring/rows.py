@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from sskd.report.results import DIGEST, FinishedRun, without_digest
 from sskd.report.tables import Cell
 
 ALONE_ROW, STUDENT_ALONE = "alone", "student alone"
+GROUP_OF_KEY = re.compile(r"\b(?:\w+\.)+(?=\w+=)")
 _ORDER = (ALONE_ROW, STUDENT_ALONE, *ROWS)
 
 
@@ -102,12 +104,21 @@ def setting_notes(rows: Sequence[Row], networks: str) -> list[str]:
 
 
 def picture_labels(rows: Sequence[Row], always: Sequence[str]) -> list[str]:
-    """Return the names of ``rows`` in a picture: the fields ``always``, and what differs."""
-    names = ("networks", "method", "dataset", "setting")
-    shown = [
-        name for name in names if name in always or len({getattr(row, name) for row in rows}) > 1
+    """Return the names of ``rows`` in a picture: the fields ``always``, and what differs.
+
+    There is little space, so settings are named by the last part of their keys.
+    """
+    # Files, which have neither a dataset nor a setting, are no reason to show those of the runs.
+    different = [
+        name for name in Row._fields if len({getattr(row, name) for row in rows} - {""}) > 1
     ]
-    return [" ".join(filter(None, (getattr(row, name) for name in shown))) for row in rows]
+    names = [
+        name
+        for name in ("networks", "method", "setting", "dataset")
+        if name in {*always, *different}
+    ]
+    short = [row._replace(setting=GROUP_OF_KEY.sub("", row.setting)) for row in rows]
+    return [" ".join(filter(None, (getattr(row, name) for name in names))) for row in short]
 
 
 def is_published(run: FinishedRun, row: str) -> bool:

@@ -279,9 +279,9 @@ def set_margins(figure: Figure, *, left: float, right: float, bottom: float) -> 
     figure.subplots_adjust(left=left / width, right=1 - right / width, bottom=bottom / height)
 
 
-def shorten(label: str) -> str:
-    """Return ``label``, cut to ``LONGEST_LABEL``."""
-    return label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}…"
+def shorten(label: str, most: int = LONGEST_LABEL) -> str:
+    """Return ``label``, cut to ``most`` characters."""
+    return label if len(label) <= most else f"{label[: most - 1]}…"
 
 
 def longest_label(rows: Iterable[RowKey]) -> int:

@@ -23,13 +23,15 @@ from sskd.report.plots import (
 from sskd.transfer.table import Summary
 
 CHARACTER = 0.085  # inches, of a label
+LONGEST_NAME = 50  # characters: two fifths of the picture are left
 PUBLISHED = "D"  # the marker of a published value
 
 
 def draw_transfer(title: str, summaries: Sequence[Summary]) -> Figure:
     """Return the mean top-1 of each row, with the sample standard deviation over seeds."""
     rows = [each.row for each in summaries]
-    labels = [shorten(label) for label in picture_labels(rows, always=("networks", "method"))]
+    names = picture_labels(rows, always=("networks", "method"))
+    labels = [shorten(name, LONGEST_NAME) for name in names]
     points = [mean_std_n(each.last) for each in summaries]
     published = [(at, each.published) for at, each in enumerate(summaries) if each.published]
     style: dict[str, Any] = {"color": COLORS[0], "marker": "o"}

@@ -130,6 +130,10 @@ def test_rows_are_named_by_what_differs() -> None:
     assert [cell.text for cell in columns["trained on"]] == [row.dataset for row in rows]
     assert len(set(picture_labels(rows, always=("method",)))) == 4
     assert setting_notes(rows, "networks") == []
+    rows = [Row("cifar10", f"dataset.fraction={share}", "a-b", "KD") for share in (0.1, 0.2)]
+    labels = picture_labels([*rows, Row("", "", "b", "file")], always=("method",))
+    assert labels == ["a-b KD fraction=0.1", "a-b KD fraction=0.2", "b file"]
+    rows = [Row("cifar10", "x", "a-b", "KD")]
     assert list(row_columns(rows[:1])) == ["networks", "row"]
     assert picture_labels(rows[:1], always=("method",)) == ["KD"]
     assert setting_notes(rows[:1], "networks") == ["The networks were trained with x."]
