@@ -14,7 +14,7 @@ from sskd.commands.process import run_tool
 from sskd.errors import CheckError, UserError, one_line
 from sskd.invocation.composition import compose_config
 from sskd.invocation.extensions import load_extensions
-from sskd.invocation.names import tool_command
+from sskd.invocation.names import tool_parser
 from sskd.output import say
 
 if TYPE_CHECKING:
@@ -150,13 +150,7 @@ _CHECKS = {"method": _method_checks, "arch": _network_checks, "dataset": _datase
 
 
 def _parser() -> argparse.ArgumentParser:
-    command = tool_command("checks")
-    parser = argparse.ArgumentParser(
-        prog=command,
-        description=DESCRIPTION,
-        epilog=EXAMPLES.format(command=command),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser("checks", DESCRIPTION, EXAMPLES)
     parser.add_argument("group", choices=sorted(_CHECKS), help="what is checked")
     parser.add_argument("name", help="its name")
     parser.add_argument("--config-dir", "-cd", help="a folder with GROUP/NAME.yaml of your own")

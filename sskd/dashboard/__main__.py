@@ -14,7 +14,7 @@ from sskd.commands.process import run_tool
 from sskd.errors import UserError, did_you_mean
 from sskd.files import write_text
 from sskd.invocation.extensions import extension_names, load_extensions
-from sskd.invocation.names import tool_command
+from sskd.invocation.names import tool_command, tool_parser
 from sskd.output import say
 
 DESCRIPTION = """\
@@ -106,13 +106,7 @@ def _save(workspace: Any, report: Any, entity: str | None, built: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    command = tool_command("dashboard")
-    parser = argparse.ArgumentParser(
-        prog=command,
-        description=DESCRIPTION.format(report=tool_command("report")),
-        epilog=EXAMPLES.format(command=command),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser("dashboard", DESCRIPTION.format(report=tool_command("report")), EXAMPLES)
     parser.add_argument("--entity", help="user or team in W&B (default: from the login)")
     parser.add_argument("--project", default="sskd", help="project in W&B (default: sskd)")
     parser.add_argument(

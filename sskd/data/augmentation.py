@@ -171,7 +171,7 @@ def _pixel_positions(side: int, rotations: int) -> Tensor:
 
 
 def _jigsaw_positions(side: int) -> Tensor:
-    """Return where the pixels of a crop come from in each order of its patches: [24, S * S]."""
+    """Return the source of each pixel of a crop, for each order of its patches: [24, S * S]."""
     half = side // 2
     pixels = torch.arange(side**2).view(2, half, 2, half)
     patches = pixels.transpose(1, 2).reshape(4, half, half)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sskd.commands.process import run_tool
 from sskd.errors import UserError, shortened
 from sskd.invocation.extensions import load_extensions
-from sskd.invocation.names import tool_command
+from sskd.invocation.names import tool_parser
 from sskd.output import complain, say
 
 if TYPE_CHECKING:
@@ -127,13 +127,7 @@ def _runs_below(checkpoint: str) -> list[Path]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    command = tool_command("evaluate")
-    parser = argparse.ArgumentParser(
-        prog=command,
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES.format(command=command),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser("evaluate", _DESCRIPTION, _EXAMPLES)
     parser.add_argument(
         "words",
         nargs="+",

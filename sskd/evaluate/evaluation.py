@@ -21,11 +21,11 @@ from sskd.evaluate.classification import (
 )
 from sskd.evaluate.corruptions import CorruptedImages, Robustness
 from sskd.evaluate.cost import Cost, measure_cost
-from sskd.evaluate.progress import ImageProgress
 from sskd.models import weights_digest
 from sskd.seeding import seed_from_text
 from sskd.trained import TrainedNetwork
 from sskd.training.evaluation import accuracy, predict
+from sskd.training.image_progress import ImageProgress
 
 TOP_K = 5
 MOST_CONFUSIONS = 20
@@ -157,8 +157,8 @@ def refuse_second_holdout(trained: TrainedNetwork, options: Options) -> None:
     if options.holdout is not None and trained.dataset.holdout > 0:
         raise UserError(
             f"{trained.path}: --holdout {options.holdout:g} is for networks without held-out "
-            f"images, and this one has dataset.holdout={trained.dataset.holdout:g}; leave "
-            "--holdout away"
+            f"images, and this one has dataset.holdout={trained.dataset.holdout:g}; omit "
+            "--holdout"
         )
 
 

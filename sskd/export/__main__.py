@@ -10,7 +10,7 @@ from pathlib import Path
 from sskd.commands.process import run_tool
 from sskd.errors import UserError, did_you_mean
 from sskd.invocation.extensions import load_extensions
-from sskd.invocation.names import tool_command
+from sskd.invocation.names import tool_parser
 from sskd.output import say
 
 NAMES = ("onnx", "pt2", "torchscript", "hub")
@@ -79,13 +79,7 @@ def _formats(given: Sequence[str]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    command = tool_command("export")
-    parser = argparse.ArgumentParser(
-        prog=command,
-        description=DESCRIPTION,
-        epilog=EXAMPLES.format(command=command),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser("export", DESCRIPTION, EXAMPLES)
     parser.add_argument("checkpoint", metavar="RUN", help="the folder of a run, or a checkpoint")
     parser.add_argument(
         "--to",

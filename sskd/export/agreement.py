@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sskd.data import Split
 from sskd.device import inference_batch_size
 from sskd.errors import UserError
 from sskd.export.formats import Run
 from sskd.training.evaluation import accuracy
+from sskd.training.image_progress import ImageProgress
 
 # The largest difference that rounding may make, relative to the largest logit. Networks of the
 # suite show some 1e-6; a wrong normalisation or layer makes 1e-2 and more.
@@ -50,7 +50,7 @@ class Agreement:
 def compare(run: Run, expected: Tensor, split: Split, *, title: str) -> Agreement:
     """Compare the logits of ``run`` with the ``expected`` ones [N, C] for the images of ``split``.
 
-    ``title`` is that of the progress bar.
+    ``title`` is that of the progress.
     """
     found = _predict(run, split, title)
     return Agreement(
@@ -101,11 +101,11 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _predict(run: Run, split: Split, title: str) -> Tensor:
-    """Return the logits of ``run``; a bar shows the progress on a terminal."""
+    """Return the logits of ``run``."""
     batches = split.images.split(inference_batch_size(split.images.device))
-    with tqdm(total=len(split), desc=title, unit=" images", disable=None, leave=False) as bar:
+    with ImageProgress(title, len(split)) as progress:
         logits = []
         for batch in batches:
             logits.append(run(to_unit_range(batch)))
-            bar.update(len(batch))
+            progress.advance(len(batch))
     return torch.cat(logits)

@@ -27,7 +27,7 @@ CARD = "README.md"
 
 
 class DataLicence(NamedTuple):
-    """The licence of a dataset, where it is stated, and the dataset's id on the Hub."""
+    """The licence of a dataset, the page that states it, and the id of the dataset on the Hub."""
 
     licence: str
     page: str | None = None

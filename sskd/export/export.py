@@ -20,6 +20,7 @@ from sskd.files import write_text
 from sskd.models import fold_batch_norms
 from sskd.output import say
 from sskd.training.evaluation import predict
+from sskd.training.image_progress import ImageProgress
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ def export(subject: Subject, out: Path, choices: Choices) -> list[Path]:
     trained.require_own_classes()
     contents = _contents(subject, fold=choices.fold)
     title = f"{trained.path}: {contents.entry}"
-    expected = predict(trained.network, trained.images.test, trained.images, title)
+    images = trained.images
+    with ImageProgress(contents.entry, len(images.test)) as progress:
+        expected = predict(trained.network, images.test, images, title, advance=progress.advance)
     with staging(out) as staged:
         for folder in folders:
             (staged / folder.name).mkdir()

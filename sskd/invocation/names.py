@@ -42,6 +42,17 @@ def tool_command(module: str) -> str:
     return f"sskd-{module}" if _uses_console_scripts() else f"python -m sskd.{module}"
 
 
+def tool_parser(module: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """Return a parser for the tool ``module``; ``{command}`` in ``examples`` is its command."""
+    command = tool_command(module)
+    return argparse.ArgumentParser(
+        prog=command,
+        description=description,
+        epilog=examples.format(command=command),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def current_role() -> Role:
     """Return which of the two networks this process, a training command, trains."""
     return "teacher" if re.split("[-_]", Path(sys.argv[0]).stem)[-1] == "teacher" else "student"

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sskd.invocation.names import tool_command
+from sskd.invocation.names import tool_parser
 from sskd.measuring.selection import Chosen
+from sskd.output import say
 from sskd.report.results import Epoch
+
+if TYPE_CHECKING:
+    from sskd.measuring.files import Output
+    from sskd.report.tables import Table
 
 
 def new_parser(name: str, description: str, examples: str) -> argparse.ArgumentParser:
     """Return a parser of the arguments that all such commands take."""
-    command = tool_command(name)
-    parser = argparse.ArgumentParser(
-        prog=command,
-        description=description,
-        epilog=examples.format(command=command),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser(name, description, examples)
     parser.add_argument(
         "words",
         nargs="+",
@@ -60,3 +61,19 @@ def epoch_of(given: argparse.Namespace) -> Epoch:
 def title_of(number: int, chosen: Sequence[Chosen]) -> str:
     """Return how progress names the network ``number``, counted from 0."""
     return f"{number + 1}/{len(chosen)} {chosen[number].name}"
+
+
+def show(
+    table: Table,
+    output: Output,
+    *,
+    lines: Sequence[Mapping[str, Any]],
+    networks: Sequence[Mapping[str, Any]],
+    draw: Callable[[], Mapping[str, bytes]],
+) -> None:
+    """Print ``table``, and write the files of ``--out`` if there are any, as ``Output.write``."""
+    from sskd.report.render import render_text
+
+    say("\n" + render_text(table, shutil.get_terminal_size().columns).removesuffix("\n"))
+    if paths := output.write(table, lines, networks, draw):
+        say(f"\nwrote {paths[0]}, {', '.join(path.suffix for path in paths[1:])}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 from sskd.measuring.selection import Chosen
 from sskd.report.groups import ALONE, mean_std_n
@@ -18,7 +19,7 @@ from sskd.report.published import (
     settings_text,
 )
 from sskd.report.results import DIGEST, FinishedRun, without_digest
-from sskd.report.tables import Cell
+from sskd.report.tables import Cell, Table
 
 ALONE_ROW, STUDENT_ALONE = "alone", "student alone"
 GROUP_OF_KEY = re.compile(r"\b(?:\w+\.)+(?=\w+=)")
@@ -32,6 +33,41 @@ class Row(NamedTuple):
     setting: str
     networks: str
     method: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one network.
+
+    Attributes:
+        name: the name of the network, from its path.
+        row: its row of the table.
+        run: the run that trained it; None for a file.
+        values: the measured values by name.
+    """
+
+    name: str
+    row: Row
+    run: FinishedRun | None
+    values: Mapping[str, Any]
+
+
+M = TypeVar("M", bound=Measured)
+
+
+def by_row(measured: Sequence[M]) -> Iterator[tuple[Row, list[M]]]:
+    """Yield the rows in their order, each with its networks."""
+    for row in sorted({each.row for each in measured}, key=row_order):
+        yield row, [each for each in measured if each.row == row]
+
+
+def records(measured: Sequence[Measured], values: str) -> list[dict[str, Any]]:
+    """Return what was measured of each network, for a JSON file, under the key ``values``."""
+    return [
+        {"name": each.name, **each.row._asdict(), "seed": each.run and each.run.seed}
+        | {values: dict(each.values)}
+        for each in measured
+    ]
 
 
 def rows_of(networks: Sequence[tuple[Chosen, str]]) -> list[Row]:
@@ -91,6 +127,18 @@ def row_columns(rows: Sequence[Row]) -> dict[str, list[Cell]]:
         if len(set(columns[name])) == 1:
             del columns[name]
     return {name: [Cell(text) for text in texts] for name, texts in columns.items()}
+
+
+def table_of(title: str, columns: Mapping[str, list[Cell]], notes: Sequence[str]) -> Table:
+    """Return the table with these columns, of which the first are ``row_columns``."""
+    return Table(
+        title=title,
+        header=tuple(columns),
+        rows=tuple(zip(*columns.values(), strict=True)),
+        labels=list(columns).index("row") + 1,
+        align=">",
+        notes=tuple(notes),
+    )
 
 
 def setting_notes(rows: Sequence[Row], networks: str) -> list[str]:

@@ -31,7 +31,7 @@ class Chosen:
 
     Attributes:
         path: the file of its weights.
-        name: where it is, without the folders above the one that the user named.
+        name: its path, without the folders above the one that the user named.
         run: the run that trained it; None for a file.
     """
 

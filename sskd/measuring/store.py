@@ -1,4 +1,4 @@
-"""Measurements kept in the cache folder of the user, so that a command resumes where it stopped.
+"""Measurements in the cache folder of the user, so that an interrupted command resumes.
 
 The key of a measurement is what decides it: the digest of the weights, the data and the settings.
 So a copied run is not measured again, and a run that was trained again is. The folder of a run

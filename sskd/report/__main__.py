@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sskd.errors import UserError, mask_unprintable, shortened
 from sskd.invocation.extensions import load_extensions
-from sskd.invocation.names import command_line, tool_command
+from sskd.invocation.names import command_line, tool_command, tool_parser
 from sskd.output import complain, output_status, reader_has_gone, say, steady_output
 from sskd.report.files import write_files
 from sskd.report.render import count_states, render_status, render_text
@@ -144,13 +144,7 @@ def _epoch(arguments: argparse.Namespace) -> Epoch:
 
 
 def _parser() -> argparse.ArgumentParser:
-    command = tool_command("report")
-    parser = argparse.ArgumentParser(
-        prog=command,
-        description=DESCRIPTION,
-        epilog=EXAMPLES.format(command=command),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser("report", DESCRIPTION, EXAMPLES)
     parser.add_argument(
         "runs", metavar="RUNS", nargs="?", default="runs", help="the folder of runs (default: runs)"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sskd.commands.process import run_tool
 from sskd.invocation.extensions import load_extensions
-from sskd.measuring.command import epoch_of, new_parser, split_words
+from sskd.measuring.command import epoch_of, new_parser, show, split_words, title_of
 from sskd.measuring.selection import Chosen, choose_networks
 from sskd.output import complain, say
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from sskd.measuring.files import Output
     from sskd.measuring.rows import Row
     from sskd.similarity.measure import Pair
-    from sskd.similarity.table import Measured
+    from sskd.similarity.table import Similarity
 
 DESCRIPTION = """\
 Compare students with their teachers on the test images of a dataset, by default that of their
@@ -84,9 +83,8 @@ def _measure(
     chosen: Sequence[Chosen],
     pairs: Sequence[Pair],
     data: tuple[DatasetSettings, Images],
-) -> list[Measured]:
+) -> list[Similarity]:
     """Return the similarity of each pair, with a line for each."""
-    from sskd.measuring.command import title_of
     from sskd.measuring.store import stored
     from sskd.similarity.classifiers import mean_difference
     from sskd.similarity.measure import (
@@ -95,7 +93,7 @@ def _measure(
         measurement_key,
         weight_difference,
     )
-    from sskd.similarity.table import Measured
+    from sskd.similarity.table import Similarity
 
     settings, images = data
     teachers, measured = TeacherOutputs(), []
@@ -112,7 +110,9 @@ def _measure(
             values["weights"] = mean_difference(difference)
         shown = f"{title}: agreement {values['agreement']:.2f}, KL {values['kl']:.3f}"
         say(shown + " (measured before)" * before)
-        measured.append(Measured(each.name, rows[number], each.run, values, difference=difference))
+        measured.append(
+            Similarity(each.name, rows[number], each.run, values, difference=difference)
+        )
     return measured
 
 
@@ -135,19 +135,18 @@ def _rows(chosen: Sequence[Chosen], pairs: Sequence[Pair]) -> list[Row]:
 
 def _show(
     given: argparse.Namespace,
-    measured: Sequence[Measured],
+    measured: Sequence[Similarity],
     settings: DatasetSettings,
     output: Output,
 ) -> None:
     """Print the table and write the files of ``--out``."""
-    from sskd.report.render import render_text
+    from sskd.measuring.rows import records
     from sskd.report.tables import EPOCH_TITLES
     from sskd.similarity.table import build_table, csv_lines, summarise
 
     summaries = summarise(measured, settings.source, comparable=settings.size == 32)
     dataset = f"{output.about['dataset']} · students of the {EPOCH_TITLES[epoch_of(given)]}"
     table = build_table(summaries, dataset)
-    say("\n" + render_text(table, shutil.get_terminal_size().columns).removesuffix("\n"))
 
     def draw() -> dict[str, bytes]:
         # Importing matplotlib takes a second.
@@ -161,13 +160,8 @@ def _show(
         figure = draw_differences(title, summaries)
         return {".png": as_small_png(figure), ".svg": as_svg(figure)}
 
-    networks = [
-        {"name": each.name, **each.row._asdict(), "seed": each.run and each.run.seed}
-        | {"values": dict(each.values)}
-        for each in measured
-    ]
-    if paths := output.write(table, csv_lines(summaries), networks, draw):
-        say(f"\nwrote {paths[0]}, {', '.join(path.suffix for path in paths[1:])}")
+    lines, networks = csv_lines(summaries), records(measured, "values")
+    show(table, output, lines=lines, networks=networks, draw=draw)
 
 
 if __name__ == "__main__":

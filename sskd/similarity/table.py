@@ -10,12 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from sskd.measuring.rows import (
+    Measured,
     Row,
+    by_row,
     is_published,
     mean_cell,
     row_columns,
-    row_order,
     setting_notes,
+    table_of,
     value_cell,
 )
 from sskd.report.groups import mean_std_n
@@ -50,21 +52,14 @@ PUBLISHED_LEGEND = (
 
 
 @dataclass(frozen=True)
-class Measured:
+class Similarity(Measured):
     """The similarity of one student to its teacher.
 
     Attributes:
-        name: where the student is.
-        row: its row of the table.
-        run: the run that trained it; None for a file.
         values: by the names in ``MEASURES``; without what cannot be measured.
         difference: of the correlations of both classifiers' weights, [C, C], if both have some.
     """
 
-    name: str
-    row: Row
-    run: FinishedRun | None
-    values: Mapping[str, float]
     difference: Tensor | None = None
 
 
@@ -105,11 +100,10 @@ def published_values(run: FinishedRun | None, dataset: str) -> dict[str, float]:
     return {}
 
 
-def summarise(measured: Sequence[Measured], dataset: str, *, comparable: bool) -> list[Summary]:
+def summarise(measured: Sequence[Similarity], dataset: str, *, comparable: bool) -> list[Summary]:
     """Return the rows in their order; only if ``comparable``, with published values."""
     summaries = []
-    for row in sorted({each.row for each in measured}, key=row_order):
-        found = [each for each in measured if each.row == row]
+    for row, found in by_row(measured):
         values = {
             name: tuple(each.values[name] for each in found if name in each.values)
             for name in MEASURES
@@ -136,14 +130,7 @@ def build_table(summaries: Sequence[Summary], dataset: str) -> Table:
         columns[title] = list(cells)
     if any(each.published for each in summaries):
         notes.append(PUBLISHED_LEGEND)
-    return Table(
-        title=f"Similarity to the teacher on the test part of {dataset}",
-        header=tuple(columns),
-        rows=tuple(zip(*columns.values(), strict=True)),
-        labels=list(columns).index("row") + 1,
-        align=">",
-        notes=tuple(notes),
-    )
+    return table_of(f"Similarity to the teacher on the test part of {dataset}", columns, notes)
 
 
 def csv_lines(summaries: Sequence[Summary]) -> list[dict[str, Any]]:

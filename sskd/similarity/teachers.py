@@ -42,7 +42,7 @@ def find_teacher_file(run: FinishedRun, given: str | None) -> Path:
             if recorded is None or _digest(path) == recorded:
                 return path
     raise UserError(
-        f"{run.folder}: its teacher, a {run.teacher}, is neither where the run found it nor in the "
+        f"{run.folder}: its teacher, a {run.teacher}, is neither in its recorded place nor in the "
         "same folder of runs; name its file with --teacher FILE"
     )
 

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sskd.data import Images, Split, eval_batches
 from sskd.device import inference_batch_size
 from sskd.errors import NotFiniteError
 from sskd.precision import exact
 from sskd.streams import wait_for
+from sskd.training.image_progress import ImageProgress
 
 
 @torch.inference_mode()
@@ -59,21 +59,18 @@ class Vectors(NamedTuple):
 def predict_vectors(network: nn.Module, split: Split, images: Images, of: str) -> Vectors:
     """Return logits and pooled features on the CPU; computation and errors are as in ``predict``.
 
-    ``of`` is also the title of the progress bar, which a terminal shows.
+    ``of`` is also the title of the progress.
     """
     network.eval()
     device = split.images.device
     batches = eval_batches(split, images.mean, images.std, inference_batch_size(device))
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
-    bar = tqdm(
-        total=len(split), desc=of, unit=" images", unit_scale=True, disable=None, leave=False
-    )
-    with exact(device), bar:
+    with exact(device), ImageProgress(of, len(split)) as progress:
         for x, _ in batches:
             features = network(x)
             found[0].append(features.logits.cpu())
             found[1].append(features.pooled.cpu())
-            bar.update(len(x))
+            progress.advance(len(x))
     vectors = Vectors(*map(torch.cat, found))
     for name, rows in vectors._asdict().items():
         _require_finite(rows, name, of)

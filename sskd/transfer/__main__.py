@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -13,15 +12,15 @@ from typing import TYPE_CHECKING
 from sskd.commands.process import run_tool
 from sskd.errors import UserError
 from sskd.invocation.extensions import load_extensions
-from sskd.measuring.command import epoch_of, new_parser, split_words, title_of
+from sskd.measuring.command import epoch_of, new_parser, show, split_words, title_of
 from sskd.measuring.selection import Chosen, choose_networks
 from sskd.output import complain, say
 
 if TYPE_CHECKING:
     from sskd.data import DatasetSettings, Images
     from sskd.measuring.files import Output
+    from sskd.measuring.rows import Measured
     from sskd.trained import TrainedNetwork
-    from sskd.transfer.table import Measured
 
 PROTOCOL_NAMES = ("hsakd", "logistic")  # those of sskd.transfer.protocols, which imports torch
 DESCRIPTION = """\
@@ -84,10 +83,9 @@ def _measure(
     data: tuple[DatasetSettings, Images],
 ) -> list[Measured]:
     """Return the transfer of each network, with a line for each."""
-    from sskd.measuring.rows import rows_of
+    from sskd.measuring.rows import Measured, rows_of
     from sskd.measuring.store import stored
     from sskd.transfer.measure import measure_transfer, measurement_key
-    from sskd.transfer.table import Measured
 
     settings, images = data
     rows = rows_of([(each, network.name) for each, network in zip(chosen, networks, strict=True)])
@@ -111,7 +109,7 @@ def _show(
     output: Output,
 ) -> None:
     """Print the table and write the files of ``--out``."""
-    from sskd.report.render import render_text
+    from sskd.measuring.rows import records
     from sskd.report.tables import EPOCH_TITLES
     from sskd.transfer.protocols import PROTOCOLS
     from sskd.transfer.table import build_table, csv_lines, summarise
@@ -121,7 +119,6 @@ def _show(
     summaries = summarise(measured, settings.source, comparable=comparable)
     dataset = f"{output.about['dataset']} · networks of the {EPOCH_TITLES[epoch_of(given)]}"
     table = build_table(summaries, dataset, PROTOCOLS[given.protocol].description)
-    say("\n" + render_text(table, shutil.get_terminal_size().columns).removesuffix("\n"))
 
     def draw() -> dict[str, bytes]:
         # Importing matplotlib takes a second.
@@ -131,13 +128,8 @@ def _show(
         figure = draw_transfer(table.title, summaries)
         return {".png": as_png(figure), ".svg": as_svg(figure)}
 
-    networks = [
-        {"name": each.name, **each.row._asdict(), "seed": each.run and each.run.seed}
-        | {"top1": dict(each.values)}
-        for each in measured
-    ]
-    if paths := output.write(table, csv_lines(summaries), networks, draw):
-        say(f"\nwrote {paths[0]}, {', '.join(path.suffix for path in paths[1:])}")
+    lines, networks = csv_lines(summaries), records(measured, "top1")
+    show(table, output, lines=lines, networks=networks, draw=draw)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from sskd.measuring.rows import (
+    Measured,
     Row,
+    by_row,
     is_published,
     mean_cell,
     row_columns,
-    row_order,
     setting_notes,
+    table_of,
     value_cell,
 )
 from sskd.report.groups import mean_std_n
@@ -38,23 +40,6 @@ PUBLISHED_LEGEND = (
     " which does not print its protocol, shown beside networks of its recipe alone. Compare the"
     " order of the methods and their differences."
 )
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The transfer of one network.
-
-    Attributes:
-        name: where the network is.
-        row: its row of the table.
-        run: the run that trained it; None for a file.
-        values: the fields of ``protocols.Reached``.
-    """
-
-    name: str
-    row: Row
-    run: FinishedRun | None
-    values: Mapping[str, Any]
 
 
 @cache
@@ -96,10 +81,12 @@ class Summary:
 
 
 def summarise(measured: Sequence[Measured], dataset: str, *, comparable: bool) -> list[Summary]:
-    """Return the rows in their order; only if ``comparable``, with published values."""
+    """Return the rows in their order; only if ``comparable``, with published values.
+
+    The values of a network are the fields of ``protocols.Reached``.
+    """
     summaries = []
-    for row in sorted({each.row for each in measured}, key=row_order):
-        found = [each for each in measured if each.row == row]
+    for row, found in by_row(measured):
         has_epochs = all(each.values["best_epoch"] for each in found)
         summaries.append(
             Summary(
@@ -126,14 +113,7 @@ def build_table(summaries: Sequence[Summary], dataset: str, protocol: str) -> Ta
             notes.append(legend)
         else:
             del columns[name]
-    return Table(
-        title=f"Linear transfer to {dataset}",
-        header=tuple(columns),
-        rows=tuple(zip(*columns.values(), strict=True)),
-        labels=list(columns).index("row") + 1,
-        align=">",
-        notes=tuple(notes),
-    )
+    return table_of(f"Linear transfer to {dataset}", columns, notes)
 
 
 def csv_lines(summaries: Sequence[Summary]) -> list[dict[str, Any]]:

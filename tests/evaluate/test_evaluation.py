@@ -254,7 +254,7 @@ def test_corrupted_images_are_evaluated(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--holdout", "0.5"], "has dataset.holdout=0.1; leave --holdout away"),
+        (["--holdout", "0.5"], "has dataset.holdout=0.1; omit --holdout"),
         (["--corruptions", "missing"], "--corruptions missing: has no gaussian_noise.npy, "),
     ],
 )

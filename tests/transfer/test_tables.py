@@ -9,7 +9,7 @@ import pytest
 import torch
 from report_runs import put_alone, put_run
 
-from sskd.measuring.rows import Row, picture_labels, row_columns, rows_of, setting_notes
+from sskd.measuring.rows import Measured, Row, picture_labels, row_columns, rows_of, setting_notes
 from sskd.measuring.selection import Chosen, choose_networks
 from sskd.models import build_model
 from sskd.report.figures import as_png
@@ -106,10 +106,10 @@ def test_a_network_alone_has_a_row_for_each_teacher(tmp_path: Path) -> None:
     assert only.method == "alone"
 
 
-def transfers(*last: float, best_epoch: int | None = 3) -> list[transfer_table.Measured]:
+def transfers(*last: float, best_epoch: int | None = 3) -> list[Measured]:
     row = Row("cifar100", "", "wrn_40_2-ShuffleV1", "KD")
     values = [{"last": top1, "best": top1 + 1, "best_epoch": best_epoch} for top1 in last]
-    return [transfer_table.Measured("a", row, None, each) for each in values]
+    return [Measured("a", row, None, each) for each in values]
 
 
 def test_a_transfer_is_a_mean_with_a_deviation() -> None:
@@ -147,7 +147,7 @@ def test_a_protocol_without_epochs_has_no_best_one() -> None:
 
 def test_a_published_value_is_a_column_and_a_marker(tmp_path: Path) -> None:
     run = finished(tmp_path, **TRANSFER)
-    measured = [transfer_table.Measured("a", each.row, run, each.values) for each in transfers(71)]
+    measured = [Measured("a", each.row, run, each.values) for each in transfers(71)]
     for comparable in (True, False):
         summaries = transfer_table.summarise(measured, "stl10", comparable=comparable)
         table = transfer_table.build_table(summaries, "stl10", "")
@@ -160,11 +160,11 @@ def test_a_published_value_is_a_column_and_a_marker(tmp_path: Path) -> None:
     assert as_png(drawn).startswith(b"\x89PNG")
 
 
-def similarities(seeds: int, difference: torch.Tensor | None) -> list[similarity_table.Measured]:
+def similarities(seeds: int, difference: torch.Tensor | None) -> list[similarity_table.Similarity]:
     row = Row("cifar100", "", "vgg13-vgg8", "KD")
     values = [{"agreement": 70.0 + 2 * seed, "kl": 0.5, "cka": 0.7} for seed in range(seeds)]
     return [
-        similarity_table.Measured(
+        similarity_table.Similarity(
             "a", row, None, each, None if difference is None else difference * (seed + 1)
         )
         for seed, each in enumerate(values)
@@ -185,7 +185,8 @@ def test_a_similarity_is_a_mean_with_a_deviation(tmp_path: Path) -> None:
     assert summaries[0].difference.diag().tolist() == [1.5] * 4
     run = finished(tmp_path, **SIMILAR)
     measured = [
-        similarity_table.Measured("a", each.row, run, each.values) for each in similarities(1, None)
+        similarity_table.Similarity("a", each.row, run, each.values)
+        for each in similarities(1, None)
     ]
     for comparable in (True, False):
         found = similarity_table.summarise(measured, "cifar100", comparable=comparable)
