@@ -93,9 +93,9 @@ def test_jobs_share_the_images_and_report_to_runs_of_their_own(
     for module, name in ((sskd.train, "load_images"), (sskd.data.augmenter, "Cropper")):
         original = getattr(module, name)
 
-        def counted(what: Any, *more: Any, original: Any = original) -> Any:
+        def counted(what: Any, *more: Any, original: Any = original, **named: Any) -> Any:
             loaded.append(len(what) if isinstance(what, torch.Tensor) else 0)
-            return original(what, *more)
+            return original(what, *more, **named)
 
         monkeypatch.setattr(module, name, counted)
     words = ("method=vanilla", "seed=0,1", "schedule.epochs=2", "wandb.mode=offline")

@@ -280,14 +280,16 @@ def test_predictions_equal_the_plain_networks() -> None:
     assert_close(found, expected, 1e-5)
 
 
-def build(composed: Compose, method: str, pair: str) -> tuple[Method, list[Phase], Batch]:
+def build(
+    composed: Compose, method: str, pair: str, batch_size: int = 8
+) -> tuple[Method, list[Phase], Batch]:
     images = random_images(12, 4)
     teacher, student = pair.split("-")
     words = [f"arch@teacher={teacher}", f"arch@student={student}", f"method={method}"]
     built = assemble(composed(*words, *(["method.negatives=5"] * (method == "crd"))), images)
     for network in built.children():
         with_statistics(network)
-    loader = Loader(images.train, images.mean, images.std, batch_size=8, views=built.views)
+    loader = Loader(images.train, images.mean, images.std, batch_size=batch_size, views=built.views)
     return built, list(built.phases()), loader.next_batch()
 
 
@@ -298,8 +300,8 @@ def test_losses_and_gradients_equal_the_plain_path(composed: Compose, method: st
     The networks compute in float64, so that rounding changes the sign of no input of a ReLU. The
     losses are float32 as always.
     """
-    plain, plain_phases, batch = build(composed, method, "wrn_16_2-wrn_16_2")
-    fast, fast_phases, _ = build(composed, method, "wrn_16_2-wrn_16_2")
+    plain, plain_phases, batch = build(composed, method, "wrn_16_2-wrn_16_2", 4)
+    fast, fast_phases, _ = build(composed, method, "wrn_16_2-wrn_16_2", 4)
     fast.load_state_dict(plain.state_dict())
     batch = batch._replace(x=batch.x.double())
     plain_batch = batch._replace(x=batch.x.contiguous(memory_format=torch.contiguous_format))
