@@ -181,28 +181,45 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Com
     return Command(monkeypatch, capsys, tmp_path / "runs")
 
 
+class KeptRuns:
+    """Folders of runs that are made once for the tests of all processes, and copied."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def put(self, name: str, make: Callable[[Path], object], *folders: Path) -> None:
+        """Copy what ``make`` writes to the folder that it is given; make it if it is not there."""
+        kept = self._root / name
+        with FileLock(f"{kept}.lock"):
+            if not kept.exists():
+                part = self._root / f"{name}.part"
+                shutil.rmtree(part, ignore_errors=True)  # left by a test that failed
+                make(part)
+                part.rename(kept)
+        for runs in folders:
+            shutil.copytree(kept, runs)
+
+
 class SmallTeacher:
     """The teacher of ``faults.SMALL``, trained once for the tests that are not about it.
 
     Otherwise they would spend half of their time on their teachers.
     """
 
-    def __init__(self, runs: Path) -> None:
-        self._runs = runs
+    def __init__(self, kept: KeptRuns) -> None:
+        self._kept = kept
 
     def put(self, *folders: Path) -> None:
         """Copy its finished run into folders of runs; call it before a patch of the training."""
-        with FileLock(f"{self._runs}.lock"):
-            if not self._runs.exists():
-                from faults import SMALL
+        self._kept.put("teacher", self._train, *folders)
 
-                words = (f"runs={self._runs}.part", *SMALL, "method=kd")
-                config = missing_teacher(read_config(compose_once("student", *words)))
-                assert config is not None
-                sskd.train.train(config)
-                Path(f"{self._runs}.part").rename(self._runs)
-        for runs in folders:
-            shutil.copytree(self._runs, runs)
+    def _train(self, runs: Path) -> None:
+        from faults import SMALL
+
+        words = (f"runs={runs}", *SMALL, "method=kd")
+        config = missing_teacher(read_config(compose_once("student", *words)))
+        assert config is not None
+        sskd.train.train(config)
 
 
 @pytest.fixture(scope="session")
@@ -213,8 +230,15 @@ def shared_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="session")
-def small_teacher(shared_folder: Path) -> SmallTeacher:
-    return SmallTeacher(shared_folder / "teacher")
+def kept_runs(shared_folder: Path) -> KeptRuns:
+    root = shared_folder / "kept"
+    root.mkdir(exist_ok=True)
+    return KeptRuns(root)
+
+
+@pytest.fixture(scope="session")
+def small_teacher(kept_runs: KeptRuns) -> SmallTeacher:
+    return SmallTeacher(kept_runs)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from breaking import outcome
-from conftest import Compose, SmallTeacher
+from conftest import Compose, KeptRuns, SmallTeacher
 from crashes import CrashError, at_step, crash
 from damage import change_value
 from faults import SMALL
@@ -26,29 +26,33 @@ from sskd.train import train
 from sskd.training.state import PhaseCheckpoint
 
 CHANGES = 25
-TEACHER_STEPS = 3  # 40 images in a batch of the recipe's 64, three times
-StopRun = Callable[..., tuple[Config, Path]]
+TEACHER_STEPS = 2  # 40 images in a batch of the recipe's 64, twice
+SSKD = (*SMALL, "method=sskd", "method.ss_head.epochs=0.7", "checkpoint_minutes=1e-9")
+StopRun = Callable[[], tuple[Config, Path]]
 
 
 @pytest.fixture
 def stop_run(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_teacher: SmallTeacher
-) -> StopRun:
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_teacher: SmallTeacher,
+    kept_runs: KeptRuns,
+) -> StopRun:  # fmt: skip
     """Return a function that crashes SSKD in the second epoch of its shared head phase.
 
     It returns the configuration and the folder of that phase.
     """
 
-    def stop(*words: str) -> tuple[Config, Path]:
-        small_teacher.put(tmp_path / "runs")
-        config = composed(*SMALL, "method=sskd", "method.ss_head.epochs=0.7", *words)
-        with monkeypatch.context() as patch:
-            at_step(patch, 5 + 2, crash)
-            with pytest.raises(CrashError):
-                train(config)
+    def stop() -> tuple[Config, Path]:
+        def make(runs: Path) -> None:
+            small_teacher.put(runs)
+            with monkeypatch.context() as patch:
+                at_step(patch, 5 + 2, crash)
+                with pytest.raises(CrashError):
+                    train(composed(*SSKD, f"runs={runs}"))
+
+        kept_runs.put("stopped", make, tmp_path / "runs")
         folders = (tmp_path / "runs").glob("digits/phases/*/*/*/last.pt")
         (folder,) = (path.parent for path in folders)
-        return config, folder
+        return composed(*SSKD), folder
 
     return stop
 
@@ -56,15 +60,14 @@ def stop_run(
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty", "foreign", "removed"])
 def test_a_run_resumes_from_the_previous_checkpoint(
     composed: Compose, tmp_path: Path, capsys: Any, damage: str, stop_run: StopRun,
-    small_teacher: SmallTeacher,
+    small_teacher: SmallTeacher, kept_runs: KeptRuns,
 ) -> None:  # fmt: skip
-    small_teacher.put(tmp_path / "undisturbed")
-    train(
-        composed(
-            *SMALL, "method=sskd", "method.ss_head.epochs=0.7", f"runs={tmp_path / 'undisturbed'}"
-        )
-    )
-    config, folder = stop_run("checkpoint_minutes=1e-9")
+    def make(runs: Path) -> None:
+        small_teacher.put(runs)
+        train(composed(*SSKD, f"runs={runs}"))
+
+    kept_runs.put("undisturbed", make, tmp_path / "undisturbed")
+    config, folder = stop_run()
     last, content = folder / "last.pt", (folder / "last.pt").read_bytes()
     middle = len(content) // 2
     if damage == "removed":  # between the two renames
@@ -88,7 +91,7 @@ def test_a_run_resumes_from_the_previous_checkpoint(
 @pytest.mark.parametrize("damage", ["both", "metrics", "a line short"])
 def test_the_error_names_the_folder_of_a_corrupt_run(stop_run: StopRun, damage: str) -> None:
     """The corrupt run may be a first phase, which force=true would not train again."""
-    config, folder = stop_run("checkpoint_minutes=1e-9")
+    config, folder = stop_run()
     metrics = folder / "metrics.jsonl"
     if damage == "both":
         for name in ("last.pt", "previous.pt"):
@@ -148,7 +151,7 @@ def test_best_weights_of_another_epoch_are_refused(
 def test_a_checkpoint_with_foreign_content_is_refused(
     stop_run: StopRun, content: dict[str, Any]
 ) -> None:
-    config, folder = stop_run("checkpoint_minutes=1e-9")
+    config, folder = stop_run()
     state = load_checkpoint(folder / "last.pt")
     assert state["position"]["mid_epoch"]
     if "loader" in content:
@@ -162,7 +165,7 @@ def test_a_changed_checkpoint_is_refused_or_resumes(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The archive's checksums fit, but a value is nonsense; only a one-line error may result."""
-    config = composed(*SMALL, "method=kd", "checkpoint_minutes=1e-9")
+    config = composed(*SMALL, "method=kd", "schedule.epochs=2", "checkpoint_minutes=1e-9")
     with monkeypatch.context() as patch:
         at_step(patch, TEACHER_STEPS + 7, crash)
         with pytest.raises(CrashError):
@@ -188,7 +191,7 @@ def test_a_changed_checkpoint_is_refused_or_resumes(
 def test_a_checkpoint_of_an_unknown_phase_is_corrupt(
     stop_run: StopRun, capsys: Any, phase: Any
 ) -> None:
-    config, folder = stop_run("checkpoint_minutes=1e-9")
+    config, folder = stop_run()
     save_checkpoint(folder / "last.pt", {**load_checkpoint(folder / "last.pt"), "stage": phase})
     train(config)
     assert f"warning: {folder}: last.pt is corrupt: it belongs to phase" in capsys.readouterr().err
