@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hydra._internal import config_loader_impl as loading
 from hydra._internal import defaults_list as listing
 from hydra._internal.config_repository import ConfigRepository
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig
+from omegaconf import DictConfig, base
 
 from sskd import CONF
 
@@ -36,6 +37,7 @@ def install() -> None:
     loader._compose_config_from_defaults_list = _merged_once(  # type: ignore[method-assign]
         loader._compose_config_from_defaults_list
     )
+    base.parse = cache(base.parse)  # the same interpolations are in all configurations
     # Each composition would copy all that is stored, though a reader of an entry gets a copy.
     ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
 
