@@ -168,3 +168,16 @@ def test_the_terms_of_later_methods_fall() -> None:
                 assert last < first, (name, term)
             # Guesses reach 1 % with a standard deviation of 0.1 points.
             assert of_result(folder, "top1")["last"] > 2, name
+
+
+def test_the_table_of_a_quarter_of_the_images_equals_the_metrics() -> None:
+    _, *rows = table("results/README.md", "## Few-shot: a quarter of the images", "resnet20")
+    students = ROOT / "results/runs/few_shot/cifar100/distill/resnet56-resnet20"
+    assert {row[0].lower() for row in rows} == {each.name for each in students.iterdir()}
+    for name, *cells in rows:
+        folders = sorted((students / name.lower()).iterdir())
+        assert [of_result(each, "seed") for each in folders] == [0, 1, 2]
+        top1 = [last_top1(each, 8) for each in folders]
+        agreed = statistics.mean(of_result(each, "agreement") for each in folders)
+        seeds = [f"{value:.2f}" for value in top1]
+        assert cells == [f"{mean_std(top1)} (3)", *seeds, f"{agreed:.2f} %"]
