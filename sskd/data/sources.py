@@ -45,7 +45,7 @@ def load_digits(settings: DatasetSettings) -> Source:
     The images are 8x8 with values 0 to 16 (Alpaydin and Kaynak, UCI, 1998), in the order of
     scikit-learn's file, and are scaled up to ``settings.size``.
     """
-    # To import scikit-learn takes longer than to read the file: a quarter of a short run.
+    # Importing scikit-learn takes a quarter of a short run, much longer than reading the file.
     file = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
     rows = torch.from_numpy(np.loadtxt(str(file), delimiter=","))
     pixels, labels = rows[:, :-1].view(-1, 1, *DIGITS_SIZE), rows[:, -1].long()
