@@ -15,6 +15,7 @@ from sskd.data.images import (
 from sskd.data.loader import Batch, Loader, eval_batches
 from sskd.data.reading import find_problem
 from sskd.data.settings import DatasetSettings
+from sskd.data.share import WHOLE, Share
 from sskd.data.sources import SOURCES
 from sskd.data.strong import StrongAugmentation
 from sskd.data.transformations import TRANSFORMATIONS, Transformations
@@ -26,11 +27,13 @@ __all__ = [
     "ONE_VIEW",
     "SOURCES",
     "TRANSFORMATIONS",
+    "WHOLE",
     "Augmenter",
     "Batch",
     "DatasetSettings",
     "Images",
     "Loader",
+    "Share",
     "Split",
     "StrongAugmentation",
     "Transformations",

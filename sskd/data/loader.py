@@ -11,6 +11,7 @@ from torch import Tensor
 from sskd.data.augmentation import ONE_VIEW, Normaliser, Views
 from sskd.data.augmenter import Augmenter
 from sskd.data.images import Split
+from sskd.data.share import WHOLE, Share
 
 
 class Batch(NamedTuple):
@@ -44,6 +45,8 @@ class Loader:
 
     With ``strong_copies`` an epoch has each image twice, once with strong views.
 
+    ``batch_size`` is that of all processes together; each draws its ``share`` of every batch.
+
     A batch is drawn on the device alone (``draw``), from tensors that stay in place. So a CUDA
     graph can contain it. ``advance`` then counts it on the host.
     """
@@ -57,9 +60,11 @@ class Loader:
         batch_size: int,
         views: Views = ONE_VIEW,
         strong_copies: bool = False,
+        share: Share = WHOLE,
     ) -> None:
         self.device = split.images.device
         self.batch_size = batch_size
+        self.share = share
         self.views = views
         self._labels = split.labels
         self.augmenter = Augmenter(split.images, mean, std, views, strong_copies=strong_copies)
@@ -72,7 +77,8 @@ class Loader:
     @property
     def steps(self) -> int:
         """Batches in an epoch, including the last one, which may be smaller."""
-        return -(-self.samples // self.batch_size)
+        whole, rest = divmod(self.samples, self.batch_size)
+        return whole + (self.share.size(rest) > 0)
 
     @property
     def position(self) -> int:
@@ -81,8 +87,14 @@ class Loader:
 
     @property
     def next_size(self) -> int:
-        """Images in the next batch; 0 at the end of the epoch."""
-        return min(self.batch_size, self.samples - self._position * self.batch_size)
+        """Images in this process's share of the next batch; 0 at the end of the epoch."""
+        return self.share.size(self._next_batch)
+
+    @property
+    def _next_batch(self) -> int:
+        """Images that are left for the next batch of all processes."""
+        left = self.samples - self._position * self.batch_size
+        return min(self.batch_size, max(left, 0))
 
     def begin_epoch(self, seed: int) -> None:
         """Draw the order and the views of an epoch."""
@@ -101,9 +113,9 @@ class Loader:
         return batch
 
     def draw(self, size: int) -> Batch:
-        """Draw the next ``size`` images, on the device alone; call ``advance`` after it."""
+        """Draw ``size`` images of the next batch, on the device alone; ``advance`` follows."""
         batch = self.peek(size)
-        self._start += size
+        self._start += size * self.share.ranks
         return batch
 
     def peek(self, size: int) -> Batch:
@@ -117,6 +129,8 @@ class Loader:
     def advance(self) -> None:
         """Count a batch that was drawn."""
         self._position += 1
+        if self._next_batch < self.batch_size:  # the shares of a smaller batch are smaller
+            self._move_to(self._position)
 
     def state_dict(self) -> LoaderState:
         """Return everything that is needed to resume in the middle of an epoch."""
@@ -139,7 +153,7 @@ class Loader:
 
     def _move_to(self, position: int) -> None:
         self._position = position
-        self._start.fill_(position * self.batch_size)
+        self._start.fill_(position * self.batch_size + self.share.start(self._next_batch))
 
 
 def eval_batches(

@@ -11,7 +11,16 @@ import torch
 from test_augmentation import MEAN, STD, found_in, noise_split
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sskd.data import Batch, Loader, Split, StrongAugmentation, Views, eval_batches
+from sskd.data import (
+    WHOLE,
+    Batch,
+    Loader,
+    Share,
+    Split,
+    StrongAugmentation,
+    Views,
+    eval_batches,
+)
 
 
 def loader_of(count: int, batch_size: int, views: int = 1) -> Loader:
@@ -44,6 +53,41 @@ def test_an_epoch_holds_every_image_once(count: int, batch_size: int, steps: int
     assert loader.position == steps
     with pytest.raises(IndexError, match=f"all {steps} batches"):
         loader.next_batch()
+
+
+@pytest.mark.parametrize(("count", "ranks", "left_out"), [(16, 2, 0), (17, 2, 1), (21, 3, 0)])
+def test_the_shares_of_processes_are_parts_of_the_same_batches(
+    count: int, ranks: int, left_out: int
+) -> None:
+    split, batch_size = noise_split(count), 6
+    whole, *shares = (
+        Loader(split, MEAN, STD, batch_size=batch_size, views=Views(2), share=share)
+        for share in (WHOLE, *(Share(rank, ranks) for rank in range(ranks)))
+    )
+    for loader in (whole, *shares):
+        loader.begin_epoch(3)
+    seen = 0
+    for expected in epoch(whole)[: shares[0].steps]:
+        parts = [loader.next_batch() for loader in shares]
+        assert len({len(part.y) for part in parts}) == 1
+        for name, values in expected._asdict().items():
+            joined = torch.cat([getattr(part, name) for part in parts])
+            assert torch.equal(joined, values[: len(joined)]), name
+        seen += sum(len(part.y) for part in parts)
+    assert seen == count - left_out
+    assert all(loader.position == loader.steps and not loader.next_size for loader in shares)
+
+
+def test_a_position_is_that_of_any_number_of_processes() -> None:
+    whole = loader_of(16, 6)
+    whole.begin_epoch(3)
+    whole.next_batch()
+    whole.next_batch()
+    expected = whole.peek(4).indices
+    for rank in range(2):
+        part = Loader(noise_split(16), MEAN, STD, batch_size=6, share=Share(rank, 2))
+        part.load_state_dict(whole.state_dict())
+        assert torch.equal(part.next_batch().indices, expected[2 * rank :][:2])
 
 
 def test_a_batch_has_its_labels_and_ordered_views() -> None:
