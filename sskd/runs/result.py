@@ -77,7 +77,8 @@ class RunResult(Result):
     ``auto``, here and in ``difference``; ``tf32`` is true if convolutions used TF32. ``extensions``
     has the SHA-256 of the user's code, by choices such as ``method=dist``. ``passes`` is the number
     of views of each image on which the student was trained. ``departures`` are settings of the
-    recipe that the method itself replaces, by dotted key.
+    recipe that the method itself replaces, by dotted key. ``ranks`` is the number of processes that
+    trained together at the end.
     """
 
     kind: str | None = None
@@ -109,6 +110,7 @@ class RunResult(Result):
     compile: str | None = None
     precomputed: bool | None = None
     passes: int | None = None
+    ranks: int | None = None
     departures: Mapping[str, Any] = field(default_factory=dict)
     extensions: Mapping[str, Any] = field(default_factory=dict)
     device: str | None = None
@@ -148,7 +150,7 @@ _TEXTS = (
     *("kind", "dataset", "dataset_source", "dataset_digest", "teacher", "student", "method"),
     *("teacher_digest", "teacher_epoch", "precision", "compile", "device", "date"),
 )
-_INTEGERS = ("seed", "recipe", "epoch", "parameters", "threads", "passes")
+_INTEGERS = ("seed", "recipe", "epoch", "parameters", "threads", "passes", "ranks")
 _PERCENTAGES = ("teacher_top1", "agreement", "accuracy")
 _NUMBERS = ("seconds", "images_per_second", "peak_memory_mib")
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sskd.data import Images, Split, eval_batches
 from sskd.device import inference_batch_size
+from sskd.distributed import ranks
 from sskd.errors import NotFiniteError
 from sskd.precision import exact
 from sskd.streams import wait_for
@@ -29,20 +30,25 @@ def predict(
     """Return ``network``'s logits [N, C] for the images of ``split``, unrotated and uncropped.
 
     Computed in eval mode and in float32 with TF32 off, whatever precision the network trains in.
-    After each batch ``advance`` is called with its number of images.
+    Each of several ranks computes a part and returns all of them. After each batch ``advance`` is
+    called with its number of images.
 
     Raises:
         NotFiniteError: they are not finite; ``of`` names the network or the images in its message.
     """
     network.eval()
     device = split.images.device
-    batches = eval_batches(split, images.mean, images.std, inference_batch_size(device))
+    is_divided = 1 < ranks.count() <= len(split)
+    part = split.take(ranks.part_of(len(split)).to(device)) if is_divided else split
+    batches = eval_batches(part, images.mean, images.std, inference_batch_size(device))
     computed = []
     with exact(device):
         for x, _ in batches:
             computed.append(network(x).logits)
             advance(len(x))
     logits = torch.cat(computed)
+    if is_divided:
+        logits = ranks.gather_uneven(logits)
     wait_for(device)
     _require_finite(logits, "logits", of)
     return logits

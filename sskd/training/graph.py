@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sskd.config import Config
-from sskd.data import Loader
+from sskd.data import WHOLE, Loader
 from sskd.errors import UserError, one_line
 from sskd.methods import Method
 from sskd.output import say
@@ -33,20 +33,22 @@ def build_step(config: Config, *, method: Method, loader: Loader, **parts: Any) 
     """
     parts |= {"method": method, "loader": loader, "precision": config.precision}
     parts |= {"is_compiled": config.compile == "default"}
-    reason = _why_not(loader.device, method)
+    reason = _why_not(loader, method)
     if config.graph == "on" and reason:
         raise UserError(f"graph=on: {reason}; use graph=auto")
     if config.graph == "off" or reason:
-        if config.graph == "auto" and not method.capturable:
+        if config.graph == "auto" and loader.share == WHOLE and not method.capturable:
             say(f"graph=auto: {reason}; each step starts its kernels one by one")
         return TrainingStep(**parts)
     return GraphedStep(**parts, capture=capture_cuda_graph)
 
 
-def _why_not(device: torch.device, method: Method) -> str:
+def _why_not(loader: Loader, method: Method) -> str:
     """Return why a step of ``method`` cannot be a CUDA graph; "" if it can."""
-    if device.type != "cuda":
-        return f"a CUDA graph needs an NVIDIA GPU, and the run computes on '{device.type}'"
+    if loader.device.type != "cuda":
+        return f"a CUDA graph needs an NVIDIA GPU, and the run computes on '{loader.device.type}'"
+    if loader.share != WHOLE:
+        return "several processes exchange gradients in each step"
     if not method.capturable:
         return f"class {type(method).__name__} has capturable = False"
     return ""

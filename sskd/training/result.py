@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import sskd
 from sskd.data import Images
 from sskd.device import peak_memory
+from sskd.distributed import ranks
 from sskd.errors import UserError
 from sskd.methods import Method
 from sskd.models import weights_digest
@@ -30,15 +31,37 @@ from sskd.training.phase_settings import departures_of, passes_of
 from sskd.training.state import TrainingState
 
 
+class Predictions(NamedTuple):
+    """The logits [N, C] of the test images: the student's, and the teacher's if there is one."""
+
+    student: Tensor
+    teacher: Tensor | None
+
+
+def predict_test(plan: RunPlan, images: Images, method: Method) -> Predictions:
+    """Return the predictions of the networks of a run at its end."""
+    of = f"{plan.folder}: the"
+    student = predict(method.deployed, images.test, images, f"{of} student, test set")
+    if plan.config.teacher is None or plan.teacher is None:
+        return Predictions(student, None)
+    name = f"{of} teacher {plan.config.teacher.name}, test set"
+    return Predictions(student, predict(method.teacher, images.test, images, name))
+
+
 def measure_result(
-    run: Run, plan: RunPlan, *, images: Images, method: Method, state: TrainingState
+    run: Run,
+    plan: RunPlan,
+    *,
+    images: Images,
+    method: Method,
+    state: TrainingState,
+    predictions: Predictions,
 ) -> RunResult:
     """Return the result of a run whose last phase ended in ``state``."""
     config, student, phases = plan.config, method.deployed, list(method.phases())
-    logits = predict(student, images.test, images, f"{plan.folder}: the student, test set")
     best = run.checkpoints.load_best(state.best_epoch)
     best_digest = None if best is None else weights_digest(best)
-    last = accuracy(logits, images.test.labels)
+    last = accuracy(predictions.student, images.test.labels)
     result = RunResult(
         kind="distill" if config.teacher else "scratch",
         dataset=config.dataset.name,
@@ -65,29 +88,27 @@ def measure_result(
         passes=sum(passes_of(phase, config) for phase in phases if not phase.teacher_only),
         departures=departures_of(phases[-1], config),
         extensions=code_digests(config),
+        ranks=ranks.count(),
         **_circumstances(images),
     )
     if plan.teacher is None:
         return result
-    return replace(result, **_beside_teacher(plan, images, method, logits))
+    return replace(result, **_beside_teacher(plan, images, predictions))
 
 
-def _beside_teacher(
-    plan: RunPlan, images: Images, method: Method, student_logits: Tensor
-) -> dict[str, Any]:
+def _beside_teacher(plan: RunPlan, images: Images, predictions: Predictions) -> dict[str, Any]:
     """Return the fields of a result about the teacher and the student's agreement with it."""
-    teacher = plan.config.teacher
+    teacher, logits = plan.config.teacher, predictions.teacher
     assert teacher is not None
     assert plan.teacher is not None
-    name = f"{plan.folder}: the teacher {teacher.name}, test set"
-    logits = predict(method.teacher, images.test, images, name)
+    assert logits is not None
     return {
         "teacher": teacher.name,
         "teacher_digest": plan.teacher.digest,
         "teacher_epoch": teacher.epoch,
         "teacher_top1": accuracy(logits, images.test.labels),
-        "agreement": agreement(student_logits, logits),
-        "kl": mean_kl(student_logits, logits),
+        "agreement": agreement(predictions.student, logits),
+        "kl": mean_kl(predictions.student, logits),
     }
 
 

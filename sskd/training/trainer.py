@@ -12,6 +12,8 @@ from torch import nn
 
 from sskd.config import Config
 from sskd.data import Images
+from sskd.distributed import ranks
+from sskd.distributed.data_parallel import parallel
 from sskd.methods import Method, Phase
 from sskd.optimizers import build_optimizer, set_learning_rate
 from sskd.runs.epoch_line import EpochLine
@@ -74,11 +76,15 @@ class Trainer:
             self.config,
             method=self.method,
             loader=self.loader,
-            phase=compile_loss(self.phase, self.config),
+            phase=self._accelerated_phase(),
             optimizer=self.optimizer,
             meter=self.checkpoint.meter,
         )
         self._finite = FiniteCheck(self.phase, self.method, images, self.config, where=self._where)
+
+    def _accelerated_phase(self) -> Phase:
+        set_trainable(self.phase, self.method)
+        return parallel(compile_loss(self.phase, self.config))
 
     def train(self, resume: Mapping[str, Any] | None = None) -> TrainingState:
         """Train to the end of the phase, from its start or from a checkpoint of it.
@@ -115,15 +121,25 @@ class Trainer:
         set_trainable(self.phase, self.method)
         started = time.monotonic() - state.epoch_seconds
         while self.loader.position < self.loader.steps:
+            self._seed_step(state.epoch)
             self.progress.advance(self.step.take())
-            save = self.checkpoint.is_due(60 * self.config.checkpoint_minutes) or signals.received
-            if save and self.loader.position < self.loader.steps:
+            due = self.checkpoint.is_due(60 * self.config.checkpoint_minutes)
+            if signals.agree(due=due) and self.loader.position < self.loader.steps:
                 state.mid_epoch = True
                 state.epoch_seconds = time.monotonic() - started
                 self._finite.checked_metrics(self.checkpoint.meter, self.loader.position)
                 self.checkpoint.save()
                 signals.raise_if_received()
         self._end_epoch(started, signals)
+
+    def _seed_step(self, epoch: int) -> None:
+        """Seed the generators of one of several ranks for the next step.
+
+        A checkpoint has the states of one rank, and another number of ranks may resume from it.
+        """
+        if ranks.count() > 1:
+            purpose = (self.config.seed, self.phase.name, epoch, "model")
+            seed_torch(*purpose, self.loader.position, ranks.rank())
 
     def _end_epoch(self, started: float, signals: StopSignals) -> None:
         state, meter = self.checkpoint.state, self.checkpoint.meter
@@ -141,13 +157,16 @@ class Trainer:
         self.checkpoint.keep_if_best()
         shortest = min(self.config.checkpoint_seconds, 60 * self.config.checkpoint_minutes)
         due = state.epoch == self.schedule.epochs or self.checkpoint.is_due(shortest)
-        if save := due or signals.received:
+        if save := signals.agree(due=due):
             self.checkpoint.save()
         self.progress.epoch(line)
         if save:  # otherwise the next step notices a signal, and is saved
             signals.raise_if_received()
 
     def _metrics(self) -> dict[str, float]:
+        """Return the metrics of the epoch so far; the check of several ranks needs all of them."""
+        if ranks.count() > 1:
+            return self.checkpoint.meter.read()
         return self._finite.metrics(self.checkpoint.meter, self.loader.position)
 
     def _where(self) -> str:
