@@ -32,7 +32,7 @@ from sskd.tracking.opening import report_finished, tracker_of
 from sskd.training.acceleration import fold_teacher, fuse_teacher
 from sskd.training.phase_settings import check_phase, phase_schedule
 from sskd.training.preview import save_views
-from sskd.training.result import last_top1, measure_result, predict_test
+from sskd.training.result import last_top1, measure_result
 from sskd.training.trainer import Trainer
 from sskd.turns import shared
 
@@ -53,15 +53,12 @@ def carry_out(
             the agent's W&B run. A teacher trained on the way and a job of a sweep are not.
     """
     # ---- the plan ----
-    check_environment(config.wandb.mode)
     under_agent = from_command_line and started_by_agent()
-    device = choose_device(config.device)
-    check_division(config)
+    device = _checked_device(config)
     _train_missing_teacher(config, device)
     plan = _resolve_plan(config)
     run = Run(plan.folder, plan.full_config)
-    # A requeued job resumes.
-    force = config.force and not ranks.from_first(lambda: forced_in_this_sweep(plan.folder))
+    force = _is_forced(config, plan)
     if not force and (result := ranks.from_first(lambda: run.finished(RunResult))):
         say(f"{plan.folder}: already finished, last top-1 {last_top1(result, plan.folder):.2f}")
         warn_of_changed_code(plan.folder, config, result)
@@ -85,6 +82,18 @@ def carry_out(
         result = _train_phases(run, plan, phases, images, method=method, under_agent=under_agent)
     say(f"{plan.folder}: last top-1 {result.top1.last:.2f}, best {result.top1.best:.2f}")
     return plan, result
+
+
+def _checked_device(config: Config) -> torch.device:
+    """Return the device of the run; raise UserError if W&B, or several ranks, cannot be used."""
+    check_environment(config.wandb.mode)
+    check_division(config)
+    return choose_device(config.device)
+
+
+def _is_forced(config: Config, plan: RunPlan) -> bool:
+    """Return whether to train from scratch; a requeued job resumes."""
+    return config.force and not ranks.from_first(lambda: forced_in_this_sweep(plan.folder))
 
 
 def _train_missing_teacher(config: Config, device: torch.device) -> None:
@@ -173,8 +182,8 @@ def _train_phases(
     run.announce(epochs)
     current = checkpoint["stage"] if checkpoint else phases[0].name
     with tracker_of(run, plan, under_agent=under_agent) as tracker:
-        if ranks.is_first():
-            tracker.picture("views", save_views(run, images, config, method.views))
+        if path := ranks.is_first() and save_views(run, images, config, method.views):
+            tracker.picture("views", path)
         run.metrics.subscribe(tracker.log)
         if config.teacher and config.teacher.precompute:
             find_or_compute_outputs(method, images, plan)
@@ -193,13 +202,6 @@ def _train_phases(
                 eval_model=method.deployed if phase is phases[-1] else None,
             )
             state = trainer.train(checkpoint if checkpoint and phase.name == current else None)
-        predictions = predict_test(plan, images, method)
-        parts: dict[str, Any] = {
-            "images": images,
-            "method": method,
-            "state": state,
-            "predictions": predictions,
-        }
-        result = ranks.from_first(lambda: measure_result(run, plan, **parts))
+        result = measure_result(run, plan, images=images, method=method, state=state)
         tracker.summarise(result)
         return run.finish(method.deployed, result, method.heads)

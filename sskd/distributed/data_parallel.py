@@ -33,7 +33,7 @@ class _Losses(nn.Module):
 
 
 def parallel(phase: Phase) -> Phase:
-    """Return ``phase`` with gradients that are averaged over the ranks; its parts must train.
+    """Return ``phase`` with gradients that are averaged over the ranks.
 
     The parts of a batch have the same size, so the average is the gradient of the whole batch's
     mean. Buffers are not broadcast: ``running_statistics`` are averaged after each step.
@@ -42,6 +42,7 @@ def parallel(phase: Phase) -> Phase:
         return phase
     # The strides of a 1x1 kernel that is channels last are ambiguous.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    phase.trains.requires_grad_(True)  # DistributedDataParallel averages no others
     with warnings.catch_warnings():
         # The newest PyTorch renames ``broadcast_buffers``; the older ones lack the new name.
         warnings.simplefilter("ignore", FutureWarning)

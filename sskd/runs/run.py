@@ -16,7 +16,7 @@ from torch import nn
 
 from sskd.distributed import ranks
 from sskd.errors import BusyError, UserError
-from sskd.files import make_durable_folder, stale_temporaries, write_text
+from sskd.files import StillOurs, make_durable_folder, stale_temporaries, write_text
 from sskd.models import save_weights
 from sskd.runs.checkpoints import Checkpoints
 from sskd.runs.comparison import explain_difference, refuse_other_result
@@ -146,20 +146,33 @@ class Run:
 
     def finish(self, model: nn.Module | None, result: R, heads: nn.Module | None = None) -> R:
         """Write the weights of ``model`` and ``heads``, if any, and the result; return it."""
-        return ranks.from_first(lambda: self._finish(model, result, heads))
+        finished = replace(result, run=identity(self.config))
 
-    def _finish(self, model: nn.Module | None, result: R, heads: nn.Module | None) -> R:
-        result = replace(result, run=identity(self.config))
-        values = result.to_json()
-        metadata = {key: values[key] for key in _METADATA if key in values}
-        with self.lock.writing() as still_ours:
-            if model is not None:
-                save_weights(self.folder / WEIGHTS, model, metadata, still_ours=still_ours)
-            if heads is not None:
-                save_weights(self.folder / HEADS, heads, {}, still_ours=still_ours)
-            # Last, because the result marks the run as finished.
-            text = json.dumps(values, indent=2) + "\n"
-            write_text(self.folder / RESULT, text, still_ours=still_ours)
-            (self.folder / PREVIOUS).unlink(missing_ok=True)
-        self._write_status("finished")
-        return result
+        def write() -> None:
+            with self.lock.writing() as still_ours:
+                _write_files(self.folder, model, finished, heads, still_ours=still_ours)
+            self._write_status("finished")
+
+        ranks.from_first(write)
+        return finished
+
+
+def _write_files(
+    folder: Path,
+    model: nn.Module | None,
+    result: Result,
+    heads: nn.Module | None,
+    *,
+    still_ours: StillOurs,
+) -> None:
+    """Write the weights and the result of a finished run."""
+    values = result.to_json()
+    metadata = {key: values[key] for key in _METADATA if key in values}
+    if model is not None:
+        save_weights(folder / WEIGHTS, model, metadata, still_ours=still_ours)
+    if heads is not None:
+        save_weights(folder / HEADS, heads, {}, still_ours=still_ours)
+    # Last, because the result marks the run as finished.
+    text = json.dumps(values, indent=2) + "\n"
+    write_text(folder / RESULT, text, still_ours=still_ours)
+    (folder / PREVIOUS).unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,37 +31,15 @@ from sskd.training.phase_settings import departures_of, passes_of
 from sskd.training.state import TrainingState
 
 
-class Predictions(NamedTuple):
-    """The logits [N, C] of the test images: the student's, and the teacher's if there is one."""
-
-    student: Tensor
-    teacher: Tensor | None
-
-
-def predict_test(plan: RunPlan, images: Images, method: Method) -> Predictions:
-    """Return the predictions of the networks of a run at its end."""
-    of = f"{plan.folder}: the"
-    student = predict(method.deployed, images.test, images, f"{of} student, test set")
-    if plan.config.teacher is None or plan.teacher is None:
-        return Predictions(student, None)
-    name = f"{of} teacher {plan.config.teacher.name}, test set"
-    return Predictions(student, predict(method.teacher, images.test, images, name))
-
-
 def measure_result(
-    run: Run,
-    plan: RunPlan,
-    *,
-    images: Images,
-    method: Method,
-    state: TrainingState,
-    predictions: Predictions,
+    run: Run, plan: RunPlan, *, images: Images, method: Method, state: TrainingState
 ) -> RunResult:
-    """Return the result of a run whose last phase ended in ``state``."""
+    """Return the result of a run whose last phase ended in ``state``; the first rank has it all."""
     config, student, phases = plan.config, method.deployed, list(method.phases())
+    logits = predict(student, images.test, images, f"{plan.folder}: the student, test set")
     best = run.checkpoints.load_best(state.best_epoch)
     best_digest = None if best is None else weights_digest(best)
-    last = accuracy(predictions.student, images.test.labels)
+    last = accuracy(logits, images.test.labels)
     result = RunResult(
         kind="distill" if config.teacher else "scratch",
         dataset=config.dataset.name,
@@ -88,27 +66,29 @@ def measure_result(
         passes=sum(passes_of(phase, config) for phase in phases if not phase.teacher_only),
         departures=departures_of(phases[-1], config),
         extensions=code_digests(config),
-        ranks=ranks.count(),
         **_circumstances(images),
     )
     if plan.teacher is None:
         return result
-    return replace(result, **_beside_teacher(plan, images, predictions))
+    return replace(result, **_beside_teacher(plan, images, method, logits))
 
 
-def _beside_teacher(plan: RunPlan, images: Images, predictions: Predictions) -> dict[str, Any]:
+def _beside_teacher(
+    plan: RunPlan, images: Images, method: Method, student_logits: Tensor
+) -> dict[str, Any]:
     """Return the fields of a result about the teacher and the student's agreement with it."""
-    teacher, logits = plan.config.teacher, predictions.teacher
+    teacher = plan.config.teacher
     assert teacher is not None
     assert plan.teacher is not None
-    assert logits is not None
+    name = f"{plan.folder}: the teacher {teacher.name}, test set"
+    logits = predict(method.teacher, images.test, images, name)
     return {
         "teacher": teacher.name,
         "teacher_digest": plan.teacher.digest,
         "teacher_epoch": teacher.epoch,
         "teacher_top1": accuracy(logits, images.test.labels),
-        "agreement": agreement(predictions.student, logits),
-        "kl": mean_kl(predictions.student, logits),
+        "agreement": agreement(student_logits, logits),
+        "kl": mean_kl(student_logits, logits),
     }
 
 
@@ -142,6 +122,7 @@ def _circumstances(images: Images) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "ranks": ranks.count(),
         "threads": torch.get_num_threads(),
         "peak_memory_mib": peak_memory(device),
         "versions": {

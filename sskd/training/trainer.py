@@ -76,15 +76,11 @@ class Trainer:
             self.config,
             method=self.method,
             loader=self.loader,
-            phase=self._accelerated_phase(),
+            phase=parallel(compile_loss(self.phase, self.config)),
             optimizer=self.optimizer,
             meter=self.checkpoint.meter,
         )
         self._finite = FiniteCheck(self.phase, self.method, images, self.config, where=self._where)
-
-    def _accelerated_phase(self) -> Phase:
-        set_trainable(self.phase, self.method)
-        return parallel(compile_loss(self.phase, self.config))
 
     def train(self, resume: Mapping[str, Any] | None = None) -> TrainingState:
         """Train to the end of the phase, from its start or from a checkpoint of it.
@@ -121,7 +117,7 @@ class Trainer:
         set_trainable(self.phase, self.method)
         started = time.monotonic() - state.epoch_seconds
         while self.loader.position < self.loader.steps:
-            self._seed_step(state.epoch)
+            _seed_step(self.config.seed, self.phase.name, state.epoch, self.loader.position)
             self.progress.advance(self.step.take())
             due = self.checkpoint.is_due(60 * self.config.checkpoint_minutes)
             if signals.agree(due=due) and self.loader.position < self.loader.steps:
@@ -131,15 +127,6 @@ class Trainer:
                 self.checkpoint.save()
                 signals.raise_if_received()
         self._end_epoch(started, signals)
-
-    def _seed_step(self, epoch: int) -> None:
-        """Seed the generators of one of several ranks for the next step.
-
-        A checkpoint has the states of one rank, and another number of ranks may resume from it.
-        """
-        if ranks.count() > 1:
-            purpose = (self.config.seed, self.phase.name, epoch, "model")
-            seed_torch(*purpose, self.loader.position, ranks.rank())
 
     def _end_epoch(self, started: float, signals: StopSignals) -> None:
         state, meter = self.checkpoint.state, self.checkpoint.meter
@@ -164,15 +151,20 @@ class Trainer:
             signals.raise_if_received()
 
     def _metrics(self) -> dict[str, float]:
-        """Return the metrics of the epoch so far; the check of several ranks needs all of them."""
-        if ranks.count() > 1:
-            return self.checkpoint.meter.read()
-        return self._finite.metrics(self.checkpoint.meter, self.loader.position)
+        return self._finite.shown_metrics(self.checkpoint.meter, self.loader.position)
 
     def _where(self) -> str:
-        return (
-            f"{self.run.folder}: phase {self.phase.name}, epoch {self.checkpoint.state.epoch + 1}"
-        )
+        epoch = self.checkpoint.state.epoch + 1
+        return f"{self.run.folder}: phase {self.phase.name}, epoch {epoch}"
+
+
+def _seed_step(seed: int, phase: str, epoch: int, step: int) -> None:
+    """Seed the generators of one of several ranks for a step.
+
+    A checkpoint has the states of one rank, and another number of ranks may resume from it.
+    """
+    if ranks.count() > 1:
+        seed_torch(seed, phase, epoch, "model", step, ranks.rank())
 
 
 def _timing(images: int, seconds: float) -> dict[str, float]:

@@ -31,7 +31,7 @@ def job_of(primary: str, *launcher: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base=None):
         composed = compose(primary, [*WORDS, *words], return_hydra_config=True)
     HydraConfig.instance().set_config(composed)
-    return OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
 
 
 @pytest.fixture

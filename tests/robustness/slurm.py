@@ -302,9 +302,7 @@ def stopped_sweep(cluster: Cluster, runs: Path, *command: str, more: tuple[str, 
     return sweep
 
 
-def test_torchrun_trains_a_job_on_two_gpus_and_resumes_it(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_torchrun_trains_a_job_on_two_gpus_and_resumes_it(cluster: Cluster, tmp_path: Path) -> None:
     words = (*ALONE, "batch_size=8", "seed=0,1", f"schedule.epochs={EPOCHS}")
     sweep = Sweep(cluster, tmp_path / "runs", *words, "hydra.launcher.gpus_per_node=2")
     wait_for("training", lambda: sweep.lines(0) >= STOPPED_AFTER)
