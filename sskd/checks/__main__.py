@@ -89,9 +89,10 @@ def _build(given: argparse.Namespace, images: Images, pair: str = PAIR) -> Metho
     words = (f"method={given.name}", f"arch@teacher={teacher}", f"arch@student={student}")
     settings = _config(given, *words).method
     torch.manual_seed(0)
-    student_network = build_model(student, images.num_classes)
     needs_teacher = METHODS[settings.name].needs_teacher
-    teacher_network = build_model(teacher, images.num_classes) if needs_teacher else None
+    sizes = images.num_classes, images.image_size
+    student_network = build_model(student, *sizes)
+    teacher_network = build_model(teacher, *sizes) if needs_teacher else None
     return build_method(settings, student_network, teacher_network, images)
 
 
