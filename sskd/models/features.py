@@ -104,9 +104,7 @@ class StagePlan(NamedTuple):
     stride: int
 
 
-def rectified_stage(
-    plan: StagePlan, block: Callable[[int, int, int], nn.Module]
-) -> RectifiedStage:
+def rectified_stage(plan: StagePlan, block: Callable[[int, int, int], nn.Module]) -> RectifiedStage:
     """Return a stage of blocks that ``block`` builds of input channels, output channels, stride.
 
     The first block has the stride of ``plan``.

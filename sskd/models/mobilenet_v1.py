@@ -81,9 +81,7 @@ def _stem(stride: int) -> Iterator[nn.Module]:
 def _separable(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
     """Return a depthwise 3x3 and a 1x1 convolution, without the last ReLU."""
     return nn.Sequential(
-        nn.Conv2d(
-            in_channels, in_channels, 3, stride, padding=1, groups=in_channels, bias=False
-        ),
+        nn.Conv2d(in_channels, in_channels, 3, stride, padding=1, groups=in_channels, bias=False),
         nn.BatchNorm2d(in_channels),
         nn.ReLU(inplace=True),
         nn.Conv2d(in_channels, out_channels, 1, bias=False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from conftest import Compose, random_images
 from torch import Tensor, nn
 
 from sskd.errors import UserError
-from sskd.models import Features, build_model, load_weights, recognise, save_weights
+from sskd.models import ARCHITECTURES, Features, build_model, load_weights, recognise, save_weights
 from sskd.runs.folder import write_config_file
 from sskd.runs.names import CONFIG
 from sskd.teachers.assembly import assemble, check_compatible
@@ -113,7 +114,7 @@ def test_published_files_load(name: str, size: int, prefix: str, tmp_path: Path)
     with pytest.raises(UserError, match=message):
         load_weights(few, path)
     if name == "ResNet18":
-        with pytest.raises(UserError, match="for images of another size; set dataset.size"):
+        with pytest.raises(UserError, match=r"for images of another size; set dataset\.size"):
             load_weights(small, path)
 
 
@@ -122,6 +123,20 @@ def test_small_images_have_another_recognised_stem() -> None:
         states = [build_model("ResNet18", 7, size).state_dict() for size in (32, 224)]
     assert states[0]["conv1.weight"].shape != states[1]["conv1.weight"].shape
     assert [recognise(state) for state in states] == [("ResNet18", 7)] * 2
+
+
+def test_only_functions_that_need_the_size_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sized(classes: int, image_size: int) -> tuple[int, int]:
+        return classes, image_size
+
+    def optional(classes: int, image_size: int = 5) -> tuple[int, int]:
+        return classes, image_size
+
+    entries = {"sized": sized, "chosen": partial(sized, image_size=9), "optional": optional}
+    for name, entry in (entries | {"built_in": int}).items():
+        monkeypatch.setitem(ARCHITECTURES, name, entry)
+    found = [build_model(name, 3, 64) for name in (*entries, "built_in")]
+    assert found == [(3, 64), (3, 9), (3, 5), 3]
 
 
 def test_a_run_builds_networks_for_its_images(composed: Compose) -> None:
