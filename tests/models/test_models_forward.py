@@ -214,9 +214,8 @@ def draw_batch_norms(state: State) -> None:
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [*((name, 32) for name in REFERENCES), ("vgg13", 64), ("MobileNetV1", 64),
-     ("MobileNetV1", 128)],
-)  # fmt: skip
+    [*((name, 32) for name in REFERENCES), ("vgg13", 64), ("MobileNetV1", 128)],
+)
 def test_forward_agrees_with_the_reference(name: str, size: int) -> None:
     torch.manual_seed(0)
     model = build_model(name, 10, size).double().eval()
