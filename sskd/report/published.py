@@ -285,8 +285,6 @@ SKD = PublishedSource(
         ("optimizer.weight_decay", "4e-05"),
     ),
 )
-# "The weight of CE is 1.0", whatever the weights of the method's file are.
-_CE_ALONE_CHANGED = (("method.weights.ce", "1.0"),)
 IMAGENET = PublishedSource(
     "published_imagenet.csv",
     "",
@@ -300,13 +298,8 @@ IMAGENET = PublishedSource(
         " KD has 71.37, AT 70.90 and CRD 70.93. It trained the head for 30 epochs; the paper does"
         " not describe this phase.",
     ),
-    variant_of={
-        "KD": _CE_ALONE_CHANGED,
-        "AT": ((WEIGHTING, "crd_benchmark"),),
-        "CRD": ((WEIGHTING, "crd_benchmark"),),
-        "CRD+KD": ((WEIGHTING, "imagenet"),),
-        "SSKD": _CE_ALONE_CHANGED,
-    },
+    variant=(("method.weights.ce", "1.0"),),
+    variant_of=dict.fromkeys(("AT", "CRD"), ((WEIGHTING, "crd_benchmark"),)),
     reruns={"SSKD": "published_imagenet_reruns.csv"},
     epochs=100,
     setting=(
