@@ -293,7 +293,8 @@ IMAGENET = PublishedSource(
         " which prints errors; shown is 100 minus the error. The teacher ({teachers}) has the"
         " accuracy of torchvision's checkpoint. AT's values are those of its authors (the"
         " repository szagoruyko/attention-transfer), who had no KD; the table lists CRD with and"
-        " without KD. Weights: CE 1.0 in all rows, KD 0.9 in KD, CRD+KD and SSKD.",
+        " without KD. Weights: CE 1.0 in all rows, KD 0.9 in KD, CRD+KD and SSKD. A teacher trained"
+        " here must be as accurate as the published one too.",
         "The published re-run of SSKD is of torchdistill (Matsubara, RRPR 2020; one run), in which"
         " KD has 71.37, AT 70.90 and CRD 70.93. It trained the head for 30 epochs; the paper does"
         " not describe this phase.",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import table
 from report_runs import texts
 from test_report import notes_of, read, record, scratch, top1
 
@@ -23,6 +24,7 @@ ERRORS = {
     "CRD+KD": (28.62, 9.51),
     "SSKD": (28.38, 9.33),
 }
+PAIR = ("ResNet34", "ResNet18")
 RECIPE = {"schedule.epochs": 100, "schedule.milestones": [0.3, 0.6, 0.9], "batch_size": 256}
 FILE = {"teacher.digest": "0123456789abcdef"}  # torchvision's checkpoint
 ALONE = {"method.weights.ce": 1.0, "method.weights.kd": 0.0}
@@ -50,21 +52,32 @@ def alone(**changes: Any) -> dict[str, Any]:
 
 def test_the_published_values_are_the_printed_errors() -> None:
     (source,) = published_for("imagenet")
-    pair = ("ResNet34", "ResNet18")
     assert source.rows == tuple(ERRORS)
     for row, (first, fifth) in ERRORS.items():
-        assert source.value(pair, row) == pytest.approx(100 - first)
-        assert source.value(pair, row, "top5") == pytest.approx(100 - fifth)
+        assert source.value(PAIR, row) == pytest.approx(100 - first)
+        assert source.value(PAIR, row, "top5") == pytest.approx(100 - fifth)
     assert not any(other.top5 for other in all_published("cifar100"))
+
+
+def test_the_page_has_the_published_values() -> None:
+    header, *rows = table("docs/published.md", "ImageNet")
+    assert header[:3] == ["row", "top-1", "top-5"]
+    *values, rerun = rows
+    assert {row: (float(first), float(fifth)) for row, first, fifth, _ in values} == {
+        row: (round(100 - first, 2), round(100 - fifth, 2))
+        for row, (first, fifth) in ERRORS.items()
+    }
+    (source,) = all_published("imagenet")
+    assert rerun[:2] == ["*re-run, torchdistill (1)*", source.reruns[0].text(PAIR)]
 
 
 def test_both_accuracies_stand_beside_the_published(tmp_path: Path) -> None:
     runs = [distilled(*each) for each in METHODS if each[0] != "at"]
     runs.append(distilled("kd", WITH_KD, seed=1, top1=top1(72.0, 73.0)))
     del runs[-1]["top5"]  # of a version without top-5
-    table, _ = build_tables(read(tmp_path, *runs, alone()), "last")
-    assert table.header[1:] == ("ResNet34\nResNet18\ntop-1", "ResNet34\nResNet18\ntop-5")
-    rows = {row[0].split("\n")[0]: row[1:] for row in texts(table)}
+    shown, _ = build_tables(read(tmp_path, *runs, alone()), "last")
+    assert shown.header[1:] == ("ResNet34\nResNet18\ntop-1", "ResNet34\nResNet18\ntop-5")
+    rows = {row[0].split("\n")[0]: row[1:] for row in texts(shown)}
     assert rows == {
         "teacher": ("73.31 (1)\n73.30 +0.01", "91.42 (1)\n91.42 +0.00"),
         "student": ("69.00 (1)\n69.75 -0.75", "89.00 (1)\n89.07 -0.07"),
@@ -75,14 +88,14 @@ def test_both_accuracies_stand_beside_the_published(tmp_path: Path) -> None:
         "SSKD": ("70.00 (1)\n71.62 -1.62", "89.50 (1)\n90.67 -1.17"),
         "SSKD, torchdistill (1)": ("\n70.09", ""),
     }
-    assert "Top-5 in %" in notes_of([table])
-    lines = [line.split(",") for line in render_csv(table.entries).splitlines()]
+    assert "Top-5 in %" in notes_of([shown])
+    lines = [line.split(",") for line in render_csv(shown.entries).splitlines()]
     assert any("top-5" in cell for cell in lines[-1])
 
 
 def test_top5_is_that_of_the_epoch_with_the_best_top1(tmp_path: Path) -> None:
-    table, _ = build_tables(read(tmp_path, distilled("kd", WITH_KD)), "best")
-    (row,) = (row for row in texts(table) if row[0].startswith("KD"))
+    shown, _ = build_tables(read(tmp_path, distilled("kd", WITH_KD)), "best")
+    (row,) = (row for row in texts(shown) if row[0].startswith("KD"))
     assert [cell.partition(" ")[0] for cell in row[1:]] == ["71.00", "90.00"]
 
 
@@ -106,12 +119,12 @@ OTHER = {"schedule.epochs": 2}
 )
 def test_other_experiments_have_no_published_value(tmp_path: Path, changes: dict[str, Any]) -> None:
     tables = build_tables(read(tmp_path, distilled("kd", WITH_KD, **changes)), "last")
-    students = [entry for table in tables for entry in table.entries if entry.row != "teacher"]
+    students = [entry for each in tables for entry in each.entries if entry.row != "teacher"]
     assert students
     assert {entry.published for entry in students} == {None}
 
 
 def test_imagenet_runs_show_no_value_of_cifar(tmp_path: Path) -> None:
     pair = {"teacher": "resnet56", "student": "resnet20"}
-    (table, _) = build_tables(read(tmp_path, record(**DATA, **pair, method="at")), "last")
-    assert [entry.published for entry in table.entries if entry.row != "teacher"] == [None]
+    (shown, _) = build_tables(read(tmp_path, record(**DATA, **pair, method="at")), "last")
+    assert [entry.published for entry in shown.entries if entry.row != "teacher"] == [None]
