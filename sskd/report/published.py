@@ -292,9 +292,10 @@ IMAGENET = PublishedSource(
         "Published: Xu et al., Knowledge Distillation Meets Self-Supervision, ECCV 2020, table 5,"
         " which prints errors; shown is 100 minus the error. The teacher ({teachers}) has the"
         " accuracy of torchvision's checkpoint. AT's values are those of its authors (the"
-        " repository szagoruyko/attention-transfer), who had no KD; the table lists CRD with and"
-        " without KD. Weights: CE 1.0 in all rows, KD 0.9 in KD, CRD+KD and SSKD. A teacher trained"
-        " here must be as accurate as the published one too.",
+        " repository szagoruyko/attention-transfer), who had no KD, a weight decay of 1e-4 and"
+        " another ResNet34; the table lists CRD with and without KD. Weights: CE 1.0 in all rows,"
+        " KD 0.9 in KD, CRD+KD and SSKD. A teacher trained here must be as accurate as the"
+        " published one too.",
         "The published re-run of SSKD is of torchdistill (Matsubara, RRPR 2020; one run), in which"
         " KD has 71.37, AT 70.90 and CRD 70.93. It trained the head for 30 epochs; the paper does"
         " not describe this phase.",
