@@ -16,7 +16,6 @@ from sskd.evaluate.classification import (
     class_accuracies,
     confusion_matrix,
     frequent_confusions,
-    top_k,
     wilson_interval,
 )
 from sskd.evaluate.corruptions import CorruptedImages, Robustness
@@ -24,7 +23,7 @@ from sskd.evaluate.cost import Cost, measure_cost
 from sskd.models import weights_digest
 from sskd.seeding import seed_from_text
 from sskd.trained import TrainedNetwork
-from sskd.training.evaluation import accuracy, predict
+from sskd.training.evaluation import accuracy, predict, top_k
 from sskd.training.image_progress import ImageProgress
 
 TOP_K = 5

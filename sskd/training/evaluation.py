@@ -17,6 +17,9 @@ from sskd.precision import exact
 from sskd.streams import wait_for
 from sskd.training.image_progress import ImageProgress
 
+# With fewer classes, five guesses are right more than a quarter of the time.
+FEWEST_CLASSES_FOR_TOP5 = 20
+
 
 @torch.inference_mode()
 def predict(
@@ -102,6 +105,8 @@ def _and_others(count: int) -> str:
 def evaluate_epoch(network: nn.Module, images: Images) -> dict[str, float]:
     """Return ``test/top1`` and, if there are held-out images, ``holdout/top1``, in percent.
 
+    With at least ``FEWEST_CLASSES_FOR_TOP5`` classes, ``test/top5`` and ``holdout/top5`` too.
+
     Raises:
         NotFiniteError: logits are not finite.
     """
@@ -110,12 +115,28 @@ def evaluate_epoch(network: nn.Module, images: Images) -> dict[str, float]:
         if split is not None:
             logits = predict(network, split, images, f"{name} set")
             accuracies[f"{name}/top1"] = accuracy(logits, split.labels)
+            if (top5 := top5_accuracy(logits, split.labels)) is not None:
+                accuracies[f"{name}/top5"] = top5
     return accuracies
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Return the top-1 accuracy in percent of ``logits`` [N, C] for ``labels`` [N]."""
     return 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+def top_k(logits: Tensor, labels: Tensor, k: int) -> float:
+    """Return how often, in percent, a label [N] is one of the ``k`` largest logits [N, C]."""
+    found = logits.topk(k, dim=1).indices == labels[:, None]
+    return 100 * found.any(1).sum().item() / len(labels)
+
+
+def top5_accuracy(logits: Tensor, labels: Tensor) -> float | None:
+    """Return the top-5 accuracy in percent of ``logits`` [N, C] for ``labels`` [N].
+
+    It is None with fewer classes C than ``FEWEST_CLASSES_FOR_TOP5``.
+    """
+    return top_k(logits, labels, 5) if logits.shape[1] >= FEWEST_CLASSES_FOR_TOP5 else None
 
 
 def agreement(student_logits: Tensor, teacher_logits: Tensor) -> float:
