@@ -26,6 +26,7 @@ from sskd.teachers.shared import corrupt_file_error, find_or_compute, read_intac
 from sskd.training.phase_settings import phase_schedule
 from sskd.training.trainer import Trainer
 
+_OF_SEVERAL_RANKS = ("sync_batch_norm", "gather_batch")
 _LATER_VIEWS = ("transformed", "jigsaws")
 
 
@@ -91,6 +92,7 @@ def phase_settings(
     return {
         **({"code": code} if code else {}),
         **({"augmentation": config.augmentation} if config.strong_copies else {}),
+        **{name: True for name in _OF_SEVERAL_RANKS if getattr(config, name)},
         "phase": phase.name,
         "method": config.method.name,
         "teacher": {"name": values["teacher"]["name"], "digest": teacher.digest},
