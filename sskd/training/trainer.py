@@ -120,7 +120,7 @@ class Trainer:
             _seed_step(self.config.seed, self.phase.name, state.epoch, self.loader.position)
             self.progress.advance(self.step.take())
             due = self.checkpoint.is_due(60 * self.config.checkpoint_minutes)
-            if signals.agree(due=due) and self.loader.position < self.loader.steps:
+            if _agree(signals, due=due) and self.loader.position < self.loader.steps:
                 state.mid_epoch = True
                 state.epoch_seconds = time.monotonic() - started
                 self._finite.checked_metrics(self.checkpoint.meter, self.loader.position)
@@ -144,7 +144,7 @@ class Trainer:
         self.checkpoint.keep_if_best()
         shortest = min(self.config.checkpoint_seconds, 60 * self.config.checkpoint_minutes)
         due = state.epoch == self.schedule.epochs or self.checkpoint.is_due(shortest)
-        if save := signals.agree(due=due):
+        if save := _agree(signals, due=due):
             self.checkpoint.save()
         self.progress.epoch(line)
         if save:  # otherwise the next step notices a signal, and is saved
@@ -156,6 +156,17 @@ class Trainer:
     def _where(self) -> str:
         epoch = self.checkpoint.state.epoch + 1
         return f"{self.run.folder}: phase {self.phase.name}, epoch {epoch}"
+
+
+def _agree(signals: StopSignals, *, due: bool) -> bool:
+    """Return whether all ranks save now: the first one is ``due``, or one of them got a signal.
+
+    Then each of them has got it.
+    """
+    due_of_first, signum = ranks.largest(due and ranks.is_first(), signals.received or 0)
+    if signum:
+        signals.noted = signum
+    return bool(due_of_first or signum)
 
 
 def _seed_step(seed: int, phase: str, epoch: int, step: int) -> None:
