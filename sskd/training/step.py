@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sskd.data import Batch, Loader
+from sskd.data import Batch, EpochLoader
 from sskd.device import reset_peak_gpu_memory
 from sskd.methods import Method, Phase
 from sskd.precision import autocast, multiplying
@@ -80,7 +80,7 @@ class TrainingStep:
     phase: Phase
     method: Method
     optimizer: torch.optim.Optimizer
-    loader: Loader
+    loader: EpochLoader
     meter: Meter
     precision: str
     is_compiled: bool = False

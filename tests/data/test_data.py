@@ -13,7 +13,7 @@ from conftest import Compose
 from pydantic import ValidationError
 from sklearn.datasets import load_digits
 
-from sskd.data import SOURCES, DatasetSettings, Images, Split, load_images
+from sskd.data import SOURCES, DatasetSettings, Images, LabelledImages, Split, load_images
 from sskd.data.images import add_label_noise, channel_statistics, hold_out, keep_fraction
 from sskd.errors import UserError
 
@@ -68,11 +68,11 @@ def train_split() -> Split:
     return Split(images, labels)
 
 
-def positions(split: Split) -> list[int]:
+def positions(split: LabelledImages) -> list[int]:
     return split.images[:, 0, 0, 0].tolist()
 
 
-def class_counts(split: Split) -> list[int]:
+def class_counts(split: LabelledImages) -> list[int]:
     return torch.bincount(split.labels, minlength=len(COUNTS)).tolist()
 
 
