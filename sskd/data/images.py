@@ -69,7 +69,9 @@ class Split:
 
     def pixel_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images [B, 3, S, S] and labels [B], in order; B is at most ``batch_size``."""
-        yield from zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True)
+        for start in range(0, len(self), batch_size):
+            part = slice(start, start + batch_size)
+            yield self.images[part], self.labels[part]
 
     def loader(
         self,

@@ -16,7 +16,8 @@ from sskd.seeding import derive_seed
 
 _ROWS = 8
 _GREY = 0.5  # between the views, distinct from their black padding
-_SCALE = 3  # screen pixels per pixel, because 32x32 is too small to see
+_MOST_SCALE = 3  # screen pixels per pixel, because 32x32 is too small to see
+_SCREEN = 256  # screen pixels of a view from which on it is large enough
 
 
 def save_views(run: Run, images: Images, config: Config, views: Views) -> Path:
@@ -36,10 +37,13 @@ def save_views(run: Run, images: Images, config: Config, views: Views) -> Path:
     mean = torch.tensor(images.mean)[:, None, None]
     std = torch.tensor(images.std)[:, None, None]
     pixels = (x.cpu() * std + mean).clamp(0, 1)
-    large = pixels.repeat_interleave(_SCALE, 2).repeat_interleave(_SCALE, 3)
+    scale = max(1, min(_MOST_SCALE, _SCREEN // few.size))
+    large = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     picture = BytesIO()
     save_image(
-        make_grid(large, nrow=views.count, padding=_SCALE, pad_value=_GREY), picture, format="png"
+        make_grid(large, nrow=views.count, padding=_MOST_SCALE, pad_value=_GREY),
+        picture,
+        format="png",
     )
     path = run.folder / "views.png"
     with run.lock.writing() as still_ours:

@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional
 
 from sskd.data.augmentation import draw_arrangements
 from sskd.data.packed.file import PackedFile
-from sskd.data.rectangles import draw_rectangles
+from sskd.data.rectangles import draw_numbers, place_rectangles
 from sskd.data.view_maker import Choices, Drawing, draw_choices
 from sskd.errors import UserError
 from sskd.seeding import derive_seed
@@ -81,19 +81,28 @@ class TrainingCuts(Dataset[Cuts | str]):
         return _or_message(lambda: self._cut(request))
 
     def _cut(self, request: TrainingRequest) -> Cuts:
-        drawn, side = self.drawing.cuts, self.drawing.side
-        pixels = torch.empty(len(request.samples), drawn, 3, side, side, dtype=torch.uint8)
-        arrangements, choices = [], []
-        for row, sample in enumerate(request.samples):
+        numbers, arrangements, choices = [], [], []
+        for sample in request.samples:
             generator = torch.Generator().manual_seed(derive_seed(request.seed, sample))
-            image = self.file.image(int(self.positions[sample % len(self.positions)]))
-            boxes = draw_rectangles(image.shape[1], image.shape[2], drawn, generator)
-            for cut, (top, left, height, width) in enumerate(boxes.int().tolist()):
-                part = image[:, top : top + height, left : left + width]
-                pixels[row, cut] = resized(part, (side, side))
+            numbers.append(draw_numbers(self.drawing.cuts, generator))
             arrangements.append(draw_arrangements(1, self.drawing.views, generator))
             choices.append(draw_choices(1, self.drawing, generator))
+        pixels = self._pixels(request.samples, torch.stack(numbers))
         return Cuts(pixels, torch.cat(arrangements), *_joined(choices))
+
+    def _pixels(self, samples: Sequence[int], numbers: Tensor) -> Tensor:
+        """Return the rectangles of each sample that ``numbers`` [B, k, 22] decide, scaled."""
+        count, cuts, side = *numbers.shape[:2], self.drawing.side
+        positions = self.positions[torch.tensor(samples) % len(self.positions)].tolist()
+        bounds = self.file.sizes(positions).repeat_interleave(cuts, dim=0)
+        boxes = place_rectangles(numbers.flatten(0, 1), bounds).int().unflatten(0, (count, cuts))
+        pixels = torch.empty(count, cuts, 3, side, side, dtype=torch.uint8)
+        for row, (position, parts) in enumerate(zip(positions, boxes.tolist(), strict=True)):
+            image = self.file.image(position)
+            for cut, (top, left, height, width) in enumerate(parts):
+                part = image[:, top : top + height, left : left + width]
+                pixels[row, cut] = resized(part, (side, side))
+        return pixels
 
 
 def _joined(choices: Sequence[Choices]) -> Choices:

@@ -180,6 +180,10 @@ class PackedFile:
     stamp: bytes
     index: Index
 
+    def sizes(self, positions: Sequence[int]) -> Tensor:
+        """Return the height and the width of images: int64 [N, 2]."""
+        return self.index.sizes[positions]
+
     def image(self, position: int) -> Tensor:
         """Decode an image: uint8 [3, H, W].
 
@@ -192,7 +196,7 @@ class PackedFile:
             if zlib.crc32(record[PREFIX.size :]) != int(self.index.checksums[position]):
                 raise ValueError("its checksum differs")
             return decode(record[PREFIX.size + BODY.size :])
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError) as error:
             reason = f"the image {self.index.name(position)} is damaged ({one_line(error)})"
             raise damaged_error(self.path, reason) from error
 
@@ -212,11 +216,9 @@ def open_packed(path: Path) -> PackedFile:
     """Open a packed file, and check its length and its index.
 
     Raises:
-        FileNotFoundError: there is none.
+        OSError: it cannot be opened; FileNotFoundError, if there is none.
         UserError: it is damaged, or is another file.
     """
-    if not path.is_file() and path.exists():
-        raise damaged_error(path, "is not a file")
     content = _Content(path)
     try:
         return _read(path, content)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 from typing import NamedTuple
 
-import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.functional import pil_to_tensor
 
 from sskd.data.decode import opened, upright
 
@@ -42,7 +41,6 @@ def to_jpeg(content: bytes) -> Encoded:
         picture.load()  # a damaged file is found here, not in training
         width, height = picture.size
         if is_own and min(width, height) <= SHORT_SIDE:
-            decode(content)
             return Encoded(content, height, width)
         if min(width, height) > SHORT_SIDE:
             picture = picture.resize(_scaled(width, height), Image.Resampling.BILINEAR)
@@ -58,8 +56,8 @@ def _scaled(width: int, height: int) -> tuple[int, int]:
 
 
 def decode(content: bytes) -> Tensor:
-    """Decode a JPEG file to RGB: uint8 [3, H, W]. RuntimeError if it is not one."""
-    pixels: Tensor = decode_jpeg(
-        torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB
-    )
+    """Decode a packed JPEG file: uint8 [3, H, W]."""
+    # Not torchvision.io.decode_jpeg: torchvision 0.29 has announced its removal.
+    with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+        pixels: Tensor = pil_to_tensor(image)
     return pixels

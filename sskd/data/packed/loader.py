@@ -133,7 +133,7 @@ class PackedLoader(EpochLoader):
         if size != self.next_size:
             raise ValueError(f"the next batch has {self.next_size} images, not {size}")
         if self._fetched is None:
-            self._cuts = self._cuts or self._workers.results(self._requests())
+            self._cuts = self._cuts or self._workers.results(self._rest())
             self._fetched = self._batch(self._next_samples(), next(self._cuts))
         return self._fetched
 
@@ -145,11 +145,13 @@ class PackedLoader(EpochLoader):
         labels = self._labels.index_select(0, indices)
         return Batch(x, labels, indices, cuts.arrangements.flatten())
 
-    def _requests(self) -> Iterator[TrainingRequest]:
-        """Yield the requests of this process for the rest of the epoch."""
-        for position in range(self._position, self.steps):
-            start, size = self._place(position)
-            yield TrainingRequest(self._seed, self._order[start : start + size].tolist())
+    def _rest(self) -> Iterator[TrainingRequest]:
+        """Return the requests of this process for the rest of the epoch."""
+        places = [self._place(position) for position in range(self._position, self.steps)]
+        # They do not refer to this object, which is thus freed with its workers at once.
+        order, seed = self._order, self._seed
+        parts = (order[start : start + size].tolist() for start, size in places)
+        return (TrainingRequest(seed, part) for part in parts)
 
     def _next_samples(self) -> Tensor:
         start, size = self._place(self._position)

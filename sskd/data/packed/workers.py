@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -20,7 +20,7 @@ from sskd.turns import outside_turn
 
 MOST_WORKERS = 16
 PREFETCH = 2  # batches that each worker makes ahead
-_IGNORED = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_IGNORED = {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}  # by the processes
 T = TypeVar("T")
 
 
@@ -80,7 +80,8 @@ class Workers:
         """
         assert self._loader is not None
         self._requests.left = requests
-        self._pass = iter(self._loader)
+        with _blocked_signals():
+            self._pass = iter(self._loader)
         _open.add(self)
         atexit.register(_close_all)  # before what PyTorch has registered for the new processes
         while self._pass is not None and (result := _next(self._pass)) is not None:
@@ -117,6 +118,16 @@ def _unchanged(result: T) -> T:
     return result
 
 
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Block the signals that stop a run, for this thread and the processes that it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_IGNORED, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals_to_parent(worker: int) -> None:
     """Ignore the signals that stop a run: it still needs its workers to save its state.
 
@@ -125,9 +136,11 @@ def _leave_signals_to_parent(worker: int) -> None:
     """
     for signum in _IGNORED:
         signal.signal(signum, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
+    if hasattr(signal, "sigwaitinfo"):
         threading.Thread(target=_end_for_parent, daemon=True).start()
+    else:  # macOS
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _end_for_parent() -> None:

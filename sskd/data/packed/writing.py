@@ -59,9 +59,9 @@ def open_or_pack(path: Path, root: Path, listings: Listings) -> PackedFile:
         UserError: it is damaged, the folder cannot be written to, or an image cannot be read.
     """
     stamp = stamp_of(root, listings)
-    if (found := _if_current(path, stamp)) is not None:
-        return found
     try:
+        if (found := _if_current(path, stamp)) is not None:
+            return found
         make_durable_folder(path.parent)
         with outside_turn(), _only_one(path):
             # Another process may have packed them meanwhile.
