@@ -107,6 +107,9 @@ class EpochLoader(ABC):
         """Count a batch that was drawn."""
         self._position += 1
 
+    def close(self) -> None:  # noqa: B027
+        """End the processes that prepare batches, if there are some; nothing is drawn after it."""
+
     def state_dict(self) -> LoaderState:
         """Return everything that is needed to resume in the middle of an epoch."""
         return {"seed": self._seed, "position": self._position}

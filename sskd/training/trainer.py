@@ -100,6 +100,7 @@ class Trainer:
                 while state.epoch < epochs:
                     self._train_epoch(state, signals)
         finally:
+            self.loader.close()
             self.progress.close()
         return state
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import pytest
 import torch
 from conftest import Command, KeptRuns
 from jpegs import load, write_jpegs
+from PIL import Image
 from scipy.stats import kstest
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
+from torch.utils.data import Dataset
 from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
+from torchvision.transforms.functional import pil_to_tensor
 
 from sskd.data import (
     WHOLE,
@@ -36,6 +39,7 @@ from sskd.data.packed.cutting import TrainingRequest
 from sskd.data.packed.file import PackedFile
 from sskd.data.packed.loader import PackedLoader
 from sskd.data.packed.split import PackedSplit
+from sskd.data.packed.workers import Workers
 from sskd.data.rectangles import AREA, ASPECT, draw_rectangles
 from sskd.errors import UserError
 from sskd.training.graph import _why_not
@@ -273,7 +277,7 @@ def test_if_nothing_fits_the_centre_is_cut_out(height: int, width: int) -> None:
 def test_evaluation_has_each_image_once_as_torchvision_cuts_it(root: Path, images: Images) -> None:
     paths = sorted((root / "train").glob("*/*"))
     scale, crop = Resize(SIDE * 256 // 224, antialias=True), CenterCrop(SIDE)
-    decoded = (decode_image(str(path), ImageReadMode.RGB) for path in paths)
+    decoded = [pil_to_tensor(Image.open(path)) for path in paths]
     expected = torch.stack([crop(scale(each)) for each in decoded])
     for workers in (0, 2):
         split = images.train
@@ -315,8 +319,10 @@ def test_damage_that_a_worker_finds_ends_in_one_line(images: Images) -> None:
     checksums = split.file.index.checksums.clone()
     checksums[5] += 1
     file = replace(split.file, index=replace(split.file.index, checksums=checksums))
+    loader = loader_of(replace(split, file=file), workers=2)
     with pytest.raises(UserError) as caught:
-        epoch(loader_of(replace(split, file=file), workers=2))
+        epoch(loader)
+    loader.close()
     assert str(caught.value).startswith(
         f"{split.file.path}: the image {split.file.index.name(5)} is damaged (its checksum differs)"
     )
@@ -342,13 +348,22 @@ def test_workers_leave_signals_to_the_run(images: Images) -> None:
     assert worker.exitcode == 0
 
 
-def test_a_worker_that_is_killed_ends_the_run_in_one_line(images: Images) -> None:
-    loader = loader_of(images.train, workers=1, batch_size=2)
-    loader.next_batch()
-    (worker,) = multiprocessing.active_children()
-    worker.kill()
-    with pytest.raises((UserError, RuntimeError), match=r"set a smaller dataset\.workers=N|killed"):
-        rest_of(loader)
+class Dying(Dataset[int]):
+    """Ends the worker process, as the system does if the memory is full."""
+
+    def __getitem__(self, request: int) -> int:
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return request
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_one_line() -> None:
+    workers = Workers(Dying(), 1, torch.device("cpu"))
+    with pytest.raises(UserError) as caught:
+        list(workers.results([1]))
+    workers.close()
+    assert str(caught.value).startswith("a process that decodes images ended (DataLoader worker")
+    assert str(caught.value).endswith("set a smaller dataset.workers=N, or 0 for none")
 
 
 # ---- runs ----

@@ -137,6 +137,10 @@ class PackedLoader(EpochLoader):
             self._fetched = self._batch(self._next_samples(), next(self._cuts))
         return self._fetched
 
+    def close(self) -> None:
+        """End the worker processes; nothing is drawn after it."""
+        self._workers.close()
+
     def _batch(self, samples: Tensor, cuts: Cuts) -> Batch:
         samples = samples.to(self.device)
         cuts = cuts.to(self.device)

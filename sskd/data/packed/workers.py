@@ -80,11 +80,15 @@ class Workers:
         """
         assert self._loader is not None
         self._requests.left = requests
-        with _blocked_signals():
+        with _deaths_reported(), _blocked_signals():
             self._pass = iter(self._loader)
         _open.add(self)
         atexit.register(_close_all)  # before what PyTorch has registered for the new processes
-        while self._pass is not None and (result := _next(self._pass)) is not None:
+        while self._pass is not None:
+            with _deaths_reported():
+                result = _next(self._pass)
+            if result is None:
+                return
             if isinstance(result, str):
                 raise UserError(result)
             yield result
@@ -104,9 +108,15 @@ def _close_all() -> None:
 
 def _next(results: Iterator[T]) -> T | None:
     """Return the next result, while other jobs of this process work; None at the end."""
+    with outside_turn():
+        return next(results, None)
+
+
+@contextmanager
+def _deaths_reported() -> Iterator[None]:
+    """Raise UserError if a process ends, for which PyTorch raises RuntimeError."""
     try:
-        with outside_turn():
-            return next(results, None)
+        yield
     except RuntimeError as error:
         raise UserError(
             f"a process that decodes images ended ({one_line(error)[:200]}); if the memory is "
