@@ -54,8 +54,7 @@ def refuse_missing(settings: DatasetSettings) -> None:
 def load_images(settings: DatasetSettings, digest: str | None = None) -> Images:
     """Load a dataset, then hold out, keep a fraction and add label noise, in this order.
 
-    A ``mean`` or ``std`` that is not given is computed from all training images, or from a sample
-    of packed ones.
+    A ``mean`` or ``std`` that is not given is computed from all training images (packed: a sample).
 
     Args:
         digest: the digest in the run's configuration; None without a run.

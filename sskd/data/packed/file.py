@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ def entry_of(record: bytes) -> Entry:
     """Return the entry of a whole record."""
     _, checksum = PREFIX.unpack_from(record)
     height, width, source = BODY.unpack_from(record, PREFIX.size)
-    return Entry(len(record), checksum, height, width, source)
+    return Entry(len(record), checksum, height=height, width=width, source=source)
 
 
 def read_entry(stream: BinaryIO) -> Entry | None:
@@ -156,13 +157,18 @@ class _Content:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._file = path, path.open("rb")
+        # A pipe would block until a writer opens it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self._path, self._file = path, os.fdopen(descriptor, "rb")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Content, (self._path,)
 
     def size(self) -> int:
-        return os.fstat(self._file.fileno()).st_size
+        status = os.fstat(self._file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a regular file")
+        return status.st_size
 
     def read(self, start: int, length: int) -> bytes:
         return os.pread(self._file.fileno(), length, start)  # which moves no position

@@ -25,6 +25,7 @@ from sskd.data.packed.file import (
     HEADER,
     MAGIC,
     Entry,
+    Index,
     PackedFile,
     Record,
     build_index,
@@ -143,18 +144,7 @@ def _pack(path: Path, root: Path, listings: Listings, stamp: bytes) -> None:
                 stream.write(record)
                 entries.append(entry_of(record))
                 progress.advance(1)
-        digest = hashlib.sha256()
-        for each, entry in zip(paths, entries, strict=True):
-            digest.update(digest_line(each, entry.source.hex()))
-        train, test = listings
-        index = build_index(
-            entries,
-            paths,
-            [*train.labels, *test.labels],
-            classes=class_names(train.classes),
-            digest=digest.hexdigest(),
-            train=len(train.paths),
-        ).to_bytes()
+        index = _index(entries, paths, listings).to_bytes()
         stream.write(index + footer_of(stream.tell(), index))
         stream.flush()
         os.fsync(stream.fileno())
@@ -162,6 +152,21 @@ def _pack(path: Path, root: Path, listings: Listings, stamp: bytes) -> None:
     part.replace(path)
     fsync_folder(path.parent)
     say(f"{path}: packed {len(paths):,} images, {size / 2**30:.2f} GiB")
+
+
+def _index(entries: Sequence[Entry], paths: Sequence[str], listings: Listings) -> Index:
+    digest = hashlib.sha256()
+    for path, entry in zip(paths, entries, strict=True):
+        digest.update(digest_line(path, entry.source.hex()))
+    train, test = listings
+    return build_index(
+        entries,
+        paths,
+        [*train.labels, *test.labels],
+        classes=class_names(train.classes),
+        digest=digest.hexdigest(),
+        train=len(train.paths),
+    )
 
 
 def _resume(stream: BinaryIO, stamp: bytes, most: int) -> list[Entry]:
