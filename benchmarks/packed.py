@@ -43,10 +43,10 @@ def main() -> None:
         root = Path(folder)
         write_images(root, options.images)
         started = time.perf_counter()
-        images = load_images(settings_of(root, options.workers)).to(options.device)
+        images = load_images(packed_settings(root, options.workers)).to(options.device)
         packing = len(images.train) / (time.perf_counter() - started)
         files = sum(path.stat().st_size for path in root.glob("train/*/*"))
-        packed = path_of(settings_of(root, options.workers)).stat().st_size
+        packed = path_of(packed_settings(root, options.workers)).stat().st_size
         rates = measure(root, images, options)
     before, after = (size / len(images.train) / 2**10 for size in (files, packed))
     sizes = f"{before:,.0f} KiB an image before, {after:,.0f} KiB packed"
@@ -82,7 +82,7 @@ def write_images(root: Path, count: int) -> None:
         Image.fromarray(pixels).save(path, quality=90)
 
 
-def settings_of(root: Path, workers: int) -> DatasetSettings:
+def packed_settings(root: Path, workers: int) -> DatasetSettings:
     """Return the settings of the folder ``root`` as a packed dataset."""
     return DatasetSettings(
         source="folder",
