@@ -201,7 +201,8 @@ def _dataset_of_run(checkpoint: Path, overrides: Sequence[str]) -> list[str]:
     for key, value in settings.items():
         if key not in DatasetSettings.model_fields or not _is_plain(value):
             raise UserError(f"{path}: dataset.{key} is not a setting of a run's dataset")
-    values = [as_override(f"dataset.{key}", value) for key, value in settings.items()]
+    # With two pluses, because the dataset's YAML file may lack a setting that has a default.
+    values = [as_override(f"++dataset.{key}", value) for key, value in settings.items()]
     return [f"dataset={dataset['source']}", "dataset.download=false", *values]
 
 
