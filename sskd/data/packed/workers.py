@@ -6,6 +6,7 @@ import atexit
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,8 @@ from sskd.turns import outside_turn
 MOST_WORKERS = 16
 PREFETCH = 2  # batches that each worker makes ahead
 _IGNORED = {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}  # by the processes
+# A process that is not forked imports PyTorch first, for seconds. On macOS a fork is not safe.
+_START = "fork" if sys.platform == "linux" else None
 T = TypeVar("T")
 
 
@@ -65,6 +68,7 @@ class Workers:
             sampler=self._requests,
             collate_fn=_unchanged,
             num_workers=count,
+            multiprocessing_context=_START if count else None,
             prefetch_factor=PREFETCH if count else None,
             persistent_workers=count > 0,
             pin_memory=device.type == "cuda",
@@ -114,10 +118,10 @@ def _next(results: Iterator[T]) -> T | None:
 
 @contextmanager
 def _deaths_reported() -> Iterator[None]:
-    """Raise UserError if a process ends, for which PyTorch raises RuntimeError."""
+    """Raise UserError if a process ends; PyTorch raises several errors for it."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError) as error:
         raise UserError(
             f"a process that decodes images ended ({one_line(error)[:200]}); if the memory is "
             "full, set a smaller dataset.workers=N, or 0 for none"
