@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import Compose, KeptRuns
 from jpegs import CLASSES, load, settings, write_jpegs
 from PIL import Image
@@ -23,6 +24,7 @@ from sskd.data.packed.jpeg import to_jpeg
 from sskd.data.packed.split import PackedSplit
 from sskd.errors import UserError
 from sskd.runs.identity import identity
+from sskd.trained import TrainedNetwork
 
 TRAIN, TEST = 1600, 400
 
@@ -236,6 +238,15 @@ def test_only_the_crop_decides_the_result(composed: Compose) -> None:
     assert resized["dataset"] == plain["dataset"] | {"crop": "resized"}
     with pytest.raises(UserError, match=r"^dataset\.crop=padded: .* use dataset\.crop=resized$"):
         composed("dataset=imagenet", "dataset.crop=padded")
+
+
+def test_a_run_does_not_choose_where_its_images_are_packed(few: Path, tmp_path: Path) -> None:
+    chosen = settings(few, packed=str(tmp_path / "elsewhere"), in_memory_gib=2.0)
+    content = yaml.safe_dump({"dataset": chosen.model_dump()})
+    (tmp_path / "config.yaml").write_text(content)
+    (tmp_path / "best.pt").touch()
+    found = TrainedNetwork(tmp_path / "best.pt").dataset
+    assert found == chosen.model_copy(update={"packed": None})
 
 
 def test_images_that_need_much_memory_are_refused(few: Path) -> None:

@@ -151,7 +151,7 @@ def _pack(path: Path, root: Path, listings: Listings, stamp: bytes) -> None:
         size = stream.tell()
     part.replace(path)
     fsync_folder(path.parent)
-    say(f"{path}: packed {len(paths):,} images, {size / 2**30:.2f} GiB")
+    say(f"{path}: packed {len(paths):,} images, {size / 2**20:,.0f} MiB")
 
 
 def _index(entries: Sequence[Entry], paths: Sequence[str], listings: Listings) -> Index:
