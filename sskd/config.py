@@ -261,6 +261,11 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     """Return the typed configuration of plain ``values``; raise UserError if they are wrong."""
     source = _choice(values, "dataset", SOURCES, "source")
     config = _validated(config_model(values), values)
+    if config.dataset.crop not in (crops := SOURCES[source].crops):
+        raise UserError(
+            f"dataset.crop={config.dataset.crop}: dataset={source} has {' or '.join(crops)} crops; "
+            f"use dataset.crop={crops[0]}"
+        )
     if config.dataset.name != source and config.dataset.name in SOURCES:
         raise UserError(
             f"dataset.name={config.dataset.name}: is the name of another dataset, and this one is "

@@ -170,6 +170,10 @@ def _has_name(group: object) -> TypeGuard[dict[str, Any]]:
     return isinstance(name, str) and re.fullmatch(r"\w+", name) is not None
 
 
+# A run that may be untrusted must not choose where files are written.
+_NOT_TAKEN = ("digest", "download", "packed")
+
+
 def _dataset_of_run(checkpoint: Path, overrides: Sequence[str]) -> list[str]:
     """Return overrides that choose the dataset of the run whose folder holds ``checkpoint``.
 
@@ -193,11 +197,12 @@ def _dataset_of_run(checkpoint: Path, overrides: Sequence[str]) -> list[str]:
                 f"{path}: the run was trained on {dataset['source']}, and {override} names other "
                 "data; leave it out, or copy the checkpoint out of the run's folder"
             )
-    settings = {key: value for key, value in dataset.items() if key not in ("digest", "download")}
+    settings = {key: value for key, value in dataset.items() if key not in _NOT_TAKEN}
     for key, value in settings.items():
         if key not in DatasetSettings.model_fields or not _is_plain(value):
             raise UserError(f"{path}: dataset.{key} is not a setting of a run's dataset")
-    values = [as_override(f"dataset.{key}", value) for key, value in settings.items()]
+    # With two pluses, because the dataset's YAML file may lack a setting that has a default.
+    values = [as_override(f"++dataset.{key}", value) for key, value in settings.items()]
     return [f"dataset={dataset['source']}", "dataset.download=false", *values]
 
 

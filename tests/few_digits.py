@@ -10,6 +10,7 @@ import torch
 
 from sskd.data import SOURCES, DatasetSettings
 from sskd.data.images import Split
+from sskd.data.labelled import LabelledImages
 from sskd.data.reading import Source
 
 ALL = SOURCES["digits"]
@@ -36,5 +37,5 @@ def _with_few_test_images(source: Source) -> Source:
     return source._replace(test=source.test.take((rank < IMAGES_OF_A_CLASS).nonzero()[:, 0]))
 
 
-def _copy(split: Split) -> Split:
+def _copy(split: LabelledImages) -> Split:
     return Split(split.images.clone(), split.labels.clone())

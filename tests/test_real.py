@@ -12,7 +12,7 @@ import torch
 from conftest import Compose
 
 from sskd.data import SOURCES, DatasetSettings
-from sskd.data.images import Split
+from sskd.data.labelled import LabelledImages
 from sskd.data.reading import Source
 from sskd.evaluate.__main__ import main as evaluate
 from sskd.models import build_model, load_weights
@@ -25,7 +25,7 @@ def stated_accuracy(teachers: Path) -> float:
     return float(found[1])
 
 
-def plain_top1(path: Path, split: Split) -> float:
+def plain_top1(path: Path, split: LabelledImages) -> float:
     """Return the top-1 accuracy in % of a resnet56, without the evaluation of the suite."""
     network = build_model("resnet56", 100).eval()
     load_weights(network, path)
@@ -36,7 +36,7 @@ def plain_top1(path: Path, split: Split) -> float:
     return 100 * correct.float().mean().item()
 
 
-FewTestImages = Callable[[int], Callable[[], Split]]
+FewTestImages = Callable[[int], Callable[[], LabelledImages]]
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def few_test_images(monkeypatch: pytest.MonkeyPatch) -> FewTestImages:
     """Return a function that keeps this many test images, and returns how to get those loaded."""
     source, loaded = SOURCES["cifar100"], []
 
-    def keep(count: int) -> Callable[[], Split]:
+    def keep(count: int) -> Callable[[], LabelledImages]:
         def load(settings: DatasetSettings) -> Source:
             found = source.load(settings)
             loaded.append(found.test.take(torch.arange(count)))

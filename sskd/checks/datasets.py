@@ -8,6 +8,8 @@ from sskd.checks import require
 from sskd.data import SOURCES, DatasetSettings
 from sskd.data.reading import Source, find_problem
 
+_BATCH = 256  # images that are checked at once
+
 
 def check_images(settings: DatasetSettings) -> None:
     """Check types, shapes and labels of both parts, at the size of ``settings`` and at 64."""
@@ -16,10 +18,11 @@ def check_images(settings: DatasetSettings) -> None:
         problem = find_problem(source)
         require(problem is None, str(problem))
         for name, split in (("train", source.train), ("test", source.test)):
-            shape, kind = tuple(split.images.shape), split.images.dtype
-            expected = (len(split.labels), 3, size, size)
-            require(kind == torch.uint8, f"{name}: images are {kind}, not uint8")
-            require(shape == expected, f"{name}: images have shape {shape}, not {expected}")
+            for images, labels in split.pixel_batches(_BATCH):
+                shape, kind = tuple(images.shape), images.dtype
+                expected = (len(labels), 3, size, size)
+                require(kind == torch.uint8, f"{name}: images are {kind}, not uint8")
+                require(shape == expected, f"{name}: images have shape {shape}, not {expected}")
             require(split.labels.dtype == torch.int64, f"{name}: labels are not int64")
 
 
@@ -27,7 +30,9 @@ def check_repeatable(settings: DatasetSettings) -> None:
     """Check that two loads give the same images, in the same order, and the same digest."""
     first, second = _load(settings), _load(settings)
     for one, other in ((first.train, second.train), (first.test, second.test)):
-        require(torch.equal(one.images, other.images), "two loads give different images")
+        batches = zip(one.pixel_batches(_BATCH), other.pixel_batches(_BATCH), strict=True)
+        same = all(torch.equal(x, y) for (x, _), (y, _) in batches)
+        require(same, "two loads give different images")
         require(torch.equal(one.labels, other.labels), "two loads give different labels")
     digest = SOURCES[settings.source].digest
     require(digest(settings) == digest(settings), "the digest changes by itself")

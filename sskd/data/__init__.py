@@ -1,9 +1,9 @@
-"""Datasets as tensors, and a loader that augments them on their device."""
+"""Datasets, in memory or packed into a file, and the loaders of their batches."""
 
 from __future__ import annotations
 
 from sskd.data.augmentation import CROPS, JIGSAWS, ONE_VIEW, Views
-from sskd.data.augmenter import Augmenter
+from sskd.data.batches import Batch, EpochLoader
 from sskd.data.images import (
     Images,
     Split,
@@ -12,7 +12,8 @@ from sskd.data.images import (
     hold_out,
     keep_fraction,
 )
-from sskd.data.loader import Batch, Loader, eval_batches
+from sskd.data.labelled import LabelledImages
+from sskd.data.loader import Loader, eval_batches
 from sskd.data.reading import find_problem
 from sskd.data.settings import DatasetSettings
 from sskd.data.share import WHOLE, Share
@@ -28,10 +29,11 @@ __all__ = [
     "SOURCES",
     "TRANSFORMATIONS",
     "WHOLE",
-    "Augmenter",
     "Batch",
     "DatasetSettings",
+    "EpochLoader",
     "Images",
+    "LabelledImages",
     "Loader",
     "Share",
     "Split",
@@ -52,7 +54,7 @@ def refuse_missing(settings: DatasetSettings) -> None:
 def load_images(settings: DatasetSettings, digest: str | None = None) -> Images:
     """Load a dataset, then hold out, keep a fraction and add label noise, in this order.
 
-    A ``mean`` or ``std`` that is not given is computed from all training images.
+    A ``mean`` or ``std`` that is not given is computed from all training images (packed: a sample).
 
     Args:
         digest: the digest in the run's configuration; None without a run.
@@ -73,7 +75,7 @@ def load_images(settings: DatasetSettings, digest: str | None = None) -> Images:
             f"dataset={settings.source}, {settings.root}: {problem}; give a folder "
             "of complete files with dataset.root=FOLDER"
         )
-    classes, train, test = source.classes, source.train, source.test
+    classes, train = source.classes, source.train
     # Before the selection, so that a few-shot student has the same normalisation as its teacher.
     mean, std = _normalisation(settings, train)
     train, holdout = hold_out(train, classes, settings.holdout, settings.seed)
@@ -83,7 +85,7 @@ def load_images(settings: DatasetSettings, digest: str | None = None) -> Images:
         name=settings.name,
         classes=classes,
         train=train,
-        test=test,
+        test=source.test,
         holdout=holdout,
         mean=mean,
         std=std,
@@ -92,10 +94,10 @@ def load_images(settings: DatasetSettings, digest: str | None = None) -> Images:
 
 
 def _normalisation(
-    settings: DatasetSettings, train: Split
+    settings: DatasetSettings, train: LabelledImages
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the given mean and standard deviation, or else those of ``train``."""
     if settings.mean is not None and settings.std is not None:
         return tuple(settings.mean), tuple(settings.std)
-    mean, std = channel_statistics(train.images)
+    mean, std = channel_statistics(train.sample())
     return tuple(settings.mean or mean), tuple(settings.std or std)

@@ -59,6 +59,11 @@ class Views:
         return self.rotations + transformed + self.jigsaws
 
     @property
+    def drawn_crops(self) -> int:
+        """Crops of each image that are drawn, for the views of one kind: weak or strong."""
+        return 1 if self.one_crop else self.crops
+
+    @property
     def count(self) -> int:
         """Views of each image."""
         return self.crops * (2 if self.strong else 1)
@@ -88,20 +93,42 @@ def draw_crops(images: int, views: Views, generator: torch.Generator) -> Tensor:
     return torch.cat([weak, _draw_rotations(images, views, generator)], 1) if views.strong else weak
 
 
+def draw_arrangements(images: int, views: Views, generator: torch.Generator) -> Tensor:
+    """Draw what ``draw_crops`` draws, all at the offset 0: the crops are drawn elsewhere.
+
+    The numbers are ``(v * 2 + flipped) * 81``, int64 [images, views].
+    """
+    kinds = []
+    for _ in range(2 if views.strong else 1):
+        flip = _draw_flips(images, generator)
+        kinds.append((_draw_orders(images, views, generator) * 2 + flip) * OFFSETS**2)
+    return torch.cat(kinds, dim=1)
+
+
 def _draw_rotations(images: int, views: Views, generator: torch.Generator) -> Tensor:
-    device = generator.device
-    flip = torch.rand(images, 1, generator=generator, device=device) < 0.5
-    drawn = 1 if views.one_crop else views.crops
-    top, left = torch.randint(OFFSETS, (2, images, drawn), generator=generator, device=device)
+    flip = _draw_flips(images, generator)
+    shape = (2, images, views.drawn_crops)
+    top, left = torch.randint(OFFSETS, shape, generator=generator, device=generator.device)
     if views.one_crop:
         top, left = _rotated_offsets(top, left, views.rotations)
-    arrangement = torch.zeros(images, views.crops, dtype=torch.int64, device=device)
-    arrangement[:, : views.rotations] = torch.arange(views.rotations, device=device)
+    orders = _draw_orders(images, views, generator)
+    return ((orders * 2 + flip) * OFFSETS + top) * OFFSETS + left
+
+
+def _draw_flips(images: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(images, 1, generator=generator, device=generator.device) < 0.5
+
+
+def _draw_orders(images: int, views: Views, generator: torch.Generator) -> Tensor:
+    """Return the quarter turns of rotations and the orders of jigsaws: int64 [images, crops]."""
+    device = generator.device
+    orders = torch.zeros(images, views.crops, dtype=torch.int64, device=device)
+    orders[:, : views.rotations] = torch.arange(views.rotations, device=device)
     if views.jigsaws:
         shape = (images, views.jigsaws)
         others = torch.randint(1, len(JIGSAWS), shape, generator=generator, device=device)
-        arrangement[:, views.rotations :] = others
-    return ((arrangement * 2 + flip) * OFFSETS + top) * OFFSETS + left
+        orders[:, views.rotations :] = others
+    return orders
 
 
 def _rotated_offsets(top: Tensor, left: Tensor, rotations: int) -> tuple[Tensor, Tensor]:
@@ -137,7 +164,7 @@ class Cropper:
         self._pixels = pixels.flatten(0, 1)
         positions = _pixel_positions(self._side, rotations)
         if jigsaws:
-            orders = _jigsaw_positions(self._side).unbind()
+            orders = jigsaw_positions(self._side).unbind()
             positions = torch.cat([positions.index_select(1, order) for order in orders])
         self._positions = positions.to(images.device)
 
@@ -170,7 +197,7 @@ def _pixel_positions(side: int, rotations: int) -> Tensor:
     return torch.cat(tables)
 
 
-def _jigsaw_positions(side: int) -> Tensor:
+def jigsaw_positions(side: int) -> Tensor:
     """Return the source of each pixel of a crop, for each order of its patches: [24, S * S]."""
     half = side // 2
     pixels = torch.arange(side**2).view(2, half, 2, half)

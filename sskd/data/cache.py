@@ -37,7 +37,7 @@ def read_cache(path: Path, published: Mapping[str, str]) -> Source | None:
         # Read once and not mapped into memory: another process may replace the file at any time.
         content = read_bounded(path, MAX_BYTES, follow=True)
         tensors = load(content)
-        metadata = json.loads(_read_metadata(content)[METADATA_KEY])
+        metadata = json.loads(read_metadata(content)[METADATA_KEY])
         source = Source(
             tuple(metadata["classes"]),
             Split(tensors["train.images"], tensors["train.labels"]),
@@ -50,7 +50,7 @@ def read_cache(path: Path, published: Mapping[str, str]) -> Source | None:
     return source if is_intact and find_problem(source) is None else None
 
 
-def _read_metadata(content: bytes) -> dict[str, str]:
+def read_metadata(content: bytes) -> dict[str, str]:
     """Return the metadata in the header of a safetensors file: its length, then JSON."""
     length = int.from_bytes(content[:8], "little")
     metadata: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]

@@ -6,10 +6,12 @@ import hashlib
 import io
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import TypeVar
 
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
@@ -18,6 +20,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from sskd.errors import UserError, one_line
 from sskd.files import read_bounded
+
+T = TypeVar("T")
 
 # Other formats are refused under any file name. Pillow passes PostScript, for example, to
 # Ghostscript, which runs it as a program.
@@ -42,9 +46,18 @@ def read_image(path: Path, size: int) -> tuple[Tensor, str]:
     Raises:
         UserError: the file cannot be read, or is not an image within the bounds.
     """
+    return read_as(path, partial(decode, size=size))
+
+
+def read_as(path: Path, convert: Callable[[bytes], T]) -> tuple[T, str]:
+    """Return what ``convert`` makes of the content of ``path``, and the content's SHA-256.
+
+    Raises:
+        UserError: the file cannot be read, or ``convert`` raised any error.
+    """
     try:
         content = read_bounded(path, MAX_BYTES, follow=True)
-        return decode(content, size), hashlib.sha256(content).hexdigest()
+        return convert(content), hashlib.sha256(content).hexdigest()
     except Exception as error:  # Pillow raises almost any type of error for a broken file
         raise unreadable_error(path, error) from error
 
@@ -64,6 +77,18 @@ def decode(content: bytes, size: int) -> Tensor:
         Exception: of almost any type, from Pillow, if ``content`` is broken.
         ValueError: ``content`` is beyond the bounds, or has more than 8 bits a channel.
     """
+    with opened(content) as image:
+        square = ImageOps.fit(upright(image), (size, size), Image.Resampling.BILINEAR)
+    tensor: Tensor = pil_to_tensor(square)
+    return tensor
+
+
+@contextmanager
+def opened(content: bytes) -> Iterator[Image.Image]:
+    """Yield the first frame of an image, which is within the bounds and not decoded yet.
+
+    Raises what ``decode`` raises.
+    """
     if (tiles := _count_tiles(content)) > MAX_TILES:
         raise ValueError(f"it has {tiles:,} strips or tiles, and the limit is {MAX_TILES:,}")
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -71,12 +96,16 @@ def decode(content: bytes, size: int) -> Tensor:
         if image.mode.startswith(("I", "F")):
             raise ValueError("more than 8 bits a channel; convert it to 8")
         with _one_large_image if pixels > _LARGE else nullcontext():
-            # EXIF records how the camera was held; the pixels may be stored sideways.
-            ImageOps.exif_transpose(image, in_place=True)
-            upright = image if image.mode == "RGB" else image.convert("RGB")
-            square = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
-    tensor: Tensor = pil_to_tensor(square)
-    return tensor
+            yield image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return ``image`` in RGB, rotated upright.
+
+    EXIF records how the camera was held; the pixels may be stored sideways.
+    """
+    ImageOps.exif_transpose(image, in_place=True)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @contextmanager

@@ -71,6 +71,11 @@ def file_digests(
     return [found[path][-1] for path in paths]
 
 
+def digest_line(path: str, digest: str) -> bytes:
+    """Return the line of an image in the digest of its folder."""
+    return os.fsencode(path) + b"\0" + digest.encode() + b"\n"
+
+
 def _read_entry(path: Path, max_bytes: int) -> Entry:
     with open_bounded(path, max_bytes, follow=True) as (stream, status):
         content = stream.read(status.st_size)

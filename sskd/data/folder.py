@@ -3,56 +3,78 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from sskd.data.decode import MAX_BYTES, quiet_pillow, read_image, unreadable_error
-from sskd.data.digests import file_digests
+from sskd.data.digests import digest_line, file_digests
 from sskd.data.images import Split
 from sskd.data.listing import PARTS, Listing, is_hidden, is_image, list_folder, walk
-from sskd.data.reading import Source, absolute_path
+from sskd.data.packed.source import load_packed, packed_digest
+from sskd.data.packed.writing import Listings
+from sskd.data.reading import Source, absolute_path, class_names
 from sskd.data.settings import DatasetSettings
 from sskd.errors import UserError
 from sskd.output import complain_once
 
 
 def load_folder(settings: DatasetSettings) -> Source:
-    """Load ``root/train/CLASS`` and ``root/test/CLASS``, with the same classes in both."""
+    """Load ``root/train/CLASS`` and ``root/test/CLASS``, with the same classes in both.
+
+    They are in memory, or in a packed file if their crops are resized.
+    """
     root = absolute_path(settings.root)
     train, test, skipped = list_folder(root)
     if summary := str(skipped):
         complain_once(f"{root}: skipped {summary}")
-    return read_listings(root, (train, test), settings.size)
+    return _WAYS[settings.crop].load(settings, (train, test))
+
+
+def _load_into_memory(settings: DatasetSettings, listings: Listings) -> Source:
+    root, size = absolute_path(settings.root), settings.size
+    count = sum(len(listing.paths) for listing in listings)
+    gib = count * 3 * size**2 / 2**30
+    if gib > settings.in_memory_gib:
+        raise UserError(
+            f"{root}: its {count:,} images need {gib:.1f} GiB of memory, more than "
+            f"dataset.in_memory_gib={settings.in_memory_gib:g}; set dataset.crop=resized to pack "
+            f"them into a file, or dataset.in_memory_gib={math.ceil(gib)}"
+        )
+    return read_listings(root, listings, size)
 
 
 def folder_digest(settings: DatasetSettings) -> str:
     """Return the SHA-256 of the paths and contents of the images that ``load_folder`` reads."""
     root = absolute_path(settings.root)
     train, test, _ = list_folder(root)
-    return digest_of(root, (train, test))
+    return _WAYS[settings.crop].digest(settings, (train, test))
 
 
-def read_listings(root: Path, listings: tuple[Listing, Listing], size: int) -> Source:
+def _digest_of_files(settings: DatasetSettings, listings: Listings) -> str:
+    return digest_of(absolute_path(settings.root), listings)
+
+
+def read_listings(root: Path, listings: Listings, size: int) -> Source:
     """Read the listed images of both parts, training and test, scaled to ``size``."""
     content = hashlib.sha256()
     train, test = (_read_part(root, listing, size, content.update) for listing in listings)
-    # The names are written to text files, so bytes that are not UTF-8 are escaped.
-    classes = (os.fsencode(name).decode(errors="backslashreplace") for name in listings[0].classes)
-    return Source(tuple(classes), train, test, content.hexdigest())
+    return Source(class_names(listings[0].classes), train, test, content.hexdigest())
 
 
-def digest_of(root: Path, listings: tuple[Listing, Listing]) -> str:
+def digest_of(root: Path, listings: Listings) -> str:
     """Return the SHA-256 of the paths and contents of the listed images."""
     paths = [path for listing in listings for path in listing.paths]
     digests = file_digests(root, paths, MAX_BYTES, unreadable_error)
     content = hashlib.sha256()
     for path, digest in zip(paths, digests, strict=True):
-        content.update(_digest_line(path, digest))
+        content.update(digest_line(path, digest))
     return content.hexdigest()
 
 
@@ -82,10 +104,6 @@ def names_and_sizes(settings: DatasetSettings) -> str | None:
     return digest.hexdigest()
 
 
-def _digest_line(path: str, digest: str) -> bytes:
-    return os.fsencode(path) + b"\0" + digest.encode() + b"\n"
-
-
 def _read_part(root: Path, listing: Listing, size: int, update: Callable[[bytes], object]) -> Split:
     """Read the images of one part, and call ``update`` with the digest line of each of them."""
     images = torch.empty(len(listing.paths), 3, size, size, dtype=torch.uint8)
@@ -96,5 +114,18 @@ def _read_part(root: Path, listing: Listing, size: int, update: Callable[[bytes]
         progress = tqdm(decoded, str(top), len(images), unit="image", disable=None)
         for position, (image, digest) in enumerate(progress):
             images[position] = image
-            update(_digest_line(listing.paths[position], digest))
+            update(digest_line(listing.paths[position], digest))
     return Split(images, torch.tensor(listing.labels))
+
+
+class _Way(NamedTuple):
+    """How the listed images of a folder are held."""
+
+    load: Callable[[DatasetSettings, Listings], Source]
+    digest: Callable[[DatasetSettings, Listings], str]
+
+
+_WAYS = {
+    "padded": _Way(_load_into_memory, _digest_of_files),
+    "resized": _Way(load_packed, packed_digest),
+}

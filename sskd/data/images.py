@@ -1,4 +1,4 @@
-"""Labelled images as tensors, and the selection of a part of them.
+"""Labelled images, and the selection of a part of them.
 
 Few-shot training, label noise and a held-out part follow the studies of Xu et al.,
 *Knowledge Distillation Meets Self-Supervision*, ECCV 2020.
@@ -6,13 +6,21 @@ Few-shot training, label noise and a held-out part follow the studies of Xu et a
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from sskd.data.augmentation import ONE_VIEW, Views
+from sskd.data.labelled import LabelledImages
+from sskd.data.loader import Loader
+from sskd.data.share import WHOLE, Share
 from sskd.errors import UserError
 from sskd.seeding import seed_from_text
+
+L = TypeVar("L", bound=LabelledImages)
 
 # The deviation of a constant channel is 0; dividing by this number keeps the pixels finite.
 MIN_STD = 1e-6
@@ -20,13 +28,24 @@ MIN_STD = 1e-6
 
 @dataclass(frozen=True)
 class Split:
-    """``images`` are uint8 [N, 3, H, W], ``labels`` int64 [N], both on one device."""
+    """Images in memory: ``images`` uint8 [N, 3, S, S] and ``labels`` int64 [N] on one device."""
 
     images: Tensor
     labels: Tensor
 
+    has_numbered_crops = True
+
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    @property
+    def size(self) -> int:
+        """Pixels of a side."""
+        return self.images.shape[-1]
 
     def take(self, indices: Tensor) -> Split:
         """Return the images at the positions ``indices`` (int64 [M])."""
@@ -35,6 +54,45 @@ class Split:
     def to(self, device: torch.device | str) -> Split:
         """Return the same split on ``device``."""
         return Split(self.images.to(device), self.labels.to(device))
+
+    def with_labels(self, labels: Tensor) -> Split:
+        """Return the same images with other ``labels``."""
+        return Split(self.images, labels)
+
+    def mirrored(self) -> Split:
+        """Return the mirror images, left to right."""
+        return Split(self.images.flip(3), self.labels)
+
+    def sample(self) -> Tensor:
+        """Return all images."""
+        return self.images
+
+    def pixel_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images [B, 3, S, S] and labels [B], in order; B is at most ``batch_size``."""
+        for start in range(0, len(self), batch_size):
+            part = slice(start, start + batch_size)
+            yield self.images[part], self.labels[part]
+
+    def loader(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        batch_size: int,
+        views: Views = ONE_VIEW,
+        strong_copies: bool = False,
+        share: Share = WHOLE,
+    ) -> Loader:
+        """Return a loader that draws on the device of the images."""
+        return Loader(
+            self,
+            mean,
+            std,
+            batch_size=batch_size,
+            views=views,
+            strong_copies=strong_copies,
+            share=share,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +105,9 @@ class Images:
 
     name: str
     classes: tuple[str, ...]
-    train: Split
-    test: Split
-    holdout: Split | None
+    train: LabelledImages
+    test: LabelledImages
+    holdout: LabelledImages | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
     digest: str | None = None
@@ -61,7 +119,7 @@ class Images:
     @property
     def image_size(self) -> int:
         """Pixels on each side."""
-        return self.train.images.shape[-1]
+        return self.train.size
 
     def to(self, device: torch.device | str) -> Images:
         """Return the same dataset with all of its tensors on ``device``."""
@@ -71,9 +129,7 @@ class Images:
         )
 
 
-def hold_out(
-    train: Split, classes: tuple[str, ...], part: float, seed: int
-) -> tuple[Split, Split | None]:
+def hold_out(train: L, classes: tuple[str, ...], part: float, seed: int) -> tuple[L, L | None]:
     """Split ``part`` of each class off ``train``, at least one image; the order is kept.
 
     Returns:
@@ -98,7 +154,7 @@ def hold_out(
     return train.take((~taken).nonzero()[:, 0]), train.take(taken.nonzero()[:, 0])
 
 
-def keep_fraction(train: Split, num_classes: int, fraction: float, seed: int) -> Split:
+def keep_fraction(train: L, num_classes: int, fraction: float, seed: int) -> L:
     """Keep ``max(1, round(fraction * n))`` of the n images of each class, in their order.
 
     With the same seed, the images of a smaller fraction are a subset of those of a larger one.
@@ -111,7 +167,7 @@ def keep_fraction(train: Split, num_classes: int, fraction: float, seed: int) ->
     return train.take(kept.nonzero()[:, 0])
 
 
-def add_label_noise(train: Split, num_classes: int, noise: float, seed: int) -> Split:
+def add_label_noise(train: L, num_classes: int, noise: float, seed: int) -> L:
     """Replace ``round(noise * n)`` of the n labels of each class by another class.
 
     The other class is drawn uniformly. With the same seed, a smaller noise replaces a subset of
@@ -135,7 +191,7 @@ def add_label_noise(train: Split, num_classes: int, noise: float, seed: int) -> 
     for members in _shuffle_within_classes(train, num_classes, seed, "label_noise"):
         wrong = members[: round(noise * len(members))]
         labels[wrong] = (labels[wrong] + shift[wrong]) % num_classes
-    return Split(train.images, labels)
+    return train.with_labels(labels)
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -156,7 +212,7 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
 
 def _shuffle_within_classes(
-    train: Split, num_classes: int, seed: int, purpose: str
+    train: LabelledImages, num_classes: int, seed: int, purpose: str
 ) -> list[Tensor]:
     """Return the positions of the images of each class, in random order."""
     generator = _generator(seed, purpose)

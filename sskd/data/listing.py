@@ -6,7 +6,7 @@ The folder may come from anywhere, so hidden files, links and depth are checked 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,12 +97,39 @@ def list_folder(root: Path) -> tuple[Listing, Listing, Skipped]:
         train, test = (_list_part(root, part, skipped) for part in PARTS)
     except OSError as error:
         raise UserError(f"{error.filename or root}: {error.strerror}") from error
-    if differing := set(train.classes) ^ set(test.classes):
+    refuse_differing(root, {"train": train.classes, "test": test.classes})
+    return train, test, skipped
+
+
+def refuse_differing(root: Path, parts: Mapping[str, Sequence[str]]) -> None:
+    """Raise UserError if two parts have other classes; ``parts`` are these by name."""
+    one, other = parts.values()
+    if differing := set(one) ^ set(other):
         raise UserError(
-            f"{root}: train and test must have the same classes, but only one of them has "
+            f"{root}: {' and '.join(parts)} must have the same classes, but only one of them has "
             f"{abbreviate(sorted(differing))}"
         )
-    return train, test, skipped
+
+
+def list_classes(folder: Path) -> list[str]:
+    """Return the names of the classes in ``folder``; OSError if it cannot be read."""
+    return sorted(
+        each.name for each in folder.iterdir() if each.is_dir() and not is_hidden(each.name)
+    )
+
+
+def image_paths(root: Path, inside: str) -> list[str]:
+    """Return the paths of the images in the folder ``inside`` of ``root``, relative to ``root``.
+
+    Raises:
+        OSError: the folder cannot be read.
+        ValueError: it holds no images.
+    """
+    names = sorted(os.listdir(root / inside))  # noqa: PTH208  a Path for each takes much longer
+    found = [f"{inside}/{name}" for name in names if is_image(name) and not is_hidden(name)]
+    if not found:
+        raise ValueError(f"{inside} holds no images")
+    return found
 
 
 def _list_part(root: Path, part: str, skipped: Skipped) -> Listing:

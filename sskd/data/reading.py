@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from sskd.data.images import Split
+from sskd.data.labelled import LabelledImages
 from sskd.files import expanded
 
 
@@ -16,8 +18,8 @@ class Source(NamedTuple):
     """
 
     classes: tuple[str, ...]
-    train: Split
-    test: Split
+    train: LabelledImages
+    test: LabelledImages
     digest: str | None = None
 
 
@@ -31,6 +33,11 @@ def find_problem(source: Source) -> str | None:
             wrong = low if low < 0 else high
             return f"has a {name} image of class {wrong}, and {len(source.classes)} classes from 0"
     return None
+
+
+def class_names(folders: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of classes for text files: bytes that are not UTF-8 are escaped."""
+    return tuple(os.fsencode(name).decode(errors="backslashreplace") for name in folders)
 
 
 def absolute_path(root: str) -> Path:

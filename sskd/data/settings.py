@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,6 +18,7 @@ from sskd.settings import (
     ShareOfAny,
 )
 
+Crop = Literal["padded", "resized"]
 Mean = Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False), EARLY]
 
 
@@ -26,6 +27,9 @@ class DatasetSettings(Settings):
 
     ``source`` is the key of the reader. ``name`` is the name of the data in folders of results and
     in tables; None in a YAML file means the last part of ``root``.
+
+    ``crop`` is how training images are cut: ``padded`` at the edges, as small images in memory are,
+    or ``resized`` from a random rectangle, as images in a packed file are.
     """
 
     source: str
@@ -39,6 +43,10 @@ class DatasetSettings(Settings):
     label_noise: ShareBelowAll
     holdout: ShareBelowAll
     seed: Seed
+    crop: Crop = "padded"
+    packed: NonEmpty | None = None
+    workers: Annotated[int, Field(ge=0, le=256)] | None = None
+    in_memory_gib: Positive = 4.0
 
     @field_validator("name")
     @classmethod

@@ -22,9 +22,10 @@ from sskd.data.folder import (
     names_and_sizes,
     refuse_missing_folder,
 )
+from sskd.data.imagenet import imagenet_digest, load_imagenet, refuse_missing_imagenet
 from sskd.data.images import Split
 from sskd.data.reading import Source
-from sskd.data.settings import DatasetSettings
+from sskd.data.settings import Crop, DatasetSettings
 from sskd.data.stl10 import load_stl10, refuse_missing_stl10
 from sskd.data.svhn import load_svhn, refuse_missing_svhn
 from sskd.data.tiny_imagenet import (
@@ -78,13 +79,15 @@ class Reader(NamedTuple):
     ``load`` reads it. ``digest`` distinguishes its contents; None if they never change.
     ``refuse_missing`` raises UserError if there is nothing to load, without reading any image.
     ``earlier_digest`` is the digest that earlier versions of the suite computed; None if
-    no run of those versions can have used the same images.
+    no run of those versions can have used the same images. ``crops`` are the values of
+    ``dataset.crop`` that it supports.
     """
 
     load: Callable[[DatasetSettings], Source]
     digest: Callable[[DatasetSettings], str | None]
     refuse_missing: Callable[[DatasetSettings], None] = never_missing
     earlier_digest: Callable[[DatasetSettings], str | None] = no_digest
+    crops: tuple[Crop, ...] = ("padded",)
 
 
 SOURCES: dict[str, Reader] = {
@@ -94,5 +97,12 @@ SOURCES: dict[str, Reader] = {
     "svhn": Reader(load_svhn, no_digest, refuse_missing_svhn),
     "tiny_imagenet": Reader(load_tiny_imagenet, tiny_imagenet_digest, refuse_missing_tiny_imagenet),
     "digits": Reader(load_digits, no_digest),
-    "folder": Reader(load_folder, folder_digest, refuse_missing_folder, names_and_sizes),
+    "imagenet": Reader(load_imagenet, imagenet_digest, refuse_missing_imagenet, crops=("resized",)),
+    "folder": Reader(
+        load_folder,
+        folder_digest,
+        refuse_missing_folder,
+        names_and_sizes,
+        crops=("padded", "resized"),
+    ),
 }

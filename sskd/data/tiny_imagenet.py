@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sskd.data.folder import digest_of, read_listings
-from sskd.data.listing import Listing, is_hidden, is_image
+from sskd.data.listing import Listing, image_paths, list_classes
 from sskd.data.reading import Source, abbreviate, absolute_path
 from sskd.data.settings import DatasetSettings
 from sskd.errors import UserError, one_line
@@ -45,9 +45,9 @@ def list_tiny_imagenet(root: Path) -> tuple[Listing, Listing]:
         UserError: a folder or the annotations are missing, or do not fit the classes.
     """
     try:
-        classes = sorted(each.name for each in (root / "train").iterdir() if _is_class(each))
-        train = {name: _images(root, f"train/{name}/images") for name in classes}
-        test = _images(root, "val/images")
+        classes = list_classes(root / "train")
+        train = {name: image_paths(root, f"train/{name}/images") for name in classes}
+        test = image_paths(root, "val/images")
         label_of = _annotations(root, classes)
     except (OSError, ValueError) as error:
         raise UserError(
@@ -68,19 +68,6 @@ def list_tiny_imagenet(root: Path) -> tuple[Listing, Listing]:
 
 def _root(settings: DatasetSettings) -> Path:
     return absolute_path(settings.root) / FOLDER
-
-
-def _is_class(path: Path) -> bool:
-    return path.is_dir() and not is_hidden(path.name)
-
-
-def _images(root: Path, inside: str) -> list[str]:
-    """Return the paths of the images in the folder ``inside``; ValueError if there are none."""
-    names = sorted(each.name for each in (root / inside).iterdir())
-    found = [f"{inside}/{name}" for name in names if is_image(name) and not is_hidden(name)]
-    if not found:
-        raise ValueError(f"{inside} holds no images")
-    return found
 
 
 def _annotations(root: Path, classes: list[str]) -> dict[str, int]:

@@ -10,21 +10,19 @@ number in 0..255, which is not rounded. The operations are those of ``torchvisio
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sskd.data.rectangles import draw_rectangles
+
 LEVELS = 255.0  # the largest value of a pixel
 # The weights of red, green and blue in grey: as the paper prints them, whose sum is 0.93, and those
 # of torchvision.
 PRINTED_WEIGHTS = (0.229, 0.587, 0.114)
 LUMA_WEIGHTS = (0.2989, 0.587, 0.114)
-AREA = (0.08, 1.0)  # of the crop, as a share of the image's
-ASPECT = (3 / 4, 4 / 3)  # width / height of the crop
-TRIES = 10  # draws of a crop until one fits into the image
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 # The smallest and the largest factor, and for the hue the largest shift, in turns of the circle.
 JITTER = ((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1))
@@ -93,11 +91,7 @@ class Rotation(Transformation):
 
 
 class CropResize(Transformation):
-    """Enlarges a rectangle of random area and aspect ratio to the whole image, bilinearly.
-
-    As in torchvision's ``RandomResizedCrop``, a rectangle that is larger than the image is drawn
-    again, up to ten times; then it is the whole image.
-    """
+    """Enlarges a rectangle of random area and aspect ratio to the whole image, bilinearly."""
 
     def __init__(self, side: int, device: torch.device) -> None:
         super().__init__(side, device)
@@ -106,17 +100,7 @@ class CropResize(Transformation):
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw the rectangles: top, left, height and width, in pixels."""
-        tries = (count, TRIES)
-        area = _uniform(AREA, tries, generator) * self.side**2
-        logarithms = math.log(ASPECT[0]), math.log(ASPECT[1])
-        aspect = _uniform(logarithms, tries, generator).exp()
-        sizes = torch.stack([(area / aspect).sqrt(), (area * aspect).sqrt()], dim=-1)
-        sizes = sizes.round().clamp(min=1)
-        fits = (sizes <= self.side).all(-1)
-        first = fits.long().argmax(1)[:, None, None].expand(-1, 1, 2)
-        size = sizes.gather(1, first).squeeze(1).where(fits.any(1, keepdim=True), self.side)
-        corner = (_uniform((0, 1), (count, 2), generator) * (self.side - size + 1)).floor()
-        return torch.cat([corner, size], dim=1).float()
+        return draw_rectangles(self.side, self.side, count, generator).float()
 
     def __call__(self, images: Tensor, parameters: Tensor) -> Tensor:
         """Enlarge the rectangles to the size of the images."""
@@ -249,10 +233,3 @@ class TransformedView:
         for each, part in zip(self._pool, parameters.split(self._columns, dim=1), strict=True):
             made = each(made, part)
         return made
-
-
-def _uniform(
-    bounds: tuple[float, float], shape: tuple[int, int], generator: torch.Generator
-) -> Tensor:
-    low, high = bounds
-    return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)

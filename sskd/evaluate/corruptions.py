@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from sskd.data import Split
+from sskd.data import LabelledImages, Split
 from sskd.data.reading import abbreviate
 from sskd.errors import UserError, one_line
 from sskd.files import expanded, open_bounded
@@ -56,7 +56,7 @@ class CorruptedImages:
         UserError: a file is missing, or is not the corrupted copy of these images.
     """
 
-    def __init__(self, folder: str | Path, test: Split) -> None:
+    def __init__(self, folder: str | Path, test: LabelledImages) -> None:
         self._folder, self._test = expanded(folder), test
         names = (*CORRUPTIONS, LABELS)
         missing = [f"{name}.npy" for name in names if not self._path(name).is_file()]
@@ -93,7 +93,7 @@ class CorruptedImages:
     def severities(self, corruption: str) -> Iterator[Split]:
         """Yield the images of each severity from 1 to 5, on the device of the test images."""
         size = math.prod(self._shape) // SEVERITIES
-        device = self._test.images.device
+        device = self._test.device
         with open_array(self._path(corruption), self._shape, "u") as (stream, _):
             for _ in range(SEVERITIES):
                 pixels = torch.frombuffer(bytearray(stream.read(size)), dtype=torch.uint8)
@@ -103,8 +103,7 @@ class CorruptedImages:
     @property
     def _shape(self) -> tuple[int, ...]:
         """The shape of an array of images: [5 * N, H, W, 3]."""
-        count, channels, height, width = self._test.images.shape
-        return SEVERITIES * count, height, width, channels
+        return SEVERITIES * len(self._test), self._test.size, self._test.size, 3
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.npy"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sskd.data import Images, Split
+from sskd.data import Images, LabelledImages
 from sskd.device import choose_device, to_device, tune_device
 from sskd.errors import UserError
 from sskd.evaluate.calibration import Calibration, fit_temperature, measure_calibration
@@ -20,11 +20,11 @@ from sskd.evaluate.classification import (
 )
 from sskd.evaluate.corruptions import CorruptedImages, Robustness
 from sskd.evaluate.cost import Cost, measure_cost
+from sskd.image_progress import ImageProgress
 from sskd.models import weights_digest
 from sskd.seeding import seed_from_text
 from sskd.trained import TrainedNetwork
 from sskd.training.evaluation import accuracy, predict, top_k
-from sskd.training.image_progress import ImageProgress
 
 TOP_K = 5
 MOST_CONFUSIONS = 20
@@ -171,7 +171,7 @@ def subject_of(trained: TrainedNetwork, options: Options) -> dict[str, Any]:
     }
 
 
-def _predict(trained: TrainedNetwork, split: Split, images: Images, of: str) -> Tensor:
+def _predict(trained: TrainedNetwork, split: LabelledImages, images: Images, of: str) -> Tensor:
     with ImageProgress(of.removeprefix(f"{trained.path}: "), len(split)) as progress:
         return predict(trained.network, split, images, of, advance=progress.advance)
 
@@ -249,7 +249,7 @@ def _measure_corruptions(
 ) -> Robustness:
     with ImageProgress(f"{trained.name}, corrupted images", corrupted.total) as progress:
 
-        def top1(split: Split, name: str) -> float:
+        def top1(split: LabelledImages, name: str) -> float:
             of = f"{trained.path}: {trained.name}, {name}"
             logits = predict(trained.network, split, images, of, advance=progress.advance)
             return accuracy(logits, split.labels)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sskd.data import Split
+from sskd.data import LabelledImages
 from sskd.device import inference_batch_size
 from sskd.errors import UserError
 from sskd.export.formats import Run
+from sskd.image_progress import ImageProgress
 from sskd.training.evaluation import accuracy
-from sskd.training.image_progress import ImageProgress
 
 # The largest difference that rounding may make, relative to the largest logit. Networks of the
 # suite show some 1e-6; a wrong normalisation or layer makes 1e-2 and more.
@@ -47,7 +47,7 @@ class Agreement:
         )
 
 
-def compare(run: Run, expected: Tensor, split: Split, *, title: str) -> Agreement:
+def compare(run: Run, expected: Tensor, split: LabelledImages, *, title: str) -> Agreement:
     """Compare the logits of ``run`` with the ``expected`` ones [N, C] for the images of ``split``.
 
     ``title`` is that of the progress.
@@ -75,10 +75,10 @@ def require_agreement(agreement: Agreement, of: str) -> None:
         )
 
 
-def require_any_batch(run: Run, expected: Tensor, split: Split, of: str) -> None:
+def require_any_batch(run: Run, expected: Tensor, split: LabelledImages, of: str) -> None:
     """Raise UserError if small batches of ``split`` fail or give other logits; as above."""
     for size in _SIZES:
-        images = to_unit_range(split.images[:size])
+        images = to_unit_range(split.take(torch.arange(min(size, len(split)))).images)
         try:
             with torch.no_grad():
                 difference = (run(images) - expected[: len(images)]).abs().max().item()
@@ -100,12 +100,12 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _predict(run: Run, split: Split, title: str) -> Tensor:
+def _predict(run: Run, split: LabelledImages, title: str) -> Tensor:
     """Return the logits of ``run``."""
-    batches = split.images.split(inference_batch_size(split.images.device))
+    batches = split.pixel_batches(inference_batch_size(split.device))
     with ImageProgress(title, len(split)) as progress:
         logits = []
-        for batch in batches:
+        for batch, _ in batches:
             logits.append(run(to_unit_range(batch)))
             progress.advance(len(batch))
     return torch.cat(logits)

@@ -17,10 +17,10 @@ from sskd.export.placing import place, refuse_existing, staging
 from sskd.export.quantise import IMAGES, write_int8
 from sskd.export.subject import Subject
 from sskd.files import write_text
+from sskd.image_progress import ImageProgress
 from sskd.models import fold_batch_norms
 from sskd.output import say
 from sskd.training.evaluation import predict
-from sskd.training.image_progress import ImageProgress
 
 
 @dataclass(frozen=True)

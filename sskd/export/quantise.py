@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sskd.data import Split
+from sskd.data import LabelledImages
 from sskd.export.agreement import to_unit_range
 from sskd.export.contents import INPUT, refusing_failures
 from sskd.export.formats import INT8
@@ -25,7 +25,7 @@ IMAGES = 500  # from which the ranges of the activations are taken
 _BATCH = 50
 
 
-def write_int8(source: Path, train: Split) -> Path:
+def write_int8(source: Path, train: LabelledImages) -> Path:
     """Write the ONNX file ``source`` in int8 beside it and return the path of the new file.
 
     The ranges of its activations are those of ``IMAGES`` images of ``train``, drawn with seed 0.
@@ -44,7 +44,7 @@ def write_int8(source: Path, train: Split) -> Path:
         quantize_static(
             prepared,
             target,
-            _reader(train.images[order[:IMAGES]]),
+            _reader(train.take(order[:IMAGES]).images),
             quant_format=QuantFormat.QDQ,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,

@@ -111,5 +111,5 @@ def weight_difference(pair: Pair, images: Images) -> Tensor | None:
 
 
 def _vectors(trained: TrainedNetwork, images: Images, title: str) -> Vectors:
-    to_device(trained.network, images.test.images.device)
+    to_device(trained.network, images.test.device)
     return predict_vectors(trained.network, images.test, images, title)

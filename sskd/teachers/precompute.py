@@ -78,13 +78,13 @@ def find_or_compute_outputs(method: Method, images: Images, plan: RunPlan) -> No
         UserError: the file is corrupt, or there is no space for it.
     """
     config = plan.config
-    if reason := _why_not(method, config):
+    if reason := _why_not(method, images, config):
         say(f"teacher.precompute: {reason}, so every step computes the teacher's features")
         return
     layout = layout_of(method, images, config.precision)
     fill = partial(_fill, teacher=method.teacher, images=images, config=config, layout=layout)
     run, result = find_or_compute(config, _settings(layout, images, plan), fill)
-    device = images.train.images.device
+    device = images.train.device
     path, digest = run.folder / OUTPUTS, result.digest
     method.precomputed = shared(
         ("outputs", path, digest, device),
@@ -92,8 +92,10 @@ def find_or_compute_outputs(method: Method, images: Images, plan: RunPlan) -> No
     )
 
 
-def _why_not(method: Method, config: Config) -> str:
+def _why_not(method: Method, images: Images, config: Config) -> str:
     """Return why the outputs for all crops do not suffice; "" if they do."""
+    if not images.train.has_numbered_crops:
+        return "there are too many crops of packed images to store"
     if config.strong_copies or method.views.strong:
         return "there are too many strong views to store"
     if not method.views.are_rotations:
@@ -253,7 +255,7 @@ def _outputs(
     teacher: nn.Module, images: Images, precision: str, layout: Layout, *, first: int
 ) -> Iterator[Tensor]:
     """Yield the outputs of all crops of the images from ``first`` on, [k, crops, numbers] each."""
-    device = images.train.images.device
+    device = images.train.device
     images_at_once = -(-outputs_at_once(device) // layout.crops)
     views = Views(layout.crops // CROPS)
     loader = Loader(images.train, images.mean, images.std, batch_size=images_at_once, views=views)

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sskd.data import Images, Split, eval_batches
+from sskd.data import Images, LabelledImages, eval_batches
 from sskd.device import inference_batch_size
 from sskd.distributed import ranks
 from sskd.errors import NotFiniteError
+from sskd.image_progress import ImageProgress
 from sskd.precision import exact
 from sskd.streams import wait_for
-from sskd.training.image_progress import ImageProgress
 
 # With fewer classes, five guesses are right more than a quarter of the time.
 FEWEST_CLASSES_FOR_TOP5 = 20
@@ -24,7 +24,7 @@ FEWEST_CLASSES_FOR_TOP5 = 20
 @torch.inference_mode()
 def predict(
     network: nn.Module,
-    split: Split,
+    split: LabelledImages,
     images: Images,
     of: str = "the network",
     *,
@@ -40,7 +40,7 @@ def predict(
         NotFiniteError: they are not finite; ``of`` names the network or the images in its message.
     """
     network.eval()
-    device = split.images.device
+    device = split.device
     is_divided = 1 < ranks.count() <= len(split)
     part = split.take(ranks.part_of(len(split)).to(device)) if is_divided else split
     batches = eval_batches(part, images.mean, images.std, inference_batch_size(device))
@@ -65,13 +65,13 @@ class Vectors(NamedTuple):
 
 
 @torch.inference_mode()
-def predict_vectors(network: nn.Module, split: Split, images: Images, of: str) -> Vectors:
+def predict_vectors(network: nn.Module, split: LabelledImages, images: Images, of: str) -> Vectors:
     """Return logits and pooled features on the CPU; computation and errors are as in ``predict``.
 
     ``of`` is also the title of the progress.
     """
     network.eval()
-    device = split.images.device
+    device = split.device
     batches = eval_batches(split, images.mean, images.std, inference_batch_size(device))
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     with exact(device), ImageProgress(of, len(split)) as progress:

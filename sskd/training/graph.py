@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sskd.config import Config
-from sskd.data import WHOLE, Loader
+from sskd.data import WHOLE, EpochLoader
 from sskd.errors import UserError, one_line
 from sskd.methods import Method
 from sskd.output import say
@@ -23,13 +23,16 @@ from sskd.training.shared_pass import SplitStep, shares_pass, teacher_features
 from sskd.training.step import WARMUP_STEPS, Capture, TrainingStep
 
 
-def build_step(config: Config, *, method: Method, loader: Loader, **parts: Any) -> TrainingStep:
+def build_step(
+    config: Config, *, method: Method, loader: EpochLoader, **parts: Any
+) -> TrainingStep:
     """Return a training step, as a CUDA graph if ``config.graph`` asks for one and it is possible.
 
     ``parts`` are the other attributes of a ``TrainingStep``.
 
     Raises:
-        UserError: ``graph=on``, and there is no NVIDIA GPU or the method cannot be captured.
+        UserError: ``graph=on``, and there is no NVIDIA GPU, or the method or the loader cannot be
+            captured.
     """
     parts |= {"method": method, "loader": loader, "precision": config.precision}
     parts |= {"is_compiled": config.compile == "default"}
@@ -37,18 +40,20 @@ def build_step(config: Config, *, method: Method, loader: Loader, **parts: Any) 
     if config.graph == "on" and reason:
         raise UserError(f"graph=on: {reason}; use graph=auto")
     if config.graph == "off" or reason:
-        if config.graph == "auto" and loader.share == WHOLE and not method.capturable:
+        if config.graph == "auto" and loader.device.type == "cuda":
             say(f"graph=auto: {reason}; each step starts its kernels one by one")
         return TrainingStep(**parts)
     return GraphedStep(**parts, capture=capture_cuda_graph)
 
 
-def _why_not(loader: Loader, method: Method) -> str:
+def _why_not(loader: EpochLoader, method: Method) -> str:
     """Return why a step of ``method`` cannot be a CUDA graph; "" if it can."""
     if loader.device.type != "cuda":
         return f"a CUDA graph needs an NVIDIA GPU, and the run computes on '{loader.device.type}'"
     if loader.share != WHOLE:
         return "several processes exchange gradients in each step"
+    if not loader.draws_on_device:
+        return "the images come from worker processes"
     if not method.capturable:
         return f"class {type(method).__name__} has capturable = False"
     return ""

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sskd.config import Config
-from sskd.data import Images, Loader
+from sskd.data import EpochLoader, Images
 from sskd.distributed import ranks
 from sskd.errors import UserError
 from sskd.methods import Phase
@@ -47,10 +47,9 @@ def phase_schedule(phase: Phase, config: Config) -> Schedule:
     return whole if phase.schedule is None else whole.phase(phase.schedule)
 
 
-def phase_loader(phase: Phase, images: Images, config: Config) -> Loader:
+def phase_loader(phase: Phase, images: Images, config: Config) -> EpochLoader:
     """Return the loader of the training ``images`` for ``phase`` in a run of ``config``."""
-    return Loader(
-        images.train,
+    return images.train.loader(
         images.mean,
         images.std,
         batch_size=config.batch_size,

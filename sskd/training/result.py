@@ -136,7 +136,7 @@ def _holdout(run: Run) -> HoldoutTop1 | None:
 
 
 def _circumstances(images: Images) -> dict[str, Any]:
-    device = images.train.images.device
+    device = images.train.device
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,

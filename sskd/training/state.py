@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sskd.data import Loader
+from sskd.data import EpochLoader
 from sskd.errors import UserError, shortened
 from sskd.methods import load_state_without_teacher, state_without_teacher
 from sskd.optimizers import load_optimizer
@@ -80,7 +80,7 @@ class PhaseCheckpoint:
     eval_model: nn.Module | None
     precision: str
     optimizer: torch.optim.Optimizer
-    loader: Loader
+    loader: EpochLoader
     state: TrainingState = field(default_factory=TrainingState)
     meter: Meter = field(default_factory=Meter)
 

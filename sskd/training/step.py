@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sskd.data import WHOLE, Batch, Loader
+from sskd.data import WHOLE, Batch, EpochLoader
 from sskd.device import reset_peak_gpu_memory
 from sskd.distributed.data_parallel import average_step
 from sskd.methods import Method, Phase
@@ -81,7 +81,7 @@ class TrainingStep:
     phase: Phase
     method: Method
     optimizer: torch.optim.Optimizer
-    loader: Loader
+    loader: EpochLoader
     meter: Meter
     precision: str
     is_compiled: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -98,7 +99,7 @@ class Trainer:
         own = departures_note(self.phase, self.config)
         self.progress.line(f"{verb} in {self.run.folder}, {state.epoch}/{epochs} epochs{own}")
         try:
-            with StopSignals() as signals, own_stream(self.loader.device):
+            with closing(self.loader), StopSignals() as signals, own_stream(self.loader.device):
                 while state.epoch < epochs:
                     self._train_epoch(state, signals)
         finally:

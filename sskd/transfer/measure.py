@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sskd.data import DatasetSettings, Images, Split
+from sskd.data import DatasetSettings, Images, LabelledImages
 from sskd.device import to_device
 from sskd.measuring.datasets import normalised_for
 from sskd.measuring.store import Key, data_key
@@ -48,7 +48,7 @@ def measure_transfer(
     Raises:
         NotFiniteError: the features are not finite.
     """
-    to_device(trained.network, images.train.images.device)
+    to_device(trained.network, images.train.device)
     features = compute_features(trained, images, title, mirrored=PROTOCOLS[protocol].mirrored)
     return PROTOCOLS[protocol].fit(features, SEED)._asdict()
 
@@ -59,14 +59,13 @@ def compute_features(
     """Return the pooled features of all images; with ``mirrored``, of their mirror images too."""
     normalised = normalised_for(trained, images)
 
-    def pooled(split: Split, part: str) -> torch.Tensor:
+    def pooled(split: LabelledImages, part: str) -> torch.Tensor:
         found = predict_vectors(trained.network, split, normalised, f"{title}, {part}").pooled
-        return found.to(split.images.device)
+        return found.to(split.device)
 
     views = [pooled(images.train, "training images")]
     if mirrored:
-        flipped = Split(images.train.images.flip(3), images.train.labels)
-        views.append(pooled(flipped, "mirrored training images"))
+        views.append(pooled(images.train.mirrored(), "mirrored training images"))
     return Features(
         train=torch.stack(views),
         train_labels=images.train.labels,

@@ -14,7 +14,7 @@ import torch
 from faults import SMALL
 from starting import run
 
-from benchmarks import grid, methods, scale, throughput
+from benchmarks import grid, methods, packed, scale, throughput
 from benchmarks.conventional import CONVENTIONAL, ConventionalSSKD, kept_rows, softened_kl
 from benchmarks.throughput import Measured, Row, Turns
 from benchmarks.workload import Case, noise
@@ -124,6 +124,20 @@ def test_scale_is_written(tmp_path: Path) -> None:
     assert [(each["batch"], each["jobs"]) for each in scales] == [(2, 1), (2, 1), (2, 2)]
     assert all(each["images_per_second"] > 0 and each["memory"] > 0 for each in scales)
     assert (tmp_path / "scale.md").read_text() == done.stdout
+
+
+def test_packed_images_are_compared_with_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(packed, "USUAL", (75, 50))
+    monkeypatch.setattr(packed, "LARGE", (400, 300))
+    small = ["--images", "20", "--workers", "0", "--batch", "8", "--rounds", "2"]
+    words = ["packed", *small, "--device", "cpu", "--out", str(tmp_path / "packed")]
+    monkeypatch.setattr(sys, "argv", words)
+    packed.main()
+    measured = json.loads((tmp_path / "packed.json").read_text())["images_per_second"]
+    assert all(len(rates) == 2 and min(rates) > 0 for rates in measured.values())
+    assert capsys.readouterr().out.endswith((tmp_path / "packed.md").read_text())
 
 
 def test_the_grid_has_the_hours_of_every_pair(

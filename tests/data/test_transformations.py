@@ -15,9 +15,8 @@ from torchvision.transforms import RandomResizedCrop
 
 from sskd.data import Loader, Split, Transformations, Views
 from sskd.data.augmentation import CROPS, JIGSAWS, Cropper, draw_crops
+from sskd.data.rectangles import AREA, ASPECT
 from sskd.data.transformations import (
-    AREA,
-    ASPECT,
     BRIGHTNESS,
     CONTRAST,
     HUE,

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sskd import CONF
 from sskd.config import Config, parse_config, read_config
-from sskd.data import Split
+from sskd.data import LabelledImages, Split
 from sskd.data.images import add_label_noise, hold_out, keep_fraction
 from sskd.errors import CorruptFileError, UserError, did_you_mean
 from sskd.methods.crd import draw_negatives
@@ -343,7 +343,7 @@ def numbered(labels: list[int]) -> Split:
     return Split(images, torch.tensor(labels))
 
 
-def numbers(split: Split) -> list[int]:
+def numbers(split: LabelledImages) -> list[int]:
     return split.images[:, 0, 0, 0].tolist()
 
 

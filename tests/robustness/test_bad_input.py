@@ -628,7 +628,7 @@ def test_a_cache_with_a_label_out_of_range_is_replaced(
     labels = images.train.labels.clone()
     for wrong in (2, -1, 2**40):
         labels[0] = wrong
-        source = Source(images.classes, replace(images.train, labels=labels), images.test)
+        source = Source(images.classes, images.train.with_labels(labels), images.test)
         write_cache(cache, {"train": "digest"}, source)
         assert cache.read_bytes() != original
         assert read_cache(cache, {"train": "digest"}) is None

@@ -292,8 +292,7 @@ def test_the_result_of_a_gpu_names_its_cudnn(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**20)
     monkeypatch.setattr(torch.backends.cudnn.m, "version", lambda: 91002)  # type: ignore[attr-defined]
     for name, versions in (("cuda", {"cudnn": 91002}), ("cpu", {})):
-        images: Any = SimpleNamespace(train=SimpleNamespace(images=SimpleNamespace()))
-        images.train.images.device = torch.device(name)
+        images: Any = SimpleNamespace(train=SimpleNamespace(device=torch.device(name)))
         found = _circumstances(images)["versions"]
         assert {key: found[key] for key in found if key == "cudnn"} == versions
         result = RunResult(precision="fp32", tf32=False, versions=found)

@@ -13,12 +13,17 @@ _IN_LOG = 60.0  # seconds between two lines
 
 
 class ImageProgress:
-    """Shows how many of ``total`` images are done, on standard error; a context manager."""
+    """Shows how many of ``total`` images are done, on standard error; a context manager.
 
-    def __init__(self, title: str, total: int) -> None:
-        self._title, self._total, self._done = title, total, 0
+    An earlier process has ``done`` some of them.
+    """
+
+    def __init__(self, title: str, total: int, *, done: int = 0) -> None:
+        self._title, self._total = title, total
+        self._done = self._first = done
         self._bar = tqdm(
             total=total,
+            initial=done,
             desc=title,
             unit=" images",
             disable=None,  # show it on a terminal only
@@ -45,7 +50,8 @@ class ImageProgress:
         now = time.monotonic()
         if self._bar.disable and now - self._shown >= _IN_LOG:
             self._shown = now
-            left = (self._total - self._done) * (now - self._start) / self._done
+            each = (now - self._start) / (self._done - self._first)
+            left = (self._total - self._done) * each
             complain(
                 f"{self._title}: {self._done:,} of {self._total:,} images,"
                 f" {tqdm.format_interval(left)} left"
