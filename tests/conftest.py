@@ -17,6 +17,7 @@ import bf16_convolutions
 import composing
 import few_digits
 import pytest
+import starting
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -227,6 +228,11 @@ def shared_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     """Return a folder that all processes of this session share."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if hasattr(request.config, "workerinput") else folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_fork_server(shared_folder: Path) -> None:
+    starting.share_server(shared_folder)
 
 
 @pytest.fixture(scope="session")
