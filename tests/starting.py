@@ -49,7 +49,7 @@ PIPE, STDOUT, DEVNULL = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
 
 _context = get_context("forkserver")
 _context.set_forkserver_preload(["preloaded"])
-_server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+_server: Any = forkserver._forkserver
 _start_server = _server.ensure_running
 
 
