@@ -17,6 +17,7 @@ from conftest import Compose, plan_of
 from crashes import CrashError, at_step, crash
 from faults import SMALL
 from PIL import Image
+from starting import run
 
 import sskd.tracking.session
 import sskd.tracking.tracker
@@ -34,11 +35,8 @@ from sskd.training.signals import Interrupted
 
 def inspect(path: Path, *options: str) -> list[dict[str, Any]]:
     """Return the JSON objects that ``wandb leet inspect`` prints of an offline run."""
-    program = Path(sys.executable).with_name("wandb")
-    found = subprocess.run(
-        [program, "leet", "inspect", "--json", *options, path],
-        capture_output=True, text=True, check=True, env=os.environ,
-    )  # fmt: skip
+    found = run("-m", "wandb", "leet", "inspect", "--json", *options, str(path))
+    assert found.returncode == 0, found.stderr
     text = found.stdout.strip()
     return [json.loads(text)] if options else [json.loads(line) for line in text.splitlines()]
 
