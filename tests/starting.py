@@ -56,9 +56,13 @@ _start_server = _server.ensure_running
 def share_server(folder: Path) -> None:
     """Let the pytest processes that call this use one server, which the first of them starts.
 
+    Without Linux's ``/proc``, or from Python 3.14 on, which gives a server a key, each has its own.
+
     Args:
         folder: exists, and is the same for all of these processes.
     """
+    if not Path("/proc/self/fd").exists() or hasattr(_server, "_forkserver_authkey"):
+        return
     _server.ensure_running = partial(_join_server, folder / "fork_server")
 
 
