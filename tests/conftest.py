@@ -9,7 +9,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import bf16_convolutions
 import composing
 import few_digits
 import pytest
+import starting
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -50,6 +53,25 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 def pytest_xdist_auto_num_workers() -> int:
     """Return one process more than there are cores: some tests wait for a server or a clock."""
     return (os.cpu_count() or 1) + 1
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """Let each process compile a part of the test modules, and read what the others compiled.
+
+    All processes import all test modules, in which pytest rewrites the assertions.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "dont_write_bytecode", False)
+        worker = getattr(session.config, "workerinput", None)
+        if worker and session.config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+            names = sorted(path.stem for path in Path(__file__).parent.glob("**/test_*.py"))
+            first = int(worker["workerid"].removeprefix("gw")) * len(names)
+            first //= worker["workercount"]
+            for name in names[first:] + names[:first]:
+                with suppress(Exception, pytest.skip.Exception):  # its collection reports it
+                    import_module(name)
+        return (yield)
 
 
 def pytest_collection_finish() -> None:
@@ -227,6 +249,11 @@ def shared_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     """Return a folder that all processes of this session share."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if hasattr(request.config, "workerinput") else folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_fork_server(shared_folder: Path) -> None:
+    starting.share_server(shared_folder)
 
 
 @pytest.fixture(scope="session")

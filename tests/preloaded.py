@@ -18,6 +18,7 @@ MODULES = (
     "torch._dynamo",  # the first optimizer imports it
     "torchvision.transforms",
     "wandb",
+    "wandb.cli.cli",
     *(f"sskd.training.{name}" for name in ("acceleration", "trainer", "result")),
     *(f"sskd.teachers.{name}" for name in ("phases", "precompute")),
     "sskd.commands.sweep",

@@ -1,7 +1,7 @@
 """Starting a command in a new process, in a tenth of the usual time.
 
-A new Python process takes 5 to 9 seconds of CPU time to import torch. Here, each pytest process has
-a server that has imported everything and forks, so that a start takes about 0.1 seconds::
+A new Python process takes 5 to 9 seconds of CPU time to import torch. Here, the pytest processes
+share a server that has imported everything and forks, so that a start takes about 0.1 seconds::
 
     done = run("train_student.py", "dataset=digits", "method=vanilla", f"runs={runs}")
     assert done.returncode == 0, done.stderr
@@ -36,22 +36,58 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
-from multiprocessing import forkserver, get_context, reduction
+from functools import partial
+from multiprocessing import current_process, forkserver, get_context, reduction
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
+
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 PIPE, STDOUT, DEVNULL = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
 
 _context = get_context("forkserver")
 _context.set_forkserver_preload(["preloaded"])
+_server: Any = forkserver._forkserver
+_start_server = _server.ensure_running
+
+
+def share_server(folder: Path) -> None:
+    """Let the pytest processes that call this use one server, which the first of them starts.
+
+    Without Linux's ``/proc``, or from Python 3.14 on, which gives a server a key, each has its own.
+
+    Args:
+        folder: exists, and is the same for all of these processes.
+    """
+    if not Path("/proc/self/fd").exists() or hasattr(_server, "_forkserver_authkey"):
+        return
+    _server.ensure_running = partial(_join_server, folder / "fork_server")
+
+
+def _join_server(note: Path) -> None:
+    """Use the server that ``note`` names, or start one and write its name there."""
+    if _server._forkserver_address is not None:
+        return
+    with FileLock(f"{note}.lock"):
+        with contextlib.suppress(OSError):  # there is none, or its last process has ended
+            address, pipe = note.read_text().splitlines()
+            # The server ends as soon as no process has the pipe open.
+            _server._forkserver_alive_fd = os.open(pipe, os.O_WRONLY)
+            _server._forkserver_address = address
+            return
+        # Otherwise its socket would be in a folder that is removed when this process ends.
+        current_process()._config["tempdir"] = str(note.parent)  # type: ignore[attr-defined]
+        _start_server()
+        pipe = f"/proc/{os.getpid()}/fd/{_server._forkserver_alive_fd}"
+        note.write_text(f"{_server._forkserver_address}\n{pipe}\n")
 
 
 def forked(target: Any, *arguments: object) -> Any:
     """Start a ``multiprocessing.Process`` that has already imported torch and the suite."""
     with contextlib.chdir(Path(__file__).parent):  # where the server finds preloaded.py
-        forkserver.ensure_running()
+        _server.ensure_running()
     process = _context.Process(target=target, args=arguments)
     process.start()
     return process

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from conftest import Compose, plan_of
 from crashes import CrashError, at_step, crash
 from faults import SMALL
 from PIL import Image
+from starting import run
 
 import sskd.tracking.session
 import sskd.tracking.tracker
-from sskd import CONF
 from sskd.config import Config
 from sskd.errors import UserError
 from sskd.runs.run import Run
@@ -34,11 +33,8 @@ from sskd.training.signals import Interrupted
 
 def inspect(path: Path, *options: str) -> list[dict[str, Any]]:
     """Return the JSON objects that ``wandb leet inspect`` prints of an offline run."""
-    program = Path(sys.executable).with_name("wandb")
-    found = subprocess.run(
-        [program, "leet", "inspect", "--json", *options, path],
-        capture_output=True, text=True, check=True, env=os.environ,
-    )  # fmt: skip
+    found = run("-m", "wandb", "leet", "inspect", "--json", *options, str(path))
+    assert found.returncode == 0, found.stderr
     text = found.stdout.strip()
     return [json.loads(text)] if options else [json.loads(line) for line in text.splitlines()]
 
@@ -276,11 +272,9 @@ def test_the_mode_is_from_settings_environment_or_login(
 
 def test_with_an_invalid_key_the_run_is_offline(tmp_path: Path) -> None:
     environment = os.environ | {"WANDB_API_KEY": "abc", "WANDB_MODE": "online"}
-    command = [sys.executable, "train_teacher.py", "arch=resnet8", "dataset=digits"]
-    command += ["dataset.fraction=0.05", "schedule.epochs=1", f"runs={tmp_path / 'runs'}"]
-    found = subprocess.run(
-        command, cwd=CONF.parent, env=environment, capture_output=True, text=True, check=True
-    )
+    words = ("arch=resnet8", "dataset=digits", "dataset.fraction=0.05", "schedule.epochs=1")
+    found = run("train_teacher.py", *words, f"runs={tmp_path / 'runs'}", env=environment)
+    assert found.returncode == 0, found.stderr
     assert "W&B cannot be used online (WANDB_API_KEY invalid" in found.stdout
     assert found.stderr == ""
     assert len(offline_runs(tmp_path / "runs")) == 1
