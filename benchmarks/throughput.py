@@ -69,7 +69,7 @@ def suite_views(case: Case, images: Images) -> Pipeline:
 
 def suite_evaluation(case: Case, images: Images) -> Pipeline:
     """Return a step that computes the accuracy on the test images."""
-    network = build_model(case.pair.split("-")[0], images.num_classes)
+    network = build_model(case.pair.split("-")[0], images.num_classes, images.image_size)
     to_device(network, _device(images))
 
     def score(split: Split) -> float:
@@ -80,7 +80,9 @@ def suite_evaluation(case: Case, images: Images) -> Pipeline:
 
 def baseline_training(case: Case, images: Images) -> Pipeline:
     """Return a training step of the conventional pipeline."""
-    teacher, student = (build_model(name, images.num_classes) for name in case.pair.split("-"))
+    teacher, student = (
+        build_model(name, images.num_classes, images.image_size) for name in case.pair.split("-")
+    )
     side = conventional.CONVENTIONAL[case.method](
         student, teacher, images, batch_size=case.batch, workers=case.workers
     )
@@ -103,7 +105,7 @@ def baseline_views(case: Case, images: Images) -> Pipeline:
 def baseline_evaluation(case: Case, images: Images) -> Pipeline:
     """Return a step that computes the accuracy from workers, with a copy to the host a batch."""
     device = _device(images)
-    network = build_model(case.pair.split("-")[0], images.num_classes).to(device)
+    network = build_model(case.pair.split("-")[0], images.num_classes, images.image_size).to(device)
     samples = conventional.Samples(images, train=False)
     loader = conventional.loader_of(samples, case.batch, case.workers)
     score = partial(conventional.evaluate, network, device=device)

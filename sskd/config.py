@@ -146,6 +146,8 @@ class Config(Settings):
     graph: Literal["auto", "on", "off"]
     device: str
     augmentation: Literal["weak", "weak_and_strong"] = "weak"
+    sync_batch_norm: bool = False
+    gather_batch: bool = False
     runs: NonEmpty
     force: bool
     checkpoint_minutes: Positive

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from sskd.allocator import ask_for_large_pages, keep_freed_memory, trim_heap
+from sskd.distributed.environment import local_rank, local_ranks, started_ranks
 from sskd.errors import UserError, one_line
 from sskd.turns import shares_process
 
@@ -34,13 +35,17 @@ def choose_device(name: str) -> torch.device:
     """Return the device called ``name``: auto, cpu, cuda, cuda:1, mps.
 
     ``auto`` is a GPU if there is one: of several, the one with the fewest processes of the user,
-    so that the jobs of a sweep spread over them.
+    so that the jobs of a sweep spread over them, and of several ranks its own.
 
     Raises:
         UserError: this machine has no such device.
     """
     if name == "auto":
-        name = f"cuda:{claim_gpu()}" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{_own_gpu()}" if torch.cuda.is_available() else "cpu"
+    elif started_ranks() > 1 and name != "cpu":
+        raise UserError(
+            f"device={name}: several processes have a GPU each; use device=auto, or cpu"
+        )
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -62,6 +67,19 @@ def tune_device(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = True
     if device.type == "cpu":
         keep_freed_memory()
+
+
+def _own_gpu() -> int:
+    """Return the GPU of this process: of torchrun's processes, each has one."""
+    if started_ranks() == 1:
+        return claim_gpu()
+    gpus, processes = torch.cuda.device_count(), local_ranks()
+    if processes > gpus:
+        raise UserError(
+            f"torchrun has started {processes} processes, and this machine has {gpus} GPUs; use "
+            f"--nproc_per_node={gpus}, or device=cpu"
+        )
+    return local_rank()
 
 
 @functools.cache  # a process stays on its GPU

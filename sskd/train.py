@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from sskd.config import Config
+from sskd.config import Config, parse_config
 from sskd.data import Images, load_images, refuse_missing
 from sskd.device import choose_device, reset_peak_memory, to_device, tune_device
+from sskd.distributed import ranks
+from sskd.distributed.data_parallel import check_division, divide
 from sskd.errors import UserError
 from sskd.methods import Method, Phase, fault_of_phases
 from sskd.output import say
@@ -50,14 +53,13 @@ def carry_out(
             the agent's W&B run. A teacher trained on the way and a job of a sweep are not.
     """
     # ---- the plan ----
-    check_environment(config.wandb.mode)
     under_agent = from_command_line and started_by_agent()
-    device = choose_device(config.device)
+    device = _checked_device(config)
     _train_missing_teacher(config, device)
-    plan = resolve_plan(config)
+    plan = _resolve_plan(config)
     run = Run(plan.folder, plan.full_config)
-    force = config.force and not forced_in_this_sweep(plan.folder)  # a requeued job resumes
-    if not force and (result := run.finished(RunResult)):
+    force = _is_forced(config, plan)
+    if not force and (result := ranks.from_first(lambda: run.finished(RunResult))):
         say(f"{plan.folder}: already finished, last top-1 {last_top1(result, plan.folder):.2f}")
         warn_of_changed_code(plan.folder, config, result)
         return _reuse(run, plan, result, under_agent=under_agent)
@@ -71,18 +73,32 @@ def carry_out(
 
     # ---- training ----
     if force:
-        archive_run(plan.folder)
+        ranks.from_first(lambda: archive_run(plan.folder))
     with run.open(wait=wait):
-        if result := run.finished(RunResult):  # another process was faster
+        if result := ranks.from_first(
+            lambda: run.finished(RunResult)
+        ):  # another process was faster
             return _reuse(run, plan, result, under_agent=under_agent)
         result = _train_phases(run, plan, phases, images, method=method, under_agent=under_agent)
     say(f"{plan.folder}: last top-1 {result.top1.last:.2f}, best {result.top1.best:.2f}")
     return plan, result
 
 
+def _checked_device(config: Config) -> torch.device:
+    """Return the device of the run; raise UserError if W&B, or several ranks, cannot be used."""
+    check_environment(config.wandb.mode)
+    check_division(config)
+    return choose_device(config.device)
+
+
+def _is_forced(config: Config, plan: RunPlan) -> bool:
+    """Return whether to train from scratch; a requeued job resumes."""
+    return config.force and not ranks.from_first(lambda: forced_in_this_sweep(plan.folder))
+
+
 def _train_missing_teacher(config: Config, device: torch.device) -> None:
     """Train the teacher first if its run is missing and ``teacher.train`` is true."""
-    missing = missing_teacher(config)
+    missing = _missing_teacher(config)
     if missing is None:
         return
     refuse_missing(config.dataset)  # report missing data first
@@ -93,11 +109,30 @@ def _train_missing_teacher(config: Config, device: torch.device) -> None:
         carry_out(missing, wait=True, from_command_line=False)
 
 
+def _missing_teacher(config: Config) -> Config | None:
+    """Return ``missing_teacher`` of ``config``, for all ranks as the first one finds its files."""
+
+    def find() -> dict[str, Any] | None:
+        missing = missing_teacher(config)
+        return None if missing is None else missing.model_dump()
+
+    found = ranks.from_first(find)
+    return None if found is None else parse_config(found)
+
+
+def _resolve_plan(config: Config) -> RunPlan:
+    """Return the plan of the run, for all ranks as the first one finds its files."""
+    found = ranks.from_first(
+        lambda: {k: v for k, v in vars(resolve_plan(config)).items() if k != "config"}
+    )
+    return RunPlan(config=config, **found)
+
+
 def _reuse(
     run: Run, plan: RunPlan, result: RunResult, *, under_agent: bool
 ) -> tuple[RunPlan, RunResult]:
     """Return the result of a finished run; log it to the W&B run of an agent first."""
-    if under_agent:
+    if under_agent and ranks.is_first():
         report_finished(run, plan.computed_in(result.precision or plan.config.precision), result)
     return plan, result
 
@@ -106,7 +141,11 @@ def _images_on(device: torch.device, plan: RunPlan) -> Images:
     """Return the images of the run on ``device``; jobs of this process share them."""
     settings, digest = plan.config.dataset, plan.data_digest
     key = ("images", settings.model_dump_json(), digest, device)
-    return shared(key, lambda: load_images(settings, digest).to(device))
+
+    def load() -> Images:
+        return shared(key, lambda: load_images(settings, digest).to(device))
+
+    return ranks.after_first(load)  # which may have to download or convert them
 
 
 def _assemble(
@@ -116,6 +155,7 @@ def _assemble(
     method = assemble(plan.config, images, plan.teacher)
     fold_teacher(method)
     to_device(method, device)
+    divide(method, plan.config)
     fuse_teacher(method, plan.config, device)
     share_forward(method, plan, device)
     phases = list(method.phases())
@@ -142,7 +182,8 @@ def _train_phases(
     run.announce(epochs)
     current = checkpoint["stage"] if checkpoint else phases[0].name
     with tracker_of(run, plan, under_agent=under_agent) as tracker:
-        tracker.picture("views", save_views(run, images, config, method.views))
+        if path := ranks.is_first() and save_views(run, images, config, method.views):
+            tracker.picture("views", path)
         run.metrics.subscribe(tracker.log)
         if config.teacher and config.teacher.precompute:
             find_or_compute_outputs(method, images, plan)

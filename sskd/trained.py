@@ -125,10 +125,10 @@ class TrainedNetwork:
         """Return the name, the network without its weights, and its classes."""
         if self._arch:
             classes = self.images.num_classes
-            return self._arch, build_model(self._arch, classes), classes
+            return self._arch, build_model(self._arch, classes, self.dataset.size), classes
         if recognised := recognise(read_checkpoint(self.path).state):
             name, classes = recognised
-            return name, build_model(name, classes), classes
+            return name, build_model(name, classes, self.dataset.size), classes
         if choices := _assembly_of_run(self.path):
             config = read_config(compose_config("student", choices, self._folders))
             name = f"{config.student.name} as method={config.method.name} deploys it"

@@ -6,6 +6,8 @@ import re
 import shlex
 from pathlib import Path
 
+from torch.distributed.run import parse_args
+
 from sskd import CONF
 
 ROOT = CONF.parent
@@ -67,9 +69,18 @@ def shell_lines(text: str) -> list[list[str]]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Return the words of each Python command, in ``bash`` blocks and in inline code."""
+    """Return the words of each Python command, in ``bash`` blocks and in inline code.
+
+    A script that torchrun starts takes the same words.
+    """
     inline = [shlex.split(span) for span in inline_code(text) if span.startswith("python ")]
-    return [words for words in shell_lines(text) + inline if words[0] == "python"]
+    found = [words for words in shell_lines(text) + inline if words[0] in ("python", "torchrun")]
+    return [_without_torchrun(words) if words[0] == "torchrun" else words for words in found]
+
+
+def _without_torchrun(words: list[str]) -> list[str]:
+    options = parse_args(words[1:])
+    return ["python", options.training_script, *options.training_script_args]
 
 
 def links(text: str) -> list[str]:

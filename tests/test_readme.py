@@ -176,7 +176,7 @@ def test_commands_were_found() -> None:
 @pytest.mark.parametrize("page", sorted(set(PAGES) - RUN_ELSEWHERE))
 def test_a_page_has_no_unknown_shell_command(page: str) -> None:
     """The other tests cover ``python``, ``make`` and ``pip``."""
-    known = {"python", "make", "pip", "git", "source", "find"}
+    known = {"python", "make", "pip", "git", "source", "find", "torchrun"}
     assert {words[0] for words in shell_lines(read(page))} <= known
 
 

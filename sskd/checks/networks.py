@@ -12,8 +12,8 @@ from sskd.models import Features, build_model, fold_batch_norms, recognise
 
 def check_features(name: str, classes: int = 10) -> None:
     """Check the shapes of the ``Features`` of the network ``name``, for 32 and 64 pixels a side."""
-    network = build_model(name, classes).eval()
     for size in (32, 64):
+        network = build_model(name, classes, size).eval()
         with torch.no_grad():
             features = network(torch.randn(2, 3, size, size))
         require(isinstance(features, Features), "its forward does not return Features")

@@ -62,7 +62,7 @@ def fitted_teacher(name: str, images: int, size: int = 32) -> nn.Module:
     """
     data = random_images(images, 4, size=size)
     torch.manual_seed(0)
-    teacher = build_model(name, data.num_classes).train()
+    teacher = build_model(name, data.num_classes, size).train()
     batch = Loader(data.train, data.mean, data.std, batch_size=images, views=Views(4)).next_batch()
     labels = batch.y.repeat_interleave(4)
     optimizer = torch.optim.SGD(teacher.parameters(), lr=0.05, momentum=0.9)

@@ -54,8 +54,10 @@ def run_job(composed: DictConfig) -> float:
 def _train(composed: DictConfig) -> float:
     # Importing torch takes seconds, which --help and tab completion should not.
     from sskd.commands.advice import about_weighting
+    from sskd.commands.nodes import train_on_nodes
     from sskd.commands.objective import check_search, objective
     from sskd.config import read_config
+    from sskd.distributed.group import led
     from sskd.invocation.extensions import load_extensions
     from sskd.output import say
     from sskd.runs.untrusted import refuse_unsafe_sweep_folder
@@ -70,7 +72,9 @@ def _train(composed: DictConfig) -> float:
     check_search(config.dataset.holdout)
     if not is_alone:
         refuse_unsafe_sweep_folder(Path(config.runs))
-    plan, result = carry_out(config, from_command_line=is_alone)
+        train_on_nodes(composed)
+    with led(config):
+        plan, result = carry_out(config, from_command_line=is_alone)
     return objective(result, plan.folder)
 
 

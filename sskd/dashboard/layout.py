@@ -19,7 +19,7 @@ from sskd.dashboard.panels import (
     first_phases,
 )
 from sskd.invocation.names import tool_command
-from sskd.report.published import Published, all_published
+from sskd.report.published import Published, all_published, column_lines, metrics_of
 
 # Config keys in the form of W&B's filters.
 DATASET, PAIR = ws.Config("dataset.value.name"), ws.Config("pair.value")
@@ -130,22 +130,24 @@ def _published(scope: Scope) -> list[Any]:
         for name, pairs in source.tables.items():
             shown = [pair for pair in pairs if pair in scope.pairs]
             if shown:
-                blocks += [wr.H2(f"Published: {name}"), wr.MarkdownBlock(_markdown(source, shown))]
+                blocks += [wr.H2(f"Published: {name}"), _values(source, scope.dataset, shown)]
         later = {row for *pair, row in source.later.top1 if tuple(pair) in scope.pairs}
         blocks += [wr.P(note) for note in (*source.notes, *source.later.notes(later))]
     return blocks
 
 
-def _markdown(source: Published, pairs: Sequence[tuple[str, str]]) -> str:
-    header = ["teacher<br>student", *("<br>".join(pair) for pair in pairs)]
-    lines = [header, [":---"] + ["---:"] * len(pairs)]
+def _values(source: Published, dataset: str, pairs: Sequence[tuple[str, str]]) -> wr.MarkdownBlock:
+    metrics = metrics_of(dataset)
+    columns = [(pair, metric) for pair in pairs for metric in metrics]
+    names = ("<br>".join(column_lines(*column, metrics)) for column in columns)
+    lines = [["teacher<br>student", *names], [":---"] + ["---:"] * len(columns)]
     for row in source.all_rows:
-        found = [source.value(pair, row) for pair in pairs]
+        found = [source.value(pair, row, metric) for pair, metric in columns]
         if row in source.later.rows and not any(found):
             continue
         lines.append([row, *("" if value is None else f"{value:.2f}" for value in found)])
     for rerun in source.reruns:
-        texts = [rerun.text(pair) for pair in pairs]
+        texts = [rerun.text(pair) if metric == "top1" else "" for pair, metric in columns]
         if any(texts):
             lines.append([f"{rerun.label}, re-run", *texts])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return wr.MarkdownBlock("\n".join(f"| {' | '.join(line)} |" for line in lines))

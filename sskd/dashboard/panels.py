@@ -108,6 +108,8 @@ def _top1_bars(grouping: Grouping) -> Panels:
 def _accuracy_curves(grouping: Grouping) -> Panels:
     return [
         curve("Top-1 on the test set (%)", ["test/top1"], grouping),
+        # Runs on datasets with few classes have no top-5.
+        curve("Top-5 on the test set (%)", ["test/top5"], grouping),
         curve("Top-1 on the training batches (%)", evaluated_phase_keys("top1"), grouping),
         curve("Learning rate", evaluated_phase_keys("lr"), grouping),
     ]

@@ -11,12 +11,6 @@ from torch import Tensor
 Z_95 = 1.959963984540054  # of a two-sided 95 % interval of the normal distribution
 
 
-def top_k(logits: Tensor, labels: Tensor, k: int) -> float:
-    """Return how often, in percent, a label [N] is one of the ``k`` largest logits [N, C]."""
-    found = logits.topk(k, dim=1).indices == labels[:, None]
-    return 100 * found.any(1).sum().item() / len(labels)
-
-
 def wilson_interval(percent: float, count: int) -> tuple[float, float]:
     """Return the 95 % interval of a share of ``count`` images, both in percent.
 

@@ -16,7 +16,6 @@ from sskd.evaluate.classification import (
     class_accuracies,
     confusion_matrix,
     frequent_confusions,
-    top_k,
     wilson_interval,
 )
 from sskd.evaluate.corruptions import CorruptedImages, Robustness
@@ -25,7 +24,7 @@ from sskd.image_progress import ImageProgress
 from sskd.models import weights_digest
 from sskd.seeding import seed_from_text
 from sskd.trained import TrainedNetwork
-from sskd.training.evaluation import accuracy, predict
+from sskd.training.evaluation import accuracy, predict, top_k
 
 TOP_K = 5
 MOST_CONFUSIONS = 20

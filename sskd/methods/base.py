@@ -173,6 +173,8 @@ class Method(nn.Module, ABC):
         self.register_buffer("progress", torch.ones(()), persistent=False)
         # If set, returns the teacher's outputs from a file instead (sskd.teachers.outputs).
         self.precomputed: Callable[[Batch], Features] | None = None
+        # Gathers rows [B, ...] of one process into those of the whole batch, with a gradient.
+        self.gather: Callable[[Tensor], Tensor] = lambda rows: rows
         # Computes them; jobs in threads share it (sskd.teachers.side_by_side).
         self.teacher_forward: TeacherForward = forward_in_chunks
         # What decides them, beside the seed of the epoch, if jobs share a GPU.
@@ -217,6 +219,13 @@ class Method(nn.Module, ABC):
         if self.precomputed is not None:
             return self.precomputed(batch)
         return self.teacher_forward(self.teacher, batch.x, self.teacher_outputs)
+
+    def whole(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Return each of ``parts`` [B, ...] for the batch of all processes, if that is asked for.
+
+        For terms that compare the images of a batch (``gather_batch``).
+        """
+        return tuple(map(self.gather, parts))
 
     @abstractmethod
     def loss(self, batch: Batch) -> LossOutput:

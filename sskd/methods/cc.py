@@ -44,4 +44,5 @@ class CC(KD):
     def feature_terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """Return ``cc``."""
         student = self.student_embedding(outputs.student.pooled)
-        return {"cc": cc_loss(student, self.teacher_embedding(outputs.teacher.pooled))}
+        teacher = self.teacher_embedding(outputs.teacher.pooled)
+        return {"cc": cc_loss(*self.whole(student, teacher))}

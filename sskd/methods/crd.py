@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from sskd.distributed import ranks
 from sskd.errors import UserError
 from sskd.methods.base import in_float32
 from sskd.methods.kd import KD, Outputs
@@ -107,6 +108,7 @@ class ContrastMemory(nn.Module):
         scores = score(embedding, other.bank, index, temperature)
         with torch.no_grad():  # torch.where, because an ``if`` would wait for the device
             estimate = len(self.bank) * scores.mean()
+            ranks.average_([estimate])
             self.normaliser.copy_(torch.where(self.normaliser > 0, self.normaliser, estimate))
         return nce_loss(scores / self.normaliser, len(self.bank))
 
@@ -171,7 +173,8 @@ class CRD(KD):
     def after_step(self) -> None:
         """Update the batch's rows of the banks."""
         if self.latest is not None:
-            student, teacher, indices = self.latest
+            # Of all ranks, so that their banks stay the same.
+            student, teacher, indices = map(ranks.gather, self.latest)
             self.student_memory.update(student, indices, self.momentum)
             self.teacher_memory.update(teacher, indices, self.momentum)
             self.latest = None

@@ -30,7 +30,7 @@ class DIST(KD):
         """Return ``inter`` (equation 8) and ``intra`` (equation 9), times T^2."""
         student, teacher = (
             (each.float() / self.temperature).softmax(1)
-            for each in (logits.student, logits.teacher)
+            for each in self.whole(logits.student, logits.teacher)
         )
         inter = correlation_loss(student, teacher)
         intra = correlation_loss(student.T, teacher.T)

@@ -47,4 +47,5 @@ class LumiNet(KD):
 
     def logit_terms(self, logits: Logits) -> dict[str, Tensor]:
         """Return ``luminet``, whose weight is the square of the authors' alpha."""
-        return {"luminet": luminet_loss(logits.student, logits.teacher, self.temperature)}
+        student, teacher = self.whole(logits.student, logits.teacher)
+        return {"luminet": luminet_loss(student, teacher, self.temperature)}

@@ -132,4 +132,5 @@ class MLLD(TwoViews):
 
     def view_terms(self, weak: View, strong: View) -> dict[str, Tensor]:
         """Return ``instance``, ``batch`` and ``classes``, the three levels of the paper."""
+        weak, strong = View(*self.whole(*weak)), View(*self.whole(*strong))
         return self.terms_of(weak, strong, self.temperatures)

@@ -43,4 +43,4 @@ class PKT(KD):
 
     def feature_terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """Return ``pkt``."""
-        return {"pkt": pkt_loss(outputs.student.pooled, outputs.teacher.pooled)}
+        return {"pkt": pkt_loss(*self.whole(outputs.student.pooled, outputs.teacher.pooled))}

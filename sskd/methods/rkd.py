@@ -66,5 +66,5 @@ class RKD(KD):
 
     def feature_terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """Return ``rkd``."""
-        student, teacher = outputs.student.pooled, outputs.teacher.pooled
+        student, teacher = self.whole(outputs.student.pooled, outputs.teacher.pooled)
         return {"rkd": rkd_loss(student, teacher, self.distance_weight, self.angle_weight)}

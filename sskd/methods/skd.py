@@ -97,4 +97,5 @@ class SKD(KD):
 
     def logit_terms(self, logits: Logits) -> dict[str, Tensor]:
         """Return ``kd`` and ``direction``."""
-        return self.terms_of(logits.student, logits.teacher, self.temperature, self.ridge)
+        student, teacher = self.whole(logits.student, logits.teacher)
+        return self.terms_of(student, teacher, self.temperature, self.ridge)

@@ -37,4 +37,5 @@ class SP(KD):
 
     def feature_terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """Return ``sp``."""
-        return {"sp": sp_loss(outputs.student.stages[-1], outputs.teacher.stages[-1])}
+        maps = self.whole(outputs.student.stages[-1], outputs.teacher.stages[-1])
+        return {"sp": sp_loss(*maps)}

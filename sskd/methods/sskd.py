@@ -113,7 +113,7 @@ class SSKD(Method):
     def head_loss(self, batch: Batch) -> LossOutput:
         """Return the loss of the task: the cross-entropy of the teacher's scores."""
         scores = self._scores(self.teacher_head, self.teacher_features(batch).pooled)
-        target = self.task.target(batch)
+        target = self.task.target(self._whole_batch(batch))
         loss = F.cross_entropy(scores, target)
         return LossOutput({self.task.loss: loss}, {self.accuracy: top1(scores, target)})
 
@@ -124,14 +124,16 @@ class SSKD(Method):
             teacher_scores = self._scores(self.teacher_head, teacher.pooled)
         student = self.student(batch.x)
         scores = self._scores(self.student_head, student.pooled)
+        batch = self._whole_batch(batch)
         target = self.task.target(batch)
 
-        normal, _ = split_views(student.logits.float())
-        _, teacher_transformed = split_views(teacher.logits.float())
+        student_logits, teacher_logits = self.whole(student.logits.float(), teacher.logits.float())
+        normal, _ = split_views(student_logits)
+        _, teacher_transformed = split_views(teacher_logits)
         labels = batch.y.repeat_interleave(VIEWS - 1)
         keep_tf = keep_rows(teacher_transformed, labels, self.tf_ratio)
         keep_ss = keep_rows(teacher_scores, target, self.ss_ratio)
-        compared = self.transform(student.logits), self.transform(teacher.logits)
+        compared = self.transform(student_logits), self.transform(teacher_logits)
         kd, tf = split_views(softened_kl(*compared, self.temperature))
         ss = softened_kl(scores, teacher_scores, self.ss_temperature)
         terms = {
@@ -149,4 +151,8 @@ class SSKD(Method):
         return LossOutput(terms, metrics)
 
     def _scores(self, head: nn.Module, pooled: Tensor) -> Tensor:
-        return self.task.scores(head(pooled))
+        return self.task.scores(*self.whole(head(pooled)))
+
+    def _whole_batch(self, batch: Batch) -> Batch:
+        """Return ``batch`` with the labels, indices and crops that belong to ``whole`` rows."""
+        return Batch(batch.x, *self.whole(batch.y, batch.indices, batch.crops))

@@ -1,6 +1,6 @@
 """The networks: built by name, with weights from a file if needed."""
 
-from sskd.models.architectures import ARCHITECTURES, build_model
+from sskd.models.architectures import ARCHITECTURES, build_model, takes_image_size
 from sskd.models.checkpoints import (
     Checkpoint,
     find_checkpoint,
@@ -28,5 +28,6 @@ __all__ = [
     "read_checkpoint",
     "recognise",
     "save_weights",
+    "takes_image_size",
     "weights_digest",
 ]

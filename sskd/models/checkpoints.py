@@ -214,6 +214,12 @@ def _explain_mismatch(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) ->
     if found is None or known is None:
         differences = _differences(checkpoint.state, expected)
         return f"{checkpoint.path} does not fit: {differences}; name a file of this network alone"
+    if found == known:
+        return (
+            f"{checkpoint.path} holds a {found[0]} whose first layers are those for images of "
+            "another size; set dataset.size to the size of the images that it was trained on, "
+            "such as 224"
+        )
     if found[0] != known[0]:
         advice = f"name the architecture {found[0]}, for a teacher with arch@teacher={found[0]}"
     else:

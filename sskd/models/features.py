@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ def pool_and_classify(
     )
 
 
-def run_rectified_stage(blocks: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
+def run_rectified_stage(blocks: Iterable[nn.Module], x: Tensor) -> tuple[Tensor, Tensor]:
     """Run blocks that end before their last ReLU; return the stage and its pre-activation.
 
     The ReLU is not in place, because the pre-activation is returned as well.
@@ -70,6 +70,21 @@ def run_rectified_stage(blocks: nn.Sequential, x: Tensor) -> tuple[Tensor, Tenso
         preact = block(x)
         x = F.relu(preact)
     return x, preact
+
+
+def run_rectified_stages(
+    stages: Iterable[Iterable[nn.Module]], stem: Tensor, classifier: nn.Module
+) -> Features:
+    """Return the features of a network with ``stages`` that ``run_rectified_stage`` can run.
+
+    ``stem`` is the input of the first stage, and ``classifier`` takes the mean of the last one.
+    """
+    maps, preacts, x = [], [], stem
+    for blocks in stages:
+        x, preact = run_rectified_stage(blocks, x)
+        maps.append(x)
+        preacts.append(preact)
+    return pool_and_classify(x, classifier, stem=stem, stages=tuple(maps), preacts=tuple(preacts))
 
 
 class RectifiedStage(nn.Sequential):
@@ -87,6 +102,16 @@ class StagePlan(NamedTuple):
     in_channels: int
     out_channels: int
     stride: int
+
+
+def rectified_stage(plan: StagePlan, block: Callable[[int, int, int], nn.Module]) -> RectifiedStage:
+    """Return a stage of blocks that ``block`` builds of input channels, output channels, stride.
+
+    The first block has the stride of ``plan``.
+    """
+    width = plan.out_channels
+    first = block(plan.in_channels, width, plan.stride)
+    return RectifiedStage(first, *(block(width, width, 1) for _ in range(plan.blocks - 1)))
 
 
 def stages_behind(plan: Sequence[StagePlan], stage: int) -> list[StagePlan]:

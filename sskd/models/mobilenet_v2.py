@@ -7,7 +7,7 @@ Blocks end without a ReLU, so the pre-activation of a stage is the stage itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -67,6 +67,8 @@ class InvertedResidual(nn.Module):
 
 class MobileNetV2(nn.Module):
     """A stem of stride 2, seven groups of inverted residuals and a 1x1 convolution."""
+
+    designed_size: ClassVar[int] = 32  # pixels of a side
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

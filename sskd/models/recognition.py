@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sskd.models.architectures import ARCHITECTURES
+from sskd.models.architectures import ARCHITECTURES, build_model, takes_image_size
+from sskd.models.image_size import LARGE_IMAGE
+
+Shapes = dict[str, tuple[int, ...]]
+# The sizes at which a network that depends on the images has other tensors.
+_SIZES = (32, LARGE_IMAGE)
 
 
 def recognise(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
     """Return the architecture and the number of classes of ``state``; None if it is unknown."""
     shapes = tensor_shapes(state)
-    for name, layout in _architecture_shapes(tuple(ARCHITECTURES)).items():
+    for name, layout in _architecture_shapes(tuple(ARCHITECTURES)):
         *_, weight, bias = layout  # every network registers its classifier last
         classes = shapes.get(bias, ())[:1]
         if classes and shapes == layout | {weight: classes + layout[weight][1:], bias: classes}:
@@ -24,7 +29,7 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
     return None
 
 
-def tensor_shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(state: Mapping[str, Tensor]) -> Shapes:
     """Return the shape of each tensor by its name."""
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
@@ -39,7 +44,14 @@ class _SkipNormalInit(TorchFunctionMode):
 
 
 @cache
-def _architecture_shapes(names: tuple[str, ...]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Return the shapes of the tensors of the architectures ``names``, with one class, in order."""
+def _architecture_shapes(names: tuple[str, ...]) -> list[tuple[str, Shapes]]:
+    """Return the shapes of the tensors of the architectures ``names``, with one class, in order.
+
+    An architecture is returned for each of the ``_SIZES`` if it depends on the image size.
+    """
     with torch.device("meta"), _SkipNormalInit():
-        return {name: tensor_shapes(ARCHITECTURES[name](1).state_dict()) for name in names}
+        return [
+            (name, tensor_shapes(build_model(name, 1, size).state_dict()))
+            for name in names
+            for size in (_SIZES if takes_image_size(name) else _SIZES[:1])
+        ]

@@ -6,17 +6,19 @@ A stage is the map after its last ReLU; its pre-activation is the sum in front o
 
 from __future__ import annotations
 
+from functools import partial
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sskd.models.features import (
     Features,
-    RectifiedStage,
     StagePlan,
     build_branch,
     initialise_convolutions,
-    pool_and_classify,
-    run_rectified_stage,
+    rectified_stage,
+    run_rectified_stages,
 )
 from sskd.models.shortcut import shortcut
 
@@ -44,6 +46,8 @@ class ResNet(nn.Module):
     ``widths`` holds the channels of the stem and of the three stages.
     """
 
+    designed_size: ClassVar[int] = 32  # pixels of a side
+
     def __init__(self, num_classes: int, *, depth: int, widths: tuple[int, int, int, int]) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
@@ -61,23 +65,11 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Features:
         """Map images ``[B, 3, h, w]`` to ``Features`` with three stages."""
         stem = F.relu(self.bn1(self.conv1(x)))
-        stage1, preact1 = run_rectified_stage(self.layer1, stem)
-        stage2, preact2 = run_rectified_stage(self.layer2, stage1)
-        stage3, preact3 = run_rectified_stage(self.layer3, stage2)
-        return pool_and_classify(
-            stage3,
-            self.fc,
-            stem=stem,
-            stages=(stage1, stage2, stage3),
-            preacts=(preact1, preact2, preact3),
-        )
+        return run_rectified_stages((self.layer1, self.layer2, self.layer3), stem, self.fc)
 
     def branch(self, stage: int) -> nn.Module:
         """Return new layers like those between the map of ``stage`` (from 1) and the last map."""
         return build_branch(self.plan, stage, _stage)
 
 
-def _stage(plan: StagePlan) -> RectifiedStage:
-    first = BasicBlock(plan.in_channels, plan.out_channels, plan.stride)
-    width = plan.out_channels
-    return RectifiedStage(first, *(BasicBlock(width, width, 1) for _ in range(plan.blocks - 1)))
+_stage = partial(rectified_stage, block=BasicBlock)

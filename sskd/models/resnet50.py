@@ -7,17 +7,19 @@ A stage is the map after its last ReLU; its pre-activation is the sum in front o
 
 from __future__ import annotations
 
+from functools import partial
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sskd.models.features import (
     Features,
-    RectifiedStage,
     StagePlan,
     build_branch,
     initialise_convolutions,
-    pool_and_classify,
-    run_rectified_stage,
+    rectified_stage,
+    run_rectified_stages,
 )
 from sskd.models.shortcut import shortcut
 
@@ -33,29 +35,35 @@ PLAN = (
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions beside a shortcut; returns the sum, without the last ReLU.
 
-    The 3x3 convolution has the stride; the output has ``4 * channels`` channels.
+    The 3x3 convolution has the stride; it and the first one have a quarter of ``out_channels``.
+    ``shortcut_name`` is the name of the shortcut in checkpoints.
     """
 
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, *, shortcut_name: str = "shortcut"
+    ) -> None:
         super().__init__()
-        out_channels = EXPANSION * channels
+        channels = out_channels // EXPANSION
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.shortcut = shortcut(in_channels, out_channels, stride)
+        self.shortcut_name = shortcut_name
+        self.add_module(shortcut_name, shortcut(in_channels, out_channels, stride))
 
     def forward(self, x: Tensor) -> Tensor:
         residual = F.relu(self.bn1(self.conv1(x)), inplace=True)
         residual = F.relu(self.bn2(self.conv2(residual)), inplace=True)
         residual = self.bn3(self.conv3(residual))
-        return residual + self.shortcut(x)
+        return residual + self.get_submodule(self.shortcut_name)(x)
 
 
 class ResNet50(nn.Module):
     """A stem of 64 channels and four stages of 3, 4, 6 and 3 bottlenecks."""
+
+    designed_size: ClassVar[int] = 32  # pixels of a side
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -68,25 +76,12 @@ class ResNet50(nn.Module):
     def forward(self, x: Tensor) -> Features:
         """Map images ``[B, 3, h, w]`` to ``Features`` with four stages."""
         stem = F.relu(self.bn1(self.conv1(x)))
-        stage1, preact1 = run_rectified_stage(self.layer1, stem)
-        stage2, preact2 = run_rectified_stage(self.layer2, stage1)
-        stage3, preact3 = run_rectified_stage(self.layer3, stage2)
-        stage4, preact4 = run_rectified_stage(self.layer4, stage3)
-        return pool_and_classify(
-            stage4,
-            self.linear,
-            stem=stem,
-            stages=(stage1, stage2, stage3, stage4),
-            preacts=(preact1, preact2, preact3, preact4),
-        )
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        return run_rectified_stages(stages, stem, self.linear)
 
     def branch(self, stage: int) -> nn.Module:
         """Return new layers like those between the map of ``stage`` (from 1) and the last map."""
         return build_branch(PLAN, stage, _stage)
 
 
-def _stage(plan: StagePlan) -> RectifiedStage:
-    channels = plan.out_channels // EXPANSION
-    first = Bottleneck(plan.in_channels, channels, plan.stride)
-    others = (Bottleneck(plan.out_channels, channels, stride=1) for _ in range(plan.blocks - 1))
-    return RectifiedStage(first, *others)
+_stage = partial(rectified_stage, block=Bottleneck)

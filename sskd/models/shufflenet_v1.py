@@ -7,6 +7,8 @@ in a block of stride 2 a concatenation. PyTorch's default initialisation is used
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,8 +18,7 @@ from sskd.models.features import (
     RectifiedStage,
     StagePlan,
     build_branch,
-    pool_and_classify,
-    run_rectified_stage,
+    run_rectified_stages,
 )
 
 GROUPS = 3
@@ -62,6 +63,8 @@ class ShuffleBlock(nn.Module):
 class ShuffleNetV1(nn.Module):
     """A stem and three stages of 4, 8 and 4 blocks with 240, 480 and 960 channels."""
 
+    designed_size: ClassVar[int] = 32  # pixels of a side
+
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, STEM_CHANNELS, 1, bias=False)
@@ -72,16 +75,7 @@ class ShuffleNetV1(nn.Module):
     def forward(self, x: Tensor) -> Features:
         """Map images ``[B, 3, h, w]`` to ``Features`` with three stages."""
         stem = F.relu(self.bn1(self.conv1(x)))
-        stage1, preact1 = run_rectified_stage(self.layer1, stem)
-        stage2, preact2 = run_rectified_stage(self.layer2, stage1)
-        stage3, preact3 = run_rectified_stage(self.layer3, stage2)
-        return pool_and_classify(
-            stage3,
-            self.linear,
-            stem=stem,
-            stages=(stage1, stage2, stage3),
-            preacts=(preact1, preact2, preact3),
-        )
+        return run_rectified_stages((self.layer1, self.layer2, self.layer3), stem, self.linear)
 
     def branch(self, stage: int) -> nn.Module:
         """Return new layers like those between the map of ``stage`` (from 1) and the last map.

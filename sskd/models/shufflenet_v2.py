@@ -8,6 +8,8 @@ used.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -75,6 +77,8 @@ class DownBlock(nn.Module):
 
 class ShuffleNetV2(nn.Module):
     """A stem, three stages of 4, 8 and 4 blocks and a 1x1 convolution."""
+
+    designed_size: ClassVar[int] = 32  # pixels of a side
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ A stage is the map after its last ReLU; its pre-activation is the output of its 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -29,6 +30,8 @@ class VGG(nn.Module):
 
     ``convolutions`` is the number of convolutions in each block.
     """
+
+    designed_size: ClassVar[int] = SMALL_IMAGE
 
     def __init__(self, num_classes: int, *, convolutions: tuple[int, int, int, int, int]) -> None:
         super().__init__()

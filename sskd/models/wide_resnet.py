@@ -9,6 +9,7 @@ running statistics are updated twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -86,6 +87,8 @@ class WideResNet(nn.Module):
 
     The stages have 16, 32 and 64 channels times ``widening``.
     """
+
+    designed_size: ClassVar[int] = 32  # pixels of a side
 
     def __init__(self, num_classes: int, *, depth: int, widening: int) -> None:
         super().__init__()

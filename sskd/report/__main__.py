@@ -25,8 +25,8 @@ Show the results of all finished runs in the layout of the published tables: one
 table per dataset and setting, a column per pair of teacher and student, a row
 per method. Runs with other settings of the method or a teacher from a file have
 their own rows. Runs that differ in one number are a table with a column for each
-value. On CIFAR-100 the published value is shown beneath the measured one if the
-experiment is the same.
+value. On CIFAR-100 and ImageNet the published value is shown beneath the measured
+one if the experiment is the same.
 """
 EXAMPLES = """\
 examples:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from sskd.report.published import published_for
+from sskd.report.published import SOURCES, published_for
 from sskd.report.results import (
     FIXED_SOURCES,
     ROW_KEYS,
@@ -80,7 +80,9 @@ def _data(run: FinishedRun, recorded: Iterable[Origin]) -> Origin:
 
 def _labels(name: str, datasets: Sequence[Origin]) -> dict[Origin, str]:
     """Return a distinct label for each of ``datasets``, all of which are called ``name``."""
-    if len(datasets) == 1 and name not in FIXED_SOURCES:
+    # The published values of a dataset are not shown beside other data of its name.
+    is_own = name not in SOURCES or datasets[0].source == name
+    if len(datasets) == 1 and name not in FIXED_SOURCES and is_own:
         return dict.fromkeys(datasets, name)
     texts = {data: data.data_text(SHORT_DIGEST) for data in datasets}
     if len(set(texts.values())) < len(texts):

@@ -28,12 +28,14 @@ from sskd.report.results import (
     DIGEST,
     Epoch,
     FinishedRun,
+    Metric,
     Settings,
     numeric_order,
     without_digest,
 )
 
 NETWORKS_TABLE = "networks"
+TOP5_TABLE = ", top-5"
 # That of sskd.config, which would import torch.
 ALONE = "vanilla"
 GAIN_LEGEND = (
@@ -48,7 +50,10 @@ REFERENCES = {STUDENT: "over the student alone", KD: "over KD"}
 
 @dataclass(frozen=True)
 class Entry:
-    """The value of one cell: mean top-1 in percent over ``n`` runs, and the published value."""
+    """The value of one cell: mean accuracy in percent over ``n`` runs, and the published value.
+
+    The accuracy is top-1, or top-5 if ``table`` ends in ``TOP5_TABLE``.
+    """
 
     dataset: str
     setting: str
@@ -134,22 +139,23 @@ class Group:
         split = {key: runs for row, found in rows.items() for key, runs in _by_teacher(row, found)}
         return {key: split[key] for key in sorted(split, key=self.row_order) if split[key]}
 
-    def pair_entries(self, table: str, pair: Pair) -> dict[RowKey, Entry]:
+    def pair_entries(self, table: str, pair: Pair, metric: Metric = "top1") -> dict[RowKey, Entry]:
         """Return the entries of one column by row, the teacher's first."""
         rows = self.pair_runs(pair)
-        values = {TEACHER: _teacher_top1(self, pair)}
-        values |= {key: [run.top1(self.epoch) for run in runs] for key, runs in rows.items()}
+        values = {TEACHER: _teacher_accuracies(self, pair, metric)}
+        values |= {key: _accuracies(runs, metric, self.epoch) for key, runs in rows.items()}
         rows[TEACHER] = _students_of_untrained_teacher(self, pair)
+        place = table if metric == "top1" else f"{table}{TOP5_TABLE}"
         return {
             key: self.entry(
-                table,
+                place,
                 pair,
                 key,
-                values=top1,
-                published=self._published_top1(pair, key, rows[key]),
+                values=found,
+                published=_published_value(self, pair, key, runs=rows[key], metric=metric),
             )
-            for key, top1 in values.items()
-            if top1
+            for key, found in values.items()
+            if found
         }
 
     def row_order(self, row: RowKey) -> RowOrder:
@@ -165,7 +171,7 @@ class Group:
         values: Sequence[float],
         published: float | None,
     ) -> Entry:
-        """Return the entry of a cell whose runs have the top-1 ``values``."""
+        """Return the entry of a cell whose runs have the accuracies ``values``."""
         place = (self.dataset, self.setting_title, table, *pair, row_label(row))
         return Entry(*place, self.epoch, *mean_std_n(values), published)
 
@@ -174,19 +180,6 @@ class Group:
         if self.published and (row := self.published.row_of(run)):
             return row, tuple(item for item in run.variant if item[0] == DIGEST)
         return display_name(run.method), run.variant
-
-    def _published_top1(self, pair: Pair, row: RowKey, runs: Iterable[FinishedRun]) -> float | None:
-        if self.published is None or not self.published.is_comparable(self.setting):
-            return None
-        name, _ = row
-        if row == TEACHER:
-            same = all(self.published.has_teacher_of(name, run) for run in runs)
-        else:
-            # Runs of one teacher file can differ in the requested epoch; one match is enough.
-            same = row == STUDENT or any(
-                self.published.is_same_experiment(name, run) for run in runs
-            )
-        return self.published.value(pair, name) if same else None
 
 
 def row_order(row: RowKey, rows: Sequence[str]) -> RowOrder:
@@ -285,11 +278,35 @@ def _by_teacher(row: RowKey, runs: list[FinishedRun]) -> Iterator[tuple[RowKey, 
         yield key, [run for run in runs if run.origin.teacher == digest]
 
 
-def _teacher_top1(group: Group, pair: Pair) -> list[float]:
-    trained = [run.top1(group.epoch) for run in _plain_runs(group.scratch_runs, pair[0])]
+def _accuracies(runs: Iterable[FinishedRun], metric: Metric, epoch: Epoch) -> list[float]:
+    """Return the accuracies of those ``runs`` that recorded them."""
+    return [value for run in runs if (value := run.accuracy(metric, epoch)) is not None]
+
+
+def _teacher_accuracies(group: Group, pair: Pair, metric: Metric) -> list[float]:
+    trained = _plain_runs(group.scratch_runs, pair[0])
+    if trained:
+        return _accuracies(trained, metric, group.epoch)
     # A teacher that was not trained here has no run, but its students have measured it.
-    measured = {run.teacher_top1 for run in _students_of_untrained_teacher(group, pair)}
-    return trained or sorted(value for value in measured if value is not None)
+    students = _students_of_untrained_teacher(group, pair)
+    measured = {run.teacher_accuracy(metric) for run in students}
+    return sorted(value for value in measured if value is not None)
+
+
+def _published_value(
+    group: Group, pair: Pair, row: RowKey, *, runs: Iterable[FinishedRun], metric: Metric
+) -> float | None:
+    """Return the published value of a cell; None if it may not be compared with its ``runs``."""
+    published = group.published
+    if published is None or not published.is_comparable(group.setting):
+        return None
+    name, _ = row
+    if row == TEACHER:
+        same = all(published.has_teacher_of(name, run) for run in runs)
+    else:
+        # Runs of one teacher file can differ in the requested epoch; one match is enough.
+        same = row == STUDENT or any(published.is_same_experiment(name, run) for run in runs)
+    return published.value(pair, name, metric) if same else None
 
 
 def _students_of_untrained_teacher(group: Group, pair: Pair) -> list[FinishedRun]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sskd.report.later import (
@@ -17,7 +17,7 @@ from sskd.report.later import (
     load_later,
 )
 from sskd.report.published_csv import read_csv
-from sskd.report.results import DIGEST, SHORT_DIGEST, FinishedRun, Settings
+from sskd.report.results import DIGEST, SHORT_DIGEST, FinishedRun, Metric, Settings
 from sskd.runs.weightings import WEIGHTING
 
 # A row: its name, and the settings that set its runs apart from the plain row of that name.
@@ -45,10 +45,12 @@ DISPLAY_NAMES = {
 }
 
 COLUMNS = ("table", "teacher", "student", "row", "top1")
+TOP5_COLUMN = "top5"
 RERUN_COLUMNS = ("teacher", "student", "by", "top1", "std", "runs")
 # Settings that may differ from the recipe in a comparison with published values.
 COMPARABLE = frozenset({"precision"})
 USUAL_EPOCH = "best"
+METRIC_NAMES: dict[Metric, str] = {"top1": "top-1", "top5": "top-5"}
 # Points of top-1. The closest two published teachers of one network differ by 0.21.
 SAME_TEACHER = 0.1
 
@@ -88,6 +90,10 @@ class PublishedSource:
         epochs: the number of epochs of its networks.
         setting: what all its runs changed in the rest of the recipe.
         later: the values of later methods with its teachers.
+        has_top5: whether its file has top-5 accuracies too.
+        base_of: by row that is a variant of another, the name of that method's row.
+        teachers_are_files: whether its teachers had another recipe than the suite's teachers, so
+            that a teacher trained here counts as the published one only if it is as accurate.
     """
 
     file: str
@@ -100,6 +106,9 @@ class PublishedSource:
     epochs: int = 240
     setting: Settings = ()
     later: LaterMethods = field(default_factory=LaterMethods)
+    has_top5: bool = False
+    base_of: Mapping[str, str] = field(default_factory=dict)
+    teachers_are_files: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,27 +139,30 @@ class Rerun:
 
 @dataclass(frozen=True)
 class Published:
-    """Published top-1 accuracies, in percent, of one source on one dataset.
+    """Published accuracies, in percent, of one source on one dataset.
 
     Attributes:
         name: the source's name.
         rows: in the printed order.
         tables: a table's (teacher, student) pairs by its name, in the printed order.
         top1: by (teacher, student, row).
-        alone: of the networks trained from scratch, by name.
+        top5: the same for top-5; empty if none was published.
+        alone: the top-1 of the networks trained from scratch, by name.
         variants: by row, what the runs changed in the recipe.
-        teachers: by row, the accuracies of the teachers by name.
+        teachers: by row, the top-1 of the teachers by name.
         reruns: what others measured.
         epochs: the number of epochs of the networks.
         notes: what a reader must know before comparing.
         setting: what all runs changed in the recipe, without their method and teacher.
         later: the values of later methods, which are not in ``rows``, ``tables`` and ``top1``.
+        base_of, teachers_are_files: those of the ``PublishedSource``.
     """
 
     name: str
     rows: tuple[str, ...]
     tables: dict[str, tuple[Pair, ...]]
     top1: dict[tuple[str, str, str], float]
+    top5: dict[tuple[str, str, str], float]
     alone: dict[str, float]
     variants: dict[str, Settings]
     teachers: dict[str, dict[str, float]]
@@ -159,14 +171,18 @@ class Published:
     notes: tuple[str, ...]
     setting: Settings
     later: LaterValues
+    base_of: Mapping[str, str]
+    teachers_are_files: bool
 
     @property
     def all_rows(self) -> tuple[str, ...]:
         """The rows: the networks alone first, later methods last."""
         return tuple(dict.fromkeys((TEACHER_ROW, STUDENT_ROW, *self.rows, *self.later.rows)))
 
-    def value(self, pair: Pair, row: str) -> float | None:
-        """Return the top-1 of ``row``, which may be a later method's; None if there is none."""
+    def value(self, pair: Pair, row: str, metric: Metric = "top1") -> float | None:
+        """Return the value of ``row``, which may be a later method's; None if there is none."""
+        if metric == "top5":
+            return self.top5.get((*pair, row))
         return self.top1.get((*pair, row), self.later.top1.get((*pair, row)))
 
     def is_comparable(self, setting: Settings) -> bool:
@@ -181,7 +197,8 @@ class Published:
         """Return the row whose published runs changed the same settings as ``run``, if any did."""
         name, requested = display_name(run.method), requested_settings(run)
         pair = (run.teacher or "", run.student)
-        for row in (name, *self.later.variants_of(name)):
+        own = (row for row, base in self.base_of.items() if base == name)
+        for row in (name, *own, *self.later.variants_of(name)):
             if self.variants.get(row, self.later.changes_of(row, pair)) == requested:
                 return row
         return None
@@ -189,10 +206,10 @@ class Published:
     def has_teacher_of(self, row: str, run: FinishedRun) -> bool:
         """Return whether the run's teacher is, as far as known, the published one of ``row``.
 
-        A teacher trained by this suite has the published recipe. Of a teacher from a file only
-        the accuracy is known, which must equal the published teacher's.
+        A teacher trained by this suite has the published recipe, unless ``teachers_are_files``. Of
+        other teachers only the accuracy is known, which must equal the published teacher's.
         """
-        if DIGEST not in dict(run.variant):
+        if DIGEST not in dict(run.variant) and not self.teachers_are_files:
             return True
         expected = self.teachers.get(row, {}).get(run.teacher or "")
         if expected is None or run.teacher_top1 is None:
@@ -268,8 +285,36 @@ SKD = PublishedSource(
         ("optimizer.weight_decay", "4e-05"),
     ),
 )
+IMAGENET = PublishedSource(
+    "published_imagenet.csv",
+    "",
+    (
+        "Published: Xu et al., Knowledge Distillation Meets Self-Supervision, ECCV 2020, table 5,"
+        " which prints errors; shown is 100 minus the error. The teacher ({teachers}) has the"
+        " accuracy of torchvision's checkpoint. AT's values are those of its authors (the"
+        " repository szagoruyko/attention-transfer), who had no KD, a weight decay of 1e-4 and"
+        " another ResNet34; the table lists CRD with and without KD. Weights: CE 1.0 in all rows,"
+        " KD 0.9 in KD, CRD+KD and SSKD. A teacher trained here must be as accurate as the"
+        " published one too.",
+        "The published re-run of SSKD is of torchdistill (Matsubara, RRPR 2020; one run), in which"
+        " KD has 71.37, AT 70.90 and CRD 70.93. It trained the head for 30 epochs; the paper does"
+        " not describe this phase.",
+    ),
+    variant=(("method.weights.ce", "1.0"),),
+    variant_of=dict.fromkeys(("AT", "CRD"), ((WEIGHTING, "crd_benchmark"),)),
+    reruns={"SSKD": "published_imagenet_reruns.csv"},
+    epochs=100,
+    setting=(
+        ("batch_size", "256"),
+        ("schedule.epochs", "100"),
+        ("schedule.milestones", "[0.3, 0.6, 0.9]"),
+    ),
+    has_top5=True,
+    base_of={"CRD+KD": "CRD"},
+    teachers_are_files=True,
+)
 # Runs that match no source's settings are shown with the first source of their dataset.
-SOURCES = {"cifar100": (SSKD, CRD_BENCHMARK, SKD)}
+SOURCES = {"cifar100": (SSKD, CRD_BENCHMARK, SKD), "imagenet": (IMAGENET,)}
 
 
 def published_for(dataset: str, setting: Settings = ()) -> tuple[Published, ...]:
@@ -279,13 +324,21 @@ def published_for(dataset: str, setting: Settings = ()) -> tuple[Published, ...]
     Self-Supervision, ECCV 2020, and of the CRD benchmark: ``similar`` (teacher and student of
     one family) and ``cross`` (of two). The rows ``teacher`` and ``student`` are networks trained
     from scratch, the others are the student distilled by that method. A source with a recipe of
-    its own follows if runs of ``setting`` may be compared with it.
+    its own follows if runs of ``setting`` may be compared with it. For ImageNet there is one table,
+    of Xu et al.
 
     Raises:
         UserError: a CSV file of the package is malformed.
     """
-    sources = all_published(dataset)
-    return tuple(each for each in sources if not each.setting or each.is_comparable(setting))
+    first, others = all_published(dataset)[:1], all_published(dataset)[1:]
+    own = (each for each in others if not each.setting or each.is_comparable(setting))
+    return (*first, *own)
+
+
+def metrics_of(dataset: str) -> tuple[Metric, ...]:
+    """Return the accuracies that the tables of ``dataset`` show: top-5 too if it was published."""
+    has_top5 = any(source.top5 for source in all_published(dataset))
+    return ("top1", "top5") if has_top5 else ("top1",)
 
 
 @functools.cache
@@ -294,15 +347,17 @@ def all_published(dataset: str) -> tuple[Published, ...]:
     return tuple(_load(source) for source in SOURCES.get(dataset, ()))
 
 
+def column_lines(pair: Pair, metric: Metric, metrics: Sequence[Metric]) -> tuple[str, ...]:
+    """Return the lines above a column: the pair and, if there are several metrics, its metric."""
+    return (*pair, METRIC_NAMES[metric]) if len(metrics) > 1 else pair
+
+
 def _load(source: PublishedSource) -> Published:
-    lines = _read_tables(source.file)
+    lines = _read_tables(source.file, has_top5=source.has_top5)
     tables: dict[str, dict[Pair, None]] = {}
-    top1: dict[tuple[str, str, str], float] = {}
     for line in lines:
-        pair = (line["teacher"], line["student"])
         name = f"{source.name}, {line['table']}" if source.name else line["table"]
-        tables.setdefault(name, {})[pair] = None
-        top1[(*pair, line["row"])] = float(line["top1"])
+        tables.setdefault(name, {})[line["teacher"], line["student"]] = None
     rows = tuple(dict.fromkeys(line["row"] for line in lines))
     teachers = _from_scratch(lines, TEACHER_ROW)
     later = load_later(source.later)
@@ -311,7 +366,8 @@ def _load(source: PublishedSource) -> Published:
         name=source.name,
         rows=rows,
         tables={name: tuple(pairs) for name, pairs in tables.items()},
-        top1=top1,
+        top1=_by_cell(lines, "top1"),
+        top5=_by_cell(lines, TOP5_COLUMN) if source.has_top5 else {},
         alone=teachers | _from_scratch(lines, STUDENT_ROW),
         variants={
             row: source.variant_of.get(row, source.variant)
@@ -328,7 +384,14 @@ def _load(source: PublishedSource) -> Published:
         notes=tuple(note.format(teachers=listed) for note in source.notes),
         setting=source.setting,
         later=later,
+        base_of=source.base_of,
+        teachers_are_files=source.teachers_are_files,
     )
+
+
+def _by_cell(lines: Iterable[Mapping[str, str]], column: str) -> dict[tuple[str, str, str], float]:
+    """Return the numbers of ``column`` by (teacher, student, row)."""
+    return {(line["teacher"], line["student"], line["row"]): float(line[column]) for line in lines}
 
 
 def _from_scratch(lines: Iterable[Mapping[str, str]], row: str) -> dict[str, float]:
@@ -347,5 +410,6 @@ def _load_reruns(source: PublishedSource) -> tuple[Rerun, ...]:
     return tuple(Rerun(*key, top1) for key, top1 in reruns.items())
 
 
-def _read_tables(file: str) -> list[dict[str, str]]:
-    return read_csv(file, COLUMNS, ("teacher", "student", "row"))
+def _read_tables(file: str, *, has_top5: bool = False) -> list[dict[str, str]]:
+    numbers = ("top1", TOP5_COLUMN) if has_top5 else ("top1",)
+    return read_csv(file, (*COLUMNS[:4], *numbers), ("teacher", "student", "row"), numbers)

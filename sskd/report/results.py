@@ -16,10 +16,11 @@ from sskd.files import MOST_DEPTH, is_regular_file, is_too_deep, read_bounded_te
 from sskd.overrides import flatten
 from sskd.runs import fields
 from sskd.runs.names import CONFIG, MOST_CONFIG, MOST_RESULT, NAME, RESULT
-from sskd.runs.result import HoldoutTop1, RunResult
+from sskd.runs.result import HoldoutTop1, RunResult, Top5
 from sskd.runs.weightings import RECIPE, WEIGHTING, name_weighting
 
 Epoch = Literal["last", "best"]
+Metric = Literal["top1", "top5"]
 Settings = tuple[tuple[str, str], ...]
 Warn = Callable[[str], None]
 
@@ -75,6 +76,7 @@ class FinishedRun:
         departures: the settings of the recipe that the method itself replaces.
         settings: all settings that decide the result, without ``NOT_SETTINGS``.
         holdout: the accuracies on held-out images; None without ``dataset.holdout``.
+        top5: the top-5 accuracies; None if they were not recorded.
 
     ``teacher_epoch``, ``peak_memory_mib``, ``commit``, ``epochs`` and ``passes`` are None, and
     ``settings`` empty, if they were not recorded.
@@ -105,6 +107,8 @@ class FinishedRun:
     folder: Path
     settings: Settings = ()
     holdout: HoldoutTop1 | None = None
+    top5: Top5 | None = None
+    teacher_top5: float | None = None
 
     @property
     def setting(self) -> Settings:
@@ -119,6 +123,21 @@ class FinishedRun:
     def top1(self, epoch: Epoch) -> float:
         """Return the test accuracy, in percent, of the last or of the best epoch."""
         return self.last if epoch == "last" else self.best
+
+    def accuracy(self, metric: Metric, epoch: Epoch) -> float | None:
+        """Return the top-1 or top-5 as ``top1`` does; None if it was not recorded.
+
+        The best epoch is that of the best top-1.
+        """
+        if metric == "top1":
+            return self.top1(epoch)
+        if self.top5 is None:
+            return None
+        return self.top5.last if epoch == "last" else self.top5.best
+
+    def teacher_accuracy(self, metric: Metric) -> float | None:
+        """Return the teacher's top-1 or top-5, in percent; None if it was not recorded."""
+        return self.teacher_top1 if metric == "top1" else self.teacher_top5
 
     def holdout_top1(self, epoch: Epoch) -> float | None:
         """Return the accuracy on the held-out images, in percent, of their last or best epoch."""
@@ -238,6 +257,8 @@ def parse_result(text: str, folder: Path) -> FinishedRun | None:
         folder=folder,
         settings=_settings(record, result.precision),
         holdout=result.holdout_top1,
+        top5=result.top5,
+        teacher_top5=result.teacher_top5,
     )
 
 

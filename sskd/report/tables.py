@@ -19,14 +19,20 @@ from sskd.report.published import (
     SAME_TEACHER,
     Pair,
     RowKey,
+    column_lines,
+    metrics_of,
     row_label,
     settings_text,
 )
-from sskd.report.results import Epoch, FinishedRun
+from sskd.report.results import Epoch, FinishedRun, Metric
 
 COST_TITLE = "cost and agreement, means over seeds"
 EPOCH_TITLES: dict[Epoch, str] = {"last": "last epoch", "best": "best epoch on the test set"}
 LEGEND = "Top-1 in %: mean ± sample standard deviation over seeds (number of runs)."
+TOP5_LEGEND = (
+    "Top-5 in %: the same for the share of test images whose class is among the five largest"
+    " logits. Its best epoch is that of the best top-1."
+)
 PUBLISHED_LEGEND = (
     "Beside or beneath it, the published value and the difference, measured - published; only if"
     " nothing but the precision differs from the published setting and configuration and, if the"
@@ -131,6 +137,8 @@ def _notes(groups: list[Group], compared: Iterable[Entry]) -> tuple[str, ...]:
     if not sources and groups[0].published:
         sources = [groups[0].published]
     notes = [LEGEND]
+    if "top5" in metrics_of(groups[0].dataset) and any(group.distilled for group in groups):
+        notes.append(TOP5_LEGEND)
     comparable = [source for source in sources if source.is_comparable(groups[0].setting)]
     if comparable:
         rows = {entry.row.partition(" (")[0] for entry in compared}
@@ -174,7 +182,10 @@ def _title(group: Group, table: str) -> str:
 
 
 def _pairs_table(group: Group, name: str, pairs: list[Pair]) -> Table:
-    columns = [group.pair_entries(name, pair) for pair in pairs]
+    metrics = metrics_of(group.dataset)
+    places = [(pair, metric) for pair in pairs for metric in metrics]
+    names = ("\n".join(column_lines(*place, metrics)) for place in places)
+    columns = [group.pair_entries(name, pair, metric) for pair, metric in places]
     layout = {(row, ()) for row in group.layout(name)}
     rows = []
     for key in sorted(layout.union(*columns), key=group.row_order):
@@ -182,10 +193,10 @@ def _pairs_table(group: Group, name: str, pairs: list[Pair]) -> Table:
         compared = any(entry and entry.published is not None for entry in entries)
         label = row_label(key) + ("\n  published" if compared else "")
         rows.append((Cell(label), *map(_pair_cell, entries)))
-        rows += _rerun_rows(group, key, pairs, entries)
+        rows += _rerun_rows(group, key, places, entries)
     return Table(
         title=_title(group, name),
-        header=("teacher\nstudent", *("\n".join(pair) for pair in pairs)),
+        header=("teacher\nstudent", *names),
         rows=tuple(rows),
         labels=1,
         align="<",
@@ -202,19 +213,28 @@ def _pair_cell(entry: Entry | None) -> Cell:
 
 
 def _rerun_rows(
-    group: Group, row: RowKey, pairs: Sequence[Pair], entries: Sequence[Entry | None]
+    group: Group,
+    row: RowKey,
+    places: Sequence[tuple[Pair, Metric]],
+    entries: Sequence[Entry | None],
 ) -> Iterator[tuple[Cell, ...]]:
-    """Yield a row for each published re-run of ``row``, filled for the pairs that are compared."""
+    """Yield a row for each published re-run of ``row``, filled for the pairs that are compared.
+
+    Only its top-1 was published.
+    """
     compared = [entry is not None and entry.published is not None for entry in entries]
     for rerun in group.published.reruns if group.published else ():
-        shown = [here and pair in rerun.top1 for pair, here in zip(pairs, compared, strict=True)]
+        shown = [
+            here and metric == "top1" and pair in rerun.top1
+            for (pair, metric), here in zip(places, compared, strict=True)
+        ]
         if row == (rerun.row, ()) and any(shown):
             # The second line is where other rows show published values.
             yield (
                 Cell(f"{rerun.label}\n  published re-run"),
                 *(
                     Cell(f"\n{rerun.text(pair)}", rerun.top1[pair][0]) if here else Cell()
-                    for pair, here in zip(pairs, shown, strict=True)
+                    for (pair, _), here in zip(places, shown, strict=True)
                 ),
             )
 

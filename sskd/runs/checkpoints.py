@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sskd.distributed import ranks
 from sskd.errors import CorruptFileError, UserError
 from sskd.output import complain
 from sskd.runs.checkpoint_file import load_checkpoint, save_checkpoint
@@ -24,7 +25,7 @@ class Checkpoints:
     """Saves and loads the checkpoints of the run of ``config`` in ``folder``.
 
     A checkpoint names its run by the settings that decide the result, and holds the position in
-    ``metrics``.
+    ``metrics``. The first of several ranks writes and reads; all of them get what it read.
     """
 
     def __init__(
@@ -37,11 +38,14 @@ class Checkpoints:
 
         Then the subscribers of the metrics receive the lines that it covers.
         """
+        ranks.from_first(lambda: self._save(state))
+        self._metrics.notify()
+
+    def _save(self, state: State) -> None:
         content = {**state, **self._metrics.position(), NAME: identity(self._config)}
         last, previous = self._folder / LAST, self._folder / PREVIOUS
         with self._lock.writing() as still_ours:
             save_checkpoint(last, content, keep=previous, still_ours=still_ours)
-        self._metrics.notify()
 
     def load(self, phases: Collection[str]) -> State | None:
         """Return the last saved state, on the CPU, and cut the metrics back to its position.
@@ -55,6 +59,9 @@ class Checkpoints:
         Raises:
             UserError: all checkpoints or the metrics are corrupt, or they are another run's.
         """
+        return ranks.from_first(lambda: self._load(phases))
+
+    def _load(self, phases: Collection[str]) -> State | None:
         last, previous = self._folder / LAST, self._folder / PREVIOUS
         damage = ""
         for path in (last, previous):
@@ -110,6 +117,9 @@ class Checkpoints:
 
     def save_best(self, weights: Mapping[str, Tensor], epoch: int, accuracy: float) -> None:
         """Write ``best.pt``: the ``weights`` of the best epoch, in the published layout."""
+        ranks.from_first(lambda: self._save_best(weights, epoch, accuracy))
+
+    def _save_best(self, weights: Mapping[str, Tensor], epoch: int, accuracy: float) -> None:
         state = {"model": weights, "epoch": epoch, "accuracy": accuracy}
         content = {**state, NAME: identity(self._config)}
         with self._lock.writing() as still_ours:

@@ -10,6 +10,7 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
+from sskd.distributed import ranks
 from sskd.errors import CorruptFileError, UserError
 from sskd.files import append_line, read_lines, write_atomically
 from sskd.runs import fields
@@ -41,7 +42,10 @@ class MetricsLog:
         self._notified = len(self.lines)
 
     def log(self, line: EpochLine) -> None:
-        """Append one line."""
+        """Append one line; of several ranks, the first one does."""
+        ranks.from_first(lambda: self._append(line))
+
+    def _append(self, line: EpochLine) -> None:
         text = json.dumps(line.to_json())
         with self._lock.writing() as still_ours:
             append_line(self._path, text, still_ours=still_ours)

@@ -160,6 +160,8 @@ def teacher_config(config: Config) -> Config:
         "teacher": None,
         "seed": teacher.seed,
         "augmentation": "weak",
+        "sync_batch_norm": False,
+        "gather_batch": False,
         "precision": teacher.precision or config.precision,
         "force": False,
     }

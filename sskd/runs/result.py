@@ -44,6 +44,17 @@ class Top1:
 
 
 @dataclass(frozen=True)
+class Top5:
+    """Top-5 accuracies on the test set in percent.
+
+    ``best`` is that of the epoch with the best top-1, which need not have the best top-5.
+    """
+
+    last: float | None = None
+    best: float | None = None
+
+
+@dataclass(frozen=True)
 class HoldoutTop1:
     """Top-1 accuracies on held-out images in percent, and the test accuracy of the best epoch."""
 
@@ -76,8 +87,10 @@ class RunResult(Result):
     under the names that published checkpoints have. ``precision`` is that of the device, never
     ``auto``, here and in ``difference``; ``tf32`` is true if convolutions used TF32. ``extensions``
     has the SHA-256 of the user's code, by choices such as ``method=dist``. ``passes`` is the number
-    of views of each image on which the student was trained. ``departures`` are settings of the
-    recipe that the method itself replaces, by dotted key.
+    of views of each image on which the student was trained. ``top5`` and ``teacher_top5`` are None
+    for a dataset with few classes (``sskd.training.evaluation.top5_accuracy``). ``departures`` are
+    settings of the recipe that the method itself replaces, by dotted key. ``ranks`` is the number
+    of processes that trained together at the end.
     """
 
     kind: str | None = None
@@ -92,10 +105,12 @@ class RunResult(Result):
     follows_weighting: bool | None = None
     difference: Mapping[str, Any] = field(default_factory=dict)
     top1: Top1 = Top1()
+    top5: Top5 | None = None
     holdout_top1: HoldoutTop1 | None = None
     teacher_digest: str | None = None
     teacher_epoch: str | None = None
     teacher_top1: float | None = None
+    teacher_top5: float | None = None
     agreement: float | None = None
     kl: float | None = None
     epoch: int | None = None
@@ -109,6 +124,7 @@ class RunResult(Result):
     compile: str | None = None
     precomputed: bool | None = None
     passes: int | None = None
+    ranks: int | None = None
     departures: Mapping[str, Any] = field(default_factory=dict)
     extensions: Mapping[str, Any] = field(default_factory=dict)
     device: str | None = None
@@ -138,6 +154,7 @@ class RunResult(Result):
             tf32=fields.flag_or_none(values, "tf32"),
             precomputed=fields.flag_or_none(values, "precomputed"),
             top1=_nested(values, "top1", _top1) or Top1(),
+            top5=_nested(values, "top5", _top5),
             holdout_top1=_nested(values, "holdout_top1", _holdout_top1),
             digest=_nested(values, "digest", _digests) or WeightsDigests(),
             run=fields.mapping(values, "run") if "run" in values else None,
@@ -148,8 +165,8 @@ _TEXTS = (
     *("kind", "dataset", "dataset_source", "dataset_digest", "teacher", "student", "method"),
     *("teacher_digest", "teacher_epoch", "precision", "compile", "device", "date"),
 )
-_INTEGERS = ("seed", "recipe", "epoch", "parameters", "threads", "passes")
-_PERCENTAGES = ("teacher_top1", "agreement", "accuracy")
+_INTEGERS = ("seed", "recipe", "epoch", "parameters", "threads", "passes", "ranks")
+_PERCENTAGES = ("teacher_top1", "teacher_top5", "agreement", "accuracy")
 _NUMBERS = ("seconds", "images_per_second", "peak_memory_mib")
 
 
@@ -169,6 +186,10 @@ def _nested(record: fields.Record, key: str, read: Callable[[fields.Record], T])
 def _top1(record: fields.Record) -> Top1:
     best_epoch = fields.integer_or_none(record, "best_epoch")
     return Top1(_percent(record, "last"), _percent(record, "best"), best_epoch)
+
+
+def _top5(record: fields.Record) -> Top5:
+    return Top5(_percent(record, "last"), _percent(record, "best"))
 
 
 def _holdout_top1(record: fields.Record) -> HoldoutTop1:

@@ -14,8 +14,9 @@ from typing import Any, Self, TypeVar
 
 from torch import nn
 
+from sskd.distributed import ranks
 from sskd.errors import BusyError, UserError
-from sskd.files import make_durable_folder, stale_temporaries, write_text
+from sskd.files import StillOurs, make_durable_folder, stale_temporaries, write_text
 from sskd.models import save_weights
 from sskd.runs.checkpoints import Checkpoints
 from sskd.runs.comparison import explain_difference, refuse_other_result
@@ -35,7 +36,7 @@ _METADATA = ("kind", "dataset", "student", "method", "seed", "epoch", "accuracy"
 
 
 class Run:
-    """One run's folder, locked while it is open.
+    """One run's folder, locked while it is open. Of several ranks, the first one writes.
 
     A folder with a run of another ``config`` is refused if the difference decides the result
     (``sskd.runs.identity.identity``).
@@ -65,6 +66,10 @@ class Run:
             BusyError: another process is working in it.
             UserError: the folder cannot be written, or holds a run of another configuration.
         """
+        ranks.from_first(lambda: self._open(wait))
+        return self
+
+    def _open(self, wait: bool) -> None:
         try:
             make_durable_folder(self.folder)
             self.lock.acquire(wait=wait)
@@ -79,11 +84,11 @@ class Run:
         except BaseException:
             self.close()
             raise
-        return self
 
     def close(self) -> None:
         """Release the lock of the folder."""
-        self.lock.release()
+        if ranks.is_first():
+            self.lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -92,7 +97,8 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, *_: object
     ) -> None:
         finished = (self.folder / RESULT).exists()  # a later error is not a failure of the run
-        if error is not None and not isinstance(error, BusyError) and not finished:
+        is_failure = not isinstance(error, BusyError) and not finished
+        if error is not None and is_failure and ranks.is_first():
             write_failure(self.folder, error, still_ours=self.lock.check)
         self.close()
 
@@ -112,7 +118,7 @@ class Run:
 
     def announce(self, epochs: Mapping[str, int]) -> None:
         """Record the ``epochs`` of each phase, from which others estimate the time left."""
-        self._write_status("running", epochs=dict(epochs))
+        ranks.from_first(lambda: self._write_status("running", epochs=dict(epochs)))
 
     def _write_status(self, state: Any, **details: Any) -> None:
         with self.lock.writing() as still_ours:
@@ -140,17 +146,33 @@ class Run:
 
     def finish(self, model: nn.Module | None, result: R, heads: nn.Module | None = None) -> R:
         """Write the weights of ``model`` and ``heads``, if any, and the result; return it."""
-        result = replace(result, run=identity(self.config))
-        values = result.to_json()
-        metadata = {key: values[key] for key in _METADATA if key in values}
-        with self.lock.writing() as still_ours:
-            if model is not None:
-                save_weights(self.folder / WEIGHTS, model, metadata, still_ours=still_ours)
-            if heads is not None:
-                save_weights(self.folder / HEADS, heads, {}, still_ours=still_ours)
-            # Last, because the result marks the run as finished.
-            text = json.dumps(values, indent=2) + "\n"
-            write_text(self.folder / RESULT, text, still_ours=still_ours)
-            (self.folder / PREVIOUS).unlink(missing_ok=True)
-        self._write_status("finished")
-        return result
+        finished = replace(result, run=identity(self.config))
+
+        def write() -> None:
+            with self.lock.writing() as still_ours:
+                _write_files(self.folder, model, finished, heads, still_ours=still_ours)
+            self._write_status("finished")
+
+        ranks.from_first(write)
+        return finished
+
+
+def _write_files(
+    folder: Path,
+    model: nn.Module | None,
+    result: Result,
+    heads: nn.Module | None,
+    *,
+    still_ours: StillOurs,
+) -> None:
+    """Write the weights and the result of a finished run."""
+    values = result.to_json()
+    metadata = {key: values[key] for key in _METADATA if key in values}
+    if model is not None:
+        save_weights(folder / WEIGHTS, model, metadata, still_ours=still_ours)
+    if heads is not None:
+        save_weights(folder / HEADS, heads, {}, still_ours=still_ours)
+    # Last, because the result marks the run as finished.
+    text = json.dumps(values, indent=2) + "\n"
+    write_text(folder / RESULT, text, still_ours=still_ours)
+    (folder / PREVIOUS).unlink(missing_ok=True)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 CE, KD = "method.weights.ce", "method.weights.kd"
 WEIGHTING = "weighting"
-# The weights (CE, KD) of each option of ``conf/weighting``.
+# The weights (CE, KD) of each option of ``conf/weighting`` that differs from ``sskd`` in more than
+# one weight. ``imagenet`` is ``method.weights.ce=1.0``: its runs stand in a study of that weight.
 WEIGHTINGS = {"sskd": (0.1, 0.9), "crd_benchmark": (1.0, 0.0), "common": (1.0, 1.0)}
 USUAL = WEIGHTINGS["sskd"]
 # The suite's methods whose weights of CE and KD come from a weighting; the others have weights in

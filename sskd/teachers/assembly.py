@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from sskd.config import Config
 from sskd.data import Images, Split
 from sskd.errors import UserError
 from sskd.methods import Method, build_method
-from sskd.models import build_model
+from sskd.models import ARCHITECTURES, build_model, takes_image_size
+from sskd.output import complain_once
 from sskd.runs.plan import TeacherWeights
 from sskd.seeding import seed_torch
 from sskd.teachers.find import load_heads, load_teacher, report_ignored_heads
@@ -22,10 +24,13 @@ def assemble(config: Config, images: Images, found: TeacherWeights | None = None
         UserError: the method does not support this pair of networks.
     """
     seed_torch(config.seed, "student")
-    student = build_model(config.student.name, images.num_classes)
+    sizes = images.num_classes, images.image_size
+    student = build_model(config.student.name, *sizes)
+    _report_large_images(config.student.name, student, images)
     teacher = None
     if config.teacher:
-        teacher = build_model(config.teacher.name, images.num_classes)
+        teacher = build_model(config.teacher.name, *sizes)
+        _report_large_images(config.teacher.name, teacher, images)
         if found:
             load_teacher(teacher, found)
             report_ignored_heads(config.method.name, found)
@@ -36,6 +41,18 @@ def assemble(config: Config, images: Images, found: TeacherWeights | None = None
     except UserError as error:
         networks = [network.name for network in (config.teacher, config.student) if network]
         raise UserError(f"method={config.method.name} {'-'.join(networks)}: {error}") from None
+
+
+def _report_large_images(name: str, network: nn.Module, images: Images) -> None:
+    """Print a line if the images have more than twice the size that ``network`` is designed for."""
+    size, designed = images.image_size, getattr(network, "designed_size", None)
+    if designed and size > 2 * designed:
+        others = ", ".join(filter(takes_image_size, ARCHITECTURES))
+        complain_once(
+            f"warning: {name} is designed for images of {designed} pixels, and these have {size}: "
+            f"its maps are up to {(size / designed) ** 2:.0f} times as large; networks for large "
+            f"images are {others}"
+        )
 
 
 def check_compatible(config: Config) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from sskd.config import Config
 from sskd.data import Images, Views
+from sskd.distributed import ranks
 from sskd.methods import Method, Phase
 from sskd.models import weights_digest
 from sskd.runs.epoch_line import EpochLine
@@ -25,6 +26,7 @@ from sskd.teachers.shared import corrupt_file_error, find_or_compute, read_intac
 from sskd.training.phase_settings import phase_schedule
 from sskd.training.trainer import Trainer
 
+_OF_SEVERAL_RANKS = ("sync_batch_norm", "gather_batch")
 _LATER_VIEWS = ("transformed", "jigsaws")
 
 
@@ -43,7 +45,7 @@ def find_or_train_phase(
     train = partial(_train, phase=phase, method=method, images=images, config=plan.config)
     run, result = find_or_compute(plan.config, settings, train)
     _load_weights(phase.trains, run.folder / WEIGHTS, result.digest)
-    return run.metrics.read()
+    return ranks.from_first(run.metrics.read)
 
 
 def _train(run: Run, *, phase: Phase, method: Method, images: Images, config: Config) -> None:
@@ -65,7 +67,7 @@ def _train(run: Run, *, phase: Phase, method: Method, images: Images, config: Co
 def _load_weights(module: nn.Module, path: Path, digest: str | None) -> None:
     """Load the weights of a finished phase; results of the first version have no ``digest``."""
     most = 2 * sum(tensor.nbytes for tensor in module.state_dict().values()) + MOST_RESULT
-    state = read_intact(path, most, digest)
+    state = ranks.from_first(lambda: read_intact(path, most, digest))
     if state is None:
         raise corrupt_file_error(path)
     try:
@@ -90,6 +92,7 @@ def phase_settings(
     return {
         **({"code": code} if code else {}),
         **({"augmentation": config.augmentation} if config.strong_copies else {}),
+        **{name: True for name in _OF_SEVERAL_RANKS if getattr(config, name)},
         "phase": phase.name,
         "method": config.method.name,
         "teacher": {"name": values["teacher"]["name"], "digest": teacher.digest},

@@ -13,6 +13,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from sskd.config import Config
+from sskd.distributed import ranks
 from sskd.errors import UserError
 from sskd.files import read_bounded, safe_join
 from sskd.models import weights_digest
@@ -29,11 +30,11 @@ def find_or_compute(
     ``compute`` trains and finishes it if no run has done so. Another process that needs it waits.
     """
     with Run(shared_folder(config, settings), settings).open(wait=True) as run:
-        if run.finished(SharedResult) is None:
+        if ranks.from_first(lambda: run.finished(SharedResult)) is None:
             compute(run)
         else:
             say(f"{run.folder}: reused")
-        result = run.finished(SharedResult)
+        result = ranks.from_first(lambda: run.finished(SharedResult))
         assert result is not None
         return run, result
 

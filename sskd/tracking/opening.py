@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from sskd.distributed import ranks
 from sskd.errors import UserError
 from sskd.output import complain
 from sskd.runs.epoch_line import EpochLine
@@ -37,8 +38,11 @@ class NoTracker:
 
 
 def tracker_of(run: Run, plan: RunPlan, *, under_agent: bool = False) -> Tracker | NoTracker:
-    """Return the tracker of ``run`` for a ``with`` statement; see ``Tracker``."""
-    if requested_mode(plan.config.wandb.mode) == "disabled":
+    """Return the tracker of ``run`` for a ``with`` statement; see ``Tracker``.
+
+    Of several ranks, the first one logs.
+    """
+    if requested_mode(plan.config.wandb.mode) == "disabled" or not ranks.is_first():
         return NoTracker()
     # It takes a second, and a machine that trains without W&B may lack its package.
     from sskd.tracking.tracker import Tracker

@@ -27,6 +27,8 @@ _SUMMARY = {
     "last/top1": "top1.last",
     "best/top1": "top1.best",
     "best/epoch": "top1.best_epoch",
+    "last/top5": "top5.last",
+    "best/top5": "top5.best",
     "hours": "seconds",
     "teacher_top1": "teacher_top1",
     "agreement": "agreement",

@@ -8,6 +8,7 @@ import torch
 
 from sskd.config import Config
 from sskd.data import Batch
+from sskd.distributed import ranks
 from sskd.errors import UserError, one_line
 from sskd.methods import LossOutput, Method, Phase
 from sskd.models import fold_batch_norms, fuse_layers
@@ -26,7 +27,7 @@ def fold_teacher(method: Method) -> None:
 def fuse_teacher(method: Method, config: Config, device: torch.device) -> None:
     """Let the folded teacher of ``method``, which is on ``device``, use fused kernels of a GPU."""
     if method.needs_teacher and device.type == "cuda":
-        images = config.batch_size * method.views.count
+        images = ranks.share().size(config.batch_size) * method.views.count
         fused = fuse_layers(method.teacher, config.precision, images)
         method.teacher = fused.requires_grad_(False)
 
@@ -51,7 +52,7 @@ def compile_loss(phase: Phase, config: Config) -> Phase:
     compiled = torch.compile(phase.losses, dynamic=False, options=options)
 
     def loss(batch: Batch) -> LossOutput:
-        if len(batch.y) < config.batch_size:
+        if len(batch.y) < ranks.share().size(config.batch_size):
             return phase.loss(batch)
         try:
             step: LossOutput = compiled(batch)

@@ -11,10 +11,14 @@ from torch import Tensor, nn
 
 from sskd.data import Images, LabelledImages, eval_batches
 from sskd.device import inference_batch_size
+from sskd.distributed import ranks
 from sskd.errors import NotFiniteError
 from sskd.image_progress import ImageProgress
 from sskd.precision import exact
 from sskd.streams import wait_for
+
+# With fewer classes, five guesses are right more than a quarter of the time.
+FEWEST_CLASSES_FOR_TOP5 = 20
 
 
 @torch.inference_mode()
@@ -29,20 +33,25 @@ def predict(
     """Return ``network``'s logits [N, C] for the images of ``split``, unrotated and uncropped.
 
     Computed in eval mode and in float32 with TF32 off, whatever precision the network trains in.
-    After each batch ``advance`` is called with its number of images.
+    Each of several ranks computes a part and returns all of them. After each batch ``advance`` is
+    called with its number of images.
 
     Raises:
         NotFiniteError: they are not finite; ``of`` names the network or the images in its message.
     """
     network.eval()
     device = split.device
-    batches = eval_batches(split, images.mean, images.std, inference_batch_size(device))
+    is_divided = 1 < ranks.count() <= len(split)
+    part = split.take(ranks.part_of(len(split)).to(device)) if is_divided else split
+    batches = eval_batches(part, images.mean, images.std, inference_batch_size(device))
     computed = []
     with exact(device):
         for x, _ in batches:
             computed.append(network(x).logits)
             advance(len(x))
     logits = torch.cat(computed)
+    if is_divided:
+        logits = ranks.gather_uneven(logits)
     wait_for(device)
     _require_finite(logits, "logits", of)
     return logits
@@ -96,6 +105,8 @@ def _and_others(count: int) -> str:
 def evaluate_epoch(network: nn.Module, images: Images) -> dict[str, float]:
     """Return ``test/top1`` and, if there are held-out images, ``holdout/top1``, in percent.
 
+    With at least ``FEWEST_CLASSES_FOR_TOP5`` classes, ``test/top5`` and ``holdout/top5`` too.
+
     Raises:
         NotFiniteError: logits are not finite.
     """
@@ -104,12 +115,28 @@ def evaluate_epoch(network: nn.Module, images: Images) -> dict[str, float]:
         if split is not None:
             logits = predict(network, split, images, f"{name} set")
             accuracies[f"{name}/top1"] = accuracy(logits, split.labels)
+            if (top5 := top5_accuracy(logits, split.labels)) is not None:
+                accuracies[f"{name}/top5"] = top5
     return accuracies
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Return the top-1 accuracy in percent of ``logits`` [N, C] for ``labels`` [N]."""
     return 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+def top_k(logits: Tensor, labels: Tensor, k: int) -> float:
+    """Return how often, in percent, a label [N] is one of the ``k`` largest logits [N, C]."""
+    found = logits.topk(k, dim=1).indices == labels[:, None]
+    return 100 * found.any(1).sum().item() / len(labels)
+
+
+def top5_accuracy(logits: Tensor, labels: Tensor) -> float | None:
+    """Return the top-5 accuracy in percent of ``logits`` [N, C] for ``labels`` [N].
+
+    It is None with fewer classes C than ``FEWEST_CLASSES_FOR_TOP5``.
+    """
+    return top_k(logits, labels, 5) if logits.shape[1] >= FEWEST_CLASSES_FOR_TOP5 else None
 
 
 def agreement(student_logits: Tensor, teacher_logits: Tensor) -> float:

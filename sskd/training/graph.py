@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sskd.config import Config
-from sskd.data import EpochLoader
+from sskd.data import WHOLE, EpochLoader
 from sskd.errors import UserError, one_line
 from sskd.methods import Method
 from sskd.output import say
@@ -40,7 +40,7 @@ def build_step(
     if config.graph == "on" and reason:
         raise UserError(f"graph=on: {reason}; use graph=auto")
     if config.graph == "off" or reason:
-        if config.graph == "auto" and loader.device.type == "cuda":
+        if config.graph == "auto" and loader.share == WHOLE and loader.device.type == "cuda":
             say(f"graph=auto: {reason}; each step starts its kernels one by one")
         return TrainingStep(**parts)
     return GraphedStep(**parts, capture=capture_cuda_graph)
@@ -52,6 +52,8 @@ def _why_not(loader: EpochLoader, method: Method) -> str:
         return f"a CUDA graph needs an NVIDIA GPU, and the run computes on '{loader.device.type}'"
     if not loader.draws_on_device:
         return "the images come from worker processes"
+    if loader.share != WHOLE:
+        return "several processes exchange gradients in each step"
     if not method.capturable:
         return f"class {type(method).__name__} has capturable = False"
     return ""

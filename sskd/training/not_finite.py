@@ -11,6 +11,7 @@ from torch import nn
 
 from sskd.config import Config
 from sskd.data import Images
+from sskd.distributed import ranks
 from sskd.errors import NotFiniteError, UserError
 from sskd.methods import Phase
 from sskd.training.evaluation import evaluate_epoch, predict
@@ -77,6 +78,10 @@ class FiniteCheck:
             self._refuse_non_finite_teacher()
             raise self.error(problem, terms)
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+    def shown_metrics(self, meter: Meter, step: int) -> dict[str, float]:
+        """Return the metrics for the progress of one rank; a check needs all ranks at once."""
+        return meter.read() if ranks.count() > 1 else self.metrics(meter, step)
 
     def checked_metrics(self, meter: Meter, step: int) -> dict[str, float]:
         """Return ``metrics``, after a check of the weights, which no later loss has seen yet."""

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from sskd.config import Config
 from sskd.data import EpochLoader, Images
+from sskd.distributed import ranks
 from sskd.errors import UserError
 from sskd.methods import Phase
 from sskd.optimizers import OPTIMIZERS
@@ -54,6 +55,7 @@ def phase_loader(phase: Phase, images: Images, config: Config) -> EpochLoader:
         batch_size=config.batch_size,
         views=phase.views,
         strong_copies=config.strong_copies,
+        share=ranks.share(),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import sskd
 from sskd.data import Images
 from sskd.device import peak_memory
+from sskd.distributed import ranks
 from sskd.errors import UserError
 from sskd.methods import Method
 from sskd.models import weights_digest
@@ -22,10 +23,10 @@ from sskd.runs.names import RESULT
 from sskd.runs.own_code import code_digests
 from sskd.runs.plan import RunPlan
 from sskd.runs.recipe import follows_weighting
-from sskd.runs.result import HoldoutTop1, RunResult, Top1, WeightsDigests
+from sskd.runs.result import HoldoutTop1, RunResult, Top1, Top5, WeightsDigests
 from sskd.runs.run import Run
 from sskd.runs.weightings import RECIPE
-from sskd.training.evaluation import accuracy, agreement, mean_kl, predict
+from sskd.training.evaluation import accuracy, agreement, mean_kl, predict, top5_accuracy
 from sskd.training.phase_settings import departures_of, passes_of
 from sskd.training.state import TrainingState
 
@@ -33,12 +34,11 @@ from sskd.training.state import TrainingState
 def measure_result(
     run: Run, plan: RunPlan, *, images: Images, method: Method, state: TrainingState
 ) -> RunResult:
-    """Return the result of a run whose last phase ended in ``state``."""
+    """Return the result of a run whose last phase ended in ``state``; the first rank has it all."""
     config, student, phases = plan.config, method.deployed, list(method.phases())
     logits = predict(student, images.test, images, f"{plan.folder}: the student, test set")
     best = run.checkpoints.load_best(state.best_epoch)
     best_digest = None if best is None else weights_digest(best)
-    last = accuracy(logits, images.test.labels)
     result = RunResult(
         kind="distill" if config.teacher else "scratch",
         dataset=config.dataset.name,
@@ -50,10 +50,8 @@ def measure_result(
         recipe=RECIPE,
         follows_weighting=follows_weighting(config),
         difference=dict(plan.difference),
-        top1=Top1(last, state.best_top1, state.best_epoch),
         holdout_top1=_holdout(run),
         epoch=state.epoch,
-        accuracy=last,
         seconds=sum(line.metrics.get("seconds", 0.0) for line in run.metrics.lines),
         images_per_second=state.images / max(state.seconds, 1e-9),
         parameters=sum(parameter.numel() for parameter in student.parameters()),
@@ -65,6 +63,7 @@ def measure_result(
         passes=sum(passes_of(phase, config) for phase in phases if not phase.teacher_only),
         departures=departures_of(phases[-1], config),
         extensions=code_digests(config),
+        **_accuracies(run, logits, images.test.labels, state),
         **_circumstances(images),
     )
     if plan.teacher is None:
@@ -86,6 +85,7 @@ def _beside_teacher(
         "teacher_digest": plan.teacher.digest,
         "teacher_epoch": teacher.epoch,
         "teacher_top1": accuracy(logits, images.test.labels),
+        "teacher_top5": top5_accuracy(logits, images.test.labels),
         "agreement": agreement(student_logits, logits),
         "kl": mean_kl(student_logits, logits),
     }
@@ -100,6 +100,25 @@ def last_top1(result: RunResult, folder: Path) -> float:
     if result.top1.last is None:
         raise UserError(f"{folder / RESULT}: has no accuracy; start from scratch with force=true")
     return result.top1.last
+
+
+def _accuracies(run: Run, logits: Tensor, labels: Tensor, state: TrainingState) -> dict[str, Any]:
+    """Return the fields about the test accuracies of the last and the best epoch.
+
+    ``logits`` are those of the last epoch. Both fields of the best epoch are of the best top-1.
+    """
+    last, last_top5 = accuracy(logits, labels), top5_accuracy(logits, labels)
+    at_best = (
+        line.metrics["test/top5"]
+        for line in run.metrics.lines
+        if line.epoch == state.best_epoch and "test/top5" in line.metrics
+    )
+    return {
+        "top1": Top1(last, state.best_top1, state.best_epoch),
+        # A run that an earlier version began may lack the line's value.
+        "top5": None if last_top5 is None else Top5(last_top5, next(at_best, None)),
+        "accuracy": last,
+    }
 
 
 def _holdout(run: Run) -> HoldoutTop1 | None:
@@ -121,6 +140,7 @@ def _circumstances(images: Images) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "ranks": ranks.count(),
         "threads": torch.get_num_threads(),
         "peak_memory_mib": peak_memory(device),
         "versions": {

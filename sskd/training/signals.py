@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
+from sskd.distributed import ranks
 from sskd.errors import Interrupted, UserError
 from sskd.turns import received_signal
 
@@ -47,6 +48,16 @@ class StopSignals:
     def __exit__(self, *error: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
+
+    def agree(self, *, due: bool) -> bool:
+        """Return whether all ranks must save now: the first is ``due``, or one got a signal.
+
+        Then each has that signal.
+        """
+        due_of_first, signum = ranks.largest(due and ranks.is_first(), self.received or 0)
+        if signum and self.received is None:
+            self.noted = signum
+        return bool(due_of_first or signum)
 
     def raise_if_received(self) -> None:
         """Raise Interrupted if a signal has come."""

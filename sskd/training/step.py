@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sskd.data import Batch, EpochLoader
+from sskd.data import WHOLE, Batch, EpochLoader
 from sskd.device import reset_peak_gpu_memory
+from sskd.distributed.data_parallel import average_step
 from sskd.methods import Method, Phase
 from sskd.precision import autocast, multiplying
 from sskd.streams import StepLimit
@@ -87,7 +88,9 @@ class TrainingStep:
 
     def __post_init__(self) -> None:
         modules = None if self.is_compiled else (self.method, self.phase.trains)
-        self._batching = modules and Batching(*modules, casts=self.precision == "bf16")
+        # DistributedDataParallel averages the gradients of the weights, not of their copies.
+        casts = self.precision == "bf16" and self.loader.share == WHOLE
+        self._batching = modules and Batching(*modules, casts=casts)
         self._taken = 0
         self._limit = StepLimit(self.loader.device)
 
@@ -102,19 +105,20 @@ class TrainingStep:
         return {name: each for name, each in tensors.items() if isinstance(each, Tensor)}
 
     def take(self) -> int:
-        """Train on the next batch of the epoch; return the number of its images.
+        """Train on the next batch of the epoch; return the number of its images, on all ranks.
 
         Other jobs of this process may then work, before it returns.
         """
         size = self.loader.next_size
         self.run(size)
         self.loader.advance()
-        self.meter.count(size)
+        images = size * self.loader.share.ranks
+        self.meter.count(images)
         self._taken += 1
         if self._taken == WARMUP_STEPS:
             reset_peak_gpu_memory(self.loader.device)
         self._limit.step_started()
-        return size
+        return images
 
     def run(self, size: int) -> None:
         """Train on the next ``size`` images."""
@@ -129,4 +133,5 @@ class TrainingStep:
         metrics = train_step(
             self.phase, self.optimizer, batch, self.precision, batching=self._batching
         )
-        self.meter.add(metrics, len(batch.y))
+        metrics = average_step(self.phase.trains, metrics)
+        self.meter.add(metrics, len(batch.y) * self.loader.share.ranks)

@@ -13,6 +13,8 @@ from torch import nn
 
 from sskd.config import Config
 from sskd.data import Images
+from sskd.distributed import ranks
+from sskd.distributed.data_parallel import parallel
 from sskd.methods import Method, Phase
 from sskd.optimizers import build_optimizer, set_learning_rate
 from sskd.runs.epoch_line import EpochLine
@@ -75,7 +77,7 @@ class Trainer:
             self.config,
             method=self.method,
             loader=self.loader,
-            phase=compile_loss(self.phase, self.config),
+            phase=parallel(compile_loss(self.phase, self.config)),
             optimizer=self.optimizer,
             meter=self.checkpoint.meter,
         )
@@ -116,9 +118,10 @@ class Trainer:
         set_trainable(self.phase, self.method)
         started = time.monotonic() - state.epoch_seconds
         while self.loader.position < self.loader.steps:
+            _seed_step(self.config.seed, self.phase.name, state.epoch, self.loader.position)
             self.progress.advance(self.step.take())
-            save = self.checkpoint.is_due(60 * self.config.checkpoint_minutes) or signals.received
-            if save and self.loader.position < self.loader.steps:
+            due = self.checkpoint.is_due(60 * self.config.checkpoint_minutes)
+            if signals.agree(due=due) and self.loader.position < self.loader.steps:
                 state.mid_epoch = True
                 state.epoch_seconds = time.monotonic() - started
                 self._finite.checked_metrics(self.checkpoint.meter, self.loader.position)
@@ -142,19 +145,27 @@ class Trainer:
         self.checkpoint.keep_if_best()
         shortest = min(self.config.checkpoint_seconds, 60 * self.config.checkpoint_minutes)
         due = state.epoch == self.schedule.epochs or self.checkpoint.is_due(shortest)
-        if save := due or signals.received:
+        if save := signals.agree(due=due):
             self.checkpoint.save()
         self.progress.epoch(line)
         if save:  # otherwise the next step notices a signal, and is saved
             signals.raise_if_received()
 
     def _metrics(self) -> dict[str, float]:
-        return self._finite.metrics(self.checkpoint.meter, self.loader.position)
+        return self._finite.shown_metrics(self.checkpoint.meter, self.loader.position)
 
     def _where(self) -> str:
-        return (
-            f"{self.run.folder}: phase {self.phase.name}, epoch {self.checkpoint.state.epoch + 1}"
-        )
+        epoch = self.checkpoint.state.epoch + 1
+        return f"{self.run.folder}: phase {self.phase.name}, epoch {epoch}"
+
+
+def _seed_step(seed: int, phase: str, epoch: int, step: int) -> None:
+    """Seed the generators of one of several ranks for a step.
+
+    A checkpoint has the states of one rank, and another number of ranks may resume from it.
+    """
+    if ranks.count() > 1:
+        seed_torch(seed, phase, epoch, "model", step, ranks.rank())
 
 
 def _timing(images: int, seconds: float) -> dict[str, float]:

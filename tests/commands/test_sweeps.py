@@ -25,9 +25,13 @@ import train_student
 import train_teacher
 from sskd.commands.sweep import Sweep
 from sskd.config import Config
+from sskd.report.published import all_published, display_name
+from sskd.report.results import as_text
 from sskd.runs.lock import FolderLock
 from sskd.runs.recipe import default_config, diff_from_recipe
 from sskd.runs.status import SWEEP_VARIABLE, read_status
+from sskd.runs.weightings import RECIPE, name_weighting
+from sskd.schedule import Schedule
 from sskd.teachers.find import run_location
 
 ROOT = Path(train_student.__file__).resolve().parent
@@ -70,6 +74,19 @@ def weights_of(configs: list[Config]) -> dict[str, dict[str, float]]:
             weights = config.method.weights.model_dump()
             assert found.setdefault(config.method.name, weights) == weights
     return found
+
+
+def changes_of(config: Config) -> dict[str, str]:
+    """Return what the report sees of a run: its difference from the recipe, its weighting named."""
+    texts = {key: as_text(value) for key, value in diff_from_recipe(config).items()}
+    return name_weighting(config.method.name, RECIPE, texts)
+
+
+def published_changes(config: Config) -> dict[str, str]:
+    """Return the changes of the published ImageNet runs of the method of ``config``."""
+    (source,) = all_published("imagenet")
+    variant = source.variants[display_name(config.method.name)] if config.teacher else ()
+    return dict((*source.setting, *variant))
 
 
 @pytest.fixture
@@ -150,6 +167,16 @@ def test_every_job_of_every_sweep_composes(composed_jobs: Any, name: str) -> Non
         assert set(distilled) == {cell for cell in cells if cell[:2] in composed_pairs}
         assert {c.teacher.epoch for c in configs if c.teacher} == {"last"}
         assert weights_of(configs) == {method: facts[method] for method in methods}
+    if name == "imagenet":
+        _, expected = published("published_imagenet.csv", "similar")
+        assert {*distilled, ("ResNet34", "ResNet18", "crd+kd")} == expected
+        assert alone == ["ResNet18"]
+        assert weights_of(configs) == published_weights("imagenet")
+        for config in configs:
+            schedule = Schedule.from_shares(lr=config.optimizer.lr, **config.schedule.model_dump())
+            assert schedule == Schedule(100, 0.1, milestones=(30, 60, 90), gamma=0.1)
+            assert (config.batch_size, config.optimizer.weight_decay) == (256, 5e-4)
+            assert changes_of(config) == published_changes(config)
 
 
 def test_the_recipe_is_what_hydra_composes(composed: Compose) -> None:

@@ -12,10 +12,9 @@ from sskd.evaluate.classification import (
     class_accuracies,
     confusion_matrix,
     frequent_confusions,
-    top_k,
     wilson_interval,
 )
-from sskd.training.evaluation import accuracy
+from sskd.training.evaluation import accuracy, top_k
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 11])

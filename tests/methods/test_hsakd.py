@@ -28,6 +28,7 @@ from sskd.training.phase_settings import phase_optimizer
 FAMILIES = {
     "resnet8": (3, 64), "resnet8x4": (3, 256), "wrn_16_2": (3, 128), "vgg8": (4, 512),
     "ResNet50": (4, 2048), "MobileNetV2": (4, 1280), "ShuffleV1": (3, 960), "ShuffleV2": (3, 1024),
+    "ResNet18": (4, 512), "MobileNetV1": (4, 1024),
 }  # fmt: skip
 
 

@@ -333,7 +333,9 @@ def test_the_margins_are_those_of_the_trained_teacher(few_images: Images) -> Non
     [("resnet14", ["layer1.1.bn2", "layer2.1.bn2", "layer3.1.bn2"]),
      ("resnet8", ["layer1.0.bn2", "layer2.0.bn2", "layer3.0.bn2"]),  # before their shortcuts'
      ("wrn_16_1", ["block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"]),
-     ("ShuffleV1", ["layer1.3.bn3", "layer2.7.bn3", "layer3.3.bn3"])],
+     ("ShuffleV1", ["layer1.3.bn3", "layer2.7.bn3", "layer3.3.bn3"]),
+     # Of Heo et al.'s code, which counts the ReLUs too.
+     ("MobileNetV1", ["model.3.4", "model.5.4", "model.11.4", "model.13.4"])],
 )  # fmt: skip
 def test_the_last_layer_before_each_stages_relu(
     name: str, layers: list[str], few_images: Images

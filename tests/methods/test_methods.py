@@ -49,6 +49,8 @@ def pairs_of(method: str) -> list[str]:
 
 
 CASES = [(method, pair) for method in sorted(METHODS) for pair in pairs_of(method)]
+# The pairs for ImageNet, with methods that read every stage, and its pre-activation.
+CASES += [("at", "ResNet34-ResNet18"), ("ofd", "ResNet50_224-MobileNetV1")]
 
 
 def make(composed: Compose, method: str, pair: str, images: Images, *overrides: str) -> Method:

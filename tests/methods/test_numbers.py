@@ -108,7 +108,8 @@ def test_a_last_batch_of_one_keeps_the_weights_finite(composed: Compose, method:
         step_stays_finite(built, phase, last, "fp32")
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+# Two large ones are left out, which have the blocks of ResNet18 and ResNet50.
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - {"ResNet34", "ResNet50_224"}))
 def test_every_network_trains_on_a_single_image(name: str) -> None:
     network = build_model(name, 3).train()
     features = network(torch.randn(1, 3, 32, 32))

@@ -23,8 +23,8 @@ from sskd.models import Features, build_model
 from sskd.teachers.assembly import assemble
 from sskd.train import train
 
-# The channels of the stem and of each stage: one network for each combination that the 22 have,
-# from the papers' tables (MobileNetV2 with half the width).
+# The channels of the stem and of each stage: one network for each combination that the networks
+# for CIFAR have, from the papers' tables (MobileNetV2 with half the width).
 LEVELS = {
     "resnet8": (16, 16, 32, 64),
     "resnet8x4": (32, 64, 128, 256),

@@ -25,11 +25,14 @@ BOTTLENECKS = ((64, 32, 32), (256, 32, 32), (512, 16, 16), (1024, 8, 8), (2048, 
 WIDE = ((16, 32, 32), (32, 32, 32), (64, 16, 16), (128, 8, 8), (128,))
 VGG = ((64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (512, 4, 4), (512,))
 MOBILE = ((16, 16, 16), (12, 16, 16), (16, 8, 8), (48, 4, 4), (160, 2, 2), (1280,))
+BASIC = ((64, 32, 32), (64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (512,))
+SEPARABLE = ((64, 32, 32), (128, 32, 32), (256, 16, 16), (512, 8, 8), (1024, 4, 4), (1024,))
 SHUFFLE_1 = ((24, 32, 32), (240, 16, 16), (480, 8, 8), (960, 4, 4), (960,))
 SHUFFLE_2 = ((24, 32, 32), (116, 16, 16), (232, 8, 8), (464, 4, 4), (1024,))
 
 # For the published networks with 100 classes: parameters; shapes of (stem, stages..., pooled) for
-# a 32x32 image; the start of the SHA-256 of the JSON list of [name, shape] of all tensors.
+# a 32x32 image; the start of the SHA-256 of the JSON list of [name, shape] of all tensors. Those of
+# the last four: torchvision's with a 3x3 convolution first, and the published MobileNet's.
 FACTS: dict[str, tuple[int, Shapes, str]] = {
     "resnet8": (83_892, NARROW, "4c781e512cd685f5"),
     "resnet14": (181_108, NARROW, "5f23fb935b1739d3"),
@@ -53,8 +56,14 @@ FACTS: dict[str, tuple[int, Shapes, str]] = {
     "MobileNetV2": (812_836, MOBILE, "d8a76a010dcabc59"),
     "ShuffleV1": (949_258, SHUFFLE_1, "b908def5e360bd6b"),
     "ShuffleV2": (1_355_528, SHUFFLE_2, "93732fe0d514eb70"),
+    "ResNet18": (11_220_132, BASIC, "bc311ecf6029cd80"),
+    "ResNet34": (21_328_292, BASIC, "0779fb90efb0a09e"),
+    "ResNet50_224": (23_705_252, BOTTLENECKS, "02cf5015a653d017"),
+    "MobileNetV1": (3_309_476, SEPARABLE, "3424c86b8a19c309"),
 }
-SMALL_RATE = {"MobileNetV2", "ShuffleV1", "ShuffleV2"}  # trained with a learning rate of 0.01
+RATES = dict.fromkeys(("MobileNetV2", "ShuffleV1", "ShuffleV2"), 0.01) | dict.fromkeys(
+    ("ResNet18", "ResNet34", "ResNet50_224", "MobileNetV1"), 0.1
+)  # the others are trained with a learning rate of 0.05
 CONF = Path(__file__).parents[2] / "conf" / "arch"
 
 
@@ -198,7 +207,7 @@ def test_initialisation_follows_the_published_code(trained: Trained) -> None:
                 assert module.bias is None or (module.bias == 0).all()
         elif isinstance(module, nn.Linear):
             bound = 1 / math.sqrt(module.in_features)
-            if trained.name.startswith(("vgg", "Mobile")):
+            if trained.name.startswith(("vgg", "MobileNetV2")):
                 check_normal(module.weight, 0.01)
                 assert (module.bias == 0).all()
             else:
@@ -231,7 +240,7 @@ def test_a_similar_name_is_suggested() -> None:
 def test_every_architecture_has_a_configuration() -> None:
     assert {path.stem for path in CONF.glob("*.yaml")} == set(FACTS)
     for name in FACTS:
-        rate = 0.01 if name in SMALL_RATE else 0.05
         # For FT's first phase the CRD benchmark uses 0.01 with these students.
         ft_rate = {"paraphraser_lr": 0.01} if name.startswith(("resnet", "wrn")) else {}
-        assert OmegaConf.load(CONF / f"{name}.yaml") == {"name": name, "base_lr": rate} | ft_rate
+        expected = {"name": name, "base_lr": RATES.get(name, 0.05)} | ft_rate
+        assert OmegaConf.load(CONF / f"{name}.yaml") == expected

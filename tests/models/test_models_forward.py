@@ -135,6 +135,21 @@ def mobilenet_v2(state: State, x: Tensor) -> Features:
     return finish(state, "classifier.0", last, stem, maps)
 
 
+def mobilenet_v1(state: State, x: Tensor) -> Features:
+    size = x.shape[-1]
+    strides = {0: 2 if size >= 128 else 1, 2: 2 if size >= 64 else 1, 4: 2, 6: 2, 12: 2}
+    x = relu(norm(state, "model.0.1", conv(state, "model.0.0", x, strides[0])))
+    maps = []
+    for block in range(1, 14):
+        out = conv(state, f"model.{block}.0", x, strides.get(block, 1), groups=x.shape[1])
+        out = relu(norm(state, f"model.{block}.1", out))
+        preact = norm(state, f"model.{block}.4", conv(state, f"model.{block}.3", out))
+        x = relu(preact)
+        if block in (1, 3, 5, 11, 13):  # the last ones at their resolution
+            maps.append((x, preact))
+    return finish(state, "fc", x, maps[0][0], maps[1:])
+
+
 def shuffle_v1(state: State, x: Tensor) -> Features:
     x = stem = relu(conv_norm(state, 1, "", x))
     maps = []
@@ -180,6 +195,7 @@ REFERENCES: dict[str, Callable[[State, Tensor], Features]] = {
     "wrn_16_2": wrn_16_2,
     "vgg13": vgg13,
     "MobileNetV2": mobilenet_v2,
+    "MobileNetV1": mobilenet_v1,
     "ShuffleV1": shuffle_v1,
     "ShuffleV2": shuffle_v2,
 }
@@ -196,10 +212,13 @@ def draw_batch_norms(state: State) -> None:
         state[f"{prefix}weight"].uniform_(0.5, 1.5)
 
 
-@pytest.mark.parametrize(("name", "size"), [*((name, 32) for name in REFERENCES), ("vgg13", 64)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [*((name, 32) for name in REFERENCES), ("vgg13", 64), ("MobileNetV1", 128)],
+)
 def test_forward_agrees_with_the_reference(name: str, size: int) -> None:
     torch.manual_seed(0)
-    model = build_model(name, 10).double().eval()
+    model = build_model(name, 10, size).double().eval()
     state = model.state_dict()
     draw_batch_norms(state)
     images = torch.randn(2, 3, size, size, dtype=torch.float64)

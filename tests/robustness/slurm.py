@@ -7,6 +7,7 @@ installed; everything else, also the state of the daemons, is in a temporary fol
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import socket
@@ -299,6 +300,27 @@ def stopped_sweep(cluster: Cluster, runs: Path, *command: str, more: tuple[str, 
     assert (sweep.folder(0) / "last.pt").stat().st_mtime > before  # no step was lost
     assert STOPPED_AFTER <= sweep.lines(0) < EPOCHS
     return sweep
+
+
+def test_torchrun_trains_a_job_on_two_gpus_and_resumes_it(cluster: Cluster, tmp_path: Path) -> None:
+    words = (*ALONE, "batch_size=8", "seed=0,1", f"schedule.epochs={EPOCHS}")
+    sweep = Sweep(cluster, tmp_path / "runs", *words, "hydra.launcher.gpus_per_node=2")
+    wait_for("training", lambda: sweep.lines(0) >= STOPPED_AFTER)
+    cluster(*WARNED, sweep.id(0))
+    wait_for("requeue", lambda: cluster.jobs(sweep.runs, "%T")[0] == "PENDING")
+    stopped_at = sweep.lines(0)
+    assert STOPPED_AFTER <= stopped_at < EPOCHS
+    wait_for("end of its step", lambda: "task 0: " in sweep.log(0, "err"))
+    time.sleep(3)
+    cluster("scontrol", "update", f"JobId={sweep.id(0)}", "StartTime=now")
+    status, out, err = sweep.end()
+    assert (status, err) == (0, ""), err
+    assert "2 of 2 jobs have finished" in out
+    assert f"resumes in {sweep.folder(0)}, {stopped_at}/{EPOCHS} epochs" in sweep.log(0)
+    for job in (0, 1):
+        result = json.loads((sweep.folder(job) / "result.json").read_text())
+        assert (result["ranks"], result["epoch"]) == (2, EPOCHS)
+        assert sweep.visible_gpus(job) == "0,1"
 
 
 WARNED = ("scancel", "--signal=USR2")  # as SLURM warns a job before its time limit

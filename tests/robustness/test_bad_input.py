@@ -917,6 +917,10 @@ RECORDS: dict[str, tuple[str | bytes, str]] = {
     ),
     "below zero": (json.dumps(RESULT | {"agreement": -1}), "'agreement' is -1, out of range"),
     "above 100": (json.dumps(RESULT | {"teacher_top1": 101}), "'teacher_top1' is 101, out of"),
+    "a top-5 above 100": (
+        json.dumps(RESULT | {"top5": {"last": 101}}),
+        "'top5': 'last' is 101, out of",
+    ),
     "a name of two lines": (json.dumps(RESULT | {"dataset": "a\nb"}), "'dataset' is not a name"),
     "an empty name": (json.dumps(RESULT | {"student": ""}), "'student' is not a name"),
     "a name that is a list": (json.dumps(RESULT | {"method": ["kd"]}), "'method' is not a name"),

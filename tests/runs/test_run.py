@@ -18,6 +18,7 @@ from image_folders import write_images
 from safetensors.torch import load_file
 
 import sskd.runs.status
+import sskd.training.evaluation
 from sskd.data import eval_batches, load_images
 from sskd.errors import UserError
 from sskd.models import build_model, load_weights
@@ -34,7 +35,10 @@ def test_the_seed_decides_the_result(composed: Compose, tmp_path: Path) -> None:
     assert not torch.equal(load_file(first)["fc.weight"], load_file(other)["fc.weight"])
 
 
-def test_the_result_agrees_with_a_separate_evaluation(composed: Compose, tmp_path: Path) -> None:
+def test_the_result_agrees_with_a_separate_evaluation(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sskd.training.evaluation, "FEWEST_CLASSES_FOR_TOP5", 10)
     config = composed(*SMALL, "method=kd", "dataset.holdout=0.2")
     result = train(config)
     (folder,) = (path.parent for path in (tmp_path / "runs/digits/distill").rglob("result.json"))
@@ -43,13 +47,14 @@ def test_the_result_agrees_with_a_separate_evaluation(composed: Compose, tmp_pat
     load_weights(student, folder / "model.safetensors")
     (best,) = (tmp_path / "runs/digits/scratch/resnet14").rglob("best.pt")
     load_weights(teacher, best)
-    right = same = 0
+    right = same = among_five = 0
     divergence = 0.0
     with torch.no_grad():
         for x, y in eval_batches(images.test, images.mean, images.std, 1):
             s = student.eval()(x).logits[0].double().softmax(0)
             t = teacher.eval()(x).logits[0].double().softmax(0)
             right += int(s.argmax() == y[0])
+            among_five += int((s > s[y[0]]).sum() < 5)
             same += int(s.argmax() == t.argmax())
             divergence += (t * (t / s).log()).sum().item()
     count = len(images.test)
@@ -58,6 +63,10 @@ def test_the_result_agrees_with_a_separate_evaluation(composed: Compose, tmp_pat
     assert result.kl == pytest.approx(divergence / count, rel=1e-3)
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     assert result.top1.best == max(line["test/top1"] for line in metrics)
+    assert result.top5 is not None
+    assert result.top5.last == pytest.approx(100 * among_five / count)
+    assert result.top1.best_epoch
+    assert result.top5.best == metrics[result.top1.best_epoch - 1]["test/top5"]
     assert result.holdout_top1 is not None
     assert result.holdout_top1.best == max(line["holdout/top1"] for line in metrics)
     assert result.parameters == sum(p.numel() for p in student.parameters())

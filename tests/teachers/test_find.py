@@ -60,6 +60,12 @@ def test_a_half_precision_teacher_is_accepted(composed: Compose, tmp_path: Path)
     train(composed(*small, "method=kd", f"teacher.checkpoint={tmp_path / 'half.pth'}"))
 
 
+def test_settings_of_several_processes_choose_no_other_teacher(composed: Compose) -> None:
+    words = (*SMALL, "method=kd")
+    found = composed(*words, "sync_batch_norm=true", "gather_batch=true")
+    assert run_location(teacher_config(found)) == run_location(teacher_config(composed(*words)))
+
+
 @pytest.mark.parametrize(
     "changes",
     [

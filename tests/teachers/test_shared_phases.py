@@ -81,7 +81,8 @@ def test_a_shared_phase_depends_on_these_settings_alone(
     for change in ("method.rate=0.25", "method.paraphraser.lr=0.02", "arch@student=vgg8", "seed=1",
                    "method.paraphraser.epochs=0.5", "batch_size=32", "precision=bf16",
                    "optimizer.momentum=0", "dataset.fraction=0.5",
-                   "augmentation=weak_and_strong"):  # fmt: skip
+                   "augmentation=weak_and_strong", "gather_batch=true",
+                   "sync_batch_norm=true"):  # fmt: skip
         assert settings(change) != default, change
 
 

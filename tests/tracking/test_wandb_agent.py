@@ -16,7 +16,7 @@ from test_tracking import history, inspect, offline_runs
 
 from sskd.config import Config
 from sskd.runs.epoch_line import EpochLine
-from sskd.runs.result import HoldoutTop1, RunResult, Top1
+from sskd.runs.result import HoldoutTop1, RunResult, Top1, Top5
 from sskd.runs.run import Run
 from sskd.tracking.environment import hide_foreign_variables
 from sskd.tracking.tracker import Tracker
@@ -97,6 +97,7 @@ def finish(config: Config) -> Path:
     run = Run(plan.folder, plan.full_config)
     result = RunResult(
         top1=Top1(last=30.0, best=40.0, best_epoch=1),
+        top5=Top5(last=80.0, best=85.0),
         holdout_top1=HoldoutTop1(last=50.0),
         images_per_second=100.0,
         peak_memory_mib=10.0,
@@ -123,6 +124,7 @@ def test_a_finished_proposal_reports_its_result(command: Command, composed: Comp
     shown = summary["summary"]  # the sweep may optimise any of these
     assert (shown["test/top1"], shown["holdout/top1"]) == (30.0, 50.0)
     assert (shown["last/top1"], shown["best/top1"], shown["hours"]) == (30.0, 40.0, 1.0)
+    assert (shown["last/top5"], shown["best/top5"]) == (80.0, 85.0)
 
 
 @pytest.mark.usefixtures("agent")
@@ -142,7 +144,7 @@ def test_a_proposal_with_corrupt_metrics_has_a_summary(
 @pytest.mark.parametrize(
     "missing",
     [
-        ["peak_memory_mib"],
+        ["peak_memory_mib", "top5", "teacher_top5"],
         ["images_per_second", "agreement", "kl", "teacher_top1"],
         ["top1.best", "top1.best_epoch"],
         ["seconds"],
@@ -163,6 +165,7 @@ def test_an_older_result_is_reported_without_new_fields(
     shown = summary["summary"]
     assert shown["last/top1"] == 30.0
     assert ("best/top1" in shown) == ("best/epoch" in shown) == ("top1.best" not in missing)
+    assert ("last/top5" in shown) == ("best/top5" in shown) == ("top5" not in missing)
     assert shown.get("hours") == (None if "seconds" in missing else 1.0)
     assert ("peak_memory_mib" in shown) == ("peak_memory_mib" not in missing)
     assert ("images_per_second" in shown) == ("images_per_second" not in missing)

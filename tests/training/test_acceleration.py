@@ -57,6 +57,10 @@ def tensors(features: Features) -> list[Tensor]:
     return [logits, pooled, stem, *stages, *preacts, last_map]
 
 
+# Two large ones are left out, which have the blocks of ResNet18 and ResNet50.
+NAMES = sorted(ARCHITECTURES.keys() - {"ResNet34", "ResNet50_224"})
+
+
 def batch_norms(network: nn.Module) -> int:
     return sum(isinstance(layer, nn.BatchNorm2d) for layer in network.modules())
 
@@ -71,7 +75,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_folded_network_has_the_same_features(name: str) -> None:
     torch.manual_seed(0)
     network = with_statistics(build_model(name, 7))
@@ -93,7 +97,7 @@ def test_a_folded_network_has_the_same_features(name: str) -> None:
 FUSED = {"resnet56": (1 + 27 + 24, 24), "wrn_40_2": (18, 0), "vgg13": (10 - 4, 0)}
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_fused_network_has_the_same_features(name: str) -> None:
     torch.manual_seed(0)
     folded = fold_batch_norms(with_statistics(build_model(name, 7)))
