@@ -35,14 +35,14 @@ class ResumableSweeper(BasicSweeper):
         """
         # Importing torch takes seconds, which Hydra's search for plugins should not.
         from sskd.commands.sweep import Sweep
-        from sskd.distributed.environment import started_ranks
+        from sskd.distributed.environment import world_size
         from sskd.errors import UserError
         from sskd.invocation.extensions import load_extensions
 
         assert self.hydra_context is not None
         assert self.launcher is not None
         assert self.config is not None
-        if started_ranks() > 1 and not isinstance(self.launcher, BasicLauncher):
+        if world_size() > 1 and not isinstance(self.launcher, BasicLauncher):
             raise UserError(
                 f"hydra/launcher: {type(self.launcher).__name__} starts jobs in other processes or "
                 "threads, and torchrun's processes train them one after the other; use "

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from sskd.allocator import ask_for_large_pages, keep_freed_memory, trim_heap
-from sskd.distributed.environment import local_rank, local_ranks, started_ranks
+from sskd.distributed.environment import local_rank, local_ranks, world_size
 from sskd.errors import UserError, one_line
 from sskd.turns import shares_process
 
@@ -42,7 +42,7 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = f"cuda:{_own_gpu()}" if torch.cuda.is_available() else "cpu"
-    elif started_ranks() > 1 and name != "cpu":
+    elif world_size() > 1 and name != "cpu":
         raise UserError(
             f"device={name}: several processes have a GPU each; use device=auto, or cpu"
         )
@@ -71,7 +71,7 @@ def tune_device(device: torch.device) -> None:
 
 def _own_gpu() -> int:
     """Return the GPU of this process: of torchrun's processes, each has one."""
-    if started_ranks() == 1:
+    if world_size() == 1:
         return claim_gpu()
     gpus, processes = torch.cuda.device_count(), local_ranks()
     if processes > gpus:

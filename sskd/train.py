@@ -12,6 +12,7 @@ from sskd.data import Images, load_images, refuse_missing
 from sskd.device import choose_device, reset_peak_memory, to_device, tune_device
 from sskd.distributed import ranks
 from sskd.distributed.data_parallel import check_division, divide
+from sskd.distributed.group import failure_reported
 from sskd.errors import UserError
 from sskd.methods import Method, Phase, fault_of_phases
 from sskd.output import say
@@ -181,7 +182,7 @@ def _train_phases(
     checkpoint = run.checkpoints.load(epochs)
     run.announce(epochs)
     current = checkpoint["stage"] if checkpoint else phases[0].name
-    with tracker_of(run, plan, under_agent=under_agent) as tracker:
+    with tracker_of(run, plan, under_agent=under_agent) as tracker, failure_reported():
         if path := ranks.is_first() and save_views(run, images, config, method.views):
             tracker.picture("views", path)
         run.metrics.subscribe(tracker.log)

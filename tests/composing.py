@@ -117,7 +117,7 @@ def _copy_of_metadata(metadata: base.Metadata, memo: dict[int, Any]) -> base.Met
     """Return a deep copy; ``copy.deepcopy`` takes ten times as long, and each node has metadata."""
     copied = object.__new__(type(metadata))
     vars(copied).update(vars(metadata))
-    copied.flags = metadata.flags and dict(metadata.flags)
+    copied.flags = None if metadata.flags is None else dict(metadata.flags)
     if metadata.resolver_cache:
         copied.resolver_cache = copy.deepcopy(metadata.resolver_cache, memo)
     else:

@@ -57,10 +57,11 @@ def _train(composed: DictConfig) -> float:
     from sskd.commands.nodes import train_on_nodes
     from sskd.commands.objective import check_search, objective
     from sskd.config import read_config
-    from sskd.distributed.group import led
+    from sskd.distributed.group import on_all_ranks
     from sskd.invocation.extensions import load_extensions
     from sskd.output import say
     from sskd.runs.untrusted import refuse_unsafe_sweep_folder
+    from sskd.teachers.find import run_location
     from sskd.train import carry_out
 
     hydra = HydraConfig.get()
@@ -72,8 +73,8 @@ def _train(composed: DictConfig) -> float:
     check_search(config.dataset.holdout)
     if not is_alone:
         refuse_unsafe_sweep_folder(Path(config.runs))
-        train_on_nodes(composed)
-    with led(config):
+        train_on_nodes(composed, run_location(config)[0])
+    with on_all_ranks(config):
         plan, result = carry_out(config, from_command_line=is_alone)
     return objective(result, plan.folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -15,23 +16,27 @@ from omegaconf import DictConfig
 from sskd import CONF, IN_CHECKOUT
 from sskd.errors import UserError
 from sskd.invocation.composition import search_path_words
+from sskd.runs.status import failed_in_this_sweep
 from sskd.training.signals import StopSignals
 
 if TYPE_CHECKING:
     import submitit
 
 # Ports of the first node, by job number, so that two jobs on a node rarely have the same.
-_FIRST_PORT, _PORTS = 20_000, 20_000
+# Linux gives away those from 32,768 on.
+_FIRST_PORT, _PORTS = 20_000, 12_000
 _POLL = 0.2  # seconds
+_END = 10  # seconds of SLURM's warning that are left for the end of this process
 
 
-def train_on_nodes(composed: DictConfig) -> None:
+def train_on_nodes(composed: DictConfig, folder: Path) -> None:
     """Train the run of this SLURM job under torchrun, if the job has several GPUs or nodes.
 
-    Each node of the job calls it. Then the run has finished, so this process only reads its result.
+    Each node of the job calls it. Then the run in ``folder`` has finished, and this process only
+    reads its result.
 
     Raises:
-        UserError: torchrun failed; the first rank has reported why.
+        UserError: the run failed, or torchrun did.
         Interrupted: a signal came; the ranks have saved the run.
     """
     launcher = HydraConfig.get().launcher
@@ -41,7 +46,11 @@ def train_on_nodes(composed: DictConfig) -> None:
     import submitit
 
     job = submitit.JobEnvironment()
-    _run([*_torchrun(job, nodes, gpus), *_command(composed)])
+    grace = max(int(launcher.signal_delay_s) - _END, _END)
+    status = _run([*_torchrun(job, nodes, gpus), *_command(composed)], grace)
+    if status:
+        ended = f"torchrun ended with status {status}; its lines in the job's log have the reason"
+        raise UserError(failed_in_this_sweep(folder) or ended)
 
 
 def _setting(launcher: Any, name: str) -> int:
@@ -50,10 +59,13 @@ def _setting(launcher: Any, name: str) -> int:
 
 def _torchrun(job: submitit.JobEnvironment, nodes: int, gpus: int) -> list[str]:
     """Return the words that start torchrun on this node."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={gpus}"]
+    if nodes == 1:
+        return [*torchrun, "--standalone", "--no_python"]
     number = int("".join(filter(str.isdecimal, job.job_id)))
     return [
-        *(sys.executable, "-m", "torch.distributed.run"),
-        *(f"--nnodes={nodes}", f"--nproc_per_node={gpus}", f"--node_rank={job.node}"),
+        *torchrun,
+        *(f"--nnodes={nodes}", f"--node_rank={job.node}"),
         *(f"--master_addr={job.hostnames[0]}", f"--master_port={_FIRST_PORT + number % _PORTS}"),
         "--no_python",
     ]
@@ -78,21 +90,23 @@ def _command(composed: DictConfig) -> list[str]:
     ]
 
 
-def _run(words: list[str]) -> None:
-    """Run torchrun to its end; a signal that SLURM sends to this process stops it."""
+def _run(words: list[str], grace: int) -> int:
+    """Run torchrun to its end and return its status; a signal to this process stops it.
+
+    torchrun then waits ``grace`` seconds for the ranks, which save the run.
+    """
     with StopSignals() as signals:
         # SLURM may send its warning to all processes of the job, and those have no handler.
-        process = subprocess.Popen(words, preexec_fn=_ignore_warnings)
-        while process.poll() is None:
-            if signals.received is not None:
-                process.send_signal(signal.SIGTERM)
-                process.wait()
-            time.sleep(_POLL)
+        environment = os.environ | {"PET_SHUTDOWN_TIMEOUT": str(grace)}  # --shutdown-timeout
+        process = subprocess.Popen(words, env=environment, preexec_fn=_ignore_warnings)
+        try:
+            while process.poll() is None and signals.received is None:
+                time.sleep(_POLL)
+        finally:
+            process.terminate()
+            process.wait()
         signals.raise_if_received()
-    if process.returncode:
-        raise UserError(
-            f"torchrun ended with status {process.returncode}; the lines above have the reason"
-        )
+    return process.returncode
 
 
 def _ignore_warnings() -> None:

@@ -15,9 +15,9 @@ from types import FrameType
 from typing import NoReturn
 
 from sskd.commands.advice import refuse_invalid_choices, refuse_missing_keys
-from sskd.commands.following import end_followers, follow, meet_followers
+from sskd.commands.following import follow, other_ranks
 from sskd.commands.hydra_errors import USER_ERRORS, crash_message, user_message
-from sskd.distributed.environment import is_follower
+from sskd.distributed.environment import is_distributed, is_follower
 from sskd.errors import Interrupted, JobError, UnfinishedError, exit_status
 from sskd.invocation import resolvers as resolvers  # registers them
 from sskd.invocation.names import rerun_hint, with_packaged_sweeps
@@ -39,13 +39,13 @@ def run_command(main: Callable[[], object]) -> int:
         try:
             if is_follower():
                 return follow()
-            meet_followers()
-            refuse_missing_keys(sys.argv[1:])
-            refuse_invalid_choices(sys.argv[1:])
-            main()
-            end_followers()
+            with other_ranks():
+                refuse_missing_keys(sys.argv[1:])
+                refuse_invalid_choices(sys.argv[1:])
+                main()
         except Interrupted as stop:
-            complain(f"{stop}: the state is saved; {rerun_hint()} resumes the run")
+            saved = "" if is_distributed() else "the state is saved; "  # or a rank has died
+            complain(f"{stop}: {saved}{rerun_hint()} resumes the run")
             return 128 + stop.signum
         except KeyboardInterrupt:
             return _end_interrupted()

@@ -13,6 +13,7 @@ from sskd.config import Config
 from sskd.data import Batch
 from sskd.distributed import ranks
 from sskd.distributed.batch_norm import SyncBatchNorm
+from sskd.distributed.environment import world_size
 from sskd.errors import UserError
 from sskd.methods import LossOutput, Method, Phase
 
@@ -59,6 +60,11 @@ def parallel(phase: Phase) -> Phase:
 def check_division(config: Config) -> None:
     """Raise UserError if several ranks cannot divide the work of ``config`` among them."""
     count, batch = ranks.count(), config.batch_size
+    if count < world_size():
+        raise UserError(
+            f"torchrun has started {world_size()} processes, which this program does not connect; "
+            "start it with python, or train_student.py with torchrun"
+        )
     if batch % count:
         nearest = [size for size in (batch // count * count, -(-batch // count) * count) if size]
         raise UserError(
@@ -73,7 +79,11 @@ def check_division(config: Config) -> None:
 
 
 def divide(method: Method, config: Config) -> None:
-    """Let the networks and the terms of ``method`` see the whole batch where ``config`` asks."""
+    """Use the BatchNorms and terms of the whole batch in ``method`` if ``config`` sets them.
+
+    Raises:
+        UserError: a BatchNorm cannot be synchronised.
+    """
     if ranks.count() == 1:
         return
     if config.sync_batch_norm:
@@ -91,6 +101,11 @@ def synchronise_batch_norms(module: nn.Module) -> None:
     """
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            if not layer.affine or layer.running_mean is None or layer.momentum is None:
+                raise UserError(
+                    f"sync_batch_norm=true: {layer} needs weights, running statistics and a "
+                    "momentum; use sync_batch_norm=false"
+                )
             if layer.weight.is_cuda:  # PyTorch's own layer needs a GPU
                 layer.__class__ = nn.SyncBatchNorm  # type: ignore[assignment]
                 layer.process_group = None  # type: ignore[assignment]

@@ -15,10 +15,11 @@ WORLD_SIZE, RANK, LOCAL_RANK, LOCAL_WORLD_SIZE = (
     "LOCAL_RANK",
     "LOCAL_WORLD_SIZE",
 )
+RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # with --max-restarts
 _OTHERS = (RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, "MASTER_ADDR", "MASTER_PORT")
 
 
-def started_ranks() -> int:
+def world_size() -> int:
     """Return how many processes torchrun has started for this command; 1 without torchrun.
 
     Raises:
@@ -33,9 +34,14 @@ def started_ranks() -> int:
     return count
 
 
+def is_distributed() -> bool:
+    """Return whether torchrun has started several processes."""
+    return world_size() > 1
+
+
 def is_follower() -> bool:
     """Return whether this process only trains what the first rank asks for."""
-    return started_ranks() > 1 and _number(RANK) > 0
+    return world_size() > 1 and _number(RANK) > 0
 
 
 def local_rank() -> int:
@@ -50,8 +56,9 @@ def local_ranks() -> int:
 
 def _number(name: str) -> int:
     text = os.environ[name]
-    if not text.isdecimal():
+    if not text.isdecimal() or (name == WORLD_SIZE and int(text) == 0):
         raise UserError(
-            f"{name}={shortened(text)} is not a number; start with torchrun, or unset it"
+            f"{name}={shortened(text)} is not a number of processes; start with torchrun, or unset "
+            f"{WORLD_SIZE}"
         )
     return int(text)

@@ -1,8 +1,8 @@
-"""The group of the ranks: how they meet, and how the first one lets the others take part in jobs.
+"""The process group: how the ranks connect, and how rank 0 has jobs run on all of them.
 
-The first rank runs the command: it composes the configuration, chooses the jobs of a sweep and
-reports. The others wait for the configuration of each job, train it together with the first rank,
-and end when it does. They meet in the key-value store of torchrun.
+Rank 0 runs the command: it composes the configuration, chooses the jobs of a sweep and reports. The
+others wait for the configuration of each job, train it together with rank 0, and end when it does.
+They connect by the key-value store of torchrun.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -23,99 +24,64 @@ import torch
 import torch.distributed as dist
 
 from sskd.config import Config
-from sskd.distributed.environment import RANK, WORLD_SIZE, started_ranks
-from sskd.distributed.ranks import await_key
+from sskd.distributed import ranks
+from sskd.distributed.environment import (
+    RANK,
+    RESTART_COUNT,
+    WORLD_SIZE,
+    local_rank,
+    world_size,
+)
 from sskd.errors import UserError, one_line
 from sskd.output import complain
 
-# Of the first contact, for a rank on a machine that starts late.
-_MEETING = timedelta(minutes=5)
-# Of a step's exchanges. A rank that dies ends all others at once; this ends those of a deadlock.
+# To connect: a rank on another machine may start late.
+_CONNECT_TIMEOUT = timedelta(minutes=5)
+# Of a collective. A rank that dies ends all others at once; this ends a deadlock.
 _TIMEOUT = timedelta(hours=1)
-# Seconds in which the other ranks report the failure of a job that failed in one of them.
+# Seconds within which a job that fails on all ranks has failed on each of them.
 _FAILURE_WINDOW = 10.0
 _END_WINDOW = 5.0
-_numbers, _jobs = itertools.count(), itertools.count()
+_announced = itertools.count()
 
 
 @functools.cache
 def _store() -> dist.Store:
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=_MEETING))
+        store, _, _ = next(dist.rendezvous("env://", timeout=_CONNECT_TIMEOUT))
     except dist.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"the ranks cannot meet at {address} ({one_line(error)[:120]}); use another port, as "
-            "torchrun --master_port=PORT"
+            f"the processes cannot connect to {address} ({one_line(error)[:120]}); use another "
+            "port, as torchrun --master_port=PORT"
         ) from None
-    return store
+    # After a restart torchrun's store still has the keys of the processes that died.
+    return dist.PrefixStore(f"restart/{os.environ.get(RESTART_COUNT, 0)}", store)
 
 
-def meet() -> None:
-    """Connect this rank with the others; raise UserError if they cannot meet."""
+def connect() -> None:
+    """Connect this rank with the others; raise UserError if it cannot."""
     _store()
 
 
-def announce(config: Mapping[str, Any] | None) -> None:
-    """Let the other ranks carry out the job of a plain ``config``; None lets them end."""
-    _store().set(f"job/{next(_numbers)}", json.dumps(config))
+def _announce(config: Mapping[str, Any] | None) -> None:
+    _store().set(f"job/{next(_announced)}", json.dumps(config))
 
 
 def await_job() -> dict[str, Any] | None:
-    """Return the configuration of the next job of the first rank; None, at last, if it ends."""
-    key = f"job/{next(_numbers)}"
-    config: dict[str, Any] | None = json.loads(await_key(_store(), key))
+    """Return the plain configuration of the next job of rank 0; None, at last, if it ends."""
+    key = f"job/{next(_announced)}"
+    config: dict[str, Any] | None = json.loads(ranks.await_key(_store(), key))
     if config is None:
         _store().add("ended", 1)
         _leave()
     return config
 
 
-@contextmanager
-def led(config: Config) -> Iterator[None]:
-    """Let all ranks carry out the job of ``config`` inside a ``with`` block of the first one."""
-    if started_ranks() > 1:
-        announce(config.model_dump(mode="json"))
-    with joined():
-        yield
-
-
-@contextmanager
-def joined() -> Iterator[None]:
-    """Take part in the exchanges of ``sskd.distributed.ranks`` inside a ``with`` block.
-
-    If the block raises an error that not all ranks raise, the process ends: the others wait for it
-    in an exchange, and torchrun ends them.
-    """
-    if started_ranks() == 1:
-        yield
-        return
-    job = next(_jobs)
-    if not dist.is_initialized():
-        _join()
-    try:
-        yield
-    except Exception as error:
-        if not _all_fail(job):
-            _end_alone(error)
-        raise
-
-
-def _join() -> None:
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore("group", _store()),
-        rank=int(os.environ[RANK]),
-        world_size=int(os.environ[WORLD_SIZE]),
-        timeout=_TIMEOUT,
-    )
-
-
 def end() -> None:
     """Let the other ranks end, and wait for that: this process may be the server of the store."""
-    announce(None)
-    _count_up_to(started_ranks(), "ended", patience=_END_WINDOW)
+    _announce(None)
+    _count_up_to(world_size(), "ended", patience=_END_WINDOW)
     _leave()
 
 
@@ -124,15 +90,91 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _all_fail(job: int) -> bool:
-    """Report that ``job`` failed here, and return whether it fails in all ranks."""
-    return _count_up_to(started_ranks(), f"failed/{job}", patience=_FAILURE_WINDOW)
+@contextmanager
+def on_all_ranks(config: Config) -> Iterator[None]:
+    """Let the other ranks carry out the job of ``config`` too, inside a ``with`` block of rank 0.
+
+    Raises:
+        UserError: this process or thread is one that a launcher started.
+    """
+    if world_size() > 1:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if not (in_main_thread and _store.cache_info().currsize):
+            raise UserError(
+                "hydra/launcher: torchrun's processes train the jobs one after the other; use "
+                "hydra/launcher=basic"
+            )
+        _announce(config.model_dump(mode="json"))
+    with process_group():
+        yield
 
 
-def _count_up_to(most: int, key: str, *, patience: float) -> bool:
-    """Count this rank at ``key``; return whether ``most`` ranks are counted within ``patience``."""
+class _Job:
+    """The job that this process works on: its number, and whether it has reported a failure."""
+
+    number = -1
+    failed = False
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Use the functions of ``sskd.distributed.ranks`` for one job, inside a ``with`` block.
+
+    If the block raises an error that not all ranks raise, the process ends: the others wait for it
+    in a collective, and torchrun ends them.
+    """
+    if world_size() == 1:
+        yield
+        return
+    _Job.number, _Job.failed = _Job.number + 1, False
+    if not dist.is_initialized():
+        _initialise()
+    try:
+        with failure_reported():
+            yield
+    except Exception as error:
+        if not _count_up_to(world_size(), _failures(), patience=_FAILURE_WINDOW, add=0):
+            _end_alone(error)
+        raise
+
+
+@contextmanager
+def failure_reported() -> Iterator[None]:
+    """Report an error inside the ``with`` block to the other ranks, before it is raised.
+
+    What follows the block may take longer than the others wait.
+    """
+    try:
+        yield
+    except Exception:
+        if dist.is_initialized() and not _Job.failed:
+            _Job.failed = True
+            _store().add(_failures(), 1)
+        raise
+
+
+def _failures() -> str:
+    return f"failed/{_Job.number}"
+
+
+def _initialise() -> None:
+    has_gpus = torch.cuda.is_available()
+    if has_gpus and local_rank() < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank())  # otherwise each rank has a context on the first one
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if has_gpus else "gloo",
+        store=dist.PrefixStore("group", _store()),
+        rank=int(os.environ[RANK]),
+        world_size=int(os.environ[WORLD_SIZE]),
+        timeout=_TIMEOUT,
+    )
+    ranks.use(dist.PrefixStore("values", _store()))
+
+
+def _count_up_to(most: int, key: str, *, patience: float, add: int = 1) -> bool:
+    """Add to the number at ``key``; return whether it is at least ``most`` within ``patience``."""
     deadline = time.monotonic() + patience
-    counted = _store().add(key, 1)
+    counted = _store().add(key, add)
     while counted < most and time.monotonic() < deadline:
         time.sleep(0.05)
         counted = _store().add(key, 0)
@@ -140,8 +182,8 @@ def _count_up_to(most: int, key: str, *, patience: float) -> bool:
 
 
 def _end_alone(error: Exception) -> NoReturn:
-    """Report ``error`` of this rank alone and end the process, without waiting for the others."""
-    sys.stderr = sys.__stderr__  # the ranks behind the first one are silent
+    """Print the ``error`` of this rank alone and end the process; do not wait for the others."""
+    sys.stderr = sys.__stderr__  # the other ranks are silent
     if not isinstance(error, UserError):
         complain("".join(traceback.format_exception(error)))
     complain(f"error: rank {os.environ[RANK]}: {one_line(error)}")

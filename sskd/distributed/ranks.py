@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
-from torch.distributed.distributed_c10d import _get_default_store
 
 from sskd.data.share import WHOLE, Share
 from sskd.errors import UserError, one_line
@@ -25,6 +24,13 @@ T = TypeVar("T")
 _POLL = 0.05  # seconds
 _DONE = "done"
 _numbers = itertools.count()
+_store: dist.Store | None = None
+
+
+def use(store: dist.Store) -> None:
+    """Exchange values by ``store``, which all ranks have."""
+    global _store
+    _store = store
 
 
 class FirstRankError(UserError):
@@ -61,7 +67,8 @@ def from_first(compute: Callable[[], T]) -> T:
     """
     if count() == 1:
         return compute()
-    store, key = _get_default_store(), f"first/{next(_numbers)}"
+    assert _store is not None
+    store, key = _store, str(next(_numbers))
     values: list[T | None] = [None]
     if is_first():
         try:
@@ -74,8 +81,6 @@ def from_first(compute: Callable[[], T]) -> T:
         if (answer := await_key(store, key).decode()) != _DONE:
             raise FirstRankError(answer)
     dist.broadcast_object_list(values, device=torch.device("cpu"))
-    if is_first():
-        store.delete_key(key)
     return values[0]  # type: ignore[return-value]
 
 
@@ -151,9 +156,9 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(count())[rank()]
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(count())[rank()]
 
 
 def gather_with_gradient(rows: Tensor) -> Tensor:

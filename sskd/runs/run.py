@@ -97,8 +97,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, *_: object
     ) -> None:
         finished = (self.folder / RESULT).exists()  # a later error is not a failure of the run
-        is_failure = not isinstance(error, BusyError) and not finished
-        if error is not None and is_failure and ranks.is_first():
+        if error is not None and _is_failure(error) and not finished:
             write_failure(self.folder, error, still_ours=self.lock.check)
         self.close()
 
@@ -155,6 +154,17 @@ class Run:
 
         ranks.from_first(write)
         return finished
+
+
+def _is_failure(error: BaseException) -> bool:
+    """Return whether to record ``error`` as the end of the run: not if another process has it.
+
+    Of several ranks the first one records it, unless it may be the end of another rank, which
+    surprises a collective.
+    """
+    if isinstance(error, BusyError) or not ranks.is_first():
+        return False
+    return ranks.count() == 1 or isinstance(error, UserError | KeyboardInterrupt)
 
 
 def _write_files(

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sskd.config import Config, parse_config
 from sskd.data import Images
 from sskd.distributed.data_parallel import divide, parallel
-from sskd.distributed.group import joined
+from sskd.distributed.group import process_group
 from sskd.methods import Method, Phase
 from sskd.optimizers import build_optimizer
 from sskd.seeding import seed_torch
@@ -88,7 +88,7 @@ def on_ranks(count: int, work: Callable[[], Any], folder: Path) -> list[Any]:
 
 def _work(work: Callable[[], Any], variables: Mapping[str, str], path: Path) -> None:
     os.environ.update(variables)
-    with joined():
+    with process_group():
         torch.save(work(), path)
 
 
@@ -133,7 +133,7 @@ class Steps:
             optimizer=build_optimizer(settings, phase.trains.parameters(), lr),
             loader=loader,
             meter=meter,
-            precision="fp32",
+            precision=config.precision,
         )
         for number in range(self.steps):
             if loader.position == loader.steps:

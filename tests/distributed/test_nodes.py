@@ -14,15 +14,19 @@ import pytest
 from conftest import Command
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from many_ranks import environment
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.run import parse_args
 
 import train_teacher
 from sskd import CONF
 from sskd.commands import nodes
+from sskd.distributed import group
 from sskd.errors import Interrupted, UserError
+from sskd.runs.status import SWEEP_VARIABLE, write_failure
 
 WORDS = ["dataset=digits", "seed=3"]
+FOLDER = Path("missing")
 
 
 def job_of(primary: str, *launcher: str) -> DictConfig:
@@ -41,16 +45,24 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     job = SimpleNamespace(job_id="4217_3", node=1, hostnames=["first", "second"])
     monkeypatch.setattr(submitit, "JobEnvironment", lambda: job)
     found: list[Any] = []
-    monkeypatch.setattr(nodes, "_run", lambda words: found.append(parse_args(words[3:])))
+
+    def run(words: list[str], grace: int) -> int:
+        assert grace == 110  # of the 120 seconds of SLURM's warning
+        found.append(parse_args(words[3:]))
+        return 0
+
+    monkeypatch.setattr(nodes, "_run", run)
     return found
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_torchrun_trains_the_run_on_all_gpus_of_all_nodes(started: list[Any], role: str) -> None:
-    nodes.train_on_nodes(job_of(role, "hydra.launcher.nodes=2", "hydra.launcher.gpus_per_node=4"))
+    nodes.train_on_nodes(
+        job_of(role, "hydra.launcher.nodes=2", "hydra.launcher.gpus_per_node=4"), FOLDER
+    )
     (read,) = started
     assert (read.nnodes, read.nproc_per_node, read.node_rank) == ("2", "4", 1)
-    assert (read.master_addr, read.master_port) == ("first", 20_000 + 42173 % 20_000)
+    assert (read.master_addr, read.master_port) == ("first", 20_000 + 42173 % 12_000)
     assert read.no_python
     assert read.training_script == sys.executable
     script, *words = read.training_script_args
@@ -60,13 +72,31 @@ def test_torchrun_trains_the_run_on_all_gpus_of_all_nodes(started: list[Any], ro
 
 @pytest.mark.parametrize("gpus", [0, 1])
 def test_a_job_with_one_gpu_needs_no_torchrun(started: list[Any], gpus: int) -> None:
-    nodes.train_on_nodes(job_of("student", f"hydra.launcher.gpus_per_node={gpus}"))
+    nodes.train_on_nodes(job_of("student", f"hydra.launcher.gpus_per_node={gpus}"), FOLDER)
     assert not started
 
 
-def test_a_failure_of_torchrun_is_one_line() -> None:
-    with pytest.raises(UserError, match="torchrun ended with status 3; the lines above"):
-        nodes._run([sys.executable, "-c", "raise SystemExit(3)"])
+def test_one_node_needs_no_port(started: list[Any]) -> None:
+    nodes.train_on_nodes(job_of("student", "hydra.launcher.gpus_per_node=2"), FOLDER)
+    (read,) = started
+    assert (read.standalone, read.nproc_per_node, read.no_python) == (True, "2", True)
+
+
+def test_a_failure_of_torchrun_has_the_reason_of_the_run(
+    started: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    job = job_of("student", "hydra.launcher.gpus_per_node=2")
+    monkeypatch.setattr(nodes, "_run", lambda words, grace: 3)
+    with pytest.raises(UserError, match="torchrun ended with status 3"):
+        nodes.train_on_nodes(job, tmp_path)
+    monkeypatch.setenv(SWEEP_VARIABLE, "sweep")
+    write_failure(tmp_path, UserError("the term 'kd' is not finite"))
+    with pytest.raises(UserError, match="the term 'kd' is not finite"):
+        nodes.train_on_nodes(job, tmp_path)
+
+
+def test_the_status_of_torchrun_is_returned() -> None:
+    assert nodes._run([sys.executable, "-c", "raise SystemExit(3)"], 30) == 3
 
 
 def test_the_warning_of_slurm_ends_torchrun_by_sigterm(
@@ -91,7 +121,7 @@ def test_the_warning_of_slurm_ends_torchrun_by_sigterm(
     threading.Thread(target=warn).start()
     try:
         with pytest.raises(Interrupted, match="stopped by SIGUSR2"):
-            nodes._run([sys.executable, "-c", script, str(ready), str(stopped)])
+            nodes._run([sys.executable, "-c", script, str(ready), str(stopped)], 30)
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert stopped.exists()
@@ -100,13 +130,10 @@ def test_the_warning_of_slurm_ends_torchrun_by_sigterm(
 def test_torchrun_refuses_launchers_of_other_processes(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from many_ranks import environment
-
-    from sskd.commands import process
-
     for name, value in environment(0, 2, 1).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(process, "meet_followers", lambda: None)
+    monkeypatch.setattr(group, "connect", lambda: None)
+    monkeypatch.setattr(group, "end", lambda: None)
     words = ("-m", "dataset=digits", "seed=0,1", "hydra/launcher=threads")
     status, out, err = command(*words, script=train_teacher)
     assert (status, out) == (1, "")

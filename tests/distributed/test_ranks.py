@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import Command, Compose
-from many_ranks import environment, on_ranks
+from many_ranks import environment, finish, free_port, on_ranks, start
 from starting import run
 from torch import nn
 
@@ -18,7 +20,7 @@ from sskd.checks.samples import random_images
 from sskd.device import choose_device
 from sskd.distributed import ranks
 from sskd.distributed.batch_norm import SyncBatchNorm
-from sskd.distributed.data_parallel import check_division
+from sskd.distributed.data_parallel import check_division, synchronise_batch_norms
 from sskd.errors import UserError
 from sskd.models import build_model
 from sskd.training.evaluation import predict
@@ -118,9 +120,69 @@ def gathered_loss(rows: torch.Tensor) -> torch.Tensor:
 
 def gathered_gradient() -> torch.Tensor:
     rows = ROWS[ranks.rank()].clone().requires_grad_()
-    gathered_loss(ranks.gather_with_gradient(rows)).backward()
+    # Twice, so that two functions have the same gradient as input.
+    twice = ranks.gather_with_gradient(rows) + ranks.gather_with_gradient(rows)
+    gathered_loss(twice / 2).backward()
     assert rows.grad is not None
     return rows.grad
+
+
+def test_eight_ranks_wait_for_a_slow_first_one(tmp_path: Path) -> None:
+    # A broadcast to eight reaches the last one over others, so that the first one is long done.
+    assert on_ranks(8, values_of_slow_first, tmp_path) == [list(range(10))] * 8
+
+
+def values_of_slow_first() -> list[int]:
+    found = []
+    for number in range(10):
+        time.sleep(0.01 * (ranks.rank() * number % 7))
+        found.append(ranks.from_first(partial(slowly, number)))
+    return found
+
+
+def slowly(number: int) -> int:
+    time.sleep(0.05)
+    return number
+
+
+def test_an_error_of_one_rank_alone_ends_it(tmp_path: Path) -> None:
+    code = (
+        "from sskd.distributed import group\n"
+        "from sskd.errors import UserError\n"
+        "group._FAILURE_WINDOW = 0.5\n"
+        "with group.process_group():\n"
+        "    if group.ranks.rank():\n"
+        "        raise UserError('no file on this machine')\n"
+        "    group.ranks.largest(1)\n"
+    )
+    first, second = finish(start(2, "-c", code))
+    assert first[0]  # its collective fails, or torchrun ends it
+    assert second[0] == 1
+    lines = [line for line in second[2].splitlines() if line.startswith("error")]
+    assert lines == ["error: rank 1: no file on this machine"]
+
+
+def test_a_restart_does_not_see_the_keys_of_its_predecessor(tmp_path: Path) -> None:
+    code = (
+        "import os, torch.distributed as dist\n"
+        "from sskd.distributed import group\n"
+        "store = dist.TCPStore('127.0.0.1', int(os.environ['MASTER_PORT']), is_master=True)\n"
+        "os.environ |= {'TORCHELASTIC_USE_AGENT_STORE': 'True'}\n"
+        "for attempt in ('0', '1'):\n"
+        "    os.environ['TORCHELASTIC_RESTART_COUNT'] = attempt\n"
+        "    assert not group._store().check(['job/0'])\n"
+        "    group._store().set('job/0', 'null')\n"
+        "    group._store.cache_clear()\n"
+    )
+    variables = environment(0, 2, free_port())
+    done = run("-c", code, env=os.environ | variables)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_ends_all_ranks() -> None:
+    for status, out, err in finish(start(2, "train_student.py", "--help")):
+        assert status == 0, err
+        assert "Distil a student from a teacher" in out or not out
 
 
 def test_a_world_size_that_torchrun_did_not_set_is_refused(
@@ -135,6 +197,8 @@ def test_a_world_size_that_torchrun_did_not_set_is_refused(
     ]
     monkeypatch.setenv("WORLD_SIZE", "many")
     assert "WORLD_SIZE='many' is not a number" in command("dataset=digits")[2]
+    monkeypatch.setenv("WORLD_SIZE", "0")
+    assert "WORLD_SIZE='0' is not a number of processes" in command("dataset=digits")[2]
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +228,20 @@ def test_a_batch_that_ranks_do_not_divide_is_refused(
         check_division(config)
 
 
+def test_a_program_that_does_not_connect_the_processes_is_refused(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment(1, 2, 1).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="started 2 processes, which this program does not connect"):
+        check_division(composed("method=vanilla"))
+
+
+def test_a_batch_norm_without_weights_cannot_be_synchronised() -> None:
+    with pytest.raises(UserError, match=r"sync_batch_norm=true: BatchNorm2d\(3.* needs weights"):
+        synchronise_batch_norms(nn.Sequential(nn.BatchNorm2d(3, affine=False)))
+
+
 def test_precomputed_outputs_need_one_process(
     composed: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,5 +258,5 @@ def test_a_port_that_is_taken_is_one_line() -> None:
         done = run("train_student.py", "dataset=digits", env=os.environ | environment(0, 2, port))
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert line.startswith(f"error: the ranks cannot meet at 127.0.0.1:{port} (")
+    assert line.startswith(f"error: the processes cannot connect to 127.0.0.1:{port} (")
     assert line.endswith("use another port, as torchrun --master_port=PORT")
