@@ -50,7 +50,8 @@ def stored(key: Key, measure: Callable[[], Values], *, again: bool = False) -> t
 def data_key(settings: DatasetSettings, images: Images) -> Key:
     """Return what decides the images of a dataset and their labels."""
     chosen = ("fraction", "label_noise", "holdout", "seed")
-    return {name: getattr(settings, name) for name in chosen} | pixels_key(settings, images)
+    part = {name: getattr(settings, name) for name in chosen}
+    return {**part, **pixels_key(settings, images)}
 
 
 def pixels_key(settings: DatasetSettings, images: Images) -> Key:

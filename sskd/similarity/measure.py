@@ -49,13 +49,13 @@ def load_pairs(files: Sequence[tuple[Path, Path]], folders: Sequence[Path]) -> l
 
 def measurement_key(pair: Pair, settings: DatasetSettings, images: Images) -> Key:
     """Return what decides the similarity of a pair: weights, normalisation and test images."""
-    data = pixels_key(settings, images)
+    data = {**pixels_key(settings, images), "images": len(images.test)}
     return {
         "kind": "similarity",
         "student": weights_digest(pair.student.network),
         "teacher": weights_digest(pair.teacher.network),
         "normalisation": pair.student.normalisation,
-        "data": data | {"images": len(images.test)},
+        "data": data,
         "cka_batch": BATCH_SIZE,
     }
 

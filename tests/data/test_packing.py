@@ -264,5 +264,5 @@ def test_a_packed_folder_has_the_digest_of_the_folder(few: Path) -> None:
     assert digest(settings(few)) == digest(padded)
     images = load(few)
     keys = [data_key(each, images) for each in (padded, settings(few), settings(few, workers=1))]
-    assert keys[1] == keys[2] == keys[0] | {"crop": "resized"}
+    assert keys[1] == keys[2] == {**keys[0], "crop": "resized"}
     assert "crop" not in keys[0], "as in the kept measurements of earlier versions"
