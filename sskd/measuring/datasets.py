@@ -13,7 +13,8 @@ from sskd.errors import UserError
 from sskd.invocation.composition import compose_config
 from sskd.trained import TrainedNetwork
 
-PLACES = ("root", "name", "download")  # settings of a dataset that do not change its images
+# Settings of a dataset that do not change its images.
+PLACES = ("root", "name", "download", "packed", "workers", "in_memory_gib")
 
 
 def compose_dataset(overrides: Sequence[str], folders: Sequence[Path] = ()) -> DatasetSettings:
@@ -60,8 +61,8 @@ def dataset_text(settings: DatasetSettings, overrides: Sequence[str]) -> str:
     return f"{settings.name} ({', '.join(shown)})" if shown else settings.name
 
 
-def _images_of(settings: DatasetSettings) -> tuple[str, str, int]:
-    return settings.source, settings.name, settings.size
+def _images_of(settings: DatasetSettings) -> tuple[str, str, int, str]:
+    return settings.source, settings.name, settings.size, settings.crop
 
 
 def normalised_for(network: TrainedNetwork, images: Images) -> Images:

@@ -49,8 +49,16 @@ def stored(key: Key, measure: Callable[[], Values], *, again: bool = False) -> t
 
 def data_key(settings: DatasetSettings, images: Images) -> Key:
     """Return what decides the images of a dataset and their labels."""
-    chosen = ("source", "size", "fraction", "label_noise", "holdout", "seed")
-    return {name: getattr(settings, name) for name in chosen} | {"digest": images.digest}
+    chosen = ("fraction", "label_noise", "holdout", "seed")
+    part = {name: getattr(settings, name) for name in chosen}
+    return {**part, **pixels_key(settings, images)}
+
+
+def pixels_key(settings: DatasetSettings, images: Images) -> Key:
+    """Return what decides the images of a dataset, whatever part of them is chosen."""
+    key = {"source": settings.source, "size": settings.size, "digest": images.digest}
+    # Measurements of earlier versions, which had no other crops, are kept without it.
+    return key if settings.crop == "padded" else key | {"crop": settings.crop}
 
 
 def _path_of(key: Key) -> Path | None:

@@ -14,7 +14,7 @@ from sskd.data import DatasetSettings, Images
 from sskd.device import to_device
 from sskd.errors import UserError
 from sskd.measuring.datasets import normalised_for
-from sskd.measuring.store import Key
+from sskd.measuring.store import Key, pixels_key
 from sskd.methods.networks import classifier_of
 from sskd.models import weights_digest
 from sskd.similarity.cka import BATCH_SIZE, linear_cka, minibatch_cka
@@ -49,13 +49,13 @@ def load_pairs(files: Sequence[tuple[Path, Path]], folders: Sequence[Path]) -> l
 
 def measurement_key(pair: Pair, settings: DatasetSettings, images: Images) -> Key:
     """Return what decides the similarity of a pair: weights, normalisation and test images."""
-    data = {"source": settings.source, "size": settings.size, "digest": images.digest}
+    data = {**pixels_key(settings, images), "images": len(images.test)}
     return {
         "kind": "similarity",
         "student": weights_digest(pair.student.network),
         "teacher": weights_digest(pair.teacher.network),
         "normalisation": pair.student.normalisation,
-        "data": data | {"images": len(images.test)},
+        "data": data,
         "cka_batch": BATCH_SIZE,
     }
 

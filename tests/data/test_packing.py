@@ -23,6 +23,7 @@ from sskd.data import SOURCES
 from sskd.data.packed.jpeg import to_jpeg
 from sskd.data.packed.split import PackedSplit
 from sskd.errors import UserError
+from sskd.measuring.store import data_key
 from sskd.runs.identity import identity
 from sskd.trained import TrainedNetwork
 
@@ -259,4 +260,9 @@ def test_images_that_need_much_memory_are_refused(few: Path) -> None:
 
 def test_a_packed_folder_has_the_digest_of_the_folder(few: Path) -> None:
     digest = SOURCES["folder"].digest
-    assert digest(settings(few)) == digest(settings(few, crop="padded"))
+    padded = settings(few, crop="padded")
+    assert digest(settings(few)) == digest(padded)
+    images = load(few)
+    keys = [data_key(each, images) for each in (padded, settings(few), settings(few, workers=1))]
+    assert keys[1] == keys[2] == {**keys[0], "crop": "resized"}
+    assert "crop" not in keys[0], "as in the kept measurements of earlier versions"
