@@ -85,6 +85,8 @@ class TeacherSettings(ArchSettings):
     fraction: ShareOfAny
     label_noise: ShareBelowAll
     method: NonEmpty = ALONE
+    batch_size: Count | None = None
+    milestones: Milestones | None = None
 
     @field_validator("method")
     @classmethod

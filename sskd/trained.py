@@ -10,9 +10,11 @@ from typing import Any, NamedTuple, TypeGuard
 
 from torch import nn
 
+from sskd import CONF
 from sskd.config import read_config
 from sskd.data import SOURCES, DatasetSettings, Images, load_images
 from sskd.errors import UserError
+from sskd.files import safe_join
 from sskd.invocation.composition import compose_config
 from sskd.models import build_model, find_checkpoint, load_weights, read_checkpoint, recognise
 from sskd.output import complain
@@ -192,7 +194,7 @@ def _dataset_of_run(checkpoint: Path, overrides: Sequence[str]) -> list[str]:
     if not isinstance(dataset, dict) or dataset.get("source") not in list(SOURCES):
         raise UserError(f"{path}: names no dataset; it is not a run's configuration")
     for override in overrides:
-        if override.startswith("dataset=") and override != f"dataset={dataset['source']}":
+        if override.startswith("dataset=") and _source_of(override) != dataset["source"]:
             raise UserError(
                 f"{path}: the run was trained on {dataset['source']}, and {override} names other "
                 "data; leave it out, or copy the checkpoint out of the run's folder"
@@ -211,6 +213,13 @@ def _recorded_dataset(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint.parent / CONFIG
     dataset = read_config_file(path).get("dataset") if path.exists() else None
     return dataset if isinstance(dataset, dict) else {}
+
+
+def _source_of(override: str) -> str:
+    """Return the source of the data that ``dataset=NAME`` chooses."""
+    name = override.partition("=")[2]
+    path = safe_join(CONF / "dataset", f"{name}.yaml")
+    return str(read_config_file(path).get("source")) if path.is_file() else name
 
 
 def _is_plain(value: object) -> bool:

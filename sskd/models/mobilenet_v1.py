@@ -22,7 +22,6 @@ from sskd.models.features import (
     Features,
     StagePlan,
     build_branch,
-    initialise_convolutions,
     rectified_stage,
     run_rectified_stage,
     run_rectified_stages,
@@ -57,7 +56,6 @@ class MobileNetV1(nn.Module):
             *(block for plan in plans for block in _stage(plan)),
         )
         self.fc = nn.Linear(PLAN[-1].out_channels, num_classes)
-        initialise_convolutions(self)
 
     def forward(self, x: Tensor) -> Features:
         """Map images ``[B, 3, h, w]`` to ``Features`` with four stages."""

@@ -79,7 +79,12 @@ def _idle(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     if teacher.get("checkpoint") is not None:
         return [("teacher", key) for key in teacher if key not in ("name", "digest")]
     epochs = schedule.get("epochs") if isinstance(schedule, dict) else None
-    defaults = {"epochs": epochs, "precision": values.get("precision")}
+    defaults = {
+        "epochs": epochs,
+        "precision": values.get("precision"),
+        "batch_size": None,
+        "milestones": None,
+    }
     return [("teacher", key) for key, value in defaults.items() if teacher.get(key) == value]
 
 

@@ -170,13 +170,16 @@ def teacher_config(config: Config) -> Config:
     dataset = values["dataset"]
     dataset |= {"fraction": teacher.fraction, "label_noise": teacher.label_noise}
     chosen = dataset["holdout"] or dataset["label_noise"] or dataset["fraction"] < 1
+    schedule = defaults["schedule"] | {"epochs": teacher.epochs or config.schedule.epochs}
+    if teacher.milestones is not None:
+        schedule["milestones"] = teacher.milestones
     return parse_config(
         values
         | {
             "method": defaults["method"],
             "optimizer": defaults["optimizer"] | {"lr": teacher.base_lr},
-            "batch_size": defaults["batch_size"],
-            "schedule": defaults["schedule"] | {"epochs": teacher.epochs or config.schedule.epochs},
+            "batch_size": teacher.batch_size or defaults["batch_size"],
+            "schedule": schedule,
             # If the seed does not affect the data, it must not select another teacher.
             "dataset": dataset if chosen else dataset | {"seed": defaults["dataset"]["seed"]},
         }
