@@ -133,7 +133,7 @@ def process_group() -> Iterator[None]:
         with failure_reported():
             yield
     except Exception as error:
-        if not _count_up_to(world_size(), _failures(), patience=_FAILURE_WINDOW, add=0):
+        if _is_lost_connection(error) or not _fails_everywhere():
             _end_alone(error)
         raise
 
@@ -146,15 +146,16 @@ def failure_reported() -> Iterator[None]:
     """
     try:
         yield
-    except Exception:
-        if dist.is_initialized() and not _Job.failed:
+    except Exception as error:
+        if dist.is_initialized() and not _Job.failed and not _is_lost_connection(error):
             _Job.failed = True
-            _store().add(_failures(), 1)
+            _store().add(f"failed/{_Job.number}", 1)
         raise
 
 
-def _failures() -> str:
-    return f"failed/{_Job.number}"
+def _fails_everywhere() -> bool:
+    key = f"failed/{_Job.number}"
+    return _count_up_to(world_size(), key, patience=_FAILURE_WINDOW, add=0)
 
 
 def _initialise() -> None:
@@ -181,11 +182,18 @@ def _count_up_to(most: int, key: str, *, patience: float, add: int = 1) -> bool:
     return counted >= most
 
 
+def _is_lost_connection(error: Exception) -> bool:
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 def _end_alone(error: Exception) -> NoReturn:
     """Print the ``error`` of this rank alone and end the process; do not wait for the others."""
     sys.stderr = sys.__stderr__  # the other ranks are silent
-    if not isinstance(error, UserError):
+    message = one_line(error)
+    if _is_lost_connection(error):
+        message = f"lost the connection to another rank, which has ended ({message[:120]})"
+    elif not isinstance(error, UserError):
         complain("".join(traceback.format_exception(error)))
-    complain(f"error: rank {os.environ[RANK]}: {one_line(error)}")
+    complain(f"error: rank {os.environ[RANK]}: {message}")
     sys.stdout.flush()
     os._exit(1)

@@ -155,8 +155,14 @@ def test_an_error_of_one_rank_alone_ends_it(tmp_path: Path) -> None:
         "        raise UserError('no file on this machine')\n"
         "    group.ranks.largest(1)\n"
     )
-    first, second = finish(start(2, "-c", code))
-    assert first[0]  # its collective fails, or torchrun ends it
+    processes = start(2, "-c", code)
+    processes[1].wait(60)
+    processes[0].wait(60)
+    first, second = finish(processes)
+    assert first[0] == 1
+    assert "Traceback" not in first[2]
+    (line,) = [line for line in first[2].splitlines() if line.startswith("error")]
+    assert line.startswith("error: rank 0: lost the connection to another rank, which has ended (")
     assert second[0] == 1
     lines = [line for line in second[2].splitlines() if line.startswith("error")]
     assert lines == ["error: rank 1: no file on this machine"]
