@@ -172,7 +172,7 @@ class Group:
     ) -> Entry:
         """Return the entry of a cell whose runs have the accuracies ``values``."""
         place = (self.dataset, self.setting_title, table, *pair, row_label(row))
-        return Entry(*place, self.epoch, *mean_std_n(values), published, metric)
+        return Entry(*place, self.epoch, *mean_std_n(values), published, metric=metric)
 
     def _row_of(self, run: FinishedRun) -> RowKey:
         """Return the run's row and the settings that set the run apart from others of that row."""
