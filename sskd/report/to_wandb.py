@@ -73,7 +73,8 @@ def _table(columns: tuple[str, ...], rows: Iterator[list[Any]]) -> wandb.Table:
 def _results(report: Report) -> Iterator[list[Any]]:
     """Yield a row for each cell of the tables, at the last and at the best epoch.
 
-    A top-5 of the last epoch can lack that of the best.
+    A top-5 of the last epoch can lack that of the best, and a teacher be as accurate as the
+    published one at one of both alone.
     """
     last, best = (
         [entry for table in report.tables(epoch) for entry in table.entries]
@@ -82,11 +83,11 @@ def _results(report: Report) -> Iterator[list[Any]]:
     at_best = {_place(entry): entry for entry in best}
     for entry in last:
         other = at_best.get(_place(entry))
-        mean, std, difference = (
-            (other.mean, other.std, other.difference) if other else (None, None, None)
-        )
-        values = [entry.mean, entry.std, mean, std, entry.n, entry.published]
-        yield [*_place(entry), *values, entry.difference, difference]
+        mean_and_std = (other.mean, other.std) if other else (None, None)
+        published = (each.published for each in (entry, other) if each)
+        known = next((value for value in published if value is not None), None)
+        values = [entry.mean, entry.std, *mean_and_std, entry.n, known]
+        yield [*_place(entry), *values, entry.difference, other.difference if other else None]
 
 
 def _place(entry: Entry) -> tuple[str, ...]:

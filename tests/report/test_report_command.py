@@ -187,7 +187,7 @@ def test_names_in_csv_cannot_become_formulas(tmp_path: Path) -> None:
     assert main([str(tmp_path), "--out", str(tmp_path / "grid")]) == 0
     with (tmp_path / "grid.csv").open(encoding="utf-8", newline="") as file:
         line = list(csv.reader(file))[2]
-    assert line[:7] == ["'=1+1", "'=key=value", "pairs", "'+a", "'-b", "' @SUM(A1)", "last"]
+    assert line[:7] == ["'=1+1", "'=key=value", "pairs", "'+a", "'-b", "' @SUM(A1)", "top1"]
     # A negative difference is a number and gets no apostrophe.
     put(tmp_path / "numbers", "run")
     assert main([str(tmp_path / "numbers"), "--out", str(tmp_path / "grid")]) == 0
