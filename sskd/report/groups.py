@@ -188,7 +188,7 @@ def _recipe_settings(published: Published | None, run: FinishedRun) -> Settings:
     The published row has no settings in its label, even if its runs changed some. So a run with the
     recipe, which changed none, shows its values of these.
     """
-    if published is None or without_digest(run.variant):
+    if published is None or any(not key.startswith("teacher.") for key, _ in run.variant):
         return ()
     changed = published.variants.get(display_name(run.method), ())
     values = ((key, recipe_value(run, key)) for key, _ in changed)

@@ -50,6 +50,10 @@ RERUN_COLUMNS = ("teacher", "student", "by", "top1", "std", "runs")
 # Settings that may differ from the recipe in a comparison with published values.
 COMPARABLE = frozenset({"precision"})
 USUAL_EPOCH = "best"
+# Settings of a teacher that this suite trains. They do not count if its accuracy alone does.
+TEACHER_RECIPE = frozenset(
+    f"teacher.{key}" for key in ("epochs", "batch_size", "milestones", "precision")
+)
 METRIC_NAMES: dict[Metric, str] = {"top1": "top-1", "top5": "top-5"}
 
 
@@ -205,6 +209,8 @@ class Published:
     def row_of(self, run: FinishedRun) -> str | None:
         """Return the row whose published runs changed the same settings as ``run``, if any did."""
         name, requested = display_name(run.method), requested_settings(run)
+        if self.teachers_are_files:
+            requested = tuple(item for item in requested if item[0] not in TEACHER_RECIPE)
         pair = (run.teacher or "", run.student)
         own = (row for row, base in self.base_of.items() if base == name)
         for row in (name, *own, *self.later.variants_of(name)):

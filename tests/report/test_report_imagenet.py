@@ -139,7 +139,8 @@ def test_a_teacher_trained_here_is_compared_first(
     tmp_path: Path, accuracy: float, same: bool
 ) -> None:
     trained = scratch("ResNet34", **DATA, difference=RECIPE, top1=top1(accuracy, 74.0))
-    student = distilled("kd", WITH_KD, difference=RECIPE | WITH_KD, teacher_top1=accuracy)
+    own = {"teacher.batch_size": 256, "teacher.milestones": [0.3, 0.6, 0.9]}
+    student = distilled("kd", WITH_KD, difference=RECIPE | WITH_KD | own, teacher_top1=accuracy)
     runs = read(tmp_path, trained | {"top5": {"last": 91.0, "best": 91.5}}, student)
     shown, _ = build_tables(runs, "last")
     found = {(entry.row, entry.metric): entry.published for entry in shown.entries}
