@@ -88,9 +88,9 @@ def test_tables_figures_and_files_are_logged(runs: Path) -> None:
 
 
 def test_a_top5_without_that_of_the_best_epoch(tmp_path: Path) -> None:
-    pair = {"teacher": "ResNet34", "student": "ResNet18"}
+    pair: dict[str, Any] = {"teacher": "ResNet34", "student": "ResNet18"}
     data = {"dataset": "imagenet", "dataset_source": "imagenet", "dataset_digest": "a" * 64}
-    put_run(tmp_path, "run", **pair, **data, top5={"last": 89.0, "best": None})
+    put_run(tmp_path, "run", top5={"last": 89.0, "best": None}, **(pair | data))
     rows = [dict(zip(RESULTS, row, strict=True)) for row in _results(read_report(tmp_path, never))]
     (top5,) = (row for row in rows if row["metric"] == "top5")
     assert (top5["last"], top5["best"], top5["best - published"]) == (89.0, None, None)
