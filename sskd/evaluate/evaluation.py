@@ -24,9 +24,8 @@ from sskd.image_progress import ImageProgress
 from sskd.models import weights_digest
 from sskd.seeding import seed_from_text
 from sskd.trained import TrainedNetwork
-from sskd.training.evaluation import accuracy, predict, top_k
+from sskd.training.evaluation import accuracy, predict, top5_accuracy
 
-TOP_K = 5
 MOST_CONFUSIONS = 20
 
 
@@ -90,7 +89,8 @@ class Evaluation:
     """What a network reaches on its test set, and what it costs.
 
     ``stated_top1_percent`` is what its file states. ``top1_interval_percent`` is the 95 % interval
-    of the choice of the test images. ``top5_percent`` is None with five classes or fewer.
+    of the choice of the test images. ``top5_percent`` is None with few classes
+    (``sskd.training.evaluation.top5_accuracy``).
     """
 
     file: str
@@ -141,7 +141,7 @@ def evaluate(trained: TrainedNetwork, options: Options) -> Evaluation:
         test_images=len(labels),
         top1_percent=top1,
         top1_interval_percent=wilson_interval(top1, len(labels)),
-        top5_percent=top_k(logits, labels, TOP_K) if images.num_classes > TOP_K else None,
+        top5_percent=top5_accuracy(logits, labels),
         stated_top1_percent=trained.stated,
         calibration=_scale(trained, images, logits, options.holdout),
         classes=_classes(matrix, images.classes),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from sskd.evaluate.calibration import BINS, Calibration
 from sskd.evaluate.corruptions import SEVERITIES, Robustness
 from sskd.evaluate.cost import Cost, Latency
-from sskd.evaluate.evaluation import TOP_K, ClassAccuracy, Evaluation, Scaling
+from sskd.evaluate.evaluation import ClassAccuracy, Evaluation, Scaling
 from sskd.report.render import render_markdown, render_text
 from sskd.report.tables import Cell, Table
 
@@ -86,7 +86,7 @@ def _accuracy_table(evaluation: Evaluation, title: str) -> Table:
     rows = [
         ("top-1, %", f"{evaluation.top1_percent:.2f}"),
         ("its 95 % interval", f"{low:.2f} to {high:.2f}"),
-        (f"top-{TOP_K}, %", _number(evaluation.top5_percent, 2)),
+        ("top-5, %", _number(evaluation.top5_percent, 2)),
     ]
     note = "The interval is that of the choice of test images (Wilson), not of the training's seed."
     return _table(title, ("measure", "value"), rows, note)
@@ -181,7 +181,7 @@ def _corruption_table(robustness: Robustness, title: str) -> Table:
 
 def _summary(evaluations: Sequence[Evaluation]) -> Table:
     header = [
-        *("file", "network", "dataset", "top-1 %", f"top-{TOP_K} %", "NLL", "ECE %", "T"),
+        *("file", "network", "dataset", "top-1 %", "top-5 %", "NLL", "ECE %", "T"),
         *("NLL, scaled", "ECE %, scaled", "parameters", "MFLOPs"),
     ]
     batches = [each.batch_size for each in evaluations[0].cost.latency]

@@ -24,6 +24,7 @@ from sskd.report.published import (
     row_label,
     settings_text,
 )
+from sskd.report.recipe_values import recipe_value
 from sskd.report.results import (
     DIGEST,
     Epoch,
@@ -35,7 +36,6 @@ from sskd.report.results import (
 )
 
 NETWORKS_TABLE = "networks"
-TOP5_TABLE = ", top-5"
 # That of sskd.config, which would import torch.
 ALONE = "vanilla"
 GAIN_LEGEND = (
@@ -50,10 +50,7 @@ REFERENCES = {STUDENT: "over the student alone", KD: "over KD"}
 
 @dataclass(frozen=True)
 class Entry:
-    """The value of one cell: mean accuracy in percent over ``n`` runs, and the published value.
-
-    The accuracy is top-1, or top-5 if ``table`` ends in ``TOP5_TABLE``.
-    """
+    """The value of one cell: mean accuracy in percent over ``n`` runs, and the published value."""
 
     dataset: str
     setting: str
@@ -66,6 +63,7 @@ class Entry:
     std: float | None
     n: int
     published: float | None
+    metric: Metric = "top1"
 
     @property
     def difference(self) -> float | None:
@@ -145,14 +143,14 @@ class Group:
         values = {TEACHER: _teacher_accuracies(self, pair, metric)}
         values |= {key: _accuracies(runs, metric, self.epoch) for key, runs in rows.items()}
         rows[TEACHER] = _students_of_untrained_teacher(self, pair)
-        place = table if metric == "top1" else f"{table}{TOP5_TABLE}"
         return {
             key: self.entry(
-                place,
+                table,
                 pair,
                 key,
                 values=found,
                 published=_published_value(self, pair, key, runs=rows[key], metric=metric),
+                metric=metric,
             )
             for key, found in values.items()
             if found
@@ -170,16 +168,31 @@ class Group:
         *,
         values: Sequence[float],
         published: float | None,
+        metric: Metric = "top1",
     ) -> Entry:
         """Return the entry of a cell whose runs have the accuracies ``values``."""
         place = (self.dataset, self.setting_title, table, *pair, row_label(row))
-        return Entry(*place, self.epoch, *mean_std_n(values), published)
+        return Entry(*place, self.epoch, *mean_std_n(values), published, metric=metric)
 
     def _row_of(self, run: FinishedRun) -> RowKey:
         """Return the run's row and the settings that set the run apart from others of that row."""
         if self.published and (row := self.published.row_of(run)):
             return row, tuple(item for item in run.variant if item[0] == DIGEST)
-        return display_name(run.method), run.variant
+        own = _recipe_settings(self.published, run)
+        return display_name(run.method), tuple(sorted((*own, *run.variant)))
+
+
+def _recipe_settings(published: Published | None, run: FinishedRun) -> Settings:
+    """Return the recipe's values that set ``run`` apart from the published row of its name.
+
+    The published row has no settings in its label, even if its runs changed some. So a run with the
+    recipe, which changed none, shows its values of these.
+    """
+    if published is None or any(not key.startswith("teacher.") for key, _ in run.variant):
+        return ()
+    changed = published.variants.get(display_name(run.method), ())
+    values = ((key, recipe_value(run, key)) for key, _ in changed)
+    return tuple((key, value) for key, value in values if value is not None)
 
 
 def row_order(row: RowKey, rows: Sequence[str]) -> RowOrder:
@@ -302,11 +315,22 @@ def _published_value(
         return None
     name, _ = row
     if row == TEACHER:
-        same = all(published.has_teacher_of(name, run) for run in runs)
+        same = _is_published_teacher(group, published, pair[0], students=runs)
     else:
         # Runs of one teacher file can differ in the requested epoch; one match is enough.
         same = row == STUDENT or any(published.is_same_experiment(name, run) for run in runs)
     return published.value(pair, name, metric) if same else None
+
+
+def _is_published_teacher(
+    group: Group, published: Published, teacher: str, *, students: Iterable[FinishedRun]
+) -> bool:
+    """Return whether ``teacher`` is the published one; ``students`` had it if it has no runs."""
+    trained = _plain_runs(group.scratch_runs, teacher)
+    if not trained or not published.teachers_are_files:
+        return all(published.has_teacher_of(TEACHER_ROW, run) for run in students)
+    mean = statistics.mean(run.top1(group.epoch) for run in trained)
+    return published.is_teacher_of(TEACHER_ROW, teacher, mean)
 
 
 def _students_of_untrained_teacher(group: Group, pair: Pair) -> list[FinishedRun]:

@@ -119,10 +119,10 @@ def _gains_over_student(entries: Iterable[Entry]) -> Iterator[tuple[Entry, float
     entries = list(entries)
     # The columns of a study have several settings, and those of a pair can be of two accuracies.
     alone = {
-        (e.setting, e.table, e.teacher, e.student): e.mean for e in entries if e.row == STUDENT_ROW
+        (e.setting, e.metric, e.teacher, e.student): e.mean for e in entries if e.row == STUDENT_ROW
     }
     for entry in entries:
-        pair = (entry.setting, entry.table, entry.teacher, entry.student)
+        pair = (entry.setting, entry.metric, entry.teacher, entry.student)
         if pair in alone and entry.row not in (TEACHER_ROW, STUDENT_ROW):
             yield entry, entry.mean - alone[pair]
 

@@ -12,7 +12,7 @@ import yaml
 from sskd import CONF
 from sskd.overrides import flatten
 from sskd.report.results import FinishedRun, as_text
-from sskd.runs.weightings import RECIPE
+from sskd.runs.weightings import RECIPE, USUAL, WEIGHTING, WEIGHTINGS
 
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
@@ -38,6 +38,7 @@ def _defaults(student: str, method: str, source: str) -> dict[str, Any]:
     """
     frozen = _frozen_file()
     flat = flatten({"method": _option("method", method), "dataset": _option("dataset", source)})
+    flat[WEIGHTING] = next(name for name, weights in WEIGHTINGS.items() if weights == USUAL)
     flat |= flatten(
         {
             **frozen["common"],

@@ -17,7 +17,7 @@ from sskd.report.tables import Cell, Table
 
 GAP = "  "
 CSV_HEADER = (
-    *("dataset", "setting", "table", "teacher", "student", "row", "epoch"),
+    *("dataset", "setting", "table", "teacher", "student", "row", "metric", "epoch"),
     *("mean", "std", "n", "published", "difference"),
 )
 

@@ -16,8 +16,8 @@ from sskd.report.groups import (
     network_runs,
 )
 from sskd.report.published import (
-    SAME_TEACHER,
     Pair,
+    Published,
     RowKey,
     column_lines,
     metrics_of,
@@ -35,9 +35,7 @@ TOP5_LEGEND = (
 )
 PUBLISHED_LEGEND = (
     "Beside or beneath it, the published value and the difference, measured - published; only if"
-    " nothing but the precision differs from the published setting and configuration and, if the"
-    f" teacher is a file, its accuracy equals the published teacher's (within {SAME_TEACHER}"
-    " points)."
+    " {condition} (within {tolerance} points)."
 )
 INCOMPARABLE_LEGEND = (
     "Without published values: their schedule, batch size, optimizer or data differs from this"
@@ -142,13 +140,17 @@ def _notes(groups: list[Group], compared: Iterable[Entry]) -> tuple[str, ...]:
     comparable = [source for source in sources if source.is_comparable(groups[0].setting)]
     if comparable:
         rows = {entry.row.partition(" (")[0] for entry in compared}
-        notes.append(PUBLISHED_LEGEND)
+        notes += dict.fromkeys(map(_published_legend, comparable))
         notes += (n for source in comparable for n in (*source.notes, *source.later.notes(rows)))
     elif sources:
         notes.append(INCOMPARABLE_LEGEND)
     if any(group.distilled for group in groups):
         notes.append(TEACHER_LEGEND)
     return (*notes, *commits_notes(_cells(groups)))
+
+
+def _published_legend(source: Published) -> str:
+    return PUBLISHED_LEGEND.format(condition=source.condition, tolerance=source.teacher_tolerance)
 
 
 def _cells(groups: Iterable[Group]) -> Iterator[Sequence[FinishedRun]]:

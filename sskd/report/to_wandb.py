@@ -18,7 +18,7 @@ from sskd.report.results import Warn
 from sskd.tracking.session import open_run, sync_later
 
 # The fields of ``sskd.report.groups.Entry`` that identify a cell.
-PLACE = ("dataset", "setting", "table", "teacher", "student", "row")
+PLACE = ("dataset", "setting", "table", "teacher", "student", "row", "metric")
 RESULTS = (
     *PLACE,
     *("last", "last std", "best", "best std", "n", "published", "last - published"),
@@ -71,16 +71,23 @@ def _table(columns: tuple[str, ...], rows: Iterator[list[Any]]) -> wandb.Table:
 
 
 def _results(report: Report) -> Iterator[list[Any]]:
-    """Yield a row for each cell of the tables, at the last and at the best epoch."""
+    """Yield a row for each cell of the tables, at the last and at the best epoch.
+
+    A top-5 of the last epoch can lack that of the best, and a teacher be as accurate as the
+    published one at one of both alone.
+    """
     last, best = (
         [entry for table in report.tables(epoch) for entry in table.entries]
         for epoch in ("last", "best")
     )
     at_best = {_place(entry): entry for entry in best}
     for entry in last:
-        other = at_best[_place(entry)]
-        values = [entry.mean, entry.std, other.mean, other.std, entry.n, entry.published]
-        yield [*_place(entry), *values, entry.difference, other.difference]
+        other = at_best.get(_place(entry))
+        mean_and_std = (other.mean, other.std) if other else (None, None)
+        published = (each.published for each in (entry, other) if each)
+        known = next((value for value in published if value is not None), None)
+        values = [entry.mean, entry.std, *mean_and_std, entry.n, known]
+        yield [*_place(entry), *values, entry.difference, other.difference if other else None]
 
 
 def _place(entry: Entry) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from breaking import outcome
 from conftest import Command, Compose
 from crashes import CrashError, at_step, crash
 from faults import FEW, SMALL
+from report_runs import RESULT
 from starting import STDOUT, Started
 
 import train_student
@@ -26,7 +27,7 @@ import train_teacher
 from sskd.commands.sweep import Sweep
 from sskd.config import Config
 from sskd.report.published import all_published, display_name
-from sskd.report.results import as_text
+from sskd.report.results import as_text, parse_result
 from sskd.runs.lock import FolderLock
 from sskd.runs.recipe import default_config, diff_from_recipe
 from sskd.runs.status import SWEEP_VARIABLE, read_status
@@ -177,6 +178,21 @@ def test_every_job_of_every_sweep_composes(composed_jobs: Any, name: str) -> Non
             assert schedule == Schedule(100, 0.1, milestones=(30, 60, 90), gamma=0.1)
             assert (config.batch_size, config.optimizer.weight_decay) == (256, 5e-4)
             assert changes_of(config) == published_changes(config)
+    if name == "tiny_imagenet":
+        own_changes = {"dataset.size": "64", "schedule.epochs": "50"}
+        for config in configs:
+            assert changes_of(config) == published_changes(config) | own_changes
+
+
+def test_crd_with_kd_is_one_job_and_its_row(composed_jobs: Any) -> None:
+    (job,) = composed_jobs("imagenet", "method=crd", "weighting=imagenet").jobs
+    pair = {"teacher": "ResNet34", "student": "ResNet18", "method": job.config.method.name}
+    record = RESULT | pair | {"difference": diff_from_recipe(job.config)}
+    run = parse_result(json.dumps(record), job.folder)
+    (source,) = all_published("imagenet")
+    assert run is not None
+    assert source.row_of(run) == "CRD+KD"
+    assert source.is_comparable(run.setting)
 
 
 def test_the_recipe_is_what_hydra_composes(composed: Compose) -> None:

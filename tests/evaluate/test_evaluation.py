@@ -163,6 +163,7 @@ def test_the_files_have_every_figure(
     (network,) = json.loads((out.parent / "net.json").read_text())["networks"]
     expected = evaluate(TrainedNetwork(folder), Options("cpu", holdout=0.5, repeats=0))
     assert network.pop("subject")["holdout"] == 0.5
+    assert network["top5_percent"] is None  # ten classes
     assert network == json.loads(json.dumps(expected.to_json()))
     page = (out.parent / "net.md").read_text()
     for name in names[2:]:

@@ -169,15 +169,15 @@ def test_out_writes_markdown_and_the_values_of_both_epochs(tmp_path: Path) -> No
     ).read_text(encoding="utf-8")
     lines = (tmp_path / "grid.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == (
-        "dataset,setting,table,teacher,student,row,epoch,mean,std,n,published,difference"
+        "dataset,setting,table,teacher,student,row,metric,epoch,mean,std,n,published,difference"
     )
     pair = "cifar100,the recipe,similar,resnet56,resnet20"
     # 70.16 and 72.16, then 71 and 73: the deviation is sqrt(2) both times.
     assert lines[1:] == [
-        f"{pair},teacher,last,73.44,,1,73.44,0.0",
-        f"{pair},KD,last,71.16,1.4142,2,70.66,0.5",
-        f"{pair},teacher,best,73.44,,1,73.44,0.0",
-        f"{pair},KD,best,72.0,1.4142,2,70.66,1.34",
+        f"{pair},teacher,top1,last,73.44,,1,73.44,0.0",
+        f"{pair},KD,top1,last,71.16,1.4142,2,70.66,0.5",
+        f"{pair},teacher,top1,best,73.44,,1,73.44,0.0",
+        f"{pair},KD,top1,best,72.0,1.4142,2,70.66,1.34",
     ]
 
 
@@ -187,7 +187,7 @@ def test_names_in_csv_cannot_become_formulas(tmp_path: Path) -> None:
     assert main([str(tmp_path), "--out", str(tmp_path / "grid")]) == 0
     with (tmp_path / "grid.csv").open(encoding="utf-8", newline="") as file:
         line = list(csv.reader(file))[2]
-    assert line[:7] == ["'=1+1", "'=key=value", "pairs", "'+a", "'-b", "' @SUM(A1)", "last"]
+    assert line[:7] == ["'=1+1", "'=key=value", "pairs", "'+a", "'-b", "' @SUM(A1)", "top1"]
     # A negative difference is a number and gets no apostrophe.
     put(tmp_path / "numbers", "run")
     assert main([str(tmp_path / "numbers"), "--out", str(tmp_path / "grid")]) == 0

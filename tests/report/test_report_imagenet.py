@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from pages import table
 from report_runs import texts
 from test_report import notes_of, read, record, scratch, top1
 
+from sskd.report.groups import build_groups, find_missing
 from sskd.report.published import all_published, published_for
 from sskd.report.render import render_csv
 from sskd.report.results import FIXED_SOURCES
@@ -90,15 +92,67 @@ def test_both_accuracies_stand_beside_the_published(tmp_path: Path) -> None:
         "SSKD": ("70.00 (1)\n71.62 -1.62", "89.50 (1)\n90.67 -1.17"),
         "SSKD, torchdistill (1)": ("\n70.09", ""),
     }
-    assert "Top-5 in %" in notes_of([shown])
-    lines = [line.split(",") for line in render_csv(shown.entries).splitlines()]
-    assert any("top-5" in cell for cell in lines[-1])
+    notes = notes_of([shown])
+    assert "Top-5 in %" in notes
+    # Other weights than these are known of published runs.
+    assert "nothing but the precision" not in notes
+    assert "as accurate as the published one (within 0.3 points)" in notes
+    lines = csv.DictReader(render_csv(shown.entries).splitlines())
+    metrics = [line["metric"] for line in lines]
+    assert (metrics.count("top1"), metrics.count("top5")) == (6, 6)
 
 
 def test_top5_is_that_of_the_epoch_with_the_best_top1(tmp_path: Path) -> None:
     shown, _ = build_tables(read(tmp_path, distilled("kd", WITH_KD)), "best")
     (row,) = (row for row in texts(shown) if row[0].startswith("KD"))
     assert [cell.partition(" ")[0] for cell in row[1:]] == ["71.00", "90.00"]
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "own"),
+    [
+        ("kd", WITH_KD, "KD (method.weights.ce=0.1)"),
+        ("at", ALONE, "AT (weighting=sskd)"),
+        ("crd", WITH_KD, "CRD (weighting=sskd)"),
+        ("sskd", WITH_KD, "SSKD (method.weights.ce=0.1)"),
+    ],
+)
+@pytest.mark.parametrize("setting", [RECIPE, RECIPE | {"schedule.epochs": 2}])
+def test_default_weights_have_a_row_of_their_own(
+    tmp_path: Path, method: str, weights: dict[str, Any], own: str, setting: dict[str, Any]
+) -> None:
+    usual = distilled(method, weights, difference=setting | FILE, top1=top1(60.0, 61.0))
+    row = "CRD+KD" if method == "crd" else method.upper()
+    both = read(
+        tmp_path / "both", distilled(method, weights, difference=setting | FILE | weights), usual
+    )
+    found = {e.row: e for e in build_tables(both, "last")[0].entries if e.metric == "top1"}
+    assert {name: found[name].mean for name in (row, own)} == {row: 70.0, own: 60.0}
+    assert found[own].published is None
+    assert (found[row].published is not None) == (setting == RECIPE)
+    groups = [g for each in build_groups(read(tmp_path / "usual", usual), "last") for g in each]
+    assert row in {cell.row for cell in find_missing(groups, ())}
+
+
+@pytest.mark.parametrize(("accuracy", "same"), [(73.05, True), (73.55, True), (72.9, False)])
+def test_a_teacher_trained_here_is_compared_first(
+    tmp_path: Path, accuracy: float, same: bool
+) -> None:
+    trained = scratch("ResNet34", **DATA, difference=RECIPE, top1=top1(accuracy, 74.0))
+    own = {"teacher.batch_size": 256, "teacher.milestones": [0.3, 0.6, 0.9]}
+    student = distilled("kd", WITH_KD, difference=RECIPE | WITH_KD | own, teacher_top1=accuracy)
+    runs = read(tmp_path, trained | {"top5": {"last": 91.0, "best": 91.5}}, student)
+    shown, _ = build_tables(runs, "last")
+    found = {(entry.row, entry.metric): entry.published for entry in shown.entries}
+    assert found == {
+        ("teacher", "top1"): 73.30 if same else None,
+        ("teacher", "top5"): 91.42 if same else None,
+        ("KD", "top1"): 70.66 if same else None,
+        ("KD", "top5"): 89.88 if same else None,
+    }
+    # A network of another recipe than the published teacher's is no row of that table.
+    (alone,) = build_tables(runs[:1], "last")
+    assert [entry.published for entry in alone.entries] == [None]
 
 
 OTHER = {"schedule.epochs": 2}

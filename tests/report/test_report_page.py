@@ -235,7 +235,7 @@ def test_files_need_no_torch_and_tables_no_matplotlib(tmp_path: Path) -> None:
 
 def test_csv_has_the_values_of_both_epochs(tmp_path: Path) -> None:
     lines = some_runs(tmp_path).csv().splitlines()
-    assert "cifar100,the recipe,similar,resnet56,resnet20,KD,last,71.66,,1,70.66,1.0" in lines
+    assert "cifar100,the recipe,similar,resnet56,resnet20,KD,top1,last,71.66,,1,70.66,1.0" in lines
     assert len(lines) == 1 + 2 * len([line for line in lines if ",last," in line])
 
 

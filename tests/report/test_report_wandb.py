@@ -14,7 +14,7 @@ from test_tracking import inspect, offline_runs
 import sskd.report.to_wandb
 from sskd.report.__main__ import main
 from sskd.report.report import read_report
-from sskd.report.to_wandb import log_report
+from sskd.report.to_wandb import RESULTS, _results, log_report
 
 
 @pytest.fixture
@@ -85,6 +85,15 @@ def test_tables_figures_and_files_are_logged(runs: Path) -> None:
     (files,) = (artifact for artifact in artifacts if artifact["type"] == "report")
     names = {Path(entry["path"]).suffix for entry in files["manifest"]["contents"]}
     assert names == {".csv", ".html", ".md", ".tex", ".png", ".svg"}
+
+
+def test_a_top5_without_that_of_the_best_epoch(tmp_path: Path) -> None:
+    pair: dict[str, Any] = {"teacher": "ResNet34", "student": "ResNet18"}
+    data = {"dataset": "imagenet", "dataset_source": "imagenet", "dataset_digest": "a" * 64}
+    put_run(tmp_path, "run", top5={"last": 89.0, "best": None}, **(pair | data))
+    rows = [dict(zip(RESULTS, row, strict=True)) for row in _results(read_report(tmp_path, never))]
+    (top5,) = (row for row in rows if row["metric"] == "top5")
+    assert (top5["last"], top5["best"], top5["best - published"]) == (89.0, None, None)
 
 
 def test_a_second_report_updates_the_same_run(runs: Path) -> None:

@@ -390,7 +390,7 @@ def test_the_page_and_the_csv_have_the_study(tmp_path: Path) -> None:
     assert "Study of dataset.fraction" in page
     lines = [line for line in report.csv().splitlines() if "study of" in line]
     assert lines[0] == (
-        "cifar100,dataset.fraction=0.25,study of dataset.fraction,vgg13,vgg8,KD,last,"
+        "cifar100,dataset.fraction=0.25,study of dataset.fraction,vgg13,vgg8,KD,top1,last,"
         "61.0,1.0,3,61.7,-0.7"
     )
     assert len(lines) == 12
