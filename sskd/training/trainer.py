@@ -15,6 +15,7 @@ from sskd.config import Config
 from sskd.data import Images
 from sskd.distributed import ranks
 from sskd.distributed.data_parallel import parallel
+from sskd.errors import Interrupted
 from sskd.methods import Method, Phase
 from sskd.optimizers import build_optimizer, set_learning_rate
 from sskd.runs.epoch_line import EpochLine
@@ -121,12 +122,12 @@ class Trainer:
             _seed_step(self.config.seed, self.phase.name, state.epoch, self.loader.position)
             self.progress.advance(self.step.take())
             due = self.checkpoint.is_due(60 * self.config.checkpoint_minutes)
-            if _agree(signals, due=due) and self.loader.position < self.loader.steps:
+            if _must_save(signals, due=due) and self.loader.position < self.loader.steps:
                 state.mid_epoch = True
                 state.epoch_seconds = time.monotonic() - started
                 self._finite.checked_metrics(self.checkpoint.meter, self.loader.position)
                 self.checkpoint.save()
-                signals.raise_if_received()
+                _raise_if_stopped(signals)
         self._end_epoch(started, signals)
 
     def _end_epoch(self, started: float, signals: StopSignals) -> None:
@@ -145,11 +146,11 @@ class Trainer:
         self.checkpoint.keep_if_best()
         shortest = min(self.config.checkpoint_seconds, 60 * self.config.checkpoint_minutes)
         due = state.epoch == self.schedule.epochs or self.checkpoint.is_due(shortest)
-        if save := _agree(signals, due=due):
+        if save := _must_save(signals, due=due):
             self.checkpoint.save()
         self.progress.epoch(line)
         if save:  # otherwise the next step notices a signal, and is saved
-            signals.raise_if_received()
+            _raise_if_stopped(signals)
 
     def _metrics(self) -> dict[str, float]:
         return self._finite.shown_metrics(self.checkpoint.meter, self.loader.position)
@@ -159,15 +160,16 @@ class Trainer:
         return f"{self.run.folder}: phase {self.phase.name}, epoch {epoch}"
 
 
-def _agree(signals: StopSignals, *, due: bool) -> bool:
-    """Return whether all ranks save now: the first one is ``due``, or one of them got a signal.
+def _must_save(signals: StopSignals, *, due: bool) -> bool:
+    """Return whether all ranks save now: the first one is ``due``, or one of them got a signal."""
+    return any(ranks.largest(due and ranks.is_first(), signals.received or 0))
 
-    Then each of them has got it.
-    """
-    due_of_first, signum = ranks.largest(due and ranks.is_first(), signals.received or 0)
+
+def _raise_if_stopped(signals: StopSignals) -> None:
+    """Raise Interrupted on all ranks if one of them got a signal, such as during the save."""
+    (signum,) = ranks.largest(signals.received or 0)
     if signum:
-        signals.noted = signum
-    return bool(due_of_first or signum)
+        raise Interrupted(signum)
 
 
 def _seed_step(seed: int, phase: str, epoch: int, step: int) -> None:
