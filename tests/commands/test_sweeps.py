@@ -26,10 +26,10 @@ import train_student
 import train_teacher
 from sskd.commands.sweep import Sweep
 from sskd.config import Config
-from sskd.report.published import all_published, display_name
+from sskd.report.published import TEACHER_RECIPE, all_published, display_name
 from sskd.report.results import as_text, parse_result
 from sskd.runs.lock import FolderLock
-from sskd.runs.recipe import default_config, diff_from_recipe
+from sskd.runs.recipe import default_config, diff_from_recipe, teacher_config
 from sskd.runs.status import SWEEP_VARIABLE, read_status
 from sskd.runs.weightings import RECIPE, name_weighting
 from sskd.schedule import Schedule
@@ -79,7 +79,8 @@ def weights_of(configs: list[Config]) -> dict[str, dict[str, float]]:
 
 def changes_of(config: Config) -> dict[str, str]:
     """Return what the report sees of a run: its difference from the recipe, its weighting named."""
-    texts = {key: as_text(value) for key, value in diff_from_recipe(config).items()}
+    own = diff_from_recipe(config).items()
+    texts = {key: as_text(value) for key, value in own if key not in TEACHER_RECIPE}
     return name_weighting(config.method.name, RECIPE, texts)
 
 
@@ -178,6 +179,10 @@ def test_every_job_of_every_sweep_composes(composed_jobs: Any, name: str) -> Non
             assert schedule == Schedule(100, 0.1, milestones=(30, 60, 90), gamma=0.1)
             assert (config.batch_size, config.optimizer.weight_decay) == (256, 5e-4)
             assert changes_of(config) == published_changes(config)
+            if config.teacher:
+                teacher = teacher_config(config)
+                assert (teacher.batch_size, teacher.optimizer.lr) == (256, 0.1)
+                assert teacher.schedule == config.schedule
     if name == "tiny_imagenet":
         own_changes = {"dataset.size": "64", "schedule.epochs": "50"}
         for config in configs:
