@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.utils.data.dataloader
 from conftest import Command, KeptRuns
 from jpegs import load, write_jpegs
 from PIL import Image
@@ -22,6 +24,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
 from torchvision.transforms.functional import pil_to_tensor
 
+import sskd.data.packed.workers
 from sskd.data import (
     WHOLE,
     Batch,
@@ -39,8 +42,9 @@ from sskd.data.packed.cutting import TrainingRequest
 from sskd.data.packed.file import PackedFile
 from sskd.data.packed.loader import PackedLoader
 from sskd.data.packed.split import PackedSplit
-from sskd.data.packed.workers import Workers
+from sskd.data.packed.workers import Workers, default_workers
 from sskd.data.rectangles import AREA, ASPECT, draw_rectangles
+from sskd.distributed import environment
 from sskd.errors import UserError
 from sskd.training.graph import _why_not
 
@@ -173,6 +177,9 @@ def test_an_epoch_resumes_without_decoding_its_start(
     resumed.load_state_dict(state)
     assert resumed.position == 3
     assert same(rest, rest_of(resumed))
+    with_workers = loader_of(images.train, workers=2, views=Views(4))
+    with_workers.load_state_dict(state)
+    assert same(rest, rest_of(with_workers))
     assert sorted(decoded) == sorted(i for batch in rest for i in batch.indices.tolist())
 
 
@@ -287,6 +294,8 @@ def test_evaluation_has_each_image_once_as_torchvision_cuts_it(root: Path, image
         assert [len(labels) for _, labels in batches] == [10, 10, 10, 7]
         assert torch.equal(torch.cat([labels for _, labels in batches]), split.labels)
         assert (found.int() - expected.int()).abs().max() <= 1
+    assert not multiprocessing.active_children(), "they end with the evaluation"
+    assert not list(split.take(torch.arange(0)).pixel_batches(10))
     mirrored = torch.cat([pixels for pixels, _ in split.mirrored().pixel_batches(64)])
     assert torch.equal(mirrored, found.flip(3))
     ((x, _),) = eval_batches(split, MEAN, STD, 64)
@@ -357,13 +366,69 @@ class Dying(Dataset[int]):
         return request
 
 
-def test_a_worker_that_is_killed_ends_the_run_in_one_line() -> None:
-    workers = Workers(Dying(), 1, torch.device("cpu"))
+class Same(Dataset[int]):
+    """Returns the request, or raises it."""
+
+    def __getitem__(self, request: int | Exception) -> int:
+        if isinstance(request, Exception):
+            raise request
+        return request
+
+
+@pytest.fixture
+def checked_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let PyTorch look for dead workers every 0.2 seconds instead of every five."""
+    look = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(look, "__defaults__", (0.2,))
+
+
+def death_of(results: Iterator[int]) -> None:
     with pytest.raises(UserError) as caught:
-        list(workers.results([1]))
-    workers.close()
+        list(results)
     assert str(caught.value).startswith("a process that decodes images ended (DataLoader worker")
     assert str(caught.value).endswith("set a smaller dataset.workers=N, or 0 for none")
+
+
+@pytest.mark.usefixtures("checked_often")
+def test_a_worker_that_is_killed_ends_the_run_in_one_line() -> None:
+    workers = Workers(Dying(), 1, torch.device("cpu"))
+    death_of(workers.results([1]))
+    workers.close()
+
+
+@pytest.mark.usefixtures("checked_often")
+def test_a_dead_worker_does_not_disturb_a_computation() -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    workers = Workers(Same(), 1, torch.device("cpu"))
+    results = workers.results(range(9))
+    assert next(results) == 0
+    assert signal.getsignal(signal.SIGCHLD) == before
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    deadline = time.monotonic() + 0.3
+    while time.monotonic() < deadline:  # a signal's handler would raise an error here
+        pass
+    death_of(results)
+    workers.close()
+
+
+@pytest.mark.parametrize(("kind", "count"), [(RuntimeError, 1), (EOFError, 0)])
+def test_a_fault_in_a_worker_keeps_its_traceback(kind: type[Exception], count: int) -> None:
+    workers = Workers(Same(), count, torch.device("cpu"))
+    with pytest.raises(kind, match="my fault"):
+        list(workers.results([kind("my fault")]))
+    workers.close()
+
+
+def test_the_processes_of_torchrun_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sskd.data.packed.workers, "available_cores", lambda: 12)
+    for processes, expected in ((None, 12), ("3", 4), ("50", 1), ("none", 12)):
+        monkeypatch.delenv(environment.LOCAL_WORLD_SIZE, raising=False)
+        if processes:
+            monkeypatch.setenv(environment.LOCAL_WORLD_SIZE, processes)
+        assert default_workers() == expected
+    monkeypatch.setattr(sskd.data.packed.workers, "available_cores", lambda: 96)
+    assert default_workers() == 16, "at most"
 
 
 # ---- runs ----
