@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ import pytest
 import torch
 import torch.utils.data.dataloader
 from conftest import Command, KeptRuns
-from jpegs import load, write_jpegs
+from jpegs import CLASSES, load, write_jpegs
 from PIL import Image
 from scipy.stats import kstest
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, resized_crop
 
+import sskd.data.packed.cutting
 import sskd.data.packed.workers
 from sskd.data import (
     WHOLE,
@@ -43,7 +45,7 @@ from sskd.data.packed.file import PackedFile
 from sskd.data.packed.loader import PackedLoader
 from sskd.data.packed.split import PackedSplit
 from sskd.data.packed.workers import Workers, default_workers
-from sskd.data.rectangles import AREA, ASPECT, draw_rectangles
+from sskd.data.rectangles import AREA, ASPECT, draw_rectangles, place_rectangles
 from sskd.distributed import environment
 from sskd.errors import UserError
 from sskd.training.graph import _why_not
@@ -190,6 +192,57 @@ def test_a_batch_can_be_read_before_it_is_drawn(images: Images) -> None:
     assert not torch.equal(first.indices, loader.next_batch().indices)
     with pytest.raises(ValueError, match="the next batch has 8 images, not 3"):
         loader.draw(3)
+
+
+# ---- the right images ----
+
+
+def pixels_of(x: Tensor) -> Tensor:
+    """Return normalised images in [0, 255]."""
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+    return (x * std + mean) * 255
+
+
+def test_a_training_crop_is_that_of_the_source_image(
+    root: Path, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = sorted((root / "train").glob("*/*"))
+    chosen = torch.tensor([30, 3, 17, 36, 0, 9])
+    boxes: list[list[int]] = []
+
+    def place(numbers: Tensor, bounds: Tensor) -> Tensor:
+        placed = place_rectangles(numbers, bounds)
+        boxes.extend(placed.int().tolist())
+        return placed
+
+    monkeypatch.setattr(sskd.data.packed.cutting, "place_rectangles", place)
+    batches = epoch(loader_of(images.train.take(chosen), batch_size=4))
+    x, y, indices, crops = (torch.cat(each) for each in zip(*batches, strict=True))
+    assert sorted(indices.tolist()) == [*range(len(chosen))]
+    for image, label, index, crop, box in zip(x, y, indices, crops, boxes, strict=True):
+        path = paths[chosen[index]]
+        assert CLASSES[label] == path.parent.name
+        expected = resized_crop(pil_to_tensor(Image.open(path)), *box, [SIDE, SIDE], antialias=True)
+        expected = expected.flip(2) if crop % CROPS >= CROPS // 2 else expected
+        assert (pixels_of(image) - expected).abs().max() <= 1.01
+
+
+def test_a_selected_image_keeps_its_label(tmp_path: Path) -> None:
+    colours = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (240, 240, 240)]
+    for part, name, number in product(("train", "test"), CLASSES, range(8)):
+        path = tmp_path / part / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), colours[CLASSES.index(name)]).save(path)
+    chosen = load(tmp_path, size=SIDE, holdout=0.25, fraction=0.5, mean=list(MEAN), std=list(STD))
+    assert chosen.holdout is not None
+    for split, count in ((chosen.train, 12), (chosen.holdout, 8), (chosen.test, 32)):
+        batches = epoch(loader_of(split))
+        batches += [Batch(x, y, y, y) for x, y in eval_batches(split, MEAN, STD, 5)]
+        assert sum(len(batch.y) for batch in batches) == 2 * count
+        for batch in batches:
+            found = pixels_of(batch.x).mean((2, 3))
+            distances = torch.cdist(found, torch.tensor(colours, dtype=torch.float32))
+            assert torch.equal(distances.argmin(1), batch.y)
 
 
 # ---- views ----
