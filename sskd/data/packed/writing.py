@@ -78,9 +78,9 @@ def open_or_pack(path: Path, root: Path, listings: Listings) -> PackedFile:
                 _pack(path, root, listings, fingerprints)
     except OSError as error:
         raise UserError(
-            f"{error.filename or path}: {error.strerror or error}; the images are packed there "
-            "once, so set dataset.packed=FOLDER to a folder on a disk with space that you may write "
-            "to"
+            f"{error.filename or path}: {error.strerror or error}; the images are packed "
+            "there once, so set dataset.packed=FOLDER to a folder on a disk with space that you "
+            "may write to"
         ) from error
     return found or open_packed(path)
 
