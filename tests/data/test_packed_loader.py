@@ -471,6 +471,7 @@ def test_a_fault_in_a_worker_keeps_its_traceback(kind: type[Exception], count: i
     with pytest.raises(kind, match="my fault"):
         list(workers.results([kind("my fault")]))
     workers.close()
+    assert not multiprocessing.active_children(), "the error keeps none of them"
 
 
 def test_the_processes_of_torchrun_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -123,6 +124,9 @@ class Workers:
         try:
             yield
         except (RuntimeError, OSError, EOFError) as error:
+            # Otherwise the error would keep the ended pass, and processes that are forked later would
+            # try to end its workers.
+            traceback.clear_frames(error.__traceback__)
             if self._count == 0 or not _is_death(error):
                 raise
             raise UserError(
