@@ -124,8 +124,8 @@ class Workers:
         try:
             yield
         except (RuntimeError, OSError, EOFError) as error:
-            # Otherwise the error would keep the ended pass, and processes that are forked later would
-            # try to end its workers.
+            # Otherwise the error would keep the ended pass, and processes that are forked later
+            # would try to end its workers.
             traceback.clear_frames(error.__traceback__)
             if self._count == 0 or not _is_death(error):
                 raise
