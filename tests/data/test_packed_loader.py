@@ -323,7 +323,7 @@ def test_rectangles_have_the_distribution_of_torchvision() -> None:
         assert kstest(ours, reference).pvalue > 1e-3
 
 
-@pytest.mark.parametrize(("height", "width"), [(10, 1000), (333, 7), (50, 5)])
+@pytest.mark.parametrize(("height", "width"), [(10, 1000), (333, 7), (150, 5)])
 def test_if_nothing_fits_the_centre_is_cut_out(height: int, width: int) -> None:
     image = torch.empty(3, height, width)
     expected = RandomResizedCrop.get_params(image, [*AREA], [*ASPECT])
