@@ -5,8 +5,9 @@
 The images are generated JPEG files of the sizes that ImageNet has: most have about 500 x 375
 pixels, every tenth 1,600 x 1,200. torchvision's ``ImageFolder`` with a ``DataLoader`` decodes each
 file, cuts ``RandomResizedCrop(224)`` out of it, flips it and normalises it in the worker processes,
-as most code for ImageNet does. The suite's loader does the same with the packed file. A round is an
-epoch of each, after one that is not timed, in which the workers start.
+as most code for ImageNet does. The suite's worker processes cut such rectangles out of the packed
+images, which are smaller, and the device flips and normalises them. A round is an epoch of each,
+after one that is not timed, in which the workers start.
 """
 
 from __future__ import annotations

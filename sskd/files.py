@@ -212,8 +212,10 @@ def read_bounded_text(path: Path, most: int) -> str:
     return read_bounded(path, most).decode()
 
 
-def safe_join(folder: Path, *parts: str) -> Path:
+def safe_join(folder: Path, *parts: str, setting: str = "runs") -> Path:
     """Return the path ``parts`` below ``folder``, which itself may be a link.
+
+    ``setting`` is the one that chooses the place; the message names it.
 
     Raises:
         UserError: one of ``parts`` is a symbolic link, which may point outside.
@@ -224,7 +226,7 @@ def safe_join(folder: Path, *parts: str) -> Path:
         if path.is_symlink():
             raise UserError(
                 f"{path}: is a symbolic link, which may point outside of {folder}; put the "
-                "folder itself there, or name its place with runs=FOLDER"
+                f"folder itself there, or name its place with {setting}=FOLDER"
             )
     return path
 

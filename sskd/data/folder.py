@@ -34,30 +34,36 @@ def load_folder(settings: DatasetSettings) -> Source:
     train, test, skipped = list_folder(root)
     if summary := str(skipped):
         complain_once(f"{root}: skipped {summary}")
-    return _WAYS[settings.crop].load(settings, (train, test))
+    return _STORAGE[settings.crop].load(settings, (train, test))
 
 
 def _load_into_memory(settings: DatasetSettings, listings: Listings) -> Source:
-    root, size = absolute_path(settings.root), settings.size
+    _refuse_large(settings, listings)
+    return read_listings(absolute_path(settings.root), listings, settings.size)
+
+
+def _refuse_large(settings: DatasetSettings, listings: Listings) -> None:
+    """Raise UserError if the images do not fit into the memory that they may use."""
+    root = absolute_path(settings.root)
     count = sum(len(listing.paths) for listing in listings)
-    gib = count * 3 * size**2 / 2**30
+    gib = count * 3 * settings.size**2 / 2**30
     if gib > settings.in_memory_gib:
         raise UserError(
             f"{root}: its {count:,} images need {gib:.1f} GiB of memory, more than "
             f"dataset.in_memory_gib={settings.in_memory_gib:g}; set dataset.crop=resized to pack "
             f"them into a file, or dataset.in_memory_gib={math.ceil(gib)}"
         )
-    return read_listings(root, listings, size)
 
 
 def folder_digest(settings: DatasetSettings) -> str:
     """Return the SHA-256 of the paths and contents of the images that ``load_folder`` reads."""
     root = absolute_path(settings.root)
     train, test, _ = list_folder(root)
-    return _WAYS[settings.crop].digest(settings, (train, test))
+    return _STORAGE[settings.crop].digest(settings, (train, test))
 
 
 def _digest_of_files(settings: DatasetSettings, listings: Listings) -> str:
+    _refuse_large(settings, listings)  # before all of them are read
     return digest_of(absolute_path(settings.root), listings)
 
 
@@ -79,8 +85,9 @@ def digest_of(root: Path, listings: Listings) -> str:
 
 
 def refuse_missing_folder(settings: DatasetSettings) -> None:
-    """Raise UserError if ``load_folder`` would find no images, or other classes in each part."""
-    list_folder(absolute_path(settings.root))
+    """Raise UserError if ``load_folder`` would refuse the folder; no image is read."""
+    train, test, _ = list_folder(absolute_path(settings.root))
+    _STORAGE[settings.crop].refuse(settings, (train, test))
 
 
 def names_and_sizes(settings: DatasetSettings) -> str | None:
@@ -118,14 +125,19 @@ def _read_part(root: Path, listing: Listing, size: int, update: Callable[[bytes]
     return Split(images, torch.tensor(listing.labels))
 
 
-class _Way(NamedTuple):
-    """How the listed images of a folder are held."""
+def _refuse_none(settings: DatasetSettings, listings: Listings) -> None:
+    """Accept any number of images."""
+
+
+class _Storage(NamedTuple):
+    """Where the listed images of a folder are held: how they are read and refused."""
 
     load: Callable[[DatasetSettings, Listings], Source]
     digest: Callable[[DatasetSettings, Listings], str]
+    refuse: Callable[[DatasetSettings, Listings], None]
 
 
-_WAYS = {
-    "padded": _Way(_load_into_memory, _digest_of_files),
-    "resized": _Way(load_packed, packed_digest),
+_STORAGE = {
+    "padded": _Storage(_load_into_memory, _digest_of_files, _refuse_large),
+    "resized": _Storage(load_packed, packed_digest, _refuse_none),
 }

@@ -24,7 +24,7 @@ from sskd.errors import UserError, one_line
 CLASSES = 1000
 LAYOUT = "train/WNID/*.JPEG and val/WNID/*.JPEG"
 URL = "https://image-net.org/download.php"
-SORTING = "https://github.com/soumith/imagenetloader.torch/blob/master/valprep.sh"
+SORTING = "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh"
 
 
 def load_imagenet(settings: DatasetSettings) -> Source:
@@ -49,8 +49,14 @@ def list_imagenet(root: Path) -> tuple[Listing, Listing]:
         UserError: a folder or a class is missing, or there are not 1,000 classes.
     """
     try:
+        _refuse_unsorted(
+            root / "train", "for example by unpacking each WNID.tar into a folder of its own"
+        )
+        _refuse_archives(root / "train")
+        _refuse_unsorted(
+            root / "val", f"for example by running the script {SORTING} in that folder"
+        )
         train = list_classes(root / "train")
-        _refuse_unsorted(root / "val")
         val = list_classes(root / "val")
         refuse_differing(root, {"train": train, "val": val})
         if len(train) != CLASSES:
@@ -76,11 +82,21 @@ def _list_part(root: Path, part: str, classes: list[str]) -> Listing:
     return Listing(classes, paths, labels)
 
 
-def _refuse_unsorted(folder: Path) -> None:
+def _refuse_unsorted(folder: Path, remedy: str) -> None:
     """Raise UserError if the images of ``folder`` are not in folders of their classes."""
     shown = [each.name for each in folder.iterdir() if not is_hidden(each.name)]
     if unsorted := sorted(name for name in shown if is_image(name)):
         raise UserError(
             f"{folder}: holds images outside of a class ({abbreviate(unsorted, 2)}); move each to "
-            f"val/WNID, for example by running the script {SORTING} in that folder"
+            f"{folder.name}/WNID, {remedy}"
+        )
+
+
+def _refuse_archives(folder: Path) -> None:
+    """Raise UserError if classes are still in the archives in which ImageNet is published."""
+    archives = sorted(folder.glob("n*.tar"))
+    if packed := [path.name for path in archives if not path.with_suffix("").is_dir()]:
+        raise UserError(
+            f"{folder}: holds archives that are not unpacked ({abbreviate(packed, 2)}); unpack "
+            "each WNID.tar into a folder WNID beside it"
         )

@@ -103,11 +103,16 @@ def list_folder(root: Path) -> tuple[Listing, Listing, Skipped]:
 
 def refuse_differing(root: Path, parts: Mapping[str, Sequence[str]]) -> None:
     """Raise UserError if two parts have other classes; ``parts`` are these by name."""
-    one, other = parts.values()
-    if differing := set(one) ^ set(other):
+    shared = set.intersection(*map(set, parts.values()))
+    alone = [
+        f"only {part} has {abbreviate(sorted(own))}"
+        for part, classes in parts.items()
+        if (own := set(classes) - shared)
+    ]
+    if alone:
         raise UserError(
-            f"{root}: {' and '.join(parts)} must have the same classes, but only one of them has "
-            f"{abbreviate(sorted(differing))}"
+            f"{root}: {' and '.join(parts)} must have the same classes, but {' and '.join(alone)}; "
+            "add the missing folders of classes, or remove these"
         )
 
 

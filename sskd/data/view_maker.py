@@ -37,7 +37,7 @@ class Drawing(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """The random choices for samples, beside their crops; None for views that there are not.
+    """The random choices for samples, beside their crops; None if there are no such views.
 
     ``strong``, int32 [samples, k, P], is what ``draw_strong`` draws for each strong view, or for
     the one crop of all views. ``transformed``, float32 [samples, k, P], is what ``TransformedView``

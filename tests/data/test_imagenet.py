@@ -81,13 +81,27 @@ def test_a_class_must_be_in_both_parts_with_images(root: Path, part: str) -> Non
         path.unlink()
     assert f"{part}/{WNIDS[1]} holds no images" in refused(root)
     folder.rmdir()
-    expected = "train and val must have the same classes, but only one of them has n01443537"
-    assert refused(root) == f"{root}: {expected}"
+    other = {"train": "val", "val": "train"}[part]
+    assert refused(root) == (
+        f"{root}: train and val must have the same classes, but only {other} has n01443537; add "
+        "the missing folders of classes, or remove these"
+    )
 
 
-def test_unsorted_validation_images_say_how_to_sort_them(root: Path) -> None:
-    for path in sorted((root / "val").glob("*/*")):
-        path.rename(root / "val" / path.name)
+@pytest.mark.parametrize(("part", "remedy"), [("val", "valprep.sh"), ("train", "WNID.tar")])
+def test_unsorted_images_say_how_to_sort_them(root: Path, part: str, remedy: str) -> None:
+    for path in sorted((root / part).glob("*/*")):
+        path.rename(root / part / path.name)
     message = refused(root)
-    assert message.startswith(f"{root / 'val'}: holds images outside of a class (n01440764_0.JPEG,")
-    assert "valprep.sh" in message
+    assert message.startswith(f"{root / part}: holds images outside of a class (n01440764_0.JPEG,")
+    assert f"move each to {part}/WNID" in message
+    assert remedy in message
+
+
+def test_archives_of_classes_must_be_unpacked(root: Path) -> None:
+    (root / "train" / f"{WNIDS[0]}.tar").touch()
+    refuse_missing(settings(root))
+    shutil.rmtree(root / "train" / WNIDS[0])
+    message = refused(root)
+    assert message.startswith(f"{root / 'train'}: holds archives that are not unpacked (n01440764.")
+    assert message.endswith("unpack each WNID.tar into a folder WNID beside it")

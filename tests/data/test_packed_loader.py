@@ -6,22 +6,27 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.utils.data.dataloader
 from conftest import Command, KeptRuns
-from jpegs import load, write_jpegs
+from jpegs import CLASSES, load, write_jpegs
 from PIL import Image
 from scipy.stats import kstest
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, resized_crop
 
+import sskd.data.packed.cutting
+import sskd.data.packed.workers
 from sskd.data import (
     WHOLE,
     Batch,
@@ -39,8 +44,9 @@ from sskd.data.packed.cutting import TrainingRequest
 from sskd.data.packed.file import PackedFile
 from sskd.data.packed.loader import PackedLoader
 from sskd.data.packed.split import PackedSplit
-from sskd.data.packed.workers import Workers
-from sskd.data.rectangles import AREA, ASPECT, draw_rectangles
+from sskd.data.packed.workers import Workers, default_workers
+from sskd.data.rectangles import AREA, ASPECT, draw_rectangles, place_rectangles
+from sskd.distributed import environment
 from sskd.errors import UserError
 from sskd.training.graph import _why_not
 
@@ -173,6 +179,9 @@ def test_an_epoch_resumes_without_decoding_its_start(
     resumed.load_state_dict(state)
     assert resumed.position == 3
     assert same(rest, rest_of(resumed))
+    with_workers = loader_of(images.train, workers=2, views=Views(4))
+    with_workers.load_state_dict(state)
+    assert same(rest, rest_of(with_workers))
     assert sorted(decoded) == sorted(i for batch in rest for i in batch.indices.tolist())
 
 
@@ -183,6 +192,57 @@ def test_a_batch_can_be_read_before_it_is_drawn(images: Images) -> None:
     assert not torch.equal(first.indices, loader.next_batch().indices)
     with pytest.raises(ValueError, match="the next batch has 8 images, not 3"):
         loader.draw(3)
+
+
+# ---- the right images ----
+
+
+def pixels_of(x: Tensor) -> Tensor:
+    """Return normalised images in [0, 255]."""
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+    return (x * std + mean) * 255
+
+
+def test_a_training_crop_is_that_of_the_source_image(
+    root: Path, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = sorted((root / "train").glob("*/*"))
+    chosen = torch.tensor([30, 3, 17, 36, 0, 9])
+    boxes: list[list[int]] = []
+
+    def place(numbers: Tensor, bounds: Tensor) -> Tensor:
+        placed = place_rectangles(numbers, bounds)
+        boxes.extend(placed.int().tolist())
+        return placed
+
+    monkeypatch.setattr(sskd.data.packed.cutting, "place_rectangles", place)
+    batches = epoch(loader_of(images.train.take(chosen), batch_size=4))
+    x, y, indices, crops = (torch.cat(each) for each in zip(*batches, strict=True))
+    assert sorted(indices.tolist()) == [*range(len(chosen))]
+    for image, label, index, crop, box in zip(x, y, indices, crops, boxes, strict=True):
+        path = paths[chosen[index]]
+        assert CLASSES[label] == path.parent.name
+        expected = resized_crop(pil_to_tensor(Image.open(path)), *box, [SIDE, SIDE], antialias=True)
+        expected = expected.flip(2) if crop % CROPS >= CROPS // 2 else expected
+        assert (pixels_of(image) - expected).abs().max() <= 1.01
+
+
+def test_a_selected_image_keeps_its_label(tmp_path: Path) -> None:
+    colours = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (240, 240, 240)]
+    for part, name, number in product(("train", "test"), CLASSES, range(8)):
+        path = tmp_path / part / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), colours[CLASSES.index(name)]).save(path)
+    chosen = load(tmp_path, size=SIDE, holdout=0.25, fraction=0.5, mean=list(MEAN), std=list(STD))
+    assert chosen.holdout is not None
+    for split, count in ((chosen.train, 12), (chosen.holdout, 8), (chosen.test, 32)):
+        batches = epoch(loader_of(split))
+        batches += [Batch(x, y, y, y) for x, y in eval_batches(split, MEAN, STD, 5)]
+        assert sum(len(batch.y) for batch in batches) == 2 * count
+        for batch in batches:
+            found = pixels_of(batch.x).mean((2, 3))
+            distances = torch.cdist(found, torch.tensor(colours, dtype=torch.float32))
+            assert torch.equal(distances.argmin(1), batch.y)
 
 
 # ---- views ----
@@ -263,7 +323,7 @@ def test_rectangles_have_the_distribution_of_torchvision() -> None:
         assert kstest(ours, reference).pvalue > 1e-3
 
 
-@pytest.mark.parametrize(("height", "width"), [(10, 1000), (333, 7), (50, 5)])
+@pytest.mark.parametrize(("height", "width"), [(10, 1000), (333, 7), (150, 5)])
 def test_if_nothing_fits_the_centre_is_cut_out(height: int, width: int) -> None:
     image = torch.empty(3, height, width)
     expected = RandomResizedCrop.get_params(image, [*AREA], [*ASPECT])
@@ -287,6 +347,8 @@ def test_evaluation_has_each_image_once_as_torchvision_cuts_it(root: Path, image
         assert [len(labels) for _, labels in batches] == [10, 10, 10, 7]
         assert torch.equal(torch.cat([labels for _, labels in batches]), split.labels)
         assert (found.int() - expected.int()).abs().max() <= 1
+    assert not multiprocessing.active_children(), "they end with the evaluation"
+    assert not list(split.take(torch.arange(0)).pixel_batches(10))
     mirrored = torch.cat([pixels for pixels, _ in split.mirrored().pixel_batches(64)])
     assert torch.equal(mirrored, found.flip(3))
     ((x, _),) = eval_batches(split, MEAN, STD, 64)
@@ -357,13 +419,70 @@ class Dying(Dataset[int]):
         return request
 
 
-def test_a_worker_that_is_killed_ends_the_run_in_one_line() -> None:
-    workers = Workers(Dying(), 1, torch.device("cpu"))
+class Same(Dataset[int]):
+    """Returns the request, or raises it."""
+
+    def __getitem__(self, request: int | Exception) -> int:
+        if isinstance(request, Exception):
+            raise request
+        return request
+
+
+@pytest.fixture
+def checked_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let PyTorch look for dead workers every 0.2 seconds instead of every five."""
+    look = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(look, "__defaults__", (0.2,))
+
+
+def death_of(results: Iterator[int]) -> None:
     with pytest.raises(UserError) as caught:
-        list(workers.results([1]))
-    workers.close()
+        list(results)
     assert str(caught.value).startswith("a process that decodes images ended (DataLoader worker")
     assert str(caught.value).endswith("set a smaller dataset.workers=N, or 0 for none")
+
+
+@pytest.mark.usefixtures("checked_often")
+def test_a_worker_that_is_killed_ends_the_run_in_one_line() -> None:
+    workers = Workers(Dying(), 1, torch.device("cpu"))
+    death_of(workers.results([1]))
+    workers.close()
+
+
+@pytest.mark.usefixtures("checked_often")
+def test_a_dead_worker_does_not_disturb_a_computation() -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    workers = Workers(Same(), 1, torch.device("cpu"))
+    results = workers.results(range(9))
+    assert next(results) == 0
+    assert signal.getsignal(signal.SIGCHLD) == before
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    deadline = time.monotonic() + 0.3
+    while time.monotonic() < deadline:  # a signal's handler would raise an error here
+        pass
+    death_of(results)
+    workers.close()
+
+
+@pytest.mark.parametrize(("kind", "count"), [(RuntimeError, 1), (EOFError, 0)])
+def test_a_fault_in_a_worker_keeps_its_traceback(kind: type[Exception], count: int) -> None:
+    workers = Workers(Same(), count, torch.device("cpu"))
+    with pytest.raises(kind, match="my fault"):
+        list(workers.results([kind("my fault")]))
+    workers.close()
+    assert not multiprocessing.active_children(), "the error keeps none of them"
+
+
+def test_the_processes_of_torchrun_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sskd.data.packed.workers, "available_cores", lambda: 12)
+    for processes, expected in ((None, 12), ("3", 4), ("50", 1), ("none", 12)):
+        monkeypatch.delenv(environment.LOCAL_WORLD_SIZE, raising=False)
+        if processes:
+            monkeypatch.setenv(environment.LOCAL_WORLD_SIZE, processes)
+        assert default_workers() == expected
+    monkeypatch.setattr(sskd.data.packed.workers, "available_cores", lambda: 96)
+    assert default_workers() == 16, "at most"
 
 
 # ---- runs ----

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
+import multiprocessing
 import os
 import shutil
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,13 @@ import yaml
 from conftest import Compose, KeptRuns
 from jpegs import CLASSES, load, settings, write_jpegs
 from PIL import Image
+from safetensors.torch import save
 
+import sskd.data.digests
 import sskd.data.packed.writing
 from sskd.data import SOURCES
+from sskd.data.packed.file import HEADER, METADATA_KEY, Index, footer_of, open_packed
+from sskd.data.packed.jpeg import decode as to_tensor
 from sskd.data.packed.jpeg import to_jpeg
 from sskd.data.packed.split import PackedSplit
 from sskd.errors import UserError
@@ -148,6 +156,99 @@ def test_a_damaged_file_is_noticed_at_the_start(
     assert len(load(few).train) == 12
 
 
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a packed file that no test changes."""
+    root = write_jpegs(tmp_path_factory.mktemp("intact"), 4, 4)
+    load(root, mean=[0.5] * 3, std=[0.5] * 3)
+    return packed_file(root)
+
+
+def with_index(path: Path, index: bytes) -> bytes:
+    """Return the content of the packed file ``path`` with another index, which has its digest."""
+    end = int(open_packed(path).index.starts[-1])
+    return path.read_bytes()[:end] + index + footer_of(end, index)
+
+
+def set_at(name: str, place: Any, value: int) -> Callable[[Index], Index]:
+    """Return a function that changes a number in a tensor of an index."""
+
+    def change(index: Index) -> Index:
+        tensor = getattr(index, name).clone()
+        tensor[place] = value
+        return replace(index, **{name: tensor})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda index: replace(index, labels=index.labels.int()), "another type or shape"),
+        (lambda index: replace(index, checksums=index.checksums[:, None]), "another type or shape"),
+        (lambda index: replace(index, starts=index.starts.double()), "another type or shape"),
+        (lambda index: replace(index, labels=index.labels[1:]), "differ in length"),
+        (lambda index: replace(index, sizes=index.sizes[:, :1].clone()), "differ in length"),
+        (lambda index: replace(index, names=index.names[1:-1]), "differ in length"),
+        (set_at("starts", 0, 0), "between its header and its index"),
+        (set_at("starts", -1, 2**40), "between its header and its index"),
+        (set_at("starts", 2, 2**62), "do not increase"),
+        (set_at("starts", 2, -(2**62)), "do not increase"),
+        (set_at("starts", 1, HEADER.size + 9), "too short or too long"),
+        (set_at("sizes", (3, 0), 0), "no pixels or too many"),
+        (set_at("sizes", 3, 2**26), "no pixels or too many"),
+        (set_at("sizes", 3, 2**62), "no pixels or too many"),
+        (lambda index: replace(index, train=-1), "number of training images"),
+        (lambda index: replace(index, train=9), "number of training images"),
+        (lambda index: replace(index, train="4"), "number of training images"),
+        (lambda index: replace(index, digest=None), "is not text"),
+        (lambda index: replace(index, classes=(1, 2, 3, 4)), "is not text"),
+        (lambda index: replace(index, classes=None), "not iterable"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(
+    intact: Path, tmp_path: Path, change: Callable[[Index], Index], reason: str
+) -> None:
+    path = tmp_path / "foreign.pack"
+    path.write_bytes(with_index(intact, change(open_packed(intact).index).to_bytes()))
+    with pytest.raises(UserError, match=reason) as caught:
+        open_packed(path)
+    assert str(caught.value).startswith(f"{path}: is damaged (")
+
+
+@pytest.mark.parametrize("about", ["[" * 100_000, "[]", "{}", "", "1"])
+def test_an_index_of_foreign_text_is_refused(intact: Path, tmp_path: Path, about: str) -> None:
+    path = tmp_path / "foreign.pack"
+    path.write_bytes(with_index(intact, save({"names": torch.zeros(1)}, {METADATA_KEY: about})))
+    with pytest.raises(UserError, match=r"is damaged \("):
+        open_packed(path)
+
+
+def test_an_image_must_be_what_the_index_says(intact: Path) -> None:
+    file = open_packed(intact)
+    file = replace(file, index=set_at("sizes", (3, 1), 2000)(file.index))
+    assert file.image(2).dim() == 3
+    with pytest.raises(UserError, match=r"0003.jpg is damaged .* the index says 2000 x"):
+        file.image(3)
+    height, width = GRADIENT.height, GRADIENT.width
+    assert to_tensor(jpeg_of(GRADIENT), height, width).shape == (3, height, width)
+    with pytest.raises(ValueError, match="pixels in L, and"):
+        to_tensor(jpeg_of(GRADIENT.convert("L")), height, width)
+
+
+def test_an_error_of_the_disk_is_no_damage(intact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    file = open_packed(intact)
+    monkeypatch.setattr(os, "pread", fail)
+    for attempt in (lambda: file.image(0), lambda: open_packed(intact)):
+        with pytest.raises(UserError, match=r"cannot be read \(.*Stale file handle") as caught:
+            attempt()
+        assert "; run the command again" in str(caught.value)
+        assert "delete" not in str(caught.value)
+
+
 def flipped(content: bytes, position: int) -> bytes:
     changed = bytearray(content)
     changed[position] ^= 1
@@ -200,6 +301,91 @@ def test_packing_resumes_where_it_was_killed(
     assert len(seen) == 10 + 20 - 9, "nine images were done"
     assert path.read_bytes() == expected
     assert not part.exists()
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the images that are read for packing."""
+    plain, names = sskd.data.packed.writing.read_as, []
+
+    def noted(path: Path, convert: Any) -> Any:
+        names.append(path.name)
+        return plain(path, convert)
+
+    monkeypatch.setattr(sskd.data.packed.writing, "read_as", noted)
+    return names
+
+
+@pytest.mark.parametrize("is_removed", [True, False])
+def test_unreadable_images_cost_no_second_pass(
+    few: Path, read: list[str], capsys: pytest.CaptureFixture[str], is_removed: bool
+) -> None:
+    broken = [few / f"test/dog/{number:04}.jpg" for number in (3, 7)]
+    for path in (*broken, *(few / f"test/cow/{number:04}.jpg" for number in (2, 6))):
+        path.write_bytes(b"no image")
+    (few / "test/cow/0010.jpg").write_bytes((few / "test/ant/0000.jpg").read_bytes())
+    message = refused(few)
+    assert message.startswith(f"{few}/test/cow/0002.jpg cannot be read as an image: ")
+    assert f"; {broken[0]} cannot" in message
+    assert message.endswith("; and 1 more; replace or remove 4 of 21 images, and run the command "
+                            "again: it continues")  # fmt: skip
+    assert len(read) == 21
+    for path in (few / "test/cow/0002.jpg", few / "test/cow/0006.jpg", *broken[1:]):
+        path.unlink()
+    if is_removed:
+        write = broken[0].with_name("0011.jpg")
+        broken[0].unlink()
+    else:
+        write = broken[0]
+    write.write_bytes((few / "test/ant/0004.jpg").read_bytes())
+    read.clear()
+    capsys.readouterr()
+    images = load(few, mean=[0.5] * 3, std=[0.5] * 3)
+    assert read == [write.name]
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert "packs 18 images of" in first
+    assert second.endswith("17 images are packed already")
+    assert torch.equal(images.test.images[-1], images.test.images[1])
+
+
+def test_a_link_is_not_followed_to_another_file(few: Path, tmp_path: Path) -> None:
+    victim, folder = tmp_path / "victim", few / ".sskd-packed"
+    victim.write_text("mine")
+    folder.mkdir()
+    for name in (".folder.pack.lock", ".folder.pack.part"):
+        (folder / name).symlink_to(victim)
+        message = refused(few, name="folder")
+        assert message.startswith(f"{folder / name}: is a symbolic link")
+        (folder / name).unlink()
+    os.mkfifo(folder / ".folder.pack.part")
+    assert "is not a regular file; remove it" in refused(few, name="folder")
+    shutil.rmtree(folder)
+    (tmp_path / "elsewhere").mkdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert refused(few).endswith("or name its place with dataset.packed=FOLDER")
+    assert victim.read_text() == "mine"
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_of_two_processes_one_packs(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, log = sskd.data.packed.writing.read_as, few.with_name("log")
+
+    def noted(path: Path, convert: Any) -> Any:
+        with log.open("a") as stream:
+            stream.write(f"{path.name}\n")
+        time.sleep(0.02)
+        return plain(path, convert)
+
+    monkeypatch.setattr(sskd.data.packed.writing, "read_as", noted)
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=load, args=(few,)) for _ in range(2)]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join(60)
+    assert [each.exitcode for each in both] == [0, 0]
+    assert len(log.read_text().splitlines()) == 20
+    assert len(load(few).train) == 12
 
 
 def test_a_changed_folder_is_packed_again(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +442,16 @@ def test_images_that_need_much_memory_are_refused(few: Path) -> None:
     assert message.endswith("set dataset.crop=resized to pack them into a file, or dataset."
                             "in_memory_gib=1")  # fmt: skip
     assert not (few / ".sskd-packed").exists()
+
+
+@pytest.mark.parametrize("ask", [SOURCES["folder"].digest, SOURCES["folder"].refuse_missing])
+def test_too_many_images_are_refused_unread(
+    few: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[Any], Any]
+) -> None:
+    monkeypatch.setattr(sskd.data.digests, "open_bounded", None)
+    with pytest.raises(UserError, match=r"need 0\.0 GiB of memory, more than"):
+        ask(settings(few, crop="padded", in_memory_gib=1e-6))
+    SOURCES["folder"].refuse_missing(settings(few, in_memory_gib=1e-6))
 
 
 def test_a_packed_folder_has_the_digest_of_the_folder(few: Path) -> None:

@@ -501,7 +501,10 @@ FOLDERS: dict[str, tuple[Maker, str]] = {
     "an empty class": (new_class("owl"), "train: has no images of owl; "),
     "a class of two lines": (new_class("o\nwl"), "train: has no images of o?wl; "),
     "a class that is a formula": (new_class("=cmd|x"), "train: has no images of =cmd|x; "),
-    "classes of one part": (lambda root: (root / "test/dog").rename(root / "test/fox"), "dog, fox"),
+    "classes of one part": (
+        lambda root: (root / "test/dog").rename(root / "test/fox"),
+        "only train has dog and only test has fox; add",
+    ),
     "a class of GIFs": (moving("b.gif"), "has no images of dog; "),
     "an empty image": (write(b""), IMAGE),
     "a text": (write(b"hello"), IMAGE),

@@ -1,10 +1,10 @@
-"""The packed file: JPEG files behind each other, then an index, then a footer.
+"""The packed file: JPEG files one after another, then an index, then a footer.
 
 ::
 
     header   magic, stamp (32 bytes)
     records  length and CRC32 of the body, and the body: height, width, the SHA-256 of the source
-             image, and a JPEG file
+             image, its fingerprint, and a JPEG file
     index    safetensors: the start and the checksum of each record, labels, sizes, names
     footer   where the index begins, its length, its SHA-256, magic
 
@@ -34,45 +34,60 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sskd.data.cache import read_metadata
+from sskd.data.decode import MAX_PIXELS
 from sskd.data.packed.jpeg import Encoded, decode
 from sskd.errors import UserError, one_line
 
-MAGIC = b"SSKDPAK1"  # changes with the format
+MAGIC = b"SSKDPAK2"  # changes with the format
 HEADER = struct.Struct("<8s32s")
 PREFIX = struct.Struct("<II")  # of a record: the length of its body, and the body's CRC32
-BODY = struct.Struct("<II32s")  # the start of a body: height, width, digest of the source
+BODY = struct.Struct("<II32s32s")  # the start of a body: what ``Entry`` has of it, in order
 FOOTER = struct.Struct("<QQ32s8s")
 METADATA_KEY = "about"
 MOST_BODY = 2**28  # bytes: more than a JPEG file of 67 megapixels has
+SHORTEST, LONGEST = PREFIX.size + BODY.size, PREFIX.size + MOST_BODY  # bytes of a record
+MOST_INDEX = 2**31  # bytes: more than ten million images need
+# What reading an index raises if it was not written here; RecursionError: JSON of many levels.
+_WRONG_CONTENT = (
+    *(SafetensorError, struct.error, ValueError, TypeError),
+    *(LookupError, AttributeError, RecursionError),
+)
 
 
 class Record(NamedTuple):
-    """A packed image, and the SHA-256 of the file that it was made of."""
+    """A packed image, and what identifies the file that it was made of.
+
+    Attributes:
+        source: the SHA-256 of the file's content.
+        fingerprint: what shows that the file has changed (``sskd.data.packed.writing``).
+    """
 
     image: Encoded
     source: bytes
+    fingerprint: bytes
 
     def to_bytes(self) -> bytes:
         """Return the record as the file holds it."""
-        body = BODY.pack(self.image.height, self.image.width, self.source) + self.image.content
+        known = BODY.pack(self.image.height, self.image.width, self.source, self.fingerprint)
+        body = known + self.image.content
         return PREFIX.pack(len(body), zlib.crc32(body)) + body
 
 
 class Entry(NamedTuple):
-    """What the index keeps of a record; ``length`` includes its prefix."""
+    """What is known of a record without its image; ``length`` includes its prefix."""
 
     length: int
     checksum: int
     height: int
     width: int
     source: bytes
+    fingerprint: bytes
 
 
 def entry_of(record: bytes) -> Entry:
     """Return the entry of a whole record."""
     _, checksum = PREFIX.unpack_from(record)
-    height, width, source = BODY.unpack_from(record, PREFIX.size)
-    return Entry(len(record), checksum, height=height, width=width, source=source)
+    return Entry(len(record), checksum, *BODY.unpack_from(record, PREFIX.size))
 
 
 def read_entry(stream: BinaryIO) -> Entry | None:
@@ -194,15 +209,20 @@ class PackedFile:
         """Decode an image: uint8 [3, H, W].
 
         Raises:
-            UserError: the file is damaged there; the message names the image.
+            UserError: the file is damaged there, or cannot be read; the message names the image.
         """
         first, end = (int(each) for each in self._starts[position : position + 2])
         try:
             record = self.content.read(first, end - first)
+        except OSError as error:
+            reason = f"the image {self.index.name(position)} cannot be read ({one_line(error)})"
+            raise unreadable_error(self.path, reason) from error
+        try:
             if zlib.crc32(record[PREFIX.size :]) != int(self.index.checksums[position]):
                 raise ValueError("its checksum differs")
-            return decode(record[PREFIX.size + BODY.size :])
-        except (OSError, ValueError) as error:
+            height, width = self.index.sizes[position].tolist()
+            return decode(record[PREFIX.size + BODY.size :], height, width)
+        except Exception as error:  # Pillow raises almost any type of error for a broken file
             reason = f"the image {self.index.name(position)} is damaged ({one_line(error)})"
             raise damaged_error(self.path, reason) from error
 
@@ -211,8 +231,13 @@ class PackedFile:
         return self.index.starts.numpy()
 
 
+def unreadable_error(path: Path, reason: str) -> UserError:
+    """Return the error for a packed file that the system cannot read; it may be intact."""
+    return UserError(f"{path}: {reason}; run the command again, and check the disk if it repeats")
+
+
 def damaged_error(path: Path, reason: str) -> UserError:
-    """Return the error for the packed file ``path``."""
+    """Return the error for a packed file of wrong content."""
     return UserError(
         f"{path}: {reason}; delete the file, and the next start packs the images again"
     )
@@ -223,13 +248,15 @@ def open_packed(path: Path) -> PackedFile:
 
     Raises:
         OSError: it cannot be opened; FileNotFoundError, if there is none.
-        UserError: it is damaged, or is another file.
+        UserError: it is damaged, is another file, or cannot be read.
     """
     content = _Content(path)
     try:
         return _read(path, content)
+    except OSError as error:
+        raise unreadable_error(path, f"cannot be read ({one_line(error)})") from error
     # A file that was made on purpose can have an index of any content.
-    except (OSError, SafetensorError, ValueError, TypeError, LookupError, struct.error) as error:
+    except _WRONG_CONTENT as error:
         raise damaged_error(path, f"is damaged ({one_line(error)})") from error
 
 
@@ -240,6 +267,8 @@ def _read(path: Path, content: _Content) -> PackedFile:
     start, length, digest, last = FOOTER.unpack(footer)
     if magic != MAGIC or last != MAGIC or start + length + FOOTER.size != size:
         raise ValueError("it is cut short, or is no packed file of this version")
+    if length > MOST_INDEX:
+        raise ValueError(f"its index has {length:,} bytes, and the limit is {MOST_INDEX:,}")
     index = content.read(start, length)
     if hashlib.sha256(index).digest() != digest:
         raise ValueError("the digest of its index differs")
@@ -249,17 +278,43 @@ def _read(path: Path, content: _Content) -> PackedFile:
 def _parse_index(content: bytes, end: int) -> Index:
     """Return the index of a file whose records end at ``end``; ValueError if it does not fit."""
     tensors, about = load(content), json.loads(read_metadata(content)[METADATA_KEY])
-    names: bytes = tensors.pop("names").numpy().tobytes()
     index = Index(
         classes=tuple(about["classes"]),
         digest=about["digest"],
         train=about["train"],
-        names=names,
+        names=_checked(tensors["names"], torch.uint8, 1).numpy().tobytes(),
         **{name: tensors[name] for name in _TENSORS},
     )
-    count = len(index.labels)
-    if (len(index.starts), len(index.checksums), names.count(b"\0")) != (count + 1, count, count):
-        raise ValueError("the parts of its index differ in length")
-    if index.starts[-1] != end:
-        raise ValueError("its records do not end at its index")
+    _validate(index, end)
     return index
+
+
+def _validate(index: Index, end: int) -> None:
+    """Raise ValueError if the parts of an index do not fit; the records end at ``end``."""
+    if not all(isinstance(each, str) for each in (index.digest, *index.classes)):
+        raise ValueError("its digest or a class is not text")
+    for name in ("labels", "starts", "checksums"):
+        _checked(getattr(index, name), torch.int64, 1)
+    sizes = _checked(index.sizes, torch.int64, 2)
+    count = len(index.labels)
+    lengths = (len(index.starts) - 1, len(index.checksums), index.names.count(b"\0"))
+    if lengths != (count,) * 3 or sizes.shape != (count, 2):
+        raise ValueError("the parts of its index differ in length")
+    if type(index.train) is not int or not 0 <= index.train <= count:
+        raise ValueError(f"its number of training images is not between 0 and {count:,}")
+    if int(index.starts[0]) != HEADER.size or int(index.starts[-1]) != end:
+        raise ValueError("its records are not between its header and its index")
+    # Compared and not subtracted, because a difference could overflow.
+    if not (index.starts[1:] > index.starts[:-1]).all():
+        raise ValueError("the starts of its records do not increase")
+    lengths_of_records = index.starts.diff()  # each is between 0 and ``end``
+    if not ((lengths_of_records > SHORTEST) & (lengths_of_records <= LONGEST)).all():
+        raise ValueError("a record is too short or too long")
+    if not ((sizes >= 1) & (sizes <= MAX_PIXELS)).all() or (sizes.prod(1) > MAX_PIXELS).any():
+        raise ValueError("an image has no pixels or too many")
+
+
+def _checked(tensor: Tensor, dtype: torch.dtype, dimensions: int) -> Tensor:
+    if tensor.dtype != dtype or tensor.dim() != dimensions:
+        raise ValueError("a part of its index has another type or shape")
+    return tensor

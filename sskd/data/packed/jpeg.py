@@ -55,9 +55,19 @@ def _scaled(width: int, height: int) -> tuple[int, int]:
     return SHORT_SIDE * width // short, SHORT_SIDE * height // short
 
 
-def decode(content: bytes) -> Tensor:
-    """Decode a packed JPEG file: uint8 [3, H, W]."""
+def decode(content: bytes, height: int, width: int) -> Tensor:
+    """Decode a packed JPEG file of this size: uint8 [3, H, W].
+
+    Raises:
+        ValueError: it has another size, or is not in RGB; found before its pixels are decoded.
+        Exception: of almost any type, from Pillow, if ``content`` is broken.
+    """
     # Not torchvision.io.decode_jpeg: torchvision 0.29 has announced its removal.
     with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+        if (image.height, image.width, image.mode) != (height, width, "RGB"):
+            raise ValueError(
+                f"it has {image.width} x {image.height} pixels in {image.mode}, and the index says "
+                f"{width} x {height} in RGB"
+            )
         pixels: Tensor = pil_to_tensor(image)
     return pixels

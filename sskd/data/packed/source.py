@@ -12,6 +12,7 @@ from sskd.data.packed.workers import default_workers
 from sskd.data.packed.writing import Listings, open_or_pack
 from sskd.data.reading import Source, absolute_path
 from sskd.data.settings import DatasetSettings
+from sskd.files import safe_join
 
 FOLDER = ".sskd-packed"  # hidden, so that it is not read as a class
 
@@ -35,9 +36,14 @@ def packed_digest(settings: DatasetSettings, listings: Listings) -> str:
 
 
 def path_of(settings: DatasetSettings) -> Path:
-    """Return the path of the packed file."""
+    """Return the path of the packed file.
+
+    Raises:
+        UserError: its folder is a symbolic link, which came with the images.
+    """
     root = absolute_path(settings.root)
-    folder = root / FOLDER if settings.packed is None else absolute_path(settings.packed)
+    chosen = settings.packed
+    folder = absolute_path(chosen) if chosen else safe_join(root, FOLDER, setting="dataset.packed")
     return folder / f"{settings.name}.pack"
 
 

@@ -76,11 +76,12 @@ class PackedSplit:
 
     def pixel_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images [B, 3, S, S] and labels [B], in order; B is at most ``batch_size``."""
+        if len(self) == 0:
+            return
         parts = self.positions.split(min(batch_size, MOST_IN_BATCH))
         labels = self.labels.split(min(batch_size, MOST_IN_BATCH))
-        workers = Workers(
-            CentreCuts(self.file, self.size), min(self.workers, len(parts) - 1), self.device
-        )
+        count = min(self.workers, len(parts) - 1)
+        workers = Workers(CentreCuts(self.file, self.size), count, self.device, persistent=False)
         cut = workers.results(part.tolist() for part in parts)
         for pixels, part_labels in zip(cut, labels, strict=True):
             pixels = pixels.to(self.device, non_blocking=True)

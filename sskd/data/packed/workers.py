@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -16,6 +19,7 @@ from weakref import WeakSet
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from sskd.distributed.environment import LOCAL_WORLD_SIZE
 from sskd.errors import UserError, one_line
 from sskd.turns import outside_turn
 
@@ -24,6 +28,10 @@ PREFETCH = 2  # batches that each worker makes ahead
 _IGNORED = {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}  # by the processes
 # A process that is not forked imports PyTorch first, for seconds. On macOS a fork is not safe.
 _START = "fork" if sys.platform == "linux" else None
+# Of the errors that PyTorch raises if a process has ended.
+_DEATH = re.compile(
+    r"(DataLoader worker|Pin memory thread) .*(exited unexpectedly|is killed by signal)"
+)
 T = TypeVar("T")
 
 
@@ -36,7 +44,7 @@ def available_cores() -> int:
 
 def default_workers() -> int:
     """Return a process for each core, divided by the processes that torchrun starts here."""
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    processes = os.environ.get(LOCAL_WORLD_SIZE, "1")
     share = available_cores() // max(1, int(processes) if processes.isdecimal() else 1)
     return min(MOST_WORKERS, max(1, share))
 
@@ -56,11 +64,18 @@ class Workers:
 
     ``work[request]`` returns tensors, or the message of a UserError. With a GPU as ``device`` the
     tensors are in pinned memory. The processes start with the first pass, and stay for later ones
-    until the object is freed or the program ends.
+    until the object is freed or the program ends. If not ``persistent``, they end with the pass.
     """
 
-    def __init__(self, work: Dataset[Any], count: int, device: torch.device) -> None:
-        self._requests = _Requests()
+    def __init__(
+        self,
+        work: Dataset[Any],
+        count: int,
+        device: torch.device,
+        *,
+        persistent: bool = True,
+    ) -> None:
+        self._requests, self._count = _Requests(), count
         self._pass: Iterator[Any] | None = None
         self._loader: DataLoader[Any] | None = DataLoader(
             work,
@@ -70,7 +85,7 @@ class Workers:
             num_workers=count,
             multiprocessing_context=_START if count else None,
             prefetch_factor=PREFETCH if count else None,
-            persistent_workers=count > 0,
+            persistent_workers=persistent and count > 0,
             pin_memory=device.type == "cuda",
             worker_init_fn=_leave_signals_to_parent,
             generator=torch.Generator(),  # not the global one, which belongs to the run
@@ -84,12 +99,14 @@ class Workers:
         """
         assert self._loader is not None
         self._requests.left = requests
-        with _deaths_reported(), _blocked_signals():
+        with self._deaths_reported(), _blocked_signals(), _same_child_handler():
             self._pass = iter(self._loader)
         _open.add(self)
-        atexit.register(_close_all)  # before what PyTorch has registered for the new processes
+        # Once and last, so that it runs before what PyTorch has registered for the new processes.
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)
         while self._pass is not None:
-            with _deaths_reported():
+            with self._deaths_reported():
                 result = _next(self._pass)
             if result is None:
                 return
@@ -100,6 +117,22 @@ class Workers:
     def close(self) -> None:
         """End the processes."""
         self._loader = self._pass = None
+
+    @contextmanager
+    def _deaths_reported(self) -> Iterator[None]:
+        """Raise UserError if a process has ended; any other error is a fault of the suite."""
+        try:
+            yield
+        except (RuntimeError, OSError, EOFError) as error:
+            # Otherwise the error would keep the ended pass, and processes that are forked later
+            # would try to end its workers.
+            traceback.clear_frames(error.__traceback__)
+            if self._count == 0 or not _is_death(error):
+                raise
+            raise UserError(
+                f"a process that decodes images ended ({one_line(error)[:200]}); if the memory is "
+                "full, set a smaller dataset.workers=N, or 0 for none"
+            ) from error
 
 
 _open: WeakSet[Workers] = WeakSet()
@@ -116,16 +149,32 @@ def _next(results: Iterator[T]) -> T | None:
         return next(results, None)
 
 
+def _is_death(error: Exception) -> bool:
+    """Return whether PyTorch has raised ``error`` because a process ended or cannot be started."""
+    if str(error).startswith("Caught "):
+        return False  # it was raised in a process, which lives
+    if isinstance(error, ConnectionError | EOFError):
+        return True  # from the pipe of a process
+    if isinstance(error, OSError):
+        return error.errno in {errno.ENOMEM, errno.EAGAIN}  # from a fork
+    return bool(_DEATH.match(str(error)))
+
+
 @contextmanager
-def _deaths_reported() -> Iterator[None]:
-    """Raise UserError if a process ends; PyTorch raises several errors for it."""
+def _same_child_handler() -> Iterator[None]:
+    """Keep the handler of SIGCHLD.
+
+    PyTorch's own raises an error wherever the main thread is, in a backward pass or while a
+    checkpoint is written, if a worker is killed. A dead worker is noticed without it,
+    because PyTorch checks every few seconds while it waits for a result.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
     try:
         yield
-    except (RuntimeError, OSError, EOFError) as error:
-        raise UserError(
-            f"a process that decodes images ended ({one_line(error)[:200]}); if the memory is "
-            "full, set a smaller dataset.workers=N, or 0 for none"
-        ) from error
+    finally:
+        # PyTorch sets its handler in the main thread alone, as Python requires.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, before)
 
 
 def _unchanged(result: T) -> T:
@@ -146,7 +195,7 @@ def _leave_signals_to_parent(worker: int) -> None:
     """Ignore the signals that stop a run: it still needs its workers to save its state.
 
     A worker ends if its parent asks for it (SIGTERM), and within seconds after the end of its
-    parent, for which PyTorch looks.
+    parent, which PyTorch checks.
     """
     for signum in _IGNORED:
         signal.signal(signum, signal.SIG_IGN)

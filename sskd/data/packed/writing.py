@@ -3,12 +3,16 @@
 The temporary file ``.NAME.pack.part`` has the records that are done. It needs no other state: the
 command that continues it reads these records, checks them, and cuts off what a killed process left
 incomplete. At the end it gets its index and its final name.
+
+A record keeps the fingerprint of its source: a digest of the path, the size, the modification time
+and the way to pack it. So if a file has changed or was removed, the records before it still count.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,7 +52,10 @@ R = TypeVar("R")
 
 _AHEAD = 16  # images that are read before they are written, for each thread
 _AT_ONCE = 2000  # files whose status a thread reads at once
+_SHOWN = 3  # images that an error names
+_DIGEST = hashlib.sha256().digest_size
 Listings = tuple[Listing, Listing]
+Fingerprinted = tuple[str, bytes]  # the path of an image, and its fingerprint
 
 
 def open_or_pack(path: Path, root: Path, listings: Listings) -> PackedFile:
@@ -59,7 +66,8 @@ def open_or_pack(path: Path, root: Path, listings: Listings) -> PackedFile:
     Raises:
         UserError: it is damaged, the folder cannot be written to, or an image cannot be read.
     """
-    stamp = stamp_of(root, listings)
+    fingerprints = fingerprints_of(root, listings)
+    stamp = hashlib.sha256(fingerprints).digest()
     try:
         if (found := _if_current(path, stamp)) is not None:
             return found
@@ -67,42 +75,39 @@ def open_or_pack(path: Path, root: Path, listings: Listings) -> PackedFile:
         with outside_turn(), _only_one(path):
             # Another process may have packed them meanwhile.
             if (found := _if_current(path, stamp)) is None:
-                _pack(path, root, listings, stamp)
+                _pack(path, root, listings, fingerprints)
     except OSError as error:
         raise UserError(
-            f"{error.filename or path}: {error.strerror}; the images are packed there once, so set "
-            "dataset.packed=FOLDER to a folder on a disk with space that you may write to"
+            f"{error.filename or path}: {error.strerror or error}; the images are packed "
+            "there once, so set dataset.packed=FOLDER to a folder on a disk with space that you "
+            "may write to"
         ) from error
     return found or open_packed(path)
 
 
-def stamp_of(root: Path, listings: Listings) -> bytes:
-    """Return a digest of what shows that the listed files, or the way to pack them, have changed.
-
-    It covers the paths, sizes and modification times of the files.
+def fingerprints_of(root: Path, listings: Listings) -> bytes:
+    """Return the fingerprints of the listed files, 32 bytes each, one after another.
 
     Raises:
         UserError: a file is not there.
     """
-    digest = hashlib.sha256(f"{SHORT_SIDE} {QUALITY}\n".encode())
 
     def read(paths: Sequence[str]) -> bytes:
-        return b"".join(_status_line(root, path) for path in paths)
+        return b"".join(_fingerprint(root, path) for path in paths)
 
     paths = [path for listing in listings for path in listing.paths]
     parts = [paths[start : start + _AT_ONCE] for start in range(0, len(paths), _AT_ONCE)]
     with ThreadPoolExecutor() as pool:
-        for lines in pool.map(read, parts):
-            digest.update(lines)
-    return digest.digest()
+        return b"".join(pool.map(read, parts))
 
 
-def _status_line(root: Path, path: str) -> bytes:
+def _fingerprint(root: Path, path: str) -> bytes:
     try:
         status = os.stat(f"{root}/{path}")  # noqa: PTH116  a Path for each takes much longer
     except OSError as error:
         raise UserError(f"{root}/{path} cannot be read as an image: {error.strerror}") from error
-    return os.fsencode(path) + f"\0{status.st_size} {status.st_mtime_ns}\n".encode()
+    line = f"\0{status.st_size} {status.st_mtime_ns} {SHORT_SIDE} {QUALITY}"
+    return hashlib.sha256(os.fsencode(path) + line.encode()).digest()
 
 
 def _if_current(path: Path, stamp: bytes) -> PackedFile | None:
@@ -117,7 +122,7 @@ def _if_current(path: Path, stamp: bytes) -> PackedFile | None:
 @contextmanager
 def _only_one(path: Path) -> Iterator[None]:
     """Wait until no other process packs into ``path``, and keep others out."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    lock = FileLock(_without_link(path.with_name(f".{path.name}.lock")))
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -129,21 +134,19 @@ def _only_one(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _pack(path: Path, root: Path, listings: Listings, stamp: bytes) -> None:
+def _pack(path: Path, root: Path, listings: Listings, fingerprints: bytes) -> None:
     """Write the packed file, from its start or from where an earlier process stopped."""
     paths = [each for listing in listings for each in listing.paths]
-    part = path.with_name(f".{path.name}.part")
-    with path_in_errors(part), part.open("r+b" if part.exists() else "w+b") as stream:
-        entries = _resume(stream, stamp, len(paths))
-        say(
-            f"{path}: packs {len(paths):,} images of {root}"
-            + (f"; {len(entries):,} are done" if entries else "")
-        )
-        with ImageProgress(f"{path.name}: packing", len(paths), done=len(entries)) as progress:
-            for record in _records(root, paths[len(entries) :]):
-                stream.write(record)
-                entries.append(entry_of(record))
-                progress.advance(1)
+    starts = range(0, len(fingerprints), _DIGEST)
+    sources = [*zip(paths, (fingerprints[i : i + _DIGEST] for i in starts), strict=True)]
+    part = _without_link(path.with_name(f".{path.name}.part"))
+    say(f"{path}: packs {len(paths):,} images of {root}")
+    with path_in_errors(part), _opened(part) as stream:
+        stamp = hashlib.sha256(fingerprints).digest()
+        entries = _resume(stream, stamp, sources)
+        if entries:
+            say(f"{path}: {len(entries):,} images are packed already")
+        _write_records(stream, root, sources, entries)
         index = _index(entries, paths, listings).to_bytes()
         stream.write(index + footer_of(stream.tell(), index))
         stream.flush()
@@ -152,6 +155,27 @@ def _pack(path: Path, root: Path, listings: Listings, stamp: bytes) -> None:
     part.replace(path)
     fsync_folder(path.parent)
     say(f"{path}: packed {len(paths):,} images, {size / 2**20:,.0f} MiB")
+
+
+def _without_link(path: Path) -> Path:
+    """Return ``path``; UserError if it is a link, which could point to any file of this user."""
+    if path.is_symlink():
+        raise UserError(
+            f"{path}: is a symbolic link, through which another file would be "
+            "overwritten; remove it"
+        )
+    return path
+
+
+def _opened(part: Path) -> BinaryIO:
+    """Open the temporary file ``part``, which is made if it is missing, for reading and writing."""
+    # The name is predictable, and the folder may belong to others.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(part, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{part}: is not a regular file; remove it")
+    return os.fdopen(descriptor, "r+b")
 
 
 def _index(entries: Sequence[Entry], paths: Sequence[str], listings: Listings) -> Index:
@@ -169,35 +193,70 @@ def _index(entries: Sequence[Entry], paths: Sequence[str], listings: Listings) -
     )
 
 
-def _resume(stream: BinaryIO, stamp: bytes, most: int) -> list[Entry]:
+def _resume(stream: BinaryIO, stamp: bytes, sources: Sequence[Fingerprinted]) -> list[Entry]:
     """Return the entries of the finished records in a temporary file, and cut off the rest.
 
-    A file of other images begins again.
+    A record counts if it and all before it are of the images that are listed now.
     """
-    header = HEADER.pack(MAGIC, stamp)
     entries: list[Entry] = []
-    if stream.read(HEADER.size) == header:
-        while len(entries) < most and (entry := read_entry(stream)) is not None:
-            entries.append(entry)
+    if stream.read(HEADER.size).startswith(MAGIC):
+        with ImageProgress("checking the images that are packed", len(sources)) as progress:
+            for _, fingerprint in sources:
+                entry = read_entry(stream)
+                if entry is None or entry.fingerprint != fingerprint:
+                    break
+                entries.append(entry)
+                progress.advance(1)
     end = HEADER.size + sum(each.length for each in entries)
     stream.seek(0)
-    stream.write(header)
+    stream.write(HEADER.pack(MAGIC, stamp))
     stream.truncate(end)
     stream.seek(end)
     return entries
 
 
-def _records(root: Path, paths: Sequence[str]) -> Iterator[bytes]:
-    """Yield the record of each image, in order."""
+def _write_records(
+    stream: BinaryIO, root: Path, sources: Sequence[Fingerprinted], entries: list[Entry]
+) -> None:
+    """Write the records of the images after ``entries``, and add their entries.
 
-    def read(path: str) -> bytes:
-        image, digest = read_as(root / path, to_jpeg)
-        return Record(image, bytes.fromhex(digest)).to_bytes()
+    Raises:
+        UserError: images cannot be read. The others are written: if these are removed, all is done.
+    """
+    failed: list[UserError] = []
+    done = len(entries)
+    with ImageProgress("packing images", len(sources), done=done) as progress:
+        for record in _records(root, sources[done:]):
+            if isinstance(record, UserError):
+                failed.append(record)
+            else:
+                stream.write(record)
+                entries.append(entry_of(record))
+            progress.advance(1)
+    if failed:
+        shown = "; ".join(str(each) for each in failed[:_SHOWN])
+        more = f"; and {len(failed) - _SHOWN:,} more" if failed[_SHOWN:] else ""
+        raise UserError(
+            f"{shown}{more}; replace or remove {len(failed):,} of {len(sources):,} images, and run "
+            "the command again: it continues"
+        )
+
+
+def _records(root: Path, sources: Sequence[Fingerprinted]) -> Iterator[bytes | UserError]:
+    """Yield the record of each image, or why it cannot be read, in order."""
+
+    def read(source: Fingerprinted) -> bytes | UserError:
+        path, fingerprint = source
+        try:
+            image, digest = read_as(root / path, to_jpeg)
+        except UserError as error:
+            return error
+        return Record(image, bytes.fromhex(digest), fingerprint).to_bytes()
 
     # Threads suffice: Pillow releases the interpreter lock while it decodes, scales and encodes.
     threads = available_cores()
     with quiet_pillow(), ThreadPoolExecutor(threads) as pool:
-        yield from _map_ahead(pool, read, paths, most=_AHEAD * threads)
+        yield from _map_ahead(pool, read, sources, most=_AHEAD * threads)
 
 
 def _map_ahead(
