@@ -11,7 +11,6 @@ from sskd.config import Config, parse_config
 from sskd.data import Images, load_images, refuse_missing
 from sskd.device import choose_device, reset_peak_memory, to_device, tune_device
 from sskd.distributed import ranks
-from sskd.distributed.data_parallel import check_division, divide
 from sskd.distributed.group import failure_reported
 from sskd.errors import UserError
 from sskd.methods import Method, Phase, fault_of_phases
@@ -31,6 +30,7 @@ from sskd.teachers.side_by_side import share_forward
 from sskd.tracking.environment import check_environment, started_by_agent
 from sskd.tracking.opening import report_finished, tracker_of
 from sskd.training.acceleration import fold_teacher, fuse_teacher
+from sskd.training.data_parallel import check_division, divide
 from sskd.training.phase_settings import check_phase, phase_schedule
 from sskd.training.preview import save_views
 from sskd.training.result import last_top1, measure_result

@@ -74,7 +74,7 @@ def _train(composed: DictConfig) -> float:
     if not is_alone:
         refuse_unsafe_sweep_folder(Path(config.runs))
         train_on_nodes(composed, run_location(config)[0])
-    with on_all_ranks(config):
+    with on_all_ranks(config.model_dump(mode="json")):
         plan, result = carry_out(config, from_command_line=is_alone)
     return objective(result, plan.folder)
 

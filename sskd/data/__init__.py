@@ -16,10 +16,10 @@ from sskd.data.labelled import LabelledImages
 from sskd.data.loader import Loader, eval_batches
 from sskd.data.reading import find_problem
 from sskd.data.settings import DatasetSettings
-from sskd.data.share import WHOLE, Share
 from sskd.data.sources import SOURCES
 from sskd.data.strong import StrongAugmentation
 from sskd.data.transformations import TRANSFORMATIONS, Transformations
+from sskd.distributed.share import WHOLE, Share
 from sskd.errors import UserError
 
 __all__ = [

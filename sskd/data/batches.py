@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sskd.data.augmentation import Views
-from sskd.data.share import Share
+from sskd.distributed.share import Share
 
 
 class Batch(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor
 from sskd.data.augmentation import ONE_VIEW, Views
 from sskd.data.labelled import LabelledImages
 from sskd.data.loader import Loader
-from sskd.data.share import WHOLE, Share
+from sskd.distributed.share import WHOLE, Share
 from sskd.errors import UserError
 from sskd.seeding import seed_from_text
 

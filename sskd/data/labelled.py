@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sskd.data.augmentation import ONE_VIEW, Views
 from sskd.data.batches import EpochLoader
-from sskd.data.share import WHOLE, Share
+from sskd.distributed.share import WHOLE, Share
 
 
 class LabelledImages(Protocol):

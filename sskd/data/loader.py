@@ -11,7 +11,7 @@ from sskd.data.augmentation import ONE_VIEW, Normaliser, Views
 from sskd.data.augmenter import Augmenter
 from sskd.data.batches import Batch, EpochLoader
 from sskd.data.labelled import LabelledImages
-from sskd.data.share import WHOLE, Share
+from sskd.distributed.share import WHOLE, Share
 
 
 class Loader(EpochLoader):

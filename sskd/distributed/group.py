@@ -23,7 +23,6 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from sskd.config import Config
 from sskd.distributed import ranks
 from sskd.distributed.environment import (
     RANK,
@@ -91,8 +90,8 @@ def _leave() -> None:
 
 
 @contextmanager
-def on_all_ranks(config: Config) -> Iterator[None]:
-    """Let the other ranks carry out the job of ``config`` too, inside a ``with`` block of rank 0.
+def on_all_ranks(config: Mapping[str, Any]) -> Iterator[None]:
+    """Let the other ranks carry out the job of a plain ``config`` too, in a block of rank 0.
 
     Raises:
         UserError: this process or thread is one that a launcher started.
@@ -104,7 +103,7 @@ def on_all_ranks(config: Config) -> Iterator[None]:
                 "hydra/launcher: torchrun's processes train the jobs one after the other; use "
                 "hydra/launcher=basic"
             )
-        _announce(config.model_dump(mode="json"))
+        _announce(config)
     with process_group():
         yield
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from sskd.data.share import WHOLE, Share
+from sskd.distributed.share import WHOLE, Share
 from sskd.errors import UserError, one_line
 
 T = TypeVar("T")

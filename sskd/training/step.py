@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from sskd.data import WHOLE, Batch, EpochLoader
 from sskd.device import reset_peak_gpu_memory
-from sskd.distributed.data_parallel import average_step
 from sskd.methods import Method, Phase
 from sskd.precision import autocast, multiplying
 from sskd.streams import StepLimit
+from sskd.training.data_parallel import average_step
 from sskd.training.meter import Meter
 from sskd.training.multi_tensor import Batching
 

@@ -14,7 +14,6 @@ from torch import nn
 from sskd.config import Config
 from sskd.data import Images
 from sskd.distributed import ranks
-from sskd.distributed.data_parallel import parallel
 from sskd.errors import Interrupted
 from sskd.methods import Method, Phase
 from sskd.optimizers import build_optimizer, set_learning_rate
@@ -23,6 +22,7 @@ from sskd.runs.run import Run
 from sskd.seeding import derive_seed, seed_torch
 from sskd.streams import own_stream
 from sskd.training.acceleration import compile_loss
+from sskd.training.data_parallel import parallel
 from sskd.training.graph import build_step
 from sskd.training.not_finite import FiniteCheck
 from sskd.training.phase_settings import (

@@ -18,12 +18,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sskd.config import Config, parse_config
 from sskd.data import Images
-from sskd.distributed.data_parallel import divide, parallel
+from sskd.distributed import ranks
 from sskd.distributed.group import process_group
 from sskd.methods import Method, Phase
 from sskd.optimizers import build_optimizer
 from sskd.seeding import seed_torch
 from sskd.teachers.assembly import assemble
+from sskd.training.data_parallel import divide, parallel
 from sskd.training.meter import Meter
 from sskd.training.phase_settings import phase_loader, phase_optimizer, phase_schedule
 from sskd.training.step import TrainingStep, set_trainable
@@ -90,6 +91,7 @@ def _work(work: Callable[[], Any], variables: Mapping[str, str], path: Path) -> 
     os.environ.update(variables)
     with process_group():
         torch.save(work(), path)
+        ranks.largest(0)  # rank 0, which has the store, ends last
 
 
 @dataclass(frozen=True)

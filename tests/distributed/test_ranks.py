@@ -20,9 +20,9 @@ from sskd.checks.samples import random_images
 from sskd.device import choose_device
 from sskd.distributed import ranks
 from sskd.distributed.batch_norm import SyncBatchNorm
-from sskd.distributed.data_parallel import check_division, synchronise_batch_norms
 from sskd.errors import UserError
 from sskd.models import build_model
+from sskd.training.data_parallel import check_division, synchronise_batch_norms
 from sskd.training.evaluation import predict
 
 TEST_IMAGES = (1, 2, 5)

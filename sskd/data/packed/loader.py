@@ -12,8 +12,8 @@ from sskd.data.batches import Batch, EpochLoader
 from sskd.data.packed.cutting import Cuts, TrainingCuts, TrainingRequest
 from sskd.data.packed.file import PackedFile
 from sskd.data.packed.workers import Workers
-from sskd.data.share import Share
 from sskd.data.view_maker import Choices, ViewMaker
+from sskd.distributed.share import Share
 
 HALF = CROPS // 2  # the crops that are not flipped
 

@@ -13,7 +13,7 @@ from sskd.data.packed.cutting import CentreCuts
 from sskd.data.packed.file import PackedFile
 from sskd.data.packed.loader import CutAugmenter, PackedLoader
 from sskd.data.packed.workers import Workers
-from sskd.data.share import WHOLE, Share
+from sskd.distributed.share import WHOLE, Share
 
 MOST_IN_BATCH = 256  # images of an evaluation: 37 MiB for each batch that a worker makes ahead
 SAMPLE = 2000  # training images of which a mean and a standard deviation are computed
