@@ -49,7 +49,7 @@ MISTAKES = [
     (["schedule.epoch=2"], "did you mean 'schedule.epochs'?"),
     (["method=mlld", "method.distill.epoch=2"], "did you mean 'method.distill.epochs'?"),
     (["ss_head.epoch=2"], "did you mean 'method.ss_head.epochs'?"),
-    (["milestone=1", "method=kd"], "milestone: no such setting; did you mean 'schedule.mileston"),
+    (["milestone=1", "method=kd"], "did you mean 'teacher.milestones' or 'schedule.milestones'?"),
     (["method.beta=1", "method=at"], "method.beta: no such setting; method has: name, weights, "),
     (["method.epochs=2", "method=dkd"], "method.epochs: no such setting; method has: name, weig"),
     (["wandb.name=run"], "wandb.name: no such setting; wandb has: "),
