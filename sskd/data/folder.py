@@ -130,7 +130,7 @@ def _refuse_none(settings: DatasetSettings, listings: Listings) -> None:
 
 
 class _Storage(NamedTuple):
-    """Where the listed images of a folder are held: how they are read and refused."""
+    """How the listed images of a folder are read and refused, in memory or in a packed file."""
 
     load: Callable[[DatasetSettings, Listings], Source]
     digest: Callable[[DatasetSettings, Listings], str]

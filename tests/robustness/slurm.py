@@ -302,6 +302,18 @@ def stopped_sweep(cluster: Cluster, runs: Path, *command: str, more: tuple[str, 
     return sweep
 
 
+def finish_resumed(cluster: Cluster, sweep: Sweep, stopped_at: int) -> None:
+    """Start the requeued first job now, and expect that it resumes at an epoch and both finish."""
+    # SLURM itself would wait for minutes. A job that is still ending would break its next start.
+    wait_for("end of its step", lambda: "task 0: " in sweep.log(0, "err"))
+    time.sleep(3)
+    cluster("scontrol", "update", f"JobId={sweep.id(0)}", "StartTime=now")
+    status, out, err = sweep.end()
+    assert (status, err) == (0, ""), err
+    assert "2 of 2 jobs have finished" in out
+    assert f"resumes in {sweep.folder(0)}, {stopped_at}/{EPOCHS} epochs" in sweep.log(0)
+
+
 def test_torchrun_trains_a_job_on_two_gpus_and_resumes_it(cluster: Cluster, tmp_path: Path) -> None:
     words = (*ALONE, "batch_size=8", "seed=0,1", f"schedule.epochs={EPOCHS}")
     sweep = Sweep(cluster, tmp_path / "runs", *words, "hydra.launcher.gpus_per_node=2")
@@ -310,13 +322,7 @@ def test_torchrun_trains_a_job_on_two_gpus_and_resumes_it(cluster: Cluster, tmp_
     wait_for("requeue", lambda: cluster.jobs(sweep.runs, "%T")[0] == "PENDING")
     stopped_at = sweep.lines(0)
     assert STOPPED_AFTER <= stopped_at < EPOCHS
-    wait_for("end of its step", lambda: "task 0: " in sweep.log(0, "err"))
-    time.sleep(3)
-    cluster("scontrol", "update", f"JobId={sweep.id(0)}", "StartTime=now")
-    status, out, err = sweep.end()
-    assert (status, err) == (0, ""), err
-    assert "2 of 2 jobs have finished" in out
-    assert f"resumes in {sweep.folder(0)}, {stopped_at}/{EPOCHS} epochs" in sweep.log(0)
+    finish_resumed(cluster, sweep, stopped_at)
     for job in (0, 1):
         result = json.loads((sweep.folder(job) / "result.json").read_text())
         assert (result["ranks"], result["epoch"]) == (2, EPOCHS)
@@ -335,14 +341,7 @@ def test_a_requeued_job_resumes_where_it_stopped(
     assert cluster.jobs(sweep.runs, "%T")[0] == "PENDING"
     stopped_at, name = sweep.lines(0), (sweep.folder(0) / "wandb_id").read_text()
     assert read_status(sweep.folder(0)).state == "stopped"
-    # SLURM itself would wait for minutes. A job that is still ending would break its next start.
-    wait_for("end of its step", lambda: "task 0: " in sweep.log(0, "err"))
-    time.sleep(3)
-    cluster("scontrol", "update", f"JobId={sweep.id(0)}", "StartTime=now")
-    status, out, err = sweep.end()
-    assert (status, err) == (0, ""), err
-    assert "2 of 2 jobs have finished" in out
-    assert f"resumes in {sweep.folder(0)}, {stopped_at}/{EPOCHS} epochs" in sweep.log(0)
+    finish_resumed(cluster, sweep, stopped_at)
     assert outcome(sweep.runs) == outcome(undisturbed)
     first, second = offline_runs(sweep.folder(0))
     assert {first.stem, second.stem} == {f"run-{name}"}

@@ -1,4 +1,4 @@
-"""Datasets that are packed: where the file is, and what is read from it."""
+"""Packed datasets: the place of the file, and the splits that are read from it."""
 
 from __future__ import annotations
 
