@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-oldest test-newest test-slurm test-stand-in coverage torture fuzz soak lint lock clean
+.PHONY: demo test test-oldest test-newest test-slurm test-stand-in coverage torture fuzz soak results lint lock clean
 
 # Train a teacher, the student alone, KD and SSKD on the digits of scikit-learn; print the table.
 demo: $(READY)
@@ -55,6 +55,12 @@ fuzz: $(READY)
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/robustness/soak.py jobs --jobs 500
 	OMP_NUM_THREADS=1 $(BIN)/python tests/robustness/soak.py epochs --epochs 20000
+
+# Draw the tables and plots of results/ again from the committed metrics of each sweep.
+results: $(READY)
+	for sweep in cpu short later few_shot; do \
+	  $(BIN)/python -m sskd.report results/runs/$$sweep --out results/cifar100_$$sweep || exit 1; \
+	done
 
 lint: $(READY)
 	$(BIN)/ruff check .

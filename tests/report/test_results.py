@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from sskd.report.published import display_name
+from sskd.report.render import render_markdown
+from sskd.report.report import read_report
 
 ROOT = Path(__file__).parents[2]
 # By sweep: the number of epochs, and the rows that have three seeds.
@@ -20,12 +22,12 @@ SWEEPS = {
 }
 
 
-def runs(sweep: str) -> dict[str, list[Path]]:
-    """Return the folders of the bf16 runs by row."""
+def runs(sweep: str, precision: str = "bf16") -> dict[str, list[Path]]:
+    """Return the folders of the runs with ``precision`` by row."""
     found: dict[str, list[Path]] = {}
     for path in sorted((ROOT / "results/runs" / sweep).glob("*/*/*/**/metrics.jsonl")):
         config = path.with_name("config.yaml").read_text(encoding="utf-8")
-        if "phases" in path.parts or "precision: bf16" not in config:
+        if "phases" in path.parts or f"precision: {precision}" not in config:
             continue
         folder = path.parent.parent.name
         found.setdefault("alone" if folder == "resnet20" else folder, []).append(path.parent)
@@ -39,10 +41,11 @@ def last_top1(folder: Path, epochs: int) -> float:
     return float(line["test/top1"])
 
 
-def curves(sweep: str) -> dict[str, list[float]]:
+def curves(sweep: str, precision: str = "bf16") -> dict[str, list[float]]:
     """Return the top-1 of each run's last epoch by row."""
     epochs, _ = SWEEPS[sweep]
-    return {row: [last_top1(each, epochs) for each in found] for row, found in runs(sweep).items()}
+    found = runs(sweep, precision)
+    return {row: [last_top1(each, epochs) for each in folders] for row, folders in found.items()}
 
 
 def of_result(folder: Path, key: str) -> Any:
@@ -112,16 +115,32 @@ def test_the_first_rows_have_all_seeds(sweep: str) -> None:
         assert sorted(seeds) == ([0, 1, 2] if row in several else [0])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_both_precisions_of_the_student_alone_equal_the_metrics(precision: str) -> None:
-    page = (ROOT / "results/README.md").read_text(encoding="utf-8")
-    alone = ROOT / "results/runs/short/cifar100/scratch/resnet20"
-    folders = [
-        each for each in sorted(alone.iterdir()) if of_result(each, "precision") == precision
-    ]
-    assert [of_result(each, "seed") for each in folders] == [0, 1, 2]
-    top1 = [last_top1(each, 24) for each in folders]
-    assert f"reached {mean_std(top1)} ({top1[0]:.2f}, {top1[1]:.2f} and {top1[2]:.2f}" in page
+def test_the_table_of_both_precisions_equals_the_metrics() -> None:
+    _, *rows = table("results/README.md", "### All images, 24 epochs", "resnet20")
+    fp32_runs = runs("short", "fp32")
+    assert {each[0].lower() for each in rows} == set(fp32_runs)
+    for row, folders in fp32_runs.items():
+        seeds = [of_result(each, "seed") for each in folders]
+        assert seeds == [0, 1, 2]
+        measured = [each for each in rows if each[0].lower() == row]
+        fp32, bf16 = (curves("short", precision)[row] for precision in ("fp32", "bf16"))
+        name = measured[0][0]
+        expected = [
+            [name, str(seed), f"{one:.2f}", f"{other:.2f}", f"{other - one:+.2f}"]
+            for seed, one, other in zip(seeds, fp32, bf16, strict=True)
+        ]
+        difference = statistics.mean(bf16) - statistics.mean(fp32)
+        expected.append([name, "mean", mean_std(fp32), mean_std(bf16), f"{difference:+.2f}"])
+        assert measured == expected
+
+
+@pytest.mark.parametrize("sweep", ["cpu", "short", "later", "few_shot"])
+def test_the_committed_tables_are_those_of_the_report(sweep: str) -> None:
+    report = read_report(ROOT / "results/runs" / sweep, pytest.fail)
+    markdown = "\n".join(["# Results\n", *map(render_markdown, report.tables("last"))])
+    written = ROOT / f"results/cifar100_{sweep}"
+    assert written.with_suffix(".md").read_text(encoding="utf-8") == markdown
+    assert written.with_suffix(".csv").read_text(encoding="utf-8") == report.csv()
 
 
 def later_runs() -> dict[str, list[Path]]:
