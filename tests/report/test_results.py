@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import statistics
+from collections import Counter
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +66,19 @@ def table(page: str, heading: str, first: str) -> list[list[str]]:
     """Return the rows of the table beneath ``heading`` whose first cell is ``first``."""
     text = (ROOT / page).read_text(encoding="utf-8").partition(f"{heading}\n")[2]
     lines = re.split(r"\n#+ ", text)[0].splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
-    start = next(number for number, row in enumerate(rows) if row[0] == first)
-    return [row for row in rows[start:] if set(row[0]) - set("-: ")]
+    start = next(number for number, line in enumerate(lines) if cells(line)[0] == first)
+    rows = map(cells, takewhile(lambda line: line.startswith("|"), lines[start:]))
+    return [row for row in rows if set(row[0]) - set("-: ")]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_the_front_page_equals_the_metrics() -> None:
-    header, cells, *_ = table("README.md", "### Measured so far", "resnet20")
-    assert cells[0] == "measured, 24 epochs"
-    measured = {name.lower(): cell for name, cell in zip(header[1:], cells[1:], strict=True)}
+    header, values, *_ = table("README.md", "### Measured so far", "resnet20")
+    assert values[0] == "measured, 24 epochs"
+    measured = {name.lower(): cell for name, cell in zip(header[1:], values[1:], strict=True)}
     reached = curves("short")
     assert set(measured) == set(reached) - {"cc", "fsp", "nst"}
     assert measured == {name: mean_std(reached[name]) for name in measured}
@@ -97,14 +104,50 @@ def test_the_page_of_results_equals_the_metrics(sweep: str) -> None:
         assert bool(over_kd) == (row not in ("alone", "kd"))
 
 
-def test_common_column_equals_the_table_of_that_weighting() -> None:
-    _, *rows = table("results/README.md", "## The `cpu` sweep", "resnet20")
-    heading = "## The `cpu` sweep with `weighting=common`"
-    _, *common = table("results/README.md", heading, "resnet20")
-    top1 = {row[0]: row[1].removesuffix(" (1)") for row in common}
-    for row in rows:
-        assert row[5] in ("", top1[row[0]])
-    assert [row[0] for row in rows if not row[5]] == ["alone", "KD", "SSKD"]
+def test_the_devices_and_commits_are_those_of_the_runs() -> None:
+    _, *rows = table("results/README.md", "# Measured results", "sweep")
+    found: Counter[tuple[str, ...]] = Counter()
+    for path in (ROOT / "results/runs").glob("*/cifar100/[ds]*/**/result.json"):
+        result = json.loads(path.read_text())
+        commit = (result["commit"] or "not recorded")[: 7 if result["commit"] else None]
+        sweep = path.relative_to(ROOT / "results/runs").parts[0]
+        torch = result["versions"]["torch"]
+        found[sweep, result["precision"], result["device"], torch, commit] += 1
+    assert Counter({(row[0], *row[2:]): int(row[1]) for row in rows}) == found
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_the_sweep_expects_what_was_measured(sweep: str) -> None:
+    text = (ROOT / "sweeps" / f"{sweep}.yaml").read_text(encoding="utf-8")
+    expected = re.findall(r"(\w+) (\d\d\.\d)\b(?!\d)", text.partition("(results/README.md): ")[2])
+    assert len(expected) >= 4
+    reached = curves(sweep)
+    for name, top1 in expected:
+        assert top1 == f"{statistics.mean(reached[name.lower()]):.1f}"
+
+
+@pytest.mark.parametrize(
+    ("heading", "first", "column", "name"),
+    [
+        ("## The `cpu` sweep with `weighting=common`", "resnet20", 1, "cpu_common"),
+        ("## CIFAR-100, every method on a tenth of the images", "resnet20", 1, "tenth"),
+        ("## CIFAR-100, two epochs on a CPU", "resnet20", 2, "two_epochs"),
+    ],
+)
+def test_the_page_of_earlier_results_equals_their_csv(
+    heading: str, first: str, column: int, name: str
+) -> None:
+    with (ROOT / f"results/cifar100_{name}.csv").open(encoding="utf-8") as file:
+        lines = [line for line in csv.DictReader(file) if line["epoch"] == "last"]
+    committed = {}
+    for line in lines:
+        deviation = f" ± {float(line['std']):.2f}" if line["std"] else ""
+        row = line["row"].removesuffix(" (weighting=common)").replace("student", "alone")
+        committed[row] = f"{float(line['mean']):.2f}{deviation}"
+    _, *rows = table("results/archive.md", heading, first)
+    measured = {row[0]: re.sub(r" \(\d\)", "", row[column]) for row in rows}
+    assert measured == {row: committed[row] for row in measured}
+    assert set(committed) - set(measured) == {"teacher"}
 
 
 @pytest.mark.parametrize("sweep", SWEEPS)
@@ -193,10 +236,10 @@ def test_the_table_of_a_quarter_of_the_images_equals_the_metrics() -> None:
     _, *rows = table("results/README.md", "## Few-shot: a quarter of the images", "resnet20")
     students = ROOT / "results/runs/few_shot/cifar100/distill/resnet56-resnet20"
     assert {row[0].lower() for row in rows} == {each.name for each in students.iterdir()}
-    for name, *cells in rows:
+    for name, *values in rows:
         folders = sorted((students / name.lower()).iterdir())
         assert [of_result(each, "seed") for each in folders] == [0, 1, 2]
         top1 = [last_top1(each, 8) for each in folders]
         agreed = statistics.mean(of_result(each, "agreement") for each in folders)
         seeds = [f"{value:.2f}" for value in top1]
-        assert cells == [f"{mean_std(top1)} (3)", *seeds, f"{agreed:.2f} %"]
+        assert values == [f"{mean_std(top1)} (3)", *seeds, f"{agreed:.2f} %"]
