@@ -15,6 +15,7 @@ import torch
 import yaml
 
 import sskd
+from sskd.data.packed.cutting import CENTRE
 from sskd.errors import mask_unprintable
 from sskd.export.agreement import Agreement
 from sskd.export.contents import INPUT, OUTPUT, Classifier, Contents
@@ -24,6 +25,8 @@ from sskd.export.templates import render
 from sskd.overrides import flatten
 
 CARD = "README.md"
+# By dataset.crop: the argument of ImageOps.fit for the share of a side that each edge loses.
+BORDERS = {"padded": "", "resized": f", bleed={(1 - CENTRE[0] / CENTRE[1]) / 2}"}
 
 
 class DataLicence(NamedTuple):
@@ -104,6 +107,7 @@ def describe(subject: Subject, classifier: Classifier, *, folded: int) -> dict[s
         "dataset": {
             "name": trained.images.name,
             "source": trained.dataset.source,
+            "crop": trained.dataset.crop,
             "licence": licence.licence,
             "licence_page": licence.page,
         },
@@ -169,12 +173,23 @@ def render_card(
         **facts,
         file=file,
         about=_TEXTS[name],
-        usage=render(f"{name}.txt", file=file, size=contents.size, entry=contents.entry),
+        usage=_usage(name, contents),
         agreement=agreement,
         int8=int8,
     )
     text = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=100)
     return f"---\n{text}---\n\n{body}"
+
+
+def _usage(name: str, contents: Contents) -> str:
+    """Return the code that loads the file and classifies a picture as the suite does."""
+    return render(
+        f"{name}.txt",
+        file=FORMATS[name].file,
+        size=contents.size,
+        entry=contents.entry,
+        border=BORDERS[contents.facts["dataset"]["crop"]],
+    )
 
 
 def _head(name: str, facts: Mapping[str, Any], agreement: Agreement) -> dict[str, Any]:

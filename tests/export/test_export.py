@@ -10,17 +10,20 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pages
 import pytest
 import torch
 import yaml
 from conftest import SmallTeacher, compose_once
 from faults import SMALL
-from PIL import ExifTags, Image
+from image_folders import write_images
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor, nn
 
 from sskd.config import read_config
 from sskd.data.decode import decode
+from sskd.data.packed.cutting import central
 from sskd.errors import UserError
 from sskd.export.__main__ import NAMES, main
 from sskd.export.agreement import Agreement, require_agreement, require_any_batch
@@ -158,6 +161,26 @@ def test_the_code_of_the_page_classifies_a_picture(
     assert capsys.readouterr().out.strip() in DIGITS
     expected = decode(Path("picture.png").read_bytes(), 32)[None] / 255
     torch.testing.assert_close(torch.as_tensor(names["images"]), expected)
+
+
+def test_the_code_for_packed_images_cuts_out_the_same_centre_as_the_suite(tmp_path: Path) -> None:
+    photos = write_images(tmp_path, 100)
+    save_weights(tmp_path / "mine.safetensors", build_model("resnet8", 2), {})
+    words = [f"dataset.root={photos}", "dataset.crop=resized", "dataset.workers=0"]
+    out = ["--out", str(tmp_path / "out")]
+    file = str(tmp_path / "mine.safetensors")
+    assert main([file, "--to", "torchscript", *out, "dataset=folder", *words]) == 0
+    ((_, code),) = pages.code_blocks((tmp_path / "out/torchscript/README.md").read_text())
+    # Shades that rise from edge to edge: they show which part of the picture is cut out.
+    down, right = torch.meshgrid(torch.linspace(0, 1, 120), torch.linspace(0, 1, 90), indexing="ij")
+    picture = (torch.stack([down, right, down * right]) * 255).to(torch.uint8)
+    names: dict[str, Any] = {"np": np, "torch": torch, "Image": Image, "ImageOps": ImageOps}
+    names["picture"] = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    lines = [
+        line for line in code.splitlines() if line.startswith(("picture = ImageOps.fit", "images"))
+    ]
+    exec("\n".join(lines), names)
+    torch.testing.assert_close(names["images"][0], central(picture, 32) / 255, atol=0.02, rtol=0)
 
 
 def _write_sideways_picture(path: Path) -> None:
