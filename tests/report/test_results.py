@@ -23,14 +23,14 @@ SWEEPS = {
     "cpu": (16, {"alone", "kd", "fitnet", "at", "nst", "crd", "sskd"}),
     "short": (24, {"alone", "kd", "fitnet", "at", "crd", "sskd"}),
 }
+EPOCHS = {**{sweep: epochs for sweep, (epochs, _) in SWEEPS.items()}, "short_fp32": 24}
 
 
-def runs(sweep: str, precision: str = "bf16") -> dict[str, list[Path]]:
-    """Return the folders of the runs with ``precision`` by row."""
+def runs(sweep: str) -> dict[str, list[Path]]:
+    """Return the folders of the runs by row."""
     found: dict[str, list[Path]] = {}
     for path in sorted((ROOT / "results/runs" / sweep).glob("*/*/*/**/metrics.jsonl")):
-        config = path.with_name("config.yaml").read_text(encoding="utf-8")
-        if "phases" in path.parts or f"precision: {precision}" not in config:
+        if "phases" in path.parts:
             continue
         folder = path.parent.parent.name
         found.setdefault("alone" if folder == "resnet20" else folder, []).append(path.parent)
@@ -44,11 +44,10 @@ def last_top1(folder: Path, epochs: int) -> float:
     return float(line["test/top1"])
 
 
-def curves(sweep: str, precision: str = "bf16") -> dict[str, list[float]]:
+def curves(sweep: str) -> dict[str, list[float]]:
     """Return the top-1 of each run's last epoch by row."""
-    epochs, _ = SWEEPS[sweep]
-    found = runs(sweep, precision)
-    return {row: [last_top1(each, epochs) for each in folders] for row, folders in found.items()}
+    epochs = EPOCHS[sweep]
+    return {row: [last_top1(each, epochs) for each in found] for row, found in runs(sweep).items()}
 
 
 def of_result(folder: Path, key: str) -> Any:
@@ -160,13 +159,12 @@ def test_the_first_rows_have_all_seeds(sweep: str) -> None:
 
 def test_the_table_of_both_precisions_equals_the_metrics() -> None:
     _, *rows = table("results/README.md", "### All images, 24 epochs", "resnet20")
-    fp32_runs = runs("short", "fp32")
-    assert {each[0].lower() for each in rows} == set(fp32_runs)
-    for row, folders in fp32_runs.items():
+    assert {each[0].lower() for each in rows} == set(runs("short_fp32"))
+    for row, folders in runs("short_fp32").items():
         seeds = [of_result(each, "seed") for each in folders]
         assert seeds == [0, 1, 2]
         measured = [each for each in rows if each[0].lower() == row]
-        fp32, bf16 = (curves("short", precision)[row] for precision in ("fp32", "bf16"))
+        fp32, bf16 = (curves(sweep)[row] for sweep in ("short_fp32", "short"))
         name = measured[0][0]
         expected = [
             [name, str(seed), f"{one:.2f}", f"{other:.2f}", f"{other - one:+.2f}"]
@@ -177,7 +175,7 @@ def test_the_table_of_both_precisions_equals_the_metrics() -> None:
         assert measured == expected
 
 
-@pytest.mark.parametrize("sweep", ["cpu", "short", "later", "few_shot"])
+@pytest.mark.parametrize("sweep", ["short", "short_fp32", "few_shot", "cpu", "later"])
 def test_the_committed_tables_are_those_of_the_report(sweep: str) -> None:
     report = read_report(ROOT / "results/runs" / sweep, pytest.fail)
     markdown = "\n".join(["# Results\n", *map(render_markdown, report.tables("last"))])
