@@ -14,7 +14,13 @@ ROOT = CONF.parent
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 # The pages whose commands and code blocks are checked, and further pages whose links are.
 PAGES = ["README.md", *DOCS]
-LINKING_PAGES = [*PAGES, "CONTRIBUTING.md", "SECURITY.md", "results/README.md"]
+LINKING_PAGES = [
+    *PAGES,
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "results/README.md",
+    "results/archive.md",
+]
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 _INLINE = re.compile(r"`([^`]+)`")

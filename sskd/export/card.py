@@ -25,8 +25,8 @@ from sskd.export.templates import render
 from sskd.overrides import flatten
 
 CARD = "README.md"
-# By dataset.crop: the argument of ImageOps.fit for the share of a side that each edge loses.
-BORDERS = {"padded": "", "resized": f", bleed={(1 - CENTRE[0] / CENTRE[1]) / 2}"}
+# By dataset.crop: an argument of ImageOps.fit, the share of the picture that each edge loses.
+_BORDERS = {"padded": "", "resized": f", bleed={(1 - CENTRE[0] / CENTRE[1]) / 2}"}
 
 
 class DataLicence(NamedTuple):
@@ -188,7 +188,7 @@ def _usage(name: str, contents: Contents) -> str:
         file=FORMATS[name].file,
         size=contents.size,
         entry=contents.entry,
-        border=BORDERS[contents.facts["dataset"]["crop"]],
+        border=_BORDERS[contents.facts["dataset"]["crop"]],
     )
 
 

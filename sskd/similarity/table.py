@@ -41,13 +41,14 @@ LEGEND = (
     " temperature 1. CKA: centred kernel alignment (linear kernel) of their pooled features, of"
     " all images at once, and its estimate from minibatches of 256 by the unbiased estimator of"
     " HSIC. weights: the mean absolute difference between the correlations of the classes' weight"
-    " vectors in both classifiers, over all pairs of classes. Both networks get the normalisation"
-    " of the student's training."
+    " vectors in both classifiers, over all pairs of different classes. Both networks get the"
+    " normalisation of the student's training."
 )
 PUBLISHED_LEGEND = (
     "Published: table 7 of Xu et al., Knowledge Distillation Meets Self-Supervision, ECCV 2020,"
     " beside students of its recipe alone. The paper states neither the kernel and the layer of CKA"
-    " nor the reduction of KL: only the order of the methods and ratios of values compare."
+    " nor the reduction of KL, so only the order of the methods and the ratios of values can be"
+    " compared."
 )
 
 

@@ -53,7 +53,7 @@ def _why_not(loader: EpochLoader, method: Method) -> str:
     if loader.share != WHOLE:
         return "several processes exchange gradients in each step"
     if not loader.draws_on_device:
-        return "the images come from worker processes"
+        return "the images come from a packed file"
     if not method.capturable:
         return f"class {type(method).__name__} has capturable = False"
     return ""

@@ -505,4 +505,4 @@ def test_a_step_with_workers_is_not_a_graph(images: Images) -> None:
 
     loader = loader_of(images.train)
     loader.device = torch.device("cuda")
-    assert _why_not(loader, Vanilla.__new__(Vanilla)) == "the images come from worker processes"
+    assert _why_not(loader, Vanilla.__new__(Vanilla)) == "the images come from a packed file"

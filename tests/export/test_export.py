@@ -31,6 +31,7 @@ from sskd.export.card import describe
 from sskd.export.contents import Classifier, Contents
 from sskd.export.formats import FORMATS
 from sskd.export.subject import find_subject
+from sskd.export.templates import render
 from sskd.models import build_model, fold_batch_norms, save_weights
 from sskd.models.features import partial_features
 from sskd.train import train
@@ -181,6 +182,12 @@ def test_the_code_for_packed_images_cuts_out_the_same_centre_as_the_suite(tmp_pa
     ]
     exec("\n".join(lines), names)
     torch.testing.assert_close(names["images"][0], central(picture, 32) / 255, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_code_of_each_format_has_the_border(name: str) -> None:
+    code = render(f"{name}.txt", file="FILE", size=32, entry="ENTRY", border=", bleed=0.0625")
+    assert "Image.Resampling.BILINEAR, bleed=0.0625)" in code
 
 
 def _write_sideways_picture(path: Path) -> None:

@@ -23,6 +23,7 @@ SWEEPS = {
     "cpu": (16, {"alone", "kd", "fitnet", "at", "nst", "crd", "sskd"}),
     "short": (24, {"alone", "kd", "fitnet", "at", "crd", "sskd"}),
 }
+RUNS = sorted(each.name for each in (ROOT / "results/runs").iterdir())
 EPOCHS = {**{sweep: epochs for sweep, (epochs, _) in SWEEPS.items()}, "short_fp32": 24}
 
 
@@ -108,7 +109,7 @@ def test_the_devices_and_commits_are_those_of_the_runs() -> None:
     found: Counter[tuple[str, ...]] = Counter()
     for path in (ROOT / "results/runs").glob("*/cifar100/[ds]*/**/result.json"):
         result = json.loads(path.read_text())
-        commit = (result["commit"] or "not recorded")[: 7 if result["commit"] else None]
+        commit = re.sub(r"^([0-9a-f]{7})[0-9a-f]+", r"\1", result["commit"] or "not recorded")
         sweep = path.relative_to(ROOT / "results/runs").parts[0]
         torch = result["versions"]["torch"]
         found[sweep, result["precision"], result["device"], torch, commit] += 1
@@ -175,7 +176,12 @@ def test_the_table_of_both_precisions_equals_the_metrics() -> None:
         assert measured == expected
 
 
-@pytest.mark.parametrize("sweep", ["short", "short_fp32", "few_shot", "cpu", "later"])
+def test_make_results_writes_the_tables_of_all_runs() -> None:
+    (names,) = re.findall(r"for sweep in (.+); do", (ROOT / "Makefile").read_text())
+    assert sorted(names.split()) == RUNS
+
+
+@pytest.mark.parametrize("sweep", RUNS)
 def test_the_committed_tables_are_those_of_the_report(sweep: str) -> None:
     report = read_report(ROOT / "results/runs" / sweep, pytest.fail)
     markdown = "\n".join(["# Results\n", *map(render_markdown, report.tables("last"))])
