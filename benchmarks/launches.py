@@ -129,7 +129,8 @@ def count(case: Case, images: Images, phase: str) -> Launches:
 def stepper(case: Case, images: Images, name: str) -> Callable[[], int]:
     """Return a function that takes one whole training step of the phase ``name``.
 
-    A method that is built reads values, which only a CPU has here, so ``images`` are on a CPU.
+    ``images`` must be on the CPU: building a method reads tensors, which the stand-in does not
+    compute.
     """
     loader = loader_of(case, images.to(case.device))
     # Kernels that are not executed leave garbage, which never agrees.

@@ -99,7 +99,7 @@ def noise(count: int, device: torch.device) -> Images:
 
 
 def phase_names(case: Case) -> list[str]:
-    """Return the phases of a case's method; none, with a line, if its pair cannot have it."""
+    """Return the phases of a case's method; if its pair lacks support, print why and return []."""
     try:
         assembled = assemble(case.config, noise(200, torch.device("cpu")))
     except UserError as error:

@@ -99,7 +99,7 @@ def refuse_endless(overrides: Sequence[Override]) -> None:
             count = sum(1 for _ in islice(values, _MOST_JOBS + 1))
         except (HydraException, ValueError, ArithmeticError):  # interval(1,4), a step of 0, nan
             raise UserError(
-                f"{override.input_line}: a grid needs values that can be counted, such as "
+                f"{override.input_line}: a grid needs a finite list of values, such as "
                 f"{key}=1,2,3 or '{key}=range(1,4)'"
             ) from None
         if not count:

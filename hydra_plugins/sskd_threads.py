@@ -90,7 +90,7 @@ class ThreadsLauncher(Launcher):
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
-        # Of all jobs of a sweep they would fill the memory.
+        # The configurations of all jobs of a sweep would fill the memory.
         done.cfg = done.hydra_cfg = None
         gc.collect()  # networks and graphs are parts of reference cycles
         return done

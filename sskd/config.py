@@ -299,7 +299,10 @@ def _explain(problem: Any, model: type[BaseModel], values: Mapping[str, Any]) ->
     if problem["type"] == "missing":
         return f"{path}: missing; give it as {path}=VALUE"
     if problem["type"] == "string_unicode":
-        return f"{path}: is not UTF-8, as the files of a run are; rename it, or name a link to it"
+        return (
+            f"{path}: is not valid UTF-8, which a run's files need; rename the file or folder, or "
+            "give a symbolic link to it"
+        )
     message = _WORDS_OF_PYDANTIC.sub("", problem["msg"])
     if problem["type"] == "list_type":
         message = "should be a list in brackets: [VALUE,VALUE]"

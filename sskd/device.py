@@ -44,14 +44,17 @@ def choose_device(name: str) -> torch.device:
         name = f"cuda:{_own_gpu()}" if torch.cuda.is_available() else "cpu"
     elif world_size() > 1 and name != "cpu":
         raise UserError(
-            f"device={name}: several processes have a GPU each; use device=auto, or cpu"
+            f"device={name}: torchrun's processes cannot share one device; use device=auto or "
+            "device=cpu"
         )
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except torch.OutOfMemoryError as error:
         reason = one_line(error)
-        raise UserError(f"device={name}: has no free memory ({reason}); use another one") from None
+        raise UserError(
+            f"device={name}: has no free memory ({reason}); use another device"
+        ) from None
     except (RuntimeError, AssertionError, NotImplementedError):
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):

@@ -7,6 +7,7 @@
     │   ├── BusyError            another process works on the run
     │   ├── UnfinishedError      jobs of a sweep have not finished
     │   ├── JobError             one job of a sweep failed
+    │   ├── FirstRankError       the first rank failed (sskd.distributed.ranks)
     │   └── NotFiniteError       a network's outputs are not finite
     ├── CheckError               a method, network or dataset lacks a property
     └── CorruptFileError         a file is not what was written

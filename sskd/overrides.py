@@ -11,8 +11,8 @@ from sskd.errors import did_you_mean, nearest
 
 # Settings of earlier versions by their last name, and what to type now.
 _RENAMED = {
-    "kd_weight": "weighting=crd_benchmark (0), weighting=common (1), or another value as "
-    "method.weights.ce=1 method.weights.kd=VALUE"
+    "kd_weight": "use weighting=crd_benchmark for 0, weighting=common for 1, or "
+    "method.weights.ce=1 method.weights.kd=VALUE for another value"
 }
 _NOT_STRINGS = {"true", "false", "null", "nan", "inf"}
 
@@ -43,7 +43,7 @@ def as_override(key: str, value: Any) -> str:
 def about_unknown(key: str, known: Collection[str]) -> str:
     """Return a message about the dotted ``key``, which is none of the settings ``known``."""
     if _last(key) in _RENAMED:
-        return f"{key}: is now {_RENAMED[_last(key)]}"
+        return f"{key}: no longer exists; {_RENAMED[_last(key)]}"
     return f"{key}: no such setting{_alternatives(key, known)}"
 
 

@@ -24,7 +24,8 @@ def resolve_precision(precision: str, device: torch.device, setting: str = "prec
     ``auto`` is ``bf16`` if the device multiplies in it, else ``fp32``.
 
     Raises:
-        UserError: the device lacks ``precision``, the value of ``setting``.
+        UserError: ``precision`` is ``tf32`` and the device does not support it; the message names
+            ``setting``.
     """
     if precision == "auto":
         return "bf16" if _HAS_BF16.get(device.type, _lacks)(device) else "fp32"

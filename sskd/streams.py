@@ -91,7 +91,8 @@ def copy_to_host(x: Tensor) -> Callable[[], Tensor]:
     if x.device.type != "cuda":
         copy = x.cpu()
         return lambda: copy
-    pinned = torch.empty_like(x, device="cpu", pin_memory=True)  # into other memory it would wait
+    # A copy to memory that is not pinned would block the host.
+    pinned = torch.empty_like(x, device="cpu", pin_memory=True)
     pinned.copy_(x, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record(torch.cuda.current_stream(x.device))

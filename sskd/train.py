@@ -1,4 +1,4 @@
-"""The story of a run: resolve it, load data and networks, train each phase, record the result."""
+"""The steps of a run: resolve it, load data and networks, train each phase, record the result."""
 
 from __future__ import annotations
 

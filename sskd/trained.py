@@ -27,13 +27,14 @@ from sskd.teachers.assembly import assemble
 class TrainedNetwork:
     """A trained network and its dataset, each read when it is first asked for.
 
-    Beside a run's config.yaml the dataset is that of the run, else CIFAR-100.
+    If the folder of the checkpoint contains a run's config.yaml, the dataset is that of the run,
+    else CIFAR-100.
 
     Args:
         checkpoint: a file, or a folder that holds one.
         arch: the name of its architecture; None: recognised by its tensors.
         overrides: choices of the dataset, as for the training commands.
-        folders: folders with configuration files beside those of the suite.
+        folders: folders with configuration files in addition to those of the suite.
 
     Attributes:
         path: the file of the weights.
@@ -65,8 +66,9 @@ class TrainedNetwork:
         images = load_images(self.dataset)
         if _recorded_dataset(self.path).get("digest") not in (None, images.digest):
             complain(
-                f"warning: {self.path}: the images in {self.dataset.root} may differ from those of "
-                "its run: config.yaml has another dataset.digest"
+                f"warning: {self.path}: the images in {self.dataset.root} may not be those of the "
+                "training: config.yaml states another dataset.digest; set dataset.root to the "
+                "folder of those images"
             )
         return images
 
@@ -135,7 +137,9 @@ class TrainedNetwork:
             config = read_config(compose_config("student", choices, self._folders))
             name = f"{config.student.name} as method={config.method.name} deploys it"
             return name, assemble(config, self.images).deployed, self.images.num_classes
-        raise UserError(f"{self.path}: has no architecture of this suite; name it with --arch NAME")
+        raise UserError(
+            f"{self.path}: its architecture is not recognised; give its name with --arch NAME"
+        )
 
 
 class _Built(NamedTuple):

@@ -56,9 +56,9 @@ class Turns:
 
     @contextmanager
     def job(self, own: Globals) -> Iterator[None]:
-        """Take part inside the ``with`` block; at its start and at its end, wait for no one.
+        """Wait for a turn, take turns inside the ``with`` block, and give the turn back at its end.
 
-        ``own`` are the values of this job.
+        ``own`` saves and restores the global values of this job.
         """
         turn = _here.turn = _Turn(self, own)
         try:

@@ -1,4 +1,6 @@
-"""Does a device compute what the CPU does, without waiting, and a CUDA graph what its steps do?
+"""Compare steps on a device with steps on the CPU, and a CUDA graph with eager steps.
+
+The comparison with the CPU also reports where the host waits for the device.
 
 The weights, the batches and the draws of both sides are the same, so rounding is the only
 difference. Training amplifies it.

@@ -16,7 +16,7 @@ from sskd.errors import UserError
 from sskd.files import write_text
 from sskd.output import say
 
-# Makes a measurement within some seconds; None if they were too few, so that the row is left.
+# Makes a measurement within a number of seconds; returns None if the time did not suffice.
 Measure = Callable[[Measurement, float], Values | None]
 
 
@@ -71,8 +71,8 @@ class RowFile:
         ]
         if others:
             raise UserError(
-                f"{self.path}: its rows were measured with {', '.join(others)}; use the same "
-                "again, or another folder: --out FOLDER"
+                f"{self.path}: its rows were measured with {', '.join(others)}; use the earlier "
+                "values, or another folder: --out FOLDER"
             )
 
 

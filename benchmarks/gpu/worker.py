@@ -34,9 +34,10 @@ class Worker:
         self._process: Any = None
 
     def measure(self, measurement: Measurement, seconds: float) -> Values | None:
-        """Return what ``measurement`` returns, or its ``error``.
+        """Return what ``measurement`` returns, or an ``error`` if it fails or hangs.
 
-        None if it needs more than ``seconds``.
+        It hangs if it takes more than ``LONGEST_SECONDS``. None if it takes more than ``seconds``,
+        if these are fewer.
         """
         if self._process is None or not self._process.is_alive():
             self._start()

@@ -1,4 +1,4 @@
-"""Properties that every method, network and dataset of the suite has, as checks of your own.
+"""Checks that a method, network or dataset of your own has the properties of those in the suite.
 
 ``sskd-checks method dist`` runs them. Each check is a function that raises ``CheckError``; the
 suite's tests call the same functions.

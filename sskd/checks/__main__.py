@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Check that a method, a network or a dataset has the properties that the suite relies on,
-such as gradients for exactly what a phase trains. One line for each check; the exit
-status is 1 if one fails.
+such as gradients for exactly what a phase trains. The command prints one line for each
+check. "refused" is not a failure: a method does not support a pair of networks, or a
+dataset does not have images of another size. The exit status is 1 if a check fails.
 """
 EXAMPLES = """\
 examples:
@@ -145,7 +146,9 @@ def _dataset_checks(given: argparse.Namespace) -> Iterator[Check]:
     from sskd.checks import datasets
 
     settings = _config(given, f"dataset={given.name}").dataset
-    yield Check("types and shapes", lambda: datasets.check_images(settings))
+    check = partial(datasets.check_images, settings)
+    yield Check("types and shapes", partial(check, settings.size))
+    yield Check("types and shapes with 64 pixels", partial(check, 64), may_refuse=True)
     yield Check("two loads are equal", lambda: datasets.check_repeatable(settings))
     yield Check("images of each class", lambda: datasets.check_classes(settings))
 
@@ -155,8 +158,8 @@ _CHECKS = {"method": _method_checks, "arch": _network_checks, "dataset": _datase
 
 def _parser() -> argparse.ArgumentParser:
     parser = tool_parser("checks", DESCRIPTION, EXAMPLES)
-    parser.add_argument("group", choices=sorted(_CHECKS), help="what is checked")
-    parser.add_argument("name", help="its name")
+    parser.add_argument("group", choices=sorted(_CHECKS), help="what to check")
+    parser.add_argument("name", help="the name of the method, architecture or dataset")
     parser.add_argument("--config-dir", "-cd", help="a folder with GROUP/NAME.yaml of your own")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for the training commands"

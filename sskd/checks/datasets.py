@@ -11,19 +11,22 @@ from sskd.data.reading import Source, find_problem
 _BATCH = 256  # images that are checked at once
 
 
-def check_images(settings: DatasetSettings) -> None:
-    """Check types, shapes and labels of both parts, at the size of ``settings`` and at 64."""
-    for size in (settings.size, 64):
-        source = _load(settings.model_copy(update={"size": size}))
-        problem = find_problem(source)
-        require(problem is None, str(problem))
-        for name, split in (("train", source.train), ("test", source.test)):
-            for images, labels in split.pixel_batches(_BATCH):
-                shape, kind = tuple(images.shape), images.dtype
-                expected = (len(labels), 3, size, size)
-                require(kind == torch.uint8, f"{name}: images are {kind}, not uint8")
-                require(shape == expected, f"{name}: images have shape {shape}, not {expected}")
-            require(split.labels.dtype == torch.int64, f"{name}: labels are not int64")
+def check_images(settings: DatasetSettings, size: int) -> None:
+    """Check types, shapes and labels of both parts, at ``size`` pixels on each side.
+
+    Raises:
+        UserError: the dataset does not have images of this size.
+    """
+    source = _load(settings.model_copy(update={"size": size}))
+    problem = find_problem(source)
+    require(problem is None, str(problem))
+    for name, split in (("train", source.train), ("test", source.test)):
+        for images, labels in split.pixel_batches(_BATCH):
+            shape, kind = tuple(images.shape), images.dtype
+            expected = (len(labels), 3, size, size)
+            require(kind == torch.uint8, f"{name}: images are {kind}, not uint8")
+            require(shape == expected, f"{name}: images have shape {shape}, not {expected}")
+        require(split.labels.dtype == torch.int64, f"{name}: labels are not int64")
 
 
 def check_repeatable(settings: DatasetSettings) -> None:

@@ -17,8 +17,9 @@ def check_features(name: str, classes: int = 10) -> None:
         with torch.no_grad():
             features = network(torch.randn(2, 3, size, size))
         require(isinstance(features, Features), "its forward does not return Features")
-        require(features.logits.shape == (2, classes), f"logits have shape {_shape(features[0])}")
-        require(features.pooled.ndim == 2, f"pooled has shape {_shape(features.pooled)}")
+        logits, pooled = _shape(features.logits), _shape(features.pooled)
+        require(logits == (2, classes), f"logits have shape {logits}, not {(2, classes)}")
+        require(len(pooled) == 2, f"pooled has shape {pooled}, not (2, d)")
         maps = [features.stem, *features.stages]
         require(all(each.ndim == 4 for each in maps), "stem and stages should be [B, c, h, w]")
         stages, preacts = (list(map(_shape, each)) for each in (features.stages, features.preacts))
@@ -66,7 +67,11 @@ def check_teacher(name: str) -> None:
         require(isinstance(found, Features), "a teacher does not return Features")
         for left, right in zip(_flatten(found), _flatten(expected), strict=True):
             close = torch.allclose(left, right, rtol=1e-3, atol=1e-3 * float(right.abs().max()))
-            require(close, f"a teacher has other features for {images} images of {size} pixels")
+            require(
+                close,
+                f"as a frozen teacher, the network has different features for {images} images of "
+                f"{size} pixels a side",
+            )
     for key, tensor in network.state_dict().items():
         require(torch.equal(tensor, state[key]), f"a teacher changes {key} in eval mode")
 

@@ -144,7 +144,7 @@ def _was_raised_in_reading(error: Exception) -> bool:
 
 
 def _was_raised_in_hydra(error: Exception) -> bool:
-    """Return whether Hydra's own code raised ``error``, as for two options that exclude."""
+    """Return whether Hydra's own code raised ``error``, such as for two conflicting options."""
     *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
     return str(innermost.f_globals.get("__name__", "")).startswith("hydra.")
 
@@ -159,5 +159,6 @@ def _long_number() -> str:
     most = sys.get_int_max_str_digits()
     for key, _, value in (word.partition("=") for word in sys.argv):
         if 0 < most < len(value) and re.fullmatch(r"[+-]?[\d_]+", value):
-            return f"{key}: {shortened(int(value[:100]))} has {len(value)} digits, too many"
+            number = shortened(int(value[:100]))
+            return f"{key}: {number} has {len(value)} digits; give at most {most}"
     return ""

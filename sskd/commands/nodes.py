@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import submitit
 
 # Ports of the first node, by job number, so that two jobs on a node rarely have the same.
-# Linux gives away those from 32,768 on.
+# Linux assigns the ports from 32,768 on to outgoing connections.
 _FIRST_PORT, _PORTS = 20_000, 12_000
 _POLL = 0.2  # seconds
 _END = 10  # seconds of SLURM's warning that are left for the end of this process
@@ -49,7 +49,7 @@ def train_on_nodes(composed: DictConfig, folder: Path) -> None:
     grace = max(int(launcher.signal_delay_s) - _END, _END)
     status = _run([*_torchrun(job, nodes, gpus), *_command(composed)], grace)
     if status:
-        ended = f"torchrun ended with status {status}; its lines in the job's log have the reason"
+        ended = f"torchrun ended with status {status}; see its output in the log of the SLURM job"
         raise UserError(failed_in_this_sweep(folder) or ended)
 
 

@@ -52,6 +52,6 @@ def check_search(holdout: float) -> None:
         )
     if not holdout:
         complain_once(
-            "warning: this search maximises the accuracy on the test set, so that accuracy is no "
-            "longer unbiased; dataset.holdout=0.1 searches by held-out training images instead"
+            "warning: this search maximises the accuracy on the test set, so the accuracy that it "
+            "finds is optimistic; add dataset.holdout=0.1 to search on held-out training images"
         )

@@ -70,9 +70,9 @@ class Job:
             return None
 
     def is_pending(self) -> bool:
-        """Return whether the run failed in this sweep or has no result.
+        """Return whether the run has no result, failed in this sweep, or is still to be forced.
 
-        A run that failed may have an old result.
+        A run that failed, or that ``force=true`` trains again, may have an old result.
         """
         if failed_in_this_sweep(self.folder) is not None:
             return True

@@ -229,7 +229,8 @@ SUBJECTS = (
     ),
     Subject(
         "Self-supervision",
-        "SSKD's self-supervised task, and how much of two of its terms selective transfer keeps.",
+        "The accuracy of SSKD's self-supervised task, and the share of the views (TF) and of the"
+        " scores (SS) that selective transfer keeps.",
         run_panels=_self_supervision,
     ),
     Subject(

@@ -66,5 +66,8 @@ class Augmenter:
         return self._make(cut, choices, is_copy=is_copy), crops
 
     def crops_of(self, indices: Tensor, crops: Tensor) -> Tensor:
-        """Return the given ``crops`` [B, k] of the images ``indices`` [B], as they are cut."""
+        """Return the ``crops`` [B, k] of the images ``indices`` [B]: float32 [B * k, 3, S, S].
+
+        They are normalised, and neither strong nor transformed.
+        """
         return self._make.normalise(self._crop(indices, crops))

@@ -180,8 +180,8 @@ def add_label_noise(train: L, num_classes: int, noise: float, seed: int) -> L:
         return train
     if num_classes < 2:
         raise UserError(
-            f"dataset.label_noise={noise} needs a second class to take wrong labels from, and "
-            "the dataset has one; set dataset.label_noise=0"
+            f"dataset.label_noise={noise} needs a second class to take wrong labels from, but "
+            "the dataset has only one class; set dataset.label_noise=0"
         )
     # A shift by 1 to C - 1 gives each other class the same probability, and never the class itself.
     shift = torch.randint(

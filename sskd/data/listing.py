@@ -112,7 +112,7 @@ def refuse_differing(root: Path, parts: Mapping[str, Sequence[str]]) -> None:
     if alone:
         raise UserError(
             f"{root}: {' and '.join(parts)} must have the same classes, but {' and '.join(alone)}; "
-            "add the missing folders of classes, or remove these"
+            "add the missing class folders, or remove the extra ones"
         )
 
 

@@ -36,8 +36,8 @@ class PublishedFiles:
         folder: below ``dataset.root``; empty if the files are in the root itself.
         digests: the MD5 digest of each file by its name.
         url: where they are published, in messages.
-        fetch: downloads them into a folder, below a folder for its temporary files; it takes the
-            root and that folder. The files are then in ``folder`` below it.
+        fetch: takes the root and a temporary folder. It downloads the files into ``folder`` below
+            the temporary folder; an archive that contains them is downloaded into the root.
         parse: turns the contents of the files, by name, into the dataset.
         cache: the name of the cache in the root.
     """

@@ -52,7 +52,10 @@ class DatasetSettings(Settings):
     @classmethod
     def _names_a_folder(cls, name: str) -> str:
         if re.fullmatch(r"\w[\w.-]*", name) is None:
-            raise ValueError("may have letters, digits, '_', '-' and '.', as dataset.name=NAME")
+            raise ValueError(
+                "may contain only letters, digits, '_', '-' and '.', and must not start with '-' "
+                "or '.'; set dataset.name=NAME"
+            )
         return name
 
     @model_validator(mode="before")

@@ -76,7 +76,7 @@ class ViewMaker:
 
     Attributes:
         drawing: what its choices are drawn for.
-        normalise: the last step, of images that need no other.
+        normalise: the last step; alone, it is for images without strong or transformed views.
     """
 
     def __init__(

@@ -58,7 +58,7 @@ def _number(name: str) -> int:
     text = os.environ[name]
     if not text.isdecimal() or (name == WORLD_SIZE and int(text) == 0):
         raise UserError(
-            f"{name}={shortened(text)} is not a number of processes; start with torchrun, or unset "
+            f"{name}={shortened(text)} is not a valid number; start with torchrun, or unset "
             f"{WORLD_SIZE}"
         )
     return int(text)

@@ -52,7 +52,7 @@ def _store() -> dist.Store:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"the processes cannot connect to {address} ({one_line(error)[:120]}); use another "
-            "port, as torchrun --master_port=PORT"
+            "port with torchrun --master_port=PORT"
         ) from None
     # After a restart torchrun's store still has the keys of the processes that died.
     return dist.PrefixStore(f"restart/{os.environ.get(RESTART_COUNT, 0)}", store)
@@ -68,7 +68,7 @@ def _announce(config: Mapping[str, Any] | None) -> None:
 
 
 def await_job() -> dict[str, Any] | None:
-    """Return the plain configuration of the next job of rank 0; None, at last, if it ends."""
+    """Return the plain configuration of rank 0's next job; None if there are no more jobs."""
     key = f"job/{next(_announced)}"
     config: dict[str, Any] | None = json.loads(ranks.await_key(_store(), key))
     if config is None:

@@ -33,8 +33,8 @@ examples:
 
 In a folder, the file with `best` in its name is used; the folder's ckpt/ is searched too. In a
 folder of runs, every finished run is evaluated. The checkpoint may be one of this suite, of SSKD or
-of the CRD benchmark; its architecture is recognised from its tensors. Beside a run's config.yaml
-the dataset of that run is used, else CIFAR-100.
+of the CRD benchmark; its architecture is recognised from its tensors. If the config.yaml of a run
+is in the same folder, the dataset of that run is used, otherwise CIFAR-100.
 """
 
 
@@ -96,8 +96,8 @@ def _find_networks(given: argparse.Namespace) -> list[TrainedNetwork]:
     for word in overrides:
         if not word.startswith(("dataset=", "dataset.")):
             raise UserError(
-                f"{shortened(word)} is neither a checkpoint nor a choice of the dataset, as "
-                "dataset=NAME or dataset.KEY=VALUE; options begin with dashes, as --device"
+                f"{shortened(word)} is neither a checkpoint nor a choice of the dataset, such as "
+                "dataset=NAME or dataset.KEY=VALUE; options begin with dashes, such as --device"
             )
     checkpoints = [first, *(word for word in others if word not in overrides)]
     folders = [] if given.config_dir is None else [Path(given.config_dir)]

@@ -41,7 +41,7 @@ class Calibration:
 
 
 def measure_calibration(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Calibration:
-    """Return the calibration of ``logits`` [N, C] divided by ``temperature``."""
+    """Return the calibration of ``logits`` [N, C] over ``temperature`` for ``labels`` [N]."""
     scaled = logits.double() / temperature
     bins = reliability(scaled, labels)
     return Calibration(nll(scaled, labels), expected_calibration_error(bins), bins)

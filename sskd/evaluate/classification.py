@@ -24,7 +24,10 @@ def wilson_interval(percent: float, count: int) -> tuple[float, float]:
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return the number of images [C, C] (int64) by their label (row) and prediction (column)."""
+    """Return the number of images [C, C] (int64) by their label (row) and prediction (column).
+
+    ``predicted`` and ``labels`` are int64 [N].
+    """
     cells = labels * num_classes + predicted
     counts = torch.bincount(cells, minlength=num_classes**2)
     return counts.reshape(num_classes, num_classes)

@@ -50,7 +50,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Cost:
-    """``flops`` and ``multiply_adds`` are those of one image; an addition and a product are 2."""
+    """Parameters, arithmetic and latency of a network.
+
+    ``flops`` and ``multiply_adds`` are those of one image; a multiply-add counts as 2 FLOPs.
+    """
 
     parameters: int
     flops: int

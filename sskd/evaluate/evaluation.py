@@ -70,9 +70,9 @@ class ClassConfusion:
 class Scaling:
     """Calibration before and after temperature scaling.
 
-    ``images`` is the number of test images that it was measured on. ``fitted_on`` describes the
-    ``fitted_images`` that determined the temperature. They and ``after`` are None if there is no
-    temperature; ``note`` then says why.
+    ``images`` is the number of test images of the measurement. ``fitted_on`` describes the images
+    of the fit, ``fitted_images`` is their number; both are None if nothing was fitted.
+    ``temperature`` and ``after`` are None if there is no temperature; ``note`` then says why.
     """
 
     images: int

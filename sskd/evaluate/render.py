@@ -88,7 +88,7 @@ def _accuracy_table(evaluation: Evaluation, title: str) -> Table:
         ("its 95 % interval", f"{low:.2f} to {high:.2f}"),
         ("top-5, %", _number(evaluation.top5_percent, 2)),
     ]
-    note = "The interval is that of the choice of test images (Wilson), not of the training's seed."
+    note = "The interval covers the sampling of the test images (Wilson), not the training seed."
     return _table(title, ("measure", "value"), rows, note)
 
 

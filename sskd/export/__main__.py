@@ -17,8 +17,9 @@ NAMES = ("onnx", "pt2", "torchscript", "hub")
 DESCRIPTION = """\
 Write a trained network to files that run without the suite: for ONNX Runtime, for
 torch.export, as TorchScript, or as a folder for the Hugging Face Hub and torch.hub.
-Each file takes images as they are, of any number, and has a card. It is run on the
-test images, and only written if it computes what the network computes.
+Each file takes images with values in [0, 1], in batches of any size, and has a model
+card. A file is run on the test images, and is kept only if its logits agree with
+those of the network.
 """
 EXAMPLES = """\
 examples:
@@ -27,8 +28,8 @@ examples:
   {command} RUN --to pt2,hub --fold     without BatchNorms
   {command} resnet56.pth --to onnx dataset.root=FOLDER
 
-RUN is the folder of a finished run. Of another folder or file the dataset is CIFAR-100, unless
-dataset= names one.
+RUN is the folder of a finished run, another folder with a checkpoint, or a checkpoint. If no run
+belongs to the checkpoint, the dataset is CIFAR-100, unless dataset= names another.
 """
 
 

@@ -132,7 +132,8 @@ def _weights_of(run: FinishedRun, epoch: Epoch) -> Path:
     path = run.folder / _FILES[epoch]
     if not path.is_file():
         raise UserError(
-            f"{run.folder}: has no {path.name}, the weights of the {epoch} epoch; name a file"
+            f"{run.folder}: has no {path.name}, the weights of the {epoch} epoch; "
+            f"{'omit' if epoch == 'best' else 'add'} --best, or name a checkpoint"
         )
     return path
 

@@ -82,8 +82,8 @@ class Phase:
         """
         if terms.keys() != self.weights.keys():
             raise ValueError(
-                f"phase {self.name}: the terms are {sorted(terms)}, "
-                f"the weights {sorted(self.weights)}"
+                f"phase {self.name}: the terms are {sorted(terms)}, but the weights are for "
+                f"{sorted(self.weights)}; give each term exactly one weight"
             )
         return {
             name: self._weight(name) * term if self.weights[name] else torch.zeros_like(term)
@@ -117,7 +117,7 @@ def fault_of_phases(phases: Sequence[Phase]) -> str:
         if phase.warmup and phase.progress is None:
             return f"phase {phase.name}: a warmup needs progress=self.progress"
     if not names or phases[-1].teacher_only:
-        return "the last phase trains the student, so there must be one without teacher_only"
+        return "the last phase must train the student: yield one with teacher_only=False at the end"
     return ""
 
 
@@ -175,9 +175,10 @@ class Method(nn.Module, ABC):
         self.precomputed: Callable[[Batch], Features] | None = None
         # Gathers rows [B, ...] of one process into those of the whole batch, with a gradient.
         self.gather: Callable[[Tensor], Tensor] = lambda rows: rows
-        # Computes them; jobs in threads share it (sskd.teachers.side_by_side).
+        # Computes the teacher's features; jobs in threads share this function
+        # (sskd.teachers.side_by_side).
         self.teacher_forward: TeacherForward = forward_in_chunks
-        # What decides them, beside the seed of the epoch, if jobs share a GPU.
+        # If jobs share a GPU: together with the epoch's seed, identifies the teacher's features.
         self.shared_teacher: Hashable = None
         self.register_module("teacher", networks.teacher)
         if networks.teacher is not None:

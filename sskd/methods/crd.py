@@ -1,6 +1,7 @@
 """CRD: Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020.
 
-Two memory banks hold the latest embedding of every training image, the student's and the teacher's.
+Two memory banks, one for each network, hold a running mean of the embeddings of every training
+image.
 Each network learns to distinguish the other network's embedding of the same image (the positive)
 from those of images of other classes (N negatives), out of M training images: section 3 of the
 paper, by the noise-contrastive estimate of Gutmann & Hyvärinen, AISTATS 2010.
@@ -81,10 +82,11 @@ def nce_loss(scores: Tensor, num_data: int) -> Tensor:
 
 
 class ContrastMemory(nn.Module):
-    """One network's embedding layer, and a bank of the latest embeddings of all training images.
+    """One network's embedding layer, and a bank of running means, one for each training image.
 
-    Buffers: ``bank`` [M, d]; ``normaliser``, the constant Z by which the scores of this network's
-    embeddings are divided. The first batch sets it; until then it is 0, which no score is.
+    Buffers: ``bank`` [M, d], unit vectors after their first update; ``normaliser``, the constant Z
+    by which the scores of this network's embeddings are divided. The first batch sets Z. A value
+    of 0 means that Z is not set yet.
     """
 
     bank: Tensor
@@ -104,7 +106,11 @@ class ContrastMemory(nn.Module):
     def contrast(
         self, embedding: Tensor, other: ContrastMemory, index: Tensor, temperature: float
     ) -> Tensor:
-        """Return the loss of this network's embeddings against the other network's bank."""
+        """Return the loss of this network's embeddings against the other network's bank, a scalar.
+
+        ``embedding`` is [B, d]. ``index`` [B, 1 + N] holds the rows of the positive and of the N
+        negatives in the bank of ``other``.
+        """
         scores = score(embedding, other.bank, index, temperature)
         with torch.no_grad():  # torch.where, because an ``if`` would wait for the device
             estimate = len(self.bank) * scores.mean()
@@ -149,7 +155,10 @@ class CRD(KD):
         self.register_buffer("labels", networks.data.train.labels, persistent=False)
         others = len(self.labels) - int(self.labels.bincount().max())
         if others == 0:
-            raise UserError("needs images of a second class, to draw its negatives from")
+            raise UserError(
+                "needs images of a second class, to draw its negatives from; use a dataset with at "
+                "least two classes"
+            )
         self.negatives = min(negatives, others)
         student, teacher = (features.pooled.shape[1] for features in networks.probe())
         self.student_memory = ContrastMemory(student, dimension, len(self.labels))

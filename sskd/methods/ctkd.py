@@ -44,7 +44,10 @@ def reversal(progress: Tensor, warmup: float) -> Tensor:
 
 @in_float32
 def learned_kd_loss(student: Tensor, teacher: Tensor, temperature: Tensor) -> Tensor:
-    """Return ``kd_loss`` with a gradient for the ``temperature``, a scalar between 1 and 21."""
+    """Return ``kd_loss`` with a gradient for the ``temperature`` too: a scalar, float32.
+
+    ``student`` and ``teacher`` are logits [B, C]; ``temperature`` is a positive scalar.
+    """
     log_q = F.log_softmax(student / temperature, dim=1)
     log_p = F.log_softmax(teacher / temperature, dim=1)
     return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)

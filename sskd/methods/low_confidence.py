@@ -1,6 +1,7 @@
 """The masks of low-confidence images and classes in the authors' code of MLLD and of SKD.
 
-They multiply a mean instead of its parts, so that only the share of what they keep counts.
+That code multiplies the mean of a loss by a mask, instead of the loss of each image or class. So
+only the share of the images or classes that the mask keeps has an effect.
 """
 
 from __future__ import annotations

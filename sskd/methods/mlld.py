@@ -67,8 +67,8 @@ def class_loss(student: Tensor, teacher: Tensor, temperatures: Sequence[float]) 
 def code_terms(weak: View, strong: View, temperatures: Sequence[float]) -> dict[str, Tensor]:
     """Return the terms as the authors' code computes them.
 
-    Of the strong views, the instance level has the first three temperatures, and at the others it
-    has the weak views once more; the other levels do not enter the loss.
+    The instance level compares the strong views at the first three temperatures only; at the other
+    temperatures it compares the weak views a second time. The other levels use the weak views only.
     """
     images, classes = low_confidence_shares(weak.teacher)
     first, others = temperatures[:STRONG_TEMPERATURES], temperatures[STRONG_TEMPERATURES:]

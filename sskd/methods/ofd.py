@@ -93,9 +93,9 @@ class OFD(Distillation):
         for layer, (student, teacher) in zip(layers, networks.stage_shapes(), strict=True):
             if not isinstance(layer, nn.BatchNorm2d) or layer.num_features != teacher[0]:
                 raise UserError(
-                    f"needs a BatchNorm of all channels in front of the last ReLU of each stage of "
-                    f"the teacher, which {type(networks.teacher).__name__} does not have; choose "
-                    f"networks that have it"
+                    "needs a BatchNorm of all channels in front of the last ReLU of each stage of "
+                    f"the teacher, but {type(networks.teacher).__name__} lacks one; choose "
+                    "networks with another teacher"
                 )
             connectors.append(Connector(student[0], negative_means(layer)))
         self.connectors = nn.ModuleList(connectors)

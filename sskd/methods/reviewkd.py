@@ -67,9 +67,9 @@ class Fusion(nn.Module):
     def forward(
         self, student_map: Tensor, deeper: Tensor | None, size: torch.Size
     ) -> tuple[Tensor, Tensor]:
-        """Return the fused map, with the height and width ``size``, and its map to the teacher's.
+        """Return the fused map [B, width, *size], and its expansion to the teacher's channels.
 
-        ``student_map`` is [B, c, h, w], ``deeper`` [B, width, ...] is None at the deepest level.
+        ``student_map`` is [B, c, h, w], ``deeper`` [B, width, ...], None at the deepest level.
         """
         fused = self.reduce(student_map)
         if self.attention is not None:

@@ -1,4 +1,4 @@
-"""The part that methods share which compare the maps at the end of every stage."""
+"""Code shared by the methods that compare the maps at the end of every stage."""
 
 from __future__ import annotations
 

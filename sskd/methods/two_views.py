@@ -1,4 +1,4 @@
-"""What the methods share that compare a weak and a strong view of each image."""
+"""Code shared by the methods that compare a weak and a strong view of each image."""
 
 from __future__ import annotations
 

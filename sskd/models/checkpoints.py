@@ -41,8 +41,8 @@ _MAX_SHOWN = 100  # characters of a key in a message
 class Checkpoint:
     """The tensors of a network, on the CPU, and what their file says about them.
 
-    ``accuracy`` is the value in the file (percent in the published ones). ``accuracy`` and
-    ``epoch`` are None if the file does not state a single number for them.
+    ``accuracy`` is the top-1 accuracy in percent. ``accuracy`` and ``epoch`` are None if the file
+    does not state a single valid number for them (``stated_accuracy``, ``stated_epoch``).
     """
 
     state: dict[str, Tensor]
@@ -168,7 +168,10 @@ def load_weights(model: nn.Module, path: str | Path) -> Checkpoint:
                 f"'{name}'; download or train it again"
             )
         if not tensor.isfinite().all():
-            raise UserError(f"{checkpoint.path} holds values that are not finite, in '{name}'")
+            raise UserError(
+                f"{checkpoint.path} holds values that are not finite, in '{name}'; download or "
+                "train it again"
+            )
     model.load_state_dict(checkpoint.state)
     return checkpoint
 
@@ -213,7 +216,10 @@ def _explain_mismatch(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) ->
     found, known = recognise(checkpoint.state), recognise(expected)
     if found is None or known is None:
         differences = _differences(checkpoint.state, expected)
-        return f"{checkpoint.path} does not fit: {differences}; name a file of this network alone"
+        return (
+            f"{checkpoint.path} does not fit: {differences}; name a file that contains the "
+            "weights of this network"
+        )
     if found == known:
         return (
             f"{checkpoint.path} holds a {found[0]} whose first layers are those for images of "

@@ -114,7 +114,10 @@ def load_weights_file(path: Path) -> tuple[Mapping[Any, Any], Mapping[Any, Any]]
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: permission denied") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
+        raise UserError(
+            f"{path} holds a {type(content).__name__}, not a state dict; save model.state_dict() "
+            "with torch.save"
+        )
     return content, content
 
 
@@ -225,8 +228,8 @@ def _refuse_long_strings(stream: io.BytesIO, path: Path) -> None:
             return
         if stream.tell() >= MAX_PICKLE_BYTES:
             raise UserError(
-                f"{path} is corrupt, or holds more than {MAX_PICKLE_BYTES >> 20} MiB beside "
-                "its tensors; download it again, or save the state dict alone"
+                f"{path} is corrupt, or holds more than {MAX_PICKLE_BYTES >> 20} MiB in addition "
+                "to its tensors; download it again, or save the state dict alone"
             ) from error
         raise _corrupt_error(path) from error
     end = stream.tell()

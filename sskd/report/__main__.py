@@ -24,17 +24,17 @@ DESCRIPTION = """\
 Show the results of all finished runs in the layout of the published tables: one
 table per dataset and setting, a column per pair of teacher and student, a row
 per method. Runs with other settings of the method or a teacher from a file have
-their own rows. Runs that differ in one number are a table with a column for each
-value. On CIFAR-100 and ImageNet the published value is shown beneath the measured
-one if the experiment is the same.
+their own rows. Runs that differ only in one number share a table with a column for
+each value. On CIFAR-100 and ImageNet the published value is shown beneath the
+measured one if the experiment is the same.
 """
 EXAMPLES = """\
 examples:
   {command}                        the tables of all runs under runs/
   {command} runs/cifar100 --best   of one dataset, at the best epoch
   {command} --status               what each job of a sweep is doing
-  {command} --watch                both, refreshed every 30 seconds
-  {command} --wandb                also log them to Weights & Biases
+  {command} --watch                tables and status, refreshed every 30 seconds
+  {command} --wandb                also log the report to Weights & Biases
   {command} --out results/grid     also write results/grid.html, ...
 """
 
@@ -201,7 +201,8 @@ def _seconds(text: str) -> float:
         message = f"should be a number of seconds (got {shortened(text)})"
         raise argparse.ArgumentTypeError(message) from None
     if not 0 < seconds <= 86_400:
-        raise argparse.ArgumentTypeError("must be more than 0 and at most a day, 86400")
+        message = f"must be more than 0 and at most 86400 seconds, a day (got {shortened(text)})"
+        raise argparse.ArgumentTypeError(message)
     return seconds
 
 

@@ -78,7 +78,8 @@ class LaterValues:
         if not reported:
             return
         listed = "; ".join(f"{', '.join(found)} ({by})" for by, found in reported.items())
-        yield f"Published later, with {self.methods.teachers} teachers, by whom: {listed}."
+        teachers = self.methods.teachers
+        yield f"Values published later, with {teachers} teachers, and who reported them: {listed}."
         yield from (text for text, about in self.methods.remarks if not about.isdisjoint(rows))
 
 
@@ -153,8 +154,8 @@ CRD_BENCHMARK_LATER = LaterMethods(
             frozenset({"MLLD", "LS+MLLD"}),
         ),
         (
-            "TTM's authors have published its settings for vgg13-vgg8 alone, WTTM's only beside"
-            " CRD; here all pairs have these.",
+            "TTM's authors have published its settings only for vgg13-vgg8, and WTTM's only in"
+            " combination with CRD; this suite uses these settings for all pairs.",
             frozenset({"TTM", "WTTM"}),
         ),
         (

@@ -21,7 +21,7 @@ from sskd.report.report import Report
 from sskd.report.tables import EPOCH_TITLES, Table
 
 FULL_DIFFERENCE = 2.0  # points of top-1 from which the colour is full
-BY_DIFFERENCE = f"Colours: measured - published, full from {FULL_DIFFERENCE:g} points."
+BY_DIFFERENCE = f"Colours: measured - published; strongest from {FULL_DIFFERENCE:g} points on."
 
 
 @dataclass(frozen=True)

@@ -291,10 +291,11 @@ SKD = PublishedSource(
     "SKD's recipe",
     (
         "SKD's recipe: Jeong et al., Streamlined Knowledge Distillation, CVPR 2026; shown beside"
-        " runs with the CRD benchmark's teachers, though its authors' code trains the teachers on"
-        " strong copies too. An epoch has two copies of each image, and the learning rate is 0.1"
-        " for all networks. KD gains about as much from this recipe as from a better method: its"
-        " values do not compare with those of other recipes.",
+        " runs with the CRD benchmark's teachers, although its authors' code also trains the"
+        " teachers on strongly augmented images. An epoch has two copies of each image, one of"
+        " them strongly augmented, and the learning rate is 0.1 for all networks. This recipe"
+        " raises KD about as much as a better method does, so its values must not be compared with"
+        " those of other recipes.",
     ),
     variant=FROM_LAST,
     teachers_of=dict.fromkeys(("KD", "DKD", "SKD"), CRD_TEACHERS),

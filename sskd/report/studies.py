@@ -316,9 +316,10 @@ def _kept(key: str, rows: Rows) -> Rows:
 def _without_comparisons(key: str, rows: Rows) -> tuple[Rows, frozenset[Value]]:
     """Return ``rows`` without those of comparisons, and the values of these.
 
-    Where most methods have one value and no other, their setting is a comparison of methods. It
-    keeps its table, and these methods are not in the study. Nor is a variant with one value of a
-    method that has a line. Settings of methods have no tables.
+    If more methods have a value as their only one than have it among several, the setting with that
+    value is a comparison of methods. It keeps its table, and these methods are not in the study. A
+    variant with one value is not in the study either if its method has a line. Settings of methods
+    have no tables.
     """
     if key.startswith(ROW_KEYS):
         return rows, frozenset()

@@ -27,13 +27,14 @@ from sskd.report.tables import (
 
 RECIPE_MARK, BEST_MARK = "recipe", "*"
 STUDY_LEGEND = (
-    "Studies: the runs of a row differ in one setting and the seed alone. The recipe's own value of"
+    "Studies: the runs of a row differ only in one setting and the seed. The recipe's own value of"
     " the setting is marked. The runs are in another table only if they have the recipe's value or"
     " that table compares more methods."
 )
 HOLDOUT_LEGEND = (
     "held-out: mean top-1 in % on the held-out training images (dataset.holdout). An asterisk marks"
-    " the row's best value by it. The numbers above it are of the test set."
+    " the value of the setting with the best held-out top-1 of the row. The first line of a row is"
+    " the top-1 on the test set."
 )
 PUBLISHED_LEGEND = (
     "Beneath a value of a study, the published one and the difference, measured - published; only"

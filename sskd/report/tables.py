@@ -47,8 +47,8 @@ TEACHER_LEGEND = (
 )
 COST_LEGEND = (
     "Cost and agreement: top-1 in % at the last epoch, at the best epoch on the test set, and the"
-    " gap between both; the share of test images on which student and teacher agree; the KL"
-    " divergence between them; the passes, the number of views of each image on which the student"
+    " gap between the two; the share of test images on which student and teacher agree; KL(teacher"
+    " || student) in nats; the passes, the number of views of each image on which the student"
     " was trained; a run's images per second, its peak memory (of the GPU, or on a CPU of the"
     " process, including precomputed teacher outputs that it read from a file) and its training"
     " time, which includes a first phase that several students share, but not the precomputation of"

@@ -73,8 +73,8 @@ def _table(columns: tuple[str, ...], rows: Iterator[list[Any]]) -> wandb.Table:
 def _results(report: Report) -> Iterator[list[Any]]:
     """Yield a row for each cell of the tables, at the last and at the best epoch.
 
-    A top-5 of the last epoch can lack that of the best, and a teacher be as accurate as the
-    published one at one of both alone.
+    A top-5 can be recorded for the last epoch alone. A cell can have a published value at only one
+    of the two epochs, because the teacher is as accurate as the published one only there.
     """
     last, best = (
         [entry for table in report.tables(epoch) for entry in table.entries]

@@ -75,7 +75,7 @@ def integer(record: Record, key: str) -> int:
     """Return a whole number, 0 or more."""
     value = get(record, key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"'{key}' is not a whole number")
+        raise ValueError(f"'{key}' is not an integer of at least 0")
     return value
 
 

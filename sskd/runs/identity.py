@@ -68,10 +68,10 @@ def _without(values: Mapping[str, Any], *paths: tuple[str, ...]) -> dict[str, An
 
 
 def _idle(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the teacher's settings that have no effect beside the other ``values``.
+    """Return the teacher's settings that have no effect, given the other ``values``.
 
-    The digest of a checkpoint decides everything about it. Without a checkpoint, a setting that is
-    given its default is the same as the default.
+    With a checkpoint, only the architecture and the digest count. Without one, a setting that
+    repeats its default has no effect.
     """
     teacher, schedule = values.get("teacher"), values.get("schedule")
     if not isinstance(teacher, dict):

@@ -77,7 +77,10 @@ class FolderLock:
         try:  # a silent holder on another node counts as dead only after a whole lease
             self._wait(timeout=DURATION + HEARTBEAT if silent and watch else 0)
         except Timeout:
-            raise BusyError(f"{self._folder}: {holder} is working on this run") from None
+            raise BusyError(
+                f"{self._folder}: {holder} is working on this run; rerun the same command after it "
+                "has ended"
+            ) from None
 
     def _wait(self, timeout: float) -> None:
         """Acquire the lease; other jobs of this process work in the meantime."""
@@ -125,12 +128,13 @@ class FolderLock:
         if owner and owner.token != self._lease.token:
             raise BusyError(
                 f"{self._folder}: was taken by {_holder(self._folder)}, because this process was "
-                f"suspended for more than {DURATION:.0f} seconds"
+                f"suspended for more than {DURATION:.0f} seconds; rerun the same command after "
+                "that process has ended"
             )
         if owner is None or self._lease.compromise is not None:
             raise BusyError(
                 f"{self._folder / _FILE}: was removed, or could not be renewed for {DURATION:.0f} "
-                "seconds, so another process may have taken the folder"
+                "seconds, so another process may have taken the folder; rerun the same command"
             )
 
 

@@ -23,7 +23,7 @@ class MetricsLog:
     """The metrics of a run's epochs, in memory and on disk.
 
     Attributes:
-        lines: the epochs so far, in order.
+        lines: the epochs so far, in order; empty on all ranks but the first.
     """
 
     def __init__(self, folder: Path, lock: FolderLock) -> None:

@@ -15,7 +15,8 @@ from sskd.runs.recipe import diff_from_recipe
 class TeacherWeights:
     """The file of a teacher's weights, and the SHA-256 of the tensors in it.
 
-    ``heads`` is the same of the modules that it was trained with, if students can use them.
+    ``heads`` states the file and the SHA-256 of the modules that the teacher was trained with; None
+    if it has none or the student's method does not use them.
     """
 
     path: Path

@@ -1,7 +1,7 @@
 """A run's folder while a process works in it.
 
-The folder is the run's identity. Every file in it is written atomically, so a run may be killed at
-any moment; the same command then resumes from the last checkpoint.
+The folder's path identifies the run. Its files survive a crash, so a run may be killed at any
+moment; the same command then resumes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -157,10 +157,10 @@ class Run:
 
 
 def _is_failure(error: BaseException) -> bool:
-    """Return whether to record ``error`` as the end of the run: not if another process has it.
+    """Return whether to record ``error`` in the run's status: not if another process has the run.
 
-    Of several ranks the first one records it, unless it may be the end of another rank, which
-    surprises a collective.
+    Of several ranks, only the first one records it. It does not record an error that a collective
+    may have raised because another rank has ended.
     """
     if isinstance(error, BusyError) or not ranks.is_first():
         return False

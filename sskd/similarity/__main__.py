@@ -47,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--teacher",
         metavar="FILE",
-        help="the teacher's checkpoint, if the runs do not lead to it, and of networks without one",
+        help="the teacher's checkpoint, for files, for networks trained without a teacher, and for "
+        "runs whose teacher cannot be found",
     )
     return parser
 

@@ -31,7 +31,7 @@ def draw_differences(title: str, summaries: Sequence[Summary]) -> Figure:
     with far larger differences does not hide the others.
 
     Args:
-        summaries: those without a difference are left out; one has one.
+        summaries: at least one must have a difference; those without one are left out.
     """
     shown = [(each, each.difference) for each in summaries if each.difference is not None]
     labels = picture_labels([each.row for each, _ in shown], always=("method",))

@@ -50,9 +50,9 @@ def find_teacher_file(run: FinishedRun, given: str | None) -> Path:
 def pairs_of(chosen: Sequence[Chosen], given: str | None) -> list[tuple[Chosen, Path]]:
     """Return the networks that have a teacher, each with its teacher's file.
 
-    That of a network trained alone, or of a file, is ``given``. Without it, a network alone is
-    compared with the teachers that students of its architecture on its dataset have, and other
-    networks are left out.
+    If ``given`` is set, it is the teacher of each network trained alone and of each file. If not, a
+    network trained alone is compared with the teachers of the students in ``chosen`` that have its
+    architecture and dataset; if there are none, it is left out.
 
     Raises:
         UserError: a teacher is missing, or no network has one.
@@ -64,8 +64,8 @@ def pairs_of(chosen: Sequence[Chosen], given: str | None) -> list[tuple[Chosen, 
         found += [(each, path) for path in _teachers(each, chosen, given)]
     if not found:
         raise UserError(
-            f"{chosen[0].name}: was trained without a teacher; name one with --teacher FILE, or "
-            "students as well"
+            f"{chosen[0].name}: was trained without a teacher; name a teacher with --teacher FILE, "
+            "or add the runs of students of the same architecture and dataset"
         )
     return found
 

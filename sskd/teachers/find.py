@@ -58,8 +58,8 @@ def _refuse_other_epoch(teacher_method: str, epoch: str, method: str) -> None:
     """Raise UserError if ``method`` uses heads of the last epoch with another epoch's weights."""
     if METHODS[method].uses_heads and METHODS[teacher_method].has_heads and epoch != "last":
         raise UserError(
-            f"teacher.epoch={epoch}: method={method} uses what teacher.method={teacher_method} "
-            "keeps of its last epoch; use teacher.epoch=last"
+            f"teacher.epoch={epoch}: method={method} uses the heads that "
+            f"teacher.method={teacher_method} saves after its last epoch; use teacher.epoch=last"
         )
 
 
@@ -67,7 +67,7 @@ def _refuse_heads_of_checkpoint(teacher_method: str) -> None:
     """Raise UserError if a checkpoint, which has no heads, should come from ``teacher_method``."""
     if METHODS[teacher_method].has_heads:
         raise UserError(
-            f"teacher.method={teacher_method} has no effect beside teacher.checkpoint, which gives "
+            f"teacher.method={teacher_method} has no effect with teacher.checkpoint, which loads "
             f"the network without its heads; {_TO_USE_HEADS}"
         )
 
@@ -105,7 +105,7 @@ def _suite_teacher(
 ) -> TeacherWeights:
     """Return the weights of the finished run of the suite that ``expected`` configures.
 
-    ``uses_heads``: with what the teacher was trained with, if it has it.
+    ``uses_heads``: include the heads that the teacher was trained with, if its run saved them.
     """
     folder = run_folder(expected, diff_from_recipe(expected))
     result = read_result(folder, RunResult)
@@ -126,8 +126,9 @@ def _suite_teacher(
     digest = getattr(result.digest, epoch)
     if digest is None:
         raise UserError(
-            f"{folder}: its result.json has no digest of the {epoch} epoch's weights; use the "
-            "other epoch's with teacher.epoch, or train it from scratch with force=true"
+            f"{folder}: its result.json has no digest of the {epoch} epoch's weights; use "
+            f"teacher.epoch={'last' if epoch == 'best' else 'best'}, or train it again with "
+            f"`{training_command(expected)} force=true`"
         )
     heads = result.digest.heads if uses_heads else None
     found = TeacherWeights(folder / HEADS, heads) if heads else None
@@ -214,6 +215,6 @@ def load_teacher(network: nn.Module, teacher: TeacherWeights) -> None:
     load_weights(network, teacher.path)
     if weights_digest(network) != teacher.digest:
         raise UserError(
-            f"{teacher.path}: its weights do not have the digest in its result.json; "
-            "train it from scratch with force=true"
+            f"{teacher.path}: its weights do not have the digest in its result.json; train the "
+            "teacher from scratch with its own command and force=true"
         )

@@ -37,8 +37,8 @@ def find_or_train_phase(
 
     The phase is trained if no run with the same settings has done so. Its folder's name has a hash
     of everything that it depends on: the teacher's weights, the seed, the data, the phase's
-    settings and the code of extensions, but nothing of the student except a learning rate that it
-    may take from it.
+    settings and the code of extensions. Of the student, only its learning rate counts, and only if
+    the phase is trained with that rate.
     """
     assert plan.teacher is not None
     settings = phase_settings(phase, plan.config, plan.teacher, images.digest)
@@ -108,8 +108,8 @@ def phase_settings(
 def _views_setting(views: Views) -> Any:
     """Return ``views`` as a setting; a number if nothing but the rotations is set.
 
-    So folders from the time when there were only rotations are found, and without later fields that
-    are not set, those from the time before them.
+    Versions that had only rotations named folders after that number. Later versions added fields;
+    one that is not set is left out, so that the folders of the versions before it are found.
     """
     if views == Views(views.rotations):
         return views.rotations

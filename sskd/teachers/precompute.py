@@ -135,8 +135,9 @@ def _fill(run: Run, *, teacher: nn.Module, images: Images, config: Config, layou
     done = writer.point.images
     progress = Progress(PHASE, 1, layout.images, done=done, metrics=dict)
     progress.line(
-        f"computes {in_gib(layout.size)} in {run.folder}, as long as {layout.crops} epochs of the "
-        f"teacher's forward pass; {done}/{layout.images} images are done"
+        f"computes {in_gib(layout.size)} of outputs in {run.folder}, which takes as long as "
+        f"{layout.crops} epochs of the teacher's forward pass; {done}/{layout.images} images are "
+        "done"
     )
     try:
         # The thread writes the rows of a piece while the next piece is computed.

@@ -110,9 +110,9 @@ def _init(mode: str, arguments: dict[str, Any]) -> wandb.Run:
 
 
 def end_service() -> None:
-    """End W&B's process, so that nothing waits for it; several jobs leave that to their launcher.
+    """End W&B's process, so that nothing waits for it.
 
-    The others still use it.
+    If several jobs share this process, do nothing: their launcher ends it after the last job.
     """
     if not shares_process():
         with contextlib.suppress(Exception):

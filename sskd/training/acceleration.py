@@ -37,7 +37,7 @@ def compile_loss(phase: Phase, config: Config) -> Phase:
 
     Networks, method and losses become one graph for full batches. The last batch of an epoch may be
     smaller and is not compiled, because a second compilation costs more than one step per epoch.
-    ``auto`` never compiles so far: on a CPU it does not pay, and no GPU has been timed
+    ``auto`` currently never compiles: it is not faster on a CPU, and no GPU has been timed
     (benchmarks/LOG.md). Random numbers come from PyTorch's own generators in both cases.
     """
     if config.compile in ("auto", "off"):

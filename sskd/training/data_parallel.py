@@ -79,7 +79,7 @@ def check_division(config: Config) -> None:
 
 
 def divide(method: Method, config: Config) -> None:
-    """Use the BatchNorms and terms of the whole batch in ``method`` if ``config`` sets them.
+    """Let ``method`` compute BatchNorm statistics and terms over all ranks if ``config`` says so.
 
     Raises:
         UserError: a BatchNorm cannot be synchronised.

@@ -66,7 +66,9 @@ class Vectors(NamedTuple):
 
 @torch.inference_mode()
 def predict_vectors(network: nn.Module, split: LabelledImages, images: Images, of: str) -> Vectors:
-    """Return logits and pooled features on the CPU; computation and errors are as in ``predict``.
+    """Return logits and pooled features on the CPU; precision and errors are as in ``predict``.
+
+    Unlike in ``predict``, each of several ranks computes all images.
 
     ``of`` is also the title of the progress.
     """

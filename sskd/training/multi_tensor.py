@@ -33,7 +33,7 @@ class Batching:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Work so in the forward and backward pass inside a ``with`` block."""
+        """Batch this work in the forward and backward pass inside a ``with`` block."""
         cast = self._weights.in_place() if self._weights else nullcontext()
         with cast, batch_norms_counted_together(self._trained):
             yield

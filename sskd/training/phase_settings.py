@@ -78,7 +78,8 @@ def phase_optimizer(phase: Phase, config: Config) -> Settings:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ").partition(";")[0]
         settings = " and ".join(f"method.{name}" for name in replaced)
         raise UserError(
-            f"method={config.method.name}, phase {phase.name}: {reason}; change that, or {settings}"
+            f"method={config.method.name}, phase {phase.name}: {reason}; change the setting of "
+            f"the optimizer, or {settings}"
         ) from None
 
 

@@ -34,7 +34,7 @@ from sskd.training.state import TrainingState
 def measure_result(
     run: Run, plan: RunPlan, *, images: Images, method: Method, state: TrainingState
 ) -> RunResult:
-    """Return the result of a run whose last phase ended in ``state``; the first rank has it all."""
+    """Return the result of a run whose last phase ended in ``state``; complete on rank 0 only."""
     config, student, phases = plan.config, method.deployed, list(method.phases())
     logits = predict(student, images.test, images, f"{plan.folder}: the student, test set")
     best = run.checkpoints.load_best(state.best_epoch)

@@ -20,8 +20,8 @@ _WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 class StopSignals:
     """Records SIGTERM, SIGINT and a scheduler's warning inside a ``with`` block.
 
-    The second SIGINT raises KeyboardInterrupt at once. In a thread of a launcher, the signals are
-    those that the launcher has recorded.
+    A SIGINT after any earlier signal raises KeyboardInterrupt at once. In a thread of a launcher,
+    the signals are those that the launcher has recorded.
 
     Attributes:
         noted: the signal that came to this block itself, if any.
@@ -97,5 +97,8 @@ def forward_scheduler_signal() -> Iterator[None]:
             try:
                 signal.raise_signal(stop.signum)
             except Exception as error:
-                raise UserError(f"{stop} and saved, but could not be requeued: {error}") from None
+                raise UserError(
+                    f"{stop}; the run is saved, but the job could not be requeued ({error}); rerun "
+                    "the same command to resume"
+                ) from None
         raise

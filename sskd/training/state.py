@@ -27,8 +27,9 @@ from sskd.training.meter import Meter
 class TrainingState:
     """The progress of a phase.
 
-    ``epoch`` counts finished epochs, ``seconds`` those of training without evaluation, ``images``
-    the training images of finished epochs. Accuracies are percentages.
+    ``epoch`` is the number of finished epochs, ``images`` the number of their training images, and
+    ``seconds`` their training time without evaluation. ``mid_epoch`` is true if an epoch has begun
+    and not ended; ``epoch_seconds`` is its training time so far. Accuracies are percentages.
     """
 
     epoch: int = 0
@@ -173,7 +174,7 @@ class PhaseCheckpoint:
     def _about_precision(self, saved: str, device: str) -> str:
         """Return why training in ``saved`` on a kind of ``device`` cannot continue on this one."""
         here = self.loader.device.type
-        use = f"device={device}" if device != here else f"the same model of '{device}' again"
+        use = f"device={device}" if device != here else f"a '{device}' device of the same model"
         return (
             f"stopped in {shortened(saved)} on '{device}', but precision=auto is "
             f"'{self.precision}' on this '{here}'; use {use}, or start from scratch with force=true"

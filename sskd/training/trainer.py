@@ -89,7 +89,7 @@ class Trainer:
 
         Raises:
             UserError: a loss is not finite; the message names the phase, the epoch and the term.
-            Interrupted: SIGTERM or SIGINT came; the current step was finished and saved.
+            Interrupted: a signal stopped the run; the current step was finished and saved.
         """
         if resume is not None:
             self.checkpoint.restore(resume)

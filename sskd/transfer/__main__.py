@@ -58,7 +58,9 @@ def _run(given: argparse.Namespace) -> None:
     places, choices = split_words(given.words)
     folders = [] if given.config_dir is None else [Path(given.config_dir)]
     if not any(word.startswith("dataset=") for word in choices):
-        raise UserError("no dataset to transfer to; name one with dataset=NAME, such as digits")
+        raise UserError(
+            "no dataset to transfer to; name one with dataset=NAME, such as dataset=digits"
+        )
     epoch = epoch_of(given)
     chosen = choose_networks(places, epoch, lambda text: complain(f"warning: {text}"))
     # Importing torch takes seconds, which --help should not.

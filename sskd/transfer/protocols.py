@@ -157,7 +157,7 @@ class LogisticProtocol:
         part, held_out = hold_out(train, names, self.holdout, seed)
         assert held_out is not None
         scores = [self._top1(part, held_out, strength) for strength in self.strengths]
-        # Of equal scores the strongest penalty: it comes first.
+        # If several scores are equal, this is the strongest penalty, because it comes first.
         chosen = self.strengths[scores.index(max(scores))]
         top1 = self._top1(train, test, chosen)
         return Reached(top1, top1, setting=f"C={chosen:g}")

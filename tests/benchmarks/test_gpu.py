@@ -183,7 +183,7 @@ def test_a_signal_ends_the_command(
     assert capsys.readouterr().err.startswith(line)
 
 
-ADVICE = "use the same again, or another folder: --out FOLDER"
+ADVICE = "use the earlier values, or another folder: --out FOLDER"
 
 
 @pytest.mark.parametrize(

@@ -154,8 +154,8 @@ def test_a_setting_that_has_another_name_now(command: Command, words: tuple[str,
     key = words[-1].partition("=")[0].lstrip("+") if words[0] != "-m" else "kd_weight"
     key = "kd_weight" if "method=at" in words else key
     assert one_line(command, *words) == (
-        f"{key}: is now weighting=crd_benchmark (0), weighting=common (1), or another value as "
-        "method.weights.ce=1 method.weights.kd=VALUE"
+        f"{key}: no longer exists; use weighting=crd_benchmark for 0, weighting=common for 1, or "
+        "method.weights.ce=1 method.weights.kd=VALUE for another value"
     )
 
 

@@ -104,8 +104,12 @@ def test_what_holds_for_every_dataset(
     loaded = settings(name, tmp_path)
     refuse_missing(loaded)
     check_repeatable(loaded)
-    if name != "svhn":  # it has one size
-        check_images(loaded)
+    check_images(loaded, loaded.size)
+    if name == "svhn":
+        with pytest.raises(UserError, match=r"set dataset\.size=32"):
+            check_images(loaded, 64)
+    else:
+        check_images(loaded, 64)
     assert load_images(loaded).mean is not None
 
 

@@ -84,7 +84,7 @@ def test_a_class_must_be_in_both_parts_with_images(root: Path, part: str) -> Non
     other = {"train": "val", "val": "train"}[part]
     assert refused(root) == (
         f"{root}: train and val must have the same classes, but only {other} has n01443537; add "
-        "the missing folders of classes, or remove these"
+        "the missing class folders, or remove the extra ones"
     )
 
 

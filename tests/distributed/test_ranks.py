@@ -204,7 +204,7 @@ def test_a_world_size_that_torchrun_did_not_set_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "many")
     assert "WORLD_SIZE='many' is not a number" in command("dataset=digits")[2]
     monkeypatch.setenv("WORLD_SIZE", "0")
-    assert "WORLD_SIZE='0' is not a number of processes" in command("dataset=digits")[2]
+    assert "WORLD_SIZE='0' is not a valid number" in command("dataset=digits")[2]
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,9 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=r"started 4 processes.* 2 GPUs; use --nproc_per_node=2"):
         choose_device("auto")
-    with pytest.raises(UserError, match="device=cuda:1: several processes have a GPU each"):
+    with pytest.raises(
+        UserError, match="device=cuda:1: torchrun's processes cannot share one device"
+    ):
         choose_device("cuda:1")
     assert choose_device("cpu").type == "cpu"
 
@@ -265,4 +267,4 @@ def test_a_port_that_is_taken_is_one_line() -> None:
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert line.startswith(f"error: the processes cannot connect to 127.0.0.1:{port} (")
-    assert line.endswith("use another port, as torchrun --master_port=PORT")
+    assert line.endswith("use another port with torchrun --master_port=PORT")

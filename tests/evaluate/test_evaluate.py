@@ -41,7 +41,7 @@ def test_a_runs_folder_is_evaluated_on_its_own_dataset(
     [
         (["missing.pth"], "no checkpoint at missing.pth"),
         (["FILE", "--arch", "resnet20"], "holds a resnet8 with 10 classes, not a resnet20"),
-        (["OTHER"], "has no architecture of this suite; name it with --arch NAME"),
+        (["OTHER"], "its architecture is not recognised; give its name with --arch NAME"),
         (["FILE", "--arch", "resnet9"], "did you mean 'resnet8'"),
         (["FILE", "dataset=digit"], "did you mean 'digits'"),
         (["FILE", "dataset.fractoin=1"], "did you mean 'dataset.fraction'"),
@@ -78,8 +78,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no such dataset": ({"source": "digits,dataset.root=x"}, "names no dataset"),
     "a list for a dataset": ({"source": ["digits"]}, "names no dataset"),
-    "a name with a path": ({"name": "../up"}, "dataset.name: may have letters"),
-    "words of a command line": ({"name": "x' runs=y"}, "dataset.name: may have letters"),
+    "a name with a path": ({"name": "../up"}, "dataset.name: may contain only letters"),
+    "words of a command line": ({"name": "x' runs=y"}, "dataset.name: may contain only letters"),
 }
 
 

@@ -347,7 +347,9 @@ def test_the_last_layer_before_each_stages_relu(
 
 
 def test_ofd_needs_a_batch_norm_of_all_channels(few_images: Images) -> None:
-    with pytest.raises(UserError, match="which ShuffleNetV2 does not have; choose networks"):
+    with pytest.raises(
+        UserError, match="but ShuffleNetV2 lacks one; choose networks with another teacher"
+    ):
         ofd(build_model("ShuffleV2", 4), "resnet8", few_images)
 
 
@@ -365,7 +367,7 @@ def test_ofd_refuses_a_convolution_behind_the_batch_norm(few_images: Images) -> 
             maps = zip(self.convolutions, output.preacts, strict=True)
             return output._replace(preacts=tuple(layer(each) for layer, each in maps))
 
-    with pytest.raises(UserError, match="which Biased does not have"):
+    with pytest.raises(UserError, match="but Biased lacks one"):
         ofd(Biased(), "resnet8", few_images)
 
 

@@ -170,11 +170,14 @@ def test_fitnet_takes_any_stage_of_any_pair(
         (("method=mlld", "augmentation=weak_and_strong"), "has strong views of its own; use aug"),
         (("method=mlld", "optimizer=adamw"), "add method.distill.lr=null to train the phase at"),
         (("method=sskd", "optimizer=adamw"), "add method.ss_head.lr=null to train the phase at"),
-        (("method=hsakd", "optimizer.momentum=0"), "above 0; change that, or method.nesterov"),
+        (
+            ("method=hsakd", "optimizer.momentum=0"),
+            "above 0; change the setting of the optimizer, or method.n",
+        ),
         (("method=hsakd", "teacher.method=hsakd_teacher"), "teacher.epoch=best: method=hsakd"),
         (
             ("method=hsakd", "teacher.method=hsakd_teacher", "teacher.checkpoint=FILE"),
-            "no effect beside teacher.checkpoint",
+            "no effect with teacher.checkpoint",
         ),
     ],
 )

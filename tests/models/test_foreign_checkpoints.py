@@ -549,4 +549,4 @@ def test_a_long_log_in_a_checkpoint_is_refused(tmp_path: Path, zipped: bool) -> 
     path = tmp_path / "net.pth"
     content = {"net": STATE, "log": "a" * (17 << 20)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    assert "is corrupt, or holds more than 16 MiB beside its tensors" in refusal(path)
+    assert "is corrupt, or holds more than 16 MiB in addition to its tensors" in refusal(path)

@@ -71,7 +71,8 @@ def test_the_tensors_that_do_not_fit_are_named(state: State, tmp_path: Path) -> 
         load_weights(build_model("resnet8", 100), path)
     assert str(caught.value) == (
         f"{path} does not fit: missing: 2 (first 'bn1.weight'); not expected: 1 (first 'extra'); "
-        "of another shape: 1 (first 'conv1.weight'); name a file of this network alone"
+        "of another shape: 1 (first 'conv1.weight'); name a file that contains the weights of this "
+        "network"
     )
     with pytest.raises(UserError, match=r"missing: 2 \(first 'weight'\)"):
         load_weights(nn.Linear(2, 2), path)

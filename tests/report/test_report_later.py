@@ -170,7 +170,7 @@ def test_other_settings_are_not_compared(
     runs = read(tmp_path, record(method=method, difference=setting | FROM_LAST))
     tables = build_tables(runs, "last")
     assert not any(entry.published for table in tables for entry in table.entries)
-    assert "Published later" not in notes_of(tables)
+    assert "published later" not in notes_of(tables)
 
 
 def labels(table: Table) -> list[str]:
@@ -183,7 +183,8 @@ def test_a_table_has_only_the_later_rows_that_were_run(tmp_path: Path) -> None:
     assert labels(table)[-4:] == ["CRD", "DKD", "LumiNet", "CRLD"]
     notes = notes_of([table, *others])
     assert (
-        "Published later, with the CRD benchmark's teachers, by whom: DKD (the authors or SDD's);"
+        "Values published later, with the CRD benchmark's teachers, and who reported them: "
+        "DKD (the authors or SDD's);"
         " LumiNet (the authors)." in notes
     )
     assert "do not say which epoch" in notes

@@ -371,5 +371,5 @@ def test_a_job_that_is_not_requeued_reports_it(cluster: Cluster, tmp_path: Path)
     status, out, err = sweep.end()
     assert status == 1
     assert "1 of 2 jobs have finished" in out
-    assert "stopped by SIGUSR2 and saved, but could not be requeued: Job not requeued" in err
+    assert "the run is saved, but the job could not be requeued (Job not requeued" in err
     assert read_status(sweep.folder(1)).state == "finished"

@@ -260,7 +260,7 @@ def test_a_root_that_is_not_utf8_is_refused(
     words = ["dataset=folder", f"dataset.root='{root}'", "method=vanilla"]
     status, out, err = command(*words, *([f"dataset.name={name}"] if name else []))
     assert (status, out, err.count("\n")) == (1, "", 1), err
-    assert "dataset.root: is not UTF-8, as the files of a run are; rename it" in err
+    assert "dataset.root: is not valid UTF-8, which a run's files need; rename" in err
     link = tmp_path / "link"
     link.symlink_to(root)
     assert len(load(link).train) == 7, "the advice in the error works"

@@ -279,7 +279,7 @@ def test_a_grid_refuses_values_that_cannot_be_counted(
     status, out, err = command("-m", "dataset=digits", "method=vanilla", f"{key}={value}")
     assert (status, out) == (1, "")
     assert err == (
-        f"error: {key}={value}: a grid needs values that can be counted, such as {key}=1,2,3 or "
+        f"error: {key}={value}: a grid needs a finite list of values, such as {key}=1,2,3 or "
         f"'{key}=range(1,4)'\n"
     )
 

@@ -273,7 +273,7 @@ def test_auto_resumes_only_in_the_same_precision(
     assert state["precision"] == "bf16"
     can_multiply(monkeypatch, None)
     for device, advice in (
-        ("cpu", "use the same model of 'cpu' again"),
+        ("cpu", "use a 'cpu' device of the same model"),
         ("cuda", "use device=cuda"),
     ):
         torch.save(state | {"device": device}, path)

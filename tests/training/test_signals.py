@@ -113,7 +113,8 @@ def test_a_job_that_is_not_requeued_is_reported() -> None:
 
     signal.signal(signal.SIGUSR2, refuse)
     message = (
-        "stopped by SIGUSR2 and saved, but could not be requeued: Job not requeued because: timed"
+        "stopped by SIGUSR2; the run is saved, but the job could not be requeued "
+        r"\(Job not requeued because: timed"
     )
     with pytest.raises(UserError, match=message):
         receive(signal.SIGUSR2)

@@ -193,7 +193,8 @@ class _Content:
 class PackedFile:
     """A packed file that is open for reading; processes may share it.
 
-    ``stamp`` is that of the listing it was made of (``sskd.data.packed.writing.stamp_of``).
+    ``stamp`` is the SHA-256 of the fingerprints of the images that were packed
+    (``sskd.data.packed.writing.fingerprints_of``).
     """
 
     path: Path
@@ -233,7 +234,9 @@ class PackedFile:
 
 def unreadable_error(path: Path, reason: str) -> UserError:
     """Return the error for a packed file that the system cannot read; it may be intact."""
-    return UserError(f"{path}: {reason}; run the command again, and check the disk if it repeats")
+    return UserError(
+        f"{path}: {reason}; run the command again, and check the disk if the error occurs again"
+    )
 
 
 def damaged_error(path: Path, reason: str) -> UserError:
@@ -266,7 +269,7 @@ def _read(path: Path, content: _Content) -> PackedFile:
     footer = content.read(max(size - FOOTER.size, 0), FOOTER.size)
     start, length, digest, last = FOOTER.unpack(footer)
     if magic != MAGIC or last != MAGIC or start + length + FOOTER.size != size:
-        raise ValueError("it is cut short, or is no packed file of this version")
+        raise ValueError("it is cut short, or is not a packed file of this version")
     if length > MOST_INDEX:
         raise ValueError(f"its index has {length:,} bytes, and the limit is {MOST_INDEX:,}")
     index = content.read(start, length)

@@ -11,7 +11,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from sskd.data.decode import opened, upright
 
-SHORT_SIDE = 256  # pixels; the images of larger ones are scaled down to it
+SHORT_SIDE = 256  # pixels; an image with a longer short side is scaled down to it
 QUALITY = 95
 _ORIENTATION = 0x0112  # of EXIF 2.3
 _UPRIGHT = 1

@@ -43,7 +43,7 @@ def available_cores() -> int:
 
 
 def default_workers() -> int:
-    """Return a process for each core, divided by the processes that torchrun starts here."""
+    """Return the number of workers, 1 to 16: the cores divided by torchrun's processes here."""
     processes = os.environ.get(LOCAL_WORLD_SIZE, "1")
     share = available_cores() // max(1, int(processes) if processes.isdecimal() else 1)
     return min(MOST_WORKERS, max(1, share))

@@ -126,7 +126,7 @@ def _only_one(path: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(f"{path}: waits for another process, which packs the images")
+        say(f"{path}: waiting for another process that is packing the images")
         lock.acquire()
     try:
         yield
@@ -221,7 +221,8 @@ def _write_records(
     """Write the records of the images after ``entries``, and add their entries.
 
     Raises:
-        UserError: images cannot be read. The others are written: if these are removed, all is done.
+        UserError: images cannot be read. All other images are written: if the unreadable images
+            are removed, the next start adds only the index.
     """
     failed: list[UserError] = []
     done = len(entries)
