@@ -163,9 +163,9 @@ def test_the_table_of_both_precisions_equals_the_metrics() -> None:
     assert {each[0].lower() for each in rows} == set(runs("short_fp32"))
     for row, folders in runs("short_fp32").items():
         seeds = [of_result(each, "seed") for each in folders]
-        assert seeds == [0, 1, 2]
+        assert seeds == list(range(len(seeds)))
         measured = [each for each in rows if each[0].lower() == row]
-        fp32, bf16 = (curves(sweep)[row] for sweep in ("short_fp32", "short"))
+        fp32, bf16 = (curves(sweep)[row][: len(seeds)] for sweep in ("short_fp32", "short"))
         name = measured[0][0]
         expected = [
             [name, str(seed), f"{one:.2f}", f"{other:.2f}", f"{other - one:+.2f}"]
