@@ -161,7 +161,7 @@ def test_all_three_train_together(mine: Path) -> None:
     more = ("schedule.epochs=16", "batch_size=16", "optimizer.lr=0.01", "device=cpu",
             "wandb.mode=disabled")  # fmt: skip
     checked, _ = run_block("A dataset", 0, mine, *more)
-    assert [line[:3] for line in checked.stdout.splitlines()] == ["ok "] * 3
+    assert [line[:3] for line in checked.stdout.splitlines()] == ["ok "] * 4
 
     (path,) = mine.glob("runs/mine/distill/resnet20-plain16/normkd/*/result.json")
     result = json.loads(path.read_text())

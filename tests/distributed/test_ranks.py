@@ -202,7 +202,7 @@ def test_a_world_size_that_torchrun_did_not_set_is_refused(
         "--nproc_per_node=4, or unset WORLD_SIZE"
     ]
     monkeypatch.setenv("WORLD_SIZE", "many")
-    assert "WORLD_SIZE='many' is not a number" in command("dataset=digits")[2]
+    assert "WORLD_SIZE='many' is not a valid number" in command("dataset=digits")[2]
     monkeypatch.setenv("WORLD_SIZE", "0")
     assert "WORLD_SIZE='0' is not a valid number" in command("dataset=digits")[2]
 

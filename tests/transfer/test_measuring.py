@@ -189,7 +189,11 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "unfinished": ("transfer", ("UNFINISHED", "dataset=digits"), "the run has not finished"),
     "none finished": ("similarity", ("UNFINISHED/..",), "none of its 1 runs has finished"),
     "an empty folder": ("transfer", ("EMPTY", "dataset=digits"), "it holds nothing; name the file"),
-    "not a network": ("similarity", ("OTHER", "--teacher", "TEACHER"), "has no architecture"),
+    "not a network": (
+        "similarity",
+        ("OTHER", "--teacher", "TEACHER"),
+        "its architecture is not recognised",
+    ),
     "other classes": ("similarity", ("FILE", "--teacher", "TEACHER"), "has 7 classes, its teacher"),
     "no teacher": ("similarity", ("FILE",), "is not a run; name its teacher with --teacher FILE"),
     "another teacher": ("similarity", ("KD", "--teacher", "FILE"), "is not the teacher of"),
