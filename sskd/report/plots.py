@@ -64,6 +64,16 @@ class Curve:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @property
+    def low(self) -> tuple[float, ...]:
+        """Return the mean minus the standard deviation at each epoch."""
+        return tuple(mean - std for mean, std in zip(self.mean, self.std, strict=True))
+
+    @property
+    def high(self) -> tuple[float, ...]:
+        """Return the mean plus the standard deviation at each epoch."""
+        return tuple(mean + std for mean, std in zip(self.mean, self.std, strict=True))
+
 
 def draw_gains(title: str, rows: Sequence[RowKey], gains: Mapping[Pair, Gains]) -> Figure:
     """Return a panel for each pair, with a bar for each of ``rows`` and each reference in it."""
@@ -125,8 +135,8 @@ def draw_curves(title: str, rows: Sequence[RowKey], curves: Mapping[RowKey, Curv
         places = [epoch * last / curve.epochs[-1] for epoch in curve.epochs]
         for axes, at in ((whole, curve.epochs), (end, places)):
             _draw_curve(axes, curve, *line_style(rows.index(row)), at=at)
-        points = zip(places, curve.mean, strict=True)
-        shown += [curve.mean[-1], *(top1 for place, top1 in points if place >= 0.75 * last)]
+        bands = zip(places, curve.low, curve.high, strict=True)
+        shown += [edge for place, *edges in bands if place >= 0.75 * last for edge in edges]
     margin = 0.05 * (max(shown) - min(shown)) + 0.1
     end.set_ylim(min(shown) - margin, max(shown) + margin)
     end.set_xlim(0.75 * last, last)
@@ -180,9 +190,7 @@ def _draw_curve(
     marker = "o" if len(places) == 1 else None  # a line of a single point is invisible
     axes.plot(places, curve.mean, color=color, ls=dashes, lw=1.4, marker=marker)
     if any(curve.std):
-        low = [mean - std for mean, std in zip(curve.mean, curve.std, strict=True)]
-        high = [mean + std for mean, std in zip(curve.mean, curve.std, strict=True)]
-        axes.fill_between(places, low, high, color=color, alpha=0.18, linewidth=0)
+        axes.fill_between(places, curve.low, curve.high, color=color, alpha=0.18, linewidth=0)
 
 
 def _draw_terms(

@@ -98,7 +98,7 @@ def test_curves_are_means_over_seeds_by_epoch(tmp_path: Path) -> None:
     assert list(curve.std) == pytest.approx([math.sqrt(50), 0.0, 0.0])
 
 
-def test_the_last_quarter_shows_shorter_runs_too(tmp_path: Path) -> None:
+def test_the_last_quarter_shows_shorter_runs_too() -> None:
     curves: dict[RowKey, Curve] = {
         KD: Curve((1, 2, 3, 4), (10.0, 20.0, 30.0, 31.0), (0.0,) * 4),
         ("MLLD", ()): Curve((1, 8), (15.0, 35.0), (0.0,) * 2),
@@ -107,6 +107,17 @@ def test_the_last_quarter_shows_shorter_runs_too(tmp_path: Path) -> None:
     places = [[np.asarray(line.get_xdata()).tolist() for line in each.lines[:2]] for each in axes]
     assert places == [[[1, 2, 3, 4], [1, 8]], [[25, 50, 75, 100], [12.5, 100]]]
     assert (end.get_xlim(), end.get_xlabel()) == ((75, 100), "% of the run's epochs")
+
+
+def test_the_last_quarter_shows_the_whole_deviation() -> None:
+    curves: dict[RowKey, Curve] = {
+        KD: Curve((1, 2, 3, 4), (10.0, 20.0, 30.0, 31.0), (9.0, 9.0, 0.5, 4.0)),
+        STUDENT: Curve((1, 2, 3, 4), (10.0, 20.0, 28.0, 30.0), (9.0, 9.0, 6.0, 0.5)),
+    }
+    _, end = draw_curves("title", list(curves), curves).axes
+    low, high = end.get_ylim()
+    # The bands reach from 28 - 6 to 31 + 4; a margin of 5 % and 0.1 points is on each side.
+    assert (low, high) == pytest.approx((22 - 0.75, 35 + 0.75))
 
 
 def test_loss_curves_count_epochs_through_all_phases(tmp_path: Path) -> None:
