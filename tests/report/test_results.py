@@ -24,7 +24,7 @@ SWEEPS = {
     "short": (24, {"alone", "kd", "fitnet", "at", "crd", "sskd"}),
 }
 # Of the runs in float32 beside the sweep ``short``, by row.
-FP32_SEEDS = {"alone": [0, 1, 2], "kd": [0, 1]}
+FP32_SEEDS = {"alone": [0, 1, 2], "kd": [0, 1, 2]}
 RUNS = sorted(each.name for each in (ROOT / "results/runs").iterdir())
 EPOCHS = {**{sweep: epochs for sweep, (epochs, _) in SWEEPS.items()}, "short_fp32": 24}
 
