@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -48,6 +49,8 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
 }
+BAND = 0.18  # opacity
+DEVIATION = "± std over seeds"
 LONGEST_LABEL = 32  # characters: "FitNet (weighting=crd_benchmark)"
 # In inches.
 LINE_HEIGHT, PANEL_TITLE_HEIGHT, CHARACTER_WIDTH = 0.25, 0.55, 0.075
@@ -83,7 +86,9 @@ def draw_gains(title: str, rows: Sequence[RowKey], gains: Mapping[Pair, Gains]) 
     left = 0.4 + CHARACTER_WIDTH * longest_label(rows)
     compared = {key for by_row in gains.values() for found in by_row.values() for key in found}
     colors = {key: color for key, color in zip(REFERENCES, COLORS, strict=False) if key in compared}
-    legend = [Patch(color=color, label=REFERENCES[key]) for key, color in colors.items()]
+    legend: list[Artist] = [Patch(color=colors[key], label=REFERENCES[key]) for key in colors]
+    if any(gain.std for by_row in gains.values() for by in by_row.values() for gain in by.values()):
+        legend.append(Line2D([], [], color=INK, lw=1, label=DEVIATION))
     panel = 0.3 * len(rows)
     figure = new_figure(title, max(2.6 * columns + left, 6), lines * (panel + 1.1), legend)
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
@@ -123,20 +128,20 @@ def draw_curves(title: str, rows: Sequence[RowKey], curves: Mapping[RowKey, Curv
     ``rows`` are all rows of the group, so that a row has the same line in the figure of each pair.
     The last quarters of runs with different numbers of epochs are drawn by the share of the epochs.
     """
-    figure = new_figure(title, 13, 4.8)
+    figure = new_figure(title, 13, 4.8, _band_legend(curves.values()))
     whole, end = figure.subplots(1, 2, width_ratios=(3, 2))
     right = 1.6 + CHARACTER_WIDTH * longest_label(curves)
     set_margins(figure, left=0.6, right=right, bottom=0.55)
     figure.subplots_adjust(wspace=0.12)
     lengths = {curve.epochs[-1] for curve in curves.values()}
     last, unit = (max(lengths), "epoch") if len(lengths) == 1 else (100, "% of the run's epochs")
-    shown = []
+    shown: list[float] = []
     for row, curve in curves.items():
         places = [epoch * last / curve.epochs[-1] for epoch in curve.epochs]
         for axes, at in ((whole, curve.epochs), (end, places)):
             _draw_curve(axes, curve, *line_style(rows.index(row)), at=at)
-        bands = zip(places, curve.low, curve.high, strict=True)
-        shown += [edge for place, *edges in bands if place >= 0.75 * last for edge in edges]
+        for edge in (curve.low, curve.high):
+            shown += _values_from(0.75 * last, places, edge)
     margin = 0.05 * (max(shown) - min(shown)) + 0.1
     end.set_ylim(min(shown) - margin, max(shown) + margin)
     end.set_xlim(0.75 * last, last)
@@ -164,8 +169,11 @@ def draw_losses(
     columns = min(4, len(losses))
     lines = math.ceil(len(losses) / columns)
     styles = {"as computed": "-", "weighted": DASHES[1], "another phase begins": ":"}
-    legend = [Line2D([], [], color=INK, ls=dash, label=text) for text, dash in styles.items()]
-    figure = new_figure(title, max(3.2 * columns + 0.2, 6), 2.6 * lines, legend)
+    legend = [
+        *(Line2D([], [], color=INK, ls=dash, label=text) for text, dash in styles.items()),
+        *_band_legend(curve for both in losses.values() for by in both for curve in by.values()),
+    ]
+    figure = new_figure(title, max(3.2 * columns + 0.2, 7.2), 2.6 * lines, legend)
     panels = figure.subplots(lines, columns, squeeze=False).flat
     set_margins(figure, left=0.6, right=0.15, bottom=0.5)
     figure.subplots_adjust(wspace=0.25, hspace=0.6)
@@ -190,7 +198,22 @@ def _draw_curve(
     marker = "o" if len(places) == 1 else None  # a line of a single point is invisible
     axes.plot(places, curve.mean, color=color, ls=dashes, lw=1.4, marker=marker)
     if any(curve.std):
-        axes.fill_between(places, curve.low, curve.high, color=color, alpha=0.18, linewidth=0)
+        axes.fill_between(places, curve.low, curve.high, color=color, alpha=BAND, linewidth=0)
+
+
+def _band_legend(curves: Iterable[Curve]) -> list[Patch]:
+    """Return what the legend says of the bands, if any of the curves has one."""
+    several = any(any(curve.std) for curve in curves)
+    return [Patch(color=INK, alpha=BAND, linewidth=0, label=DEVIATION)] if several else []
+
+
+def _values_from(start: float, places: Sequence[float], values: Sequence[float]) -> list[float]:
+    """Return what a line shows from ``start`` on: its interpolated value there, and its points."""
+    points = zip(places, values, strict=True)
+    return [
+        float(np.interp(start, places, values)),
+        *(value for place, value in points if place >= start),
+    ]
 
 
 def _draw_terms(

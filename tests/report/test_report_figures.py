@@ -115,9 +115,32 @@ def test_the_last_quarter_shows_the_whole_deviation() -> None:
         STUDENT: Curve((1, 2, 3, 4), (10.0, 20.0, 28.0, 30.0), (9.0, 9.0, 6.0, 0.5)),
     }
     _, end = draw_curves("title", list(curves), curves).axes
-    low, high = end.get_ylim()
     # The bands reach from 28 - 6 to 31 + 4; a margin of 5 % and 0.1 points is on each side.
-    assert (low, high) == pytest.approx((22 - 0.75, 35 + 0.75))
+    assert end.get_ylim() == pytest.approx((22 - 0.75, 35 + 0.75))
+
+
+def test_the_last_quarter_shows_lines_that_begin_between_two_epochs() -> None:
+    curves: dict[RowKey, Curve] = {KD: Curve((1, 4, 6), (10.0, 20.0, 30.0), (0.0, 4.0, 0.0))}
+    _, end = draw_curves("title", list(curves), curves).axes
+    # After 4.5 epochs the mean is 22.5 and its deviation 3.
+    assert end.get_ylim() == pytest.approx((19.5 - 0.625, 30 + 0.625))
+
+
+def test_the_legend_names_the_deviation_if_there_are_seeds(tmp_path: Path) -> None:
+    put_alone(tmp_path, "alone", [69.0, 70.0])
+    put_run(tmp_path, "kd", [69.0, 71.0])
+    assert "± std over seeds" not in legends(figures(tmp_path))
+    lines = [epoch_line("a", e, 69.0 + e, **{"loss/kd": 1.0}) for e in (1, 2)]
+    put_metrics(put_run(tmp_path, "kd-1", [69.0, 72.0], seed=1), lines)
+    put_alone(tmp_path, "alone-1", [69.0, 71.0], seed=1)
+    found = figures(tmp_path)
+    assert legends(found).count("± std over seeds") == len(found) == 3
+
+
+def legends(found: dict[str, Figure]) -> list[str]:
+    """Return the texts of the legends above the panels of all figures."""
+    drawn = [legend for figure in found.values() for legend in figure.legends]
+    return [text.get_text() for legend in drawn for text in legend.get_texts()]
 
 
 def test_loss_curves_count_epochs_through_all_phases(tmp_path: Path) -> None:
