@@ -58,7 +58,7 @@ soak: $(READY)
 
 # Draw the tables and plots of results/ again from the committed metrics of each sweep.
 results: $(READY)
-	for sweep in short short_fp32 few_shot cpu later; do \
+	for sweep in short short_fp32 short_later few_shot cpu later; do \
 	  $(BIN)/python -m sskd.report results/runs/$$sweep --out results/cifar100_$$sweep || exit 1; \
 	done
 

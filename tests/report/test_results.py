@@ -175,6 +175,22 @@ def test_the_table_of_both_precisions_equals_the_metrics() -> None:
         assert measured == expected
 
 
+def test_the_table_of_later_methods_on_all_images_equals_the_metrics() -> None:
+    _, *rows = table("results/README.md", "## DKD and LS on all images", "resnet20")
+    later = runs("short_later")
+    kd = statistics.mean(curves("short")["kd"])
+    expected = []
+    for row, folders in {"kd": runs("short")["kd"], **later}.items():
+        values = [last_top1(each, 24) for each in folders]
+        agreed = statistics.mean(of_result(each, "agreement") for each in folders)
+        gain = "" if row == "kd" else f"{statistics.mean(values) - kd:+.2f}"
+        top1 = f"{mean_std(values)} ({len(values)})"
+        expected.append([display_name(row), top1, gain, f"{agreed:.2f} %"])
+    assert rows == expected
+    seeds = {row: [of_result(each, "seed") for each in folders] for row, folders in later.items()}
+    assert seeds == {"dkd": [0], "ls": [0]}
+
+
 def test_make_results_writes_the_tables_of_all_runs() -> None:
     (names,) = re.findall(r"for sweep in (.+); do", (ROOT / "Makefile").read_text())
     assert sorted(names.split()) == RUNS
