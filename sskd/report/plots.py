@@ -86,9 +86,7 @@ def draw_gains(title: str, rows: Sequence[RowKey], gains: Mapping[Pair, Gains]) 
     left = 0.4 + CHARACTER_WIDTH * longest_label(rows)
     compared = {key for by_row in gains.values() for found in by_row.values() for key in found}
     colors = {key: color for key, color in zip(REFERENCES, COLORS, strict=False) if key in compared}
-    legend: list[Artist] = [Patch(color=colors[key], label=REFERENCES[key]) for key in colors]
-    if any(gain.std for by_row in gains.values() for by in by_row.values() for gain in by.values()):
-        legend.append(Line2D([], [], color=INK, lw=1, label=DEVIATION))
+    legend = _gain_legend(colors, gains.values())
     panel = 0.3 * len(rows)
     figure = new_figure(title, max(2.6 * columns + left, 6), lines * (panel + 1.1), legend)
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
@@ -102,6 +100,15 @@ def draw_gains(title: str, rows: Sequence[RowKey], gains: Mapping[Pair, Gains]) 
     for axes in panels[len(gains) :]:
         axes.set_visible(False)
     return figure
+
+
+def _gain_legend(colors: Mapping[RowKey, str], gains: Iterable[Gains]) -> list[Artist]:
+    """Return an entry for each reference, and one for the error bars if there are any."""
+    bars = [Patch(color=color, label=REFERENCES[key]) for key, color in colors.items()]
+    found = [gain for by_row in gains for by in by_row.values() for gain in by.values()]
+    if all(gain.std is None for gain in found):
+        return [*bars]
+    return [*bars, Line2D([], [], color=INK, lw=1, label="± std of the difference")]
 
 
 def _draw_bars(

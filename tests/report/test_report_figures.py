@@ -129,18 +129,23 @@ def test_the_last_quarter_shows_lines_that_begin_between_two_epochs() -> None:
 def test_the_legend_names_the_deviation_if_there_are_seeds(tmp_path: Path) -> None:
     put_alone(tmp_path, "alone", [69.0, 70.0])
     put_run(tmp_path, "kd", [69.0, 71.0])
-    assert "± std over seeds" not in legends(figures(tmp_path))
+    assert not any(map(deviations, figures(tmp_path).values()))
     lines = [epoch_line("a", e, 69.0 + e, **{"loss/kd": 1.0}) for e in (1, 2)]
     put_metrics(put_run(tmp_path, "kd-1", [69.0, 72.0], seed=1), lines)
     put_alone(tmp_path, "alone-1", [69.0, 71.0], seed=1)
-    found = figures(tmp_path)
-    assert legends(found).count("± std over seeds") == len(found) == 3
+    named = {name.partition("-")[0]: deviations(each) for name, each in figures(tmp_path).items()}
+    over_seeds = ["± std over seeds"]
+    assert named == {
+        "gain": ["± std of the difference"],
+        "curves": over_seeds,
+        "losses": over_seeds,
+    }
 
 
-def legends(found: dict[str, Figure]) -> list[str]:
-    """Return the texts of the legends above the panels of all figures."""
-    drawn = [legend for figure in found.values() for legend in figure.legends]
-    return [text.get_text() for legend in drawn for text in legend.get_texts()]
+def deviations(figure: Figure) -> list[str]:
+    """Return the entries for deviations in the legend above the panels."""
+    texts = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    return [text for text in texts if "std" in text]
 
 
 def test_loss_curves_count_epochs_through_all_phases(tmp_path: Path) -> None:
