@@ -50,7 +50,6 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 BAND = 0.18  # opacity
-DEVIATION = "± std over seeds"
 LONGEST_LABEL = 32  # characters: "FitNet (weighting=crd_benchmark)"
 # In inches.
 LINE_HEIGHT, PANEL_TITLE_HEIGHT, CHARACTER_WIDTH = 0.25, 0.55, 0.075
@@ -210,8 +209,9 @@ def _draw_curve(
 
 def _band_legend(curves: Iterable[Curve]) -> list[Patch]:
     """Return what the legend says of the bands, if any of the curves has one."""
-    several = any(any(curve.std) for curve in curves)
-    return [Patch(color=INK, alpha=BAND, linewidth=0, label=DEVIATION)] if several else []
+    if not any(any(curve.std) for curve in curves):
+        return []
+    return [Patch(color=INK, alpha=BAND, linewidth=0, label="± std over seeds")]
 
 
 def _values_from(start: float, places: Sequence[float], values: Sequence[float]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import statistics
 from collections import Counter
@@ -189,6 +190,54 @@ def test_the_table_of_later_methods_on_all_images_equals_the_metrics() -> None:
     assert rows == expected
     seeds = {row: [of_result(each, "seed") for each in folders] for row, folders in later.items()}
     assert seeds == {"dkd": [0], "ls": [0]}
+
+
+def prose(page: str) -> str:
+    """Return the text of a page with a single space between words."""
+    return " ".join((ROOT / page).read_text(encoding="utf-8").split())
+
+
+def test_the_standard_errors_of_the_short_sweep_equal_the_metrics() -> None:
+    reached = curves("short")
+    sskd = reached.pop("sskd")
+
+    def apart(row: str) -> tuple[str, str]:
+        difference = statistics.mean(sskd) - statistics.mean(reached[row])
+        error = math.sqrt((statistics.variance(sskd) + statistics.variance(reached[row])) / 3)
+        return f"{difference:.2f}", f"{error:.2f}"
+
+    kd, at, fitnet, crd = map(apart, ("kd", "at", "fitnet", "crd"))
+    assert (
+        f"It is above KD (by {kd[0]}, standard error of the difference of the means {kd[1]}), "
+        f"AT ({', '.join(at)}) and FitNet ({', '.join(fitnet)}) with each seed. "
+        f"It is {crd[0]} above CRD ({crd[1]})"
+    ) in prose("results/README.md")
+    for row in ("kd", "at", "fitnet"):
+        assert all(one > other for one, other in zip(sskd, reached[row], strict=True))
+
+
+def test_the_deviations_over_seeds_of_the_short_sweep_equal_the_metrics() -> None:
+    reached = curves("short")
+    rows = SWEEPS["short"][1] - {"alone"}
+    pooled = math.sqrt(statistics.mean(statistics.variance(reached[row]) for row in rows))
+    text = prose("results/README.md")
+    assert f"the five methods with three seeds is {pooled:.2f}, so two single runs" in text
+    assert f"standard errors if they are {2 * pooled * math.sqrt(2):.1f} apart" in text
+    assert f"and the mean of three are {2 * pooled * math.sqrt(1 + 1 / 3):.2f}." in text
+
+
+def test_the_intervals_of_the_precisions_equal_the_metrics() -> None:
+    # Student's t with 2 degrees of freedom, as tables have it.
+    quantile = 4.303
+    intervals = []
+    for row in FP32_SEEDS:
+        pairs = zip(curves("short")[row], curves("short_fp32")[row], strict=True)
+        differences = [bf16 - fp32 for bf16, fp32 in pairs]
+        mean, half = statistics.mean(differences), quantile * statistics.stdev(differences)
+        half /= math.sqrt(3)
+        intervals.append(f"{mean - half:.2f} to {mean + half:.2f}")
+    text = prose("results/README.md")
+    assert f"intervals of the mean differences are {' and '.join(intervals)} (Student's t" in text
 
 
 def test_make_results_writes_the_tables_of_all_runs() -> None:
